@@ -1,0 +1,30 @@
+"""Overpaint: small, exact, removable weight patches that erase concepts from text-to-image models.
+
+`overpaint.open(path)` gives the workshop: bases, concepts, solvers, patches, recipes. Importing this costs nothing;
+PyTorch is loaded when something is solved, composed or drawn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overpaint.concepts import Concept
+from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+
+if TYPE_CHECKING:
+    from overpaint.workshop import Workshop
+
+__all__ = ["AlreadyExists", "Concept", "NotFound", "OverpaintError", "open"]
+__version__ = "0.1.0"
+
+
+def open(location: str | Path, *, create: bool = True) -> Workshop:
+    """Open the registry at `location` (a folder, or an sqlite:/// URL), made if nothing is there.
+
+    Raises OverpaintError when there is no registry and `create` is False, when its schema is of another version, or
+    when nothing can be written there.
+    """
+    from overpaint.workshop import Workshop
+
+    return Workshop.open(location, create=create)

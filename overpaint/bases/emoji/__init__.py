@@ -1,0 +1,1 @@
+"""The embedded base: a small Stable Diffusion trained on emoji artwork, with its judges and its vocabulary."""

@@ -1,0 +1,1 @@
+"""Judges, metrics, picture grids and reports. Nothing here is imported until it is asked for."""

@@ -1,0 +1,190 @@
+"""A report that can be mailed: one HTML file with its pictures inside, no scripts, readable by screen readers.
+
+The same report gives the same bytes: nothing is dated unless the caller's provenance says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from overpaint.errors import OverpaintError
+
+NUMBER = re.compile(r"[-+±~<>≤≥]?\s*[\d.,]+\s?(%|[kKMG]i?B|s|ms)?( \(.*\))?|—|")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels, uint8 [h, w, 3], and what a reader who cannot see them should be told."""
+
+    pixels: NDArray[np.uint8]
+    alt: str
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """A labelled row of pictures."""
+
+    label: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first column names the row. Raises OverpaintError when a row's length differs from the header's."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise OverpaintError(
+                    f"a row of the table {self.caption!r} has {len(row)} cells for {len(self.columns)} columns"
+                )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs (a blank line parts them), and optionally a table and rows of pictures.
+
+    `columns` heads the picture columns; leave it empty for none. Raises OverpaintError when a row of pictures does not
+    fit it.
+    """
+
+    heading: str
+    text: str = ""
+    table: Table | None = None
+    columns: tuple[str, ...] = ()
+    pictures: tuple[PictureRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.pictures:
+            if self.columns and len(row.pictures) != len(self.columns):
+                raise OverpaintError(
+                    f"row {row.label!r} has {len(row.pictures)} pictures for {len(self.columns)} columns"
+                )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report says. `provenance` is key and value, `commands` is what to type to get the same again."""
+
+    title: str
+    intro: str
+    sections: tuple[Section, ...]
+    provenance: tuple[tuple[str, str], ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write `report` to `path`, whole or not at all: a temporary file in the same folder, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(render(report))
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a report is for others to read.
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def render(report: Report) -> str:
+    """The report as an HTML page."""
+    style = files(__package__).joinpath("report.css").read_text("utf-8")
+    parts = [
+        "<!doctype html>",
+        '<html lang="en">',
+        '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>{escape(report.title)}</title>",
+        f"<style>\n{style}</style></head>",
+        f"<body><main><header><h1>{escape(report.title)}</h1>",
+        *_paragraphs(report.intro),
+        "</header>",
+    ]
+    for section in report.sections:
+        parts += _section(section)
+    parts += [*_provenance(report.provenance), *_commands(report.commands), "</main></body></html>", ""]
+    return "\n".join(parts)
+
+
+def _section(section: Section) -> Iterable[str]:
+    yield f"<section><h2>{escape(section.heading)}</h2>"
+    yield from _paragraphs(section.text)
+    if section.table is not None:
+        yield from _table(section.table, section.heading)
+    if section.pictures:
+        yield from _pictures(section)
+    yield "</section>"
+
+
+def _paragraphs(text: str) -> Iterable[str]:
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        if paragraph:
+            yield f"<p>{escape(paragraph)}</p>"
+
+
+def _table(table: Table, heading: str) -> Iterable[str]:
+    # A column lines up on the right when all of it is numbers, its heading included.
+    right = [all(NUMBER.fullmatch(row[j]) for row in table.rows) for j in range(len(table.columns))]
+    marks = [' class="n"' if found and j else "" for j, found in enumerate(right)]
+    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(heading)}, table"><table>'
+    if table.caption:
+        yield f"<caption>{escape(table.caption)}</caption>"
+    heads = (f'<th scope="col"{mark}>{escape(c)}</th>' for c, mark in zip(table.columns, marks, strict=True))
+    yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
+    for first, *rest in table.rows:
+        cells = "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(rest, marks[1:], strict=True))
+        yield f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
+    yield "</tbody></table></div>"
+
+
+def _pictures(section: Section) -> Iterable[str]:
+    label = f"{escape(section.heading)}, pictures"
+    yield f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="pictures">'
+    if section.columns:
+        heads = "".join(f'<th scope="col">{escape(column)}</th>' for column in section.columns)
+        yield f"<thead><tr><td></td>{heads}</tr></thead>"
+    yield "<tbody>"
+    for row in section.pictures:
+        cells = "".join(f"<td>{_image(picture)}</td>" for picture in row.pictures)
+        yield f'<tr><th scope="row">{escape(row.label)}</th>{cells}</tr>'
+    yield "</tbody></table></div>"
+
+
+def _image(picture: Picture) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture.pixels).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    height, width = picture.pixels.shape[:2]
+    return f'<img alt="{escape(picture.alt)}" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
+
+
+def _provenance(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
+    if rows := [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in pairs]:
+        yield from ("<section><h2>Provenance</h2><dl>", *rows, "</dl></section>")
+
+
+def _commands(commands: Iterable[str]) -> Iterable[str]:
+    if lines := [escape(command) for command in commands]:
+        body = "\n".join(lines)
+        yield f'<section><h2>How to reproduce</h2><pre tabindex="0"><code>{body}</code></pre></section>'

@@ -1,0 +1,1 @@
+"""The history of the registry's tables, as Alembic revisions. `overpaint.registry.schema` runs them."""

@@ -1,0 +1,68 @@
+"""What may be a name, and finding the one that was meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from overpaint.errors import NotFound, OverpaintError
+
+LONGEST_NAME = 400
+LONGEST_NOTE = 10_000
+# Control characters, halves of broken characters, line and paragraph separators: they spoil any table they appear in.
+UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def checked_name(name: str, what: str) -> str:
+    """`name` in Unicode's composed form, so that both spellings of "é" are one. Raises OverpaintError if unfit."""
+    composed = unicodedata.normalize("NFC", name)
+    if not composed.strip():
+        raise OverpaintError(f"a {what} needs a name; got an empty one")
+    return _checked(composed, f"the name of a {what}", LONGEST_NAME)
+
+
+def checked_note(text: str, what: str) -> str:
+    """`text`, which may be empty or of several lines. Raises OverpaintError if it does not print or is far too long."""
+    _checked(text.replace("\n", " ").replace("\t", " "), what, LONGEST_NOTE)
+    return text
+
+
+def checked_number(number: float, what: str) -> float:
+    """`number` as a float. Raises OverpaintError if it is not finite: SQLite would keep NaN as nothing."""
+    if not math.isfinite(number):
+        raise OverpaintError(f"{what} must be a finite number; got {number}")
+    return float(number)
+
+
+def checked_json(value: dict[str, Any], what: str) -> str:
+    """`value` as JSON text, keys sorted. Raises OverpaintError for what JSON cannot say."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OverpaintError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> NotFound:
+    """The error for a name that nothing answers to, with the nearest names that something does."""
+    by_folded = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=3)
+    if near:
+        hint = f"did you mean {' or '.join(repr(by_folded[each]) for each in near)}?"
+    elif by_folded:
+        hint = "there is " + ", ".join(repr(each) for each in list(by_folded.values())[:8])
+    else:
+        hint = f"the registry has no {what} yet"
+    return NotFound(f"no {what} answers to {name!r}; {hint}")
+
+
+def _checked(text: str, what: str, longest: int) -> str:
+    if len(text) > longest:
+        raise OverpaintError(f"{what} has at most {longest} characters; this one has {len(text)}")
+    for character in text:
+        if unicodedata.category(character) in UNPRINTABLE:
+            raise OverpaintError(f"{what} cannot contain {character!r}, which does not print")
+    return text

@@ -1,0 +1,247 @@
+"""The small public facade: the one place, beside the command line, that knows registry, solvers and patches together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overpaint.concepts import Concept
+from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.recipes import Recipe
+from overpaint.registry.records import BaseRecord, PatchRecord, RecipeRecord
+from overpaint.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from overpaint.bases.base import Base
+    from overpaint.patches.build import Built
+    from overpaint.patches.live import Overlay
+    from overpaint.patches.patch import Patch
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A patch that was solved and stored, what its solver said about it, and the seconds it took."""
+
+    record: PatchRecord
+    diagnostics: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def id(self) -> str:
+        """The patch's id: the digest of its manifest."""
+        return self.record.id
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the patch's file, in bytes."""
+        return self.record.nbytes
+
+
+class Workshop:
+    """A registry with everything that can be done on it. Bases are opened once and kept."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._bases: dict[str, Base] = {}
+        self._patches: dict[str, Patch] = {}
+
+    @classmethod
+    def open(cls, location: str | Path, *, create: bool = True) -> Workshop:
+        """See `overpaint.open`."""
+        return cls(Registry.open(location, create=create))
+
+    # Bases and concepts
+
+    def add_base(self, name: str, source: str | Path) -> BaseRecord:
+        """Remember a base: a diffusers folder, or `emoji` for the embedded one.
+
+        Raises AlreadyExists for a name that is taken, OverpaintError for a folder that is missing, broken or unknown.
+        """
+        from overpaint.bases.base import EMBEDDED, Base
+
+        if any(known.name == name for known in self.registry.bases()):
+            raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
+        base = Base.open(source)
+        kept = Path("emoji") if base.path == EMBEDDED else base.path
+        record = self.registry.add_base(name, kept, base.layout.name, base.fingerprint)
+        self._bases[name] = base
+        self._remember_digests(record, base)
+        return record
+
+    def bases(self) -> list[BaseRecord]:
+        """All bases of the registry."""
+        return self.registry.bases()
+
+    def base(self, name: str) -> Base:
+        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone or broken."""
+        from overpaint.bases.base import Base
+
+        record = self.registry.base(name)
+        if name not in self._bases:
+            self._bases[name] = base = Base.open(record.source)
+            base.recall_digests(self._cache_of(record))
+            if base.fingerprint != record.fingerprint:
+                del self._bases[name]
+                raise OverpaintError(
+                    f"the base {name!r} at {record.source} changed since it was added: fingerprint {base.fingerprint[:12]} "
+                    f"instead of {record.fingerprint[:12]}; put its files back, or add it under another name"
+                )
+            self._remember_digests(record, base)
+        return self._bases[name]
+
+    def _cache_of(self, record: BaseRecord) -> Path:
+        return self.registry.folder / "cache" / f"{record.fingerprint}.json"
+
+    def _remember_digests(self, record: BaseRecord, base: Base) -> None:
+        base.keep_digests(self._cache_of(record))
+
+    def add_concept(
+        self, name: str, *, kind: str = "object", synonyms: Iterable[str] = (), anchor: str = ""
+    ) -> Concept:
+        """Remember a concept. Raises AlreadyExists for a name that is taken, OverpaintError for one that is not valid."""
+        concept = Concept(name, kind, tuple(synonyms), anchor)
+        self.registry.add_concept(concept)
+        return concept
+
+    def concepts(self) -> list[Concept]:
+        """All concepts of the registry."""
+        return self.registry.concepts()
+
+    # Solving
+
+    def solve(
+        self,
+        concept: str | Concept,
+        *,
+        base: str,
+        solver: str = "separable",
+        settings: Mapping[str, str] | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    ) -> Solved:
+        """Compute and store the patch that erases one concept from a base.
+
+        A name the registry does not know becomes an object of that name. Every other concept in the registry is the
+        universe: preserved, so that patches compose. Raises OverpaintError before anything is stored.
+        """
+        from overpaint.bases.device import resolve_device
+        from overpaint.patches.patch import make_patch
+        from overpaint.solvers import solver_class
+        from overpaint.solvers.problem import EditProblem, configure, settings_of
+
+        method = configure(solver_class(solver), settings or {})
+        where, opened = resolve_device(device), self.base(base)
+        wanted = concept if isinstance(concept, Concept) else self._concept(concept)
+        problem = EditProblem(opened, wanted, tuple(self.concepts()), seed, where, report)
+        started = time.perf_counter()
+        solution = method.solve(problem)
+        seconds = time.perf_counter() - started
+        provenance = {
+            "name": solver,
+            "settings": settings_of(method),
+            "seed": seed,
+            "universe": [other.as_json() for other in problem.others],
+        }
+        patch = make_patch(opened, wanted, solution.delta, provenance)
+        self.registry.ensure_concept(wanted)
+        record = self.registry.add_patch(
+            id=patch.id,
+            blob=patch.blob,
+            concept=wanted.name,
+            base=base,
+            solver=solver,
+            kind=patch.delta.kind,
+            settings=settings_of(method),
+            seed=seed,
+            seconds=seconds,
+        )
+        return Solved(record, solution.diagnostics, seconds)
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Make objects of the names the registry does not know, so that each preserves all the others when solved."""
+        known = {concept.name for concept in self.concepts()}
+        for name in names:
+            if name not in known:
+                self.registry.ensure_concept(Concept(name))
+
+    def _concept(self, name: str) -> Concept:
+        for known in self.concepts():
+            if known.name == name:
+                return known
+        return Concept(name)
+
+    # Patches and recipes
+
+    def patches(self, **where: str) -> list[PatchRecord]:
+        """All patches, or those of a `concept` or a `base`."""
+        return self.registry.patches(**where)
+
+    def patch(self, key: str) -> Patch:
+        """A stored patch by id, unique beginning of an id, or concept; its bytes and digests checked."""
+        from overpaint.patches.patch import read_patch
+
+        record = self.registry.patch(key)
+        if record.id not in self._patches:
+            patch = read_patch(self.registry.blob(record))
+            if patch.id != record.id:
+                raise OverpaintError(
+                    f"the stored file of patch {record.id[:12]} is that of {patch.id[:12]}; solve it again"
+                )
+            self._patches[record.id] = patch
+        return self._patches[record.id]
+
+    def recipe(self, name: str = "default", *, base: str | None = None) -> Recipe:
+        """A recipe, made on `base` (or on the only base there is) when nothing has this name.
+
+        Raises OverpaintError when it must be made and the base is not clear, or lies on another base.
+        """
+        if base is None:
+            known = self.registry.bases()
+            if all(record.name != name for record in self.registry.recipes()):
+                if len(known) != 1:
+                    names = ", ".join(record.name for record in known) or "none; add one first"
+                    raise OverpaintError(f"the recipe {name!r} is new, so say on which base it lies (known: {names})")
+                base = known[0].name
+        if base is not None:
+            self.registry.ensure_recipe(name, base)
+        return Recipe(self, name)
+
+    def recipes(self) -> list[RecipeRecord]:
+        """All recipes of the registry."""
+        return self.registry.recipes()
+
+    def known_recipe(self, name: str) -> Recipe:
+        """A recipe that is there. Raises NotFound."""
+        self.registry.recipe(name)
+        return Recipe(self, name)
+
+    # Using
+
+    def pipeline(self, recipe: str = "default", *, device: str = "auto") -> Any:
+        """A `StableDiffusionPipeline` with the recipe applied."""
+        return self.live(recipe, device=device)[0]
+
+    def live(self, recipe: str, *, device: str = "auto") -> tuple[Any, Overlay]:
+        """A pipeline and the overlay that changes what lies on it."""
+        from overpaint.bases.device import resolve_device
+        from overpaint.patches.live import Overlay
+
+        wanted = self.known_recipe(recipe)
+        pipe: Any = wanted.base.pipeline(device=str(resolve_device(device)))
+        overlay = Overlay(pipe, wanted.base)
+        overlay.set(wanted.terms())
+        return pipe, overlay
+
+    def build(self, recipe: str, out: str | Path, *, notice: Callable[[str], None] = lambda text: None) -> Built:
+        """Bake a recipe into a new diffusers folder. Raises AlreadyExists when `out` is there."""
+        from overpaint.patches.build import build
+
+        wanted = self.known_recipe(recipe)
+        return build(wanted.base, wanted.terms(), Path(out), card=wanted.card(), record=wanted.as_json(), notice=notice)
+
+
+__all__ = ["NotFound", "Solved", "Workshop"]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from overpaint.errors import OverpaintError
+from overpaint.evaluation.images import Sampler, generate
+
+PROMPTS = ["a cat", "a dog in ink style", "a cat", "the fox", "one bus"]
+SEEDS = [3, 1, 4, 1, 5]
+SAMPLER = Sampler(steps=2, batch=5)
+
+
+def test_the_same_call_gives_the_same_bits(pipe: Any) -> None:
+    first, second = (generate(pipe, PROMPTS, SEEDS, SAMPLER) for _ in range(2))
+    assert first.dtype == np.uint8
+    assert first.shape == (5, 64, 64, 3)
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_picture_does_not_depend_on_its_neighbours(pipe: Any, batch: int) -> None:
+    together = generate(pipe, PROMPTS, SEEDS, SAMPLER).astype(int)
+    apart = generate(pipe, PROMPTS, SEEDS, Sampler(steps=2, batch=batch)).astype(int)
+    # Kernels sum in another order at another batch size, which may cross a rounding border.
+    assert abs(together - apart).max() <= 2
+
+
+def test_seed_and_prompt_both_matter(pipe: Any) -> None:
+    cat, other_seed, other_prompt = generate(pipe, ["a cat", "a cat", "zzzz"], [3, 4, 3], SAMPLER)
+    assert not np.array_equal(cat, other_seed)
+    assert not np.array_equal(cat, other_prompt)
+
+
+def test_progress_counts_pictures_and_the_bar_is_silent(pipe: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    counts: list[int] = []
+    pipe.set_progress_bar_config(desc="kept")
+    generate(pipe, PROMPTS, SEEDS, Sampler(steps=1, batch=2), on_batch=counts.append)
+    assert counts == [2, 4, 5]
+    assert capfd.readouterr().err == ""
+    assert pipe._progress_bar_config == {"desc": "kept"}
+
+
+def test_lists_that_do_not_match_are_refused(pipe: Any) -> None:
+    with pytest.raises(OverpaintError, match="1 prompts and 2 seeds"):
+        generate(pipe, ["a cat"], [1, 2])
+    with pytest.raises(OverpaintError, match="0 prompts"):
+        generate(pipe, [], [])
+
+
+def test_a_sampler_takes_at_least_one_step() -> None:
+    with pytest.raises(OverpaintError, match="at least one step"):
+        Sampler(steps=0)
