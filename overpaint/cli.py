@@ -379,6 +379,23 @@ def recipe_log(ctx: click.Context, name: str, as_json: bool) -> None:
     show_table(f"History of {name}", columns, rows, as_json)
 
 
+# The database
+
+
+@main.group()
+def db() -> None:
+    """The registry's database."""
+
+
+@db.command("upgrade")
+@click.pass_context
+def db_upgrade(ctx: click.Context) -> None:
+    """Bring an older registry to this program's schema; a copy of the database is kept beside it."""
+    from overpaint.registry.registry import Registry
+
+    click.echo(f"upgraded from revision {Registry.upgrade(ctx.obj)}")
+
+
 # Using
 
 

@@ -184,8 +184,7 @@ class Demo:
         """Step 5: a checkpoint that plain diffusers loads, and whose pictures are the live ones."""
         self.report(0.9, "building a checkpoint and reloading it")
         built = self.shop.build("safe", self.out / "checkpoint")
-        plain = StableDiffusionPipeline.from_pretrained(built.folder)
-        plain.to(dtype=pipe.unet.dtype)
+        plain = StableDiffusionPipeline.from_pretrained(built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False)
         trials = [self.trials[c.name][0] for c in self.concepts]
         same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
         self._check("checkpoint in plain diffusers: pictures", "identical" if same else "different", "identical", same)

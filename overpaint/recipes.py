@@ -71,7 +71,7 @@ class Recipe:
         after = {k: v for k, v in before.items() if k != patch_id}
         if strength is not None:
             after[patch_id] = strength
-        registry.change_recipe(
+        revision = registry.change_recipe(
             self.name,
             patch_id,
             strength,
@@ -80,7 +80,7 @@ class Recipe:
             digest_before=self._digest(before),
             digest_after=self._digest(after),
         )
-        return registry.log(self.name)[-1]
+        return next(line for line in registry.log(self.name) if line.revision == revision)
 
     def _meant(self, patch: Solved | PatchRecord | str, present: dict[str, float], *, removing: bool) -> str:
         """The id of a patch; a concept's name means, when removing, the patch of it that lies here."""

@@ -137,7 +137,12 @@ class Base:
         from diffusers import StableDiffusionPipeline
 
         pipe: Any = StableDiffusionPipeline.from_pretrained(
-            self.path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+            self.path,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)

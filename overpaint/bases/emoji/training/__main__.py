@@ -18,7 +18,7 @@ from overpaint.bases.emoji.training.loop import Run
 STAGES: dict[str, dict[str, Any]] = {
     "vae": {"steps": 1500, "batch": 16, "lr": 2e-3},
     "clip": {"steps": 1000, "batch": 64, "lr": 1e-3},
-    "unet": {"steps": 5000, "batch": 48, "lr": 1.2e-3, "ema": 0.998},
+    "unet": {"steps": 3200, "batch": 32, "lr": 1.2e-3, "ema": 0.998},
     "judge": {"steps": 900, "batch": 64, "lr": 2e-3},
 }
 
