@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.errors import AlreadyExists, OverpaintError
 from overpaint.recipes import Recipe
 from overpaint.registry.records import BaseRecord, PatchRecord, RecipeRecord
 from overpaint.registry.registry import Registry
@@ -91,6 +91,13 @@ class Workshop:
                 )
             self._remember_digests(record, base)
         return self._bases[name]
+
+    def prepare(self, base: str, *, device: str = "auto") -> None:
+        """Compute now what every closed-form solve on a base needs once: the vocabulary that it preserves."""
+        from overpaint.bases.device import resolve_device
+        from overpaint.solvers.universe import prepare
+
+        prepare(self.base(base), resolve_device(device))
 
     def _cache_of(self, record: BaseRecord) -> Path:
         return self.registry.folder / "cache" / f"{record.fingerprint}.json"
@@ -242,6 +249,3 @@ class Workshop:
 
         wanted = self.known_recipe(recipe)
         return build(wanted.base, wanted.terms(), Path(out), card=wanted.card(), record=wanted.as_json(), notice=notice)
-
-
-__all__ = ["NotFound", "Solved", "Workshop"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_every_kind_reads_back(base: Base, kind: str) -> None:
         (lambda b: b"", "no patch file"),
     ],
 )
-def test_a_damaged_patch_is_refused(patch: Patch, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_patch_is_refused(patch: Patch, damage: Callable[[bytes], bytes], message: str) -> None:
     with pytest.raises(BadPatch, match=message):
         read_patch(damage(patch.blob))
 

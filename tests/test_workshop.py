@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,7 @@ def test_names_are_free_text(shop: Workshop) -> None:
     ],
 )
 def test_a_broken_base_is_refused_and_nothing_is_stored(
-    tmp_path: Path,
-    base_folder: Path,
-    spoil,
-    message: str,  # type: ignore[no-untyped-def]
+    tmp_path: Path, base_folder: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(base_folder, copy)
@@ -143,6 +141,11 @@ def test_digests_are_remembered_between_openings(
     shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("overpaint.bases.base.tensor_digest", lambda name, tensor: calls.append(name) or "")
+
+    def counted(name: str, tensor: torch.Tensor) -> str:
+        calls.append(name)
+        return ""
+
+    monkeypatch.setattr("overpaint.bases.base.tensor_digest", counted)
     overpaint.open(tmp_path / "registry").base("tiny")
     assert calls == []

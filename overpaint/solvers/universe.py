@@ -60,14 +60,23 @@ def universe(base: Base, concepts: tuple[Concept, ...], ridge: float, weight: fl
     `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts
     against a word of the vocabulary.
     """
-    memory = _memories.get(base)
-    if memory is None:
-        memory = _memories[base] = _Memory(base, device)
+    memory = _memory(base, device)
     ordered = sorted(concepts, key=lambda c: c.name)
     key = canonical_json([[c.as_json() for c in ordered], ridge, weight])
     if key not in memory.universes:
         memory.universes[key] = _build(memory, base, ordered, ridge, weight)
     return memory.universes[key]
+
+
+def prepare(base: Base, device: torch.device) -> None:
+    """Read the vocabulary of a base now rather than in the first solve; it is the same for all concepts."""
+    _vocabulary(_memory(base, device), base)
+
+
+def _memory(base: Base, device: torch.device) -> _Memory:
+    if base not in _memories:
+        _memories[base] = _Memory(base, device)
+    return _memories[base]
 
 
 def _build(memory: _Memory, base: Base, concepts: list[Concept], ridge: float, weight: float) -> Universe:
@@ -88,19 +97,23 @@ def _build(memory: _Memory, base: Base, concepts: list[Concept], ridge: float, w
     )
 
 
-def _preserved(memory: _Memory, base: Base, erased: set[str]) -> Tensor:
-    """The vocabulary's second moment without the words of known concepts, which have keys of their own."""
-    templates = neutral_sentences(base)
-    vocabulary = memory.encoder.words()
+def _vocabulary(memory: _Memory, base: Base) -> Tensor:
+    """The second moment of every word of the tokenizer in the neutral sentences, float64 [d, d]."""
     if memory.vocabulary is None:
+        words, templates = memory.encoder.words(), neutral_sentences(base)
         total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
-        for start in range(0, len(vocabulary), 256):
-            k = keys_of(memory.encoder, vocabulary[start : start + 256], templates)
+        for start in range(0, len(words), 256):
+            k = keys_of(memory.encoder, words[start : start + 256], templates)
             total += k @ k.T
         memory.vocabulary = total
-    moment = memory.vocabulary.clone()
-    for word in sorted({part for phrase in erased for part in (phrase, phrase.casefold())} & set(vocabulary)):
+    return memory.vocabulary
+
+
+def _preserved(memory: _Memory, base: Base, erased: set[str]) -> Tensor:
+    """The vocabulary's second moment without the words of known concepts, which have keys of their own."""
+    moment = _vocabulary(memory, base).clone()
+    for word in sorted({w.casefold() for w in erased} & set(memory.encoder.words())):
         if word not in memory.words:
-            memory.words[word] = keys_of(memory.encoder, [word], templates)
+            memory.words[word] = keys_of(memory.encoder, [word], neutral_sentences(base))
         moment -= memory.words[word] @ memory.words[word].T
     return moment

@@ -8,6 +8,8 @@ noise levels where a picture is decided.
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from overpaint.bases import emoji
 from overpaint.bases.emoji.catalogue import Scene, random_caption
 from overpaint.bases.emoji.training.clip import WIDTH, tokenize
 from overpaint.bases.emoji.training.loop import Run, sheet, train
@@ -115,6 +118,7 @@ def run(spec: Run) -> None:
         sheet([p * 2 - 1 for p in found.images], len(_SHOWN), spec.work / f"unet-{step}.png")
 
     train("unet", unet, loss_of, spec, every=draw)
+    shutil.copyfile(Path(str(emoji.__file__)).parent / "overpaint.json", spec.out / "overpaint.json")
     parts: dict[str, Any] = {
         "vae": vae,
         "text_encoder": encoder,

@@ -1,0 +1,1 @@
+"""The sentences of the command line, a file for each noun. `overpaint/cli.py` gathers them."""

@@ -1,0 +1,64 @@
+"""What the commands share: talk on standard error, tables on standard output, the registry of a call."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from overpaint.workshop import Workshop
+
+
+class Talk:
+    """What a command says on the way: text and progress on standard error."""
+
+    def __init__(self) -> None:
+        self._length = 0
+
+    def say(self, text: str) -> None:
+        self.clear()
+        click.echo(text, err=True)
+
+    def progress(self, step: int, of: int, text: str) -> None:
+        """One line that is rewritten in a terminal; nothing where standard error is a file."""
+        if sys.stderr.isatty():
+            line = f"  {step}/{of} {text}"
+            click.echo(f"\r{line:<{self._length}}", nl=False, err=True)
+            self._length = len(line)
+
+    def clear(self) -> None:
+        if self._length:
+            click.echo("\r" + " " * self._length + "\r", nl=False, err=True)
+            self._length = 0
+
+
+def show_table(title: str, columns: list[str], rows: list[list[Any]], as_json: bool) -> None:
+    """A table for people, or the same rows as JSON objects."""
+    if as_json:
+        import json
+
+        click.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console(markup=False, highlight=False).print(table)
+
+
+def workshop(ctx: click.Context, *, create: bool = False) -> Workshop:
+    """The registry this call is about."""
+    from overpaint.workshop import Workshop
+
+    return Workshop.open(ctx.obj, create=create)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+recipe_option = click.option("--recipe", default="default", show_default=True, help="Name of the recipe.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")

@@ -1,0 +1,54 @@
+"""`overpaint concept`: what can be erased."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from overpaint.commands.common import json_option, show_table, workshop
+from overpaint.concepts import KINDS
+
+
+@click.group()
+def concept() -> None:
+    """Concepts that can be erased."""
+
+
+@concept.command("add")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(KINDS), default="object", show_default=True)
+@click.option("--synonym", "synonyms", multiple=True, help="Another word for the same thing; may be repeated.")
+@click.option("--anchor", default="", help="What it should become; empty: nothing.")
+@click.pass_context
+def concept_add(ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str) -> None:
+    """Remember a concept."""
+    added = workshop(ctx, create=True).add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor)
+    click.echo(f"concept {added.name} ({added.kind})")
+
+
+@concept.command("list")
+@json_option
+@click.pass_context
+def concept_list(ctx: click.Context, as_json: bool) -> None:
+    """List all concepts."""
+    rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in workshop(ctx).concepts()]
+    show_table("Concepts", ["name", "kind", "synonyms", "anchor"], rows, as_json)
+
+
+@concept.command("show")
+@click.argument("name")
+@json_option
+@click.pass_context
+def concept_show(ctx: click.Context, name: str, as_json: bool) -> None:
+    """Show one concept and its patches."""
+    shop = workshop(ctx)
+    found = shop.registry.concept(name)
+    rows: list[list[Any]] = [
+        ["name", found.name],
+        ["kind", found.kind],
+        ["synonyms", ", ".join(found.synonyms)],
+        ["anchor", found.anchor],
+        *([f"patch ({p.solver} on {p.base})", p.id] for p in shop.patches(concept=name)),
+    ]
+    show_table("Concept", ["what", "value"], rows, as_json)

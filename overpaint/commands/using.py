@@ -1,0 +1,67 @@
+"""Using what is there: `build`, `generate`, `demo`, and the upkeep of the database."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from overpaint.commands.common import Talk, device_option, recipe_option, workshop
+
+
+@click.group()
+def db() -> None:
+    """The registry's database."""
+
+
+@db.command("upgrade")
+@click.pass_context
+def db_upgrade(ctx: click.Context) -> None:
+    """Bring an older registry to this program's schema; a copy of the database is kept beside it."""
+    from overpaint.registry.registry import Registry
+
+    click.echo(f"upgraded from revision {Registry.upgrade(ctx.obj)}")
+
+
+@click.command()
+@click.argument("name", metavar="RECIPE")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.pass_context
+def build(ctx: click.Context, name: str, out: Path) -> None:
+    """Bake a recipe into a new diffusers folder OUT."""
+    built = workshop(ctx).build(name, out, notice=Talk().say)
+    click.echo(f"built {built.folder}: weights {built.digest}")
+
+
+@click.command()
+@click.argument("prompt")
+@recipe_option
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option("--compare", is_flag=True, help="Show the base beside the recipe, same seeds, in one labelled picture.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
+@click.option("--count", default=4, show_default=True, help="How many pictures.", type=click.IntRange(1, 64))
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--guidance", type=float, help="Guidance scale; default: what the base likes.")
+@device_option
+@click.pass_context
+def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare: bool, **options: Any) -> None:
+    """Draw a prompt with a recipe applied."""
+    from overpaint.drawing import draw
+
+    draw(workshop(ctx), recipe, prompt, out, compare=compare, **options)
+    click.echo(str(out))
+
+
+@click.command()
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("overpaint-demo"), show_default=True
+)
+@click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
+def demo(out: Path, quick: bool) -> None:
+    """Erase seven concepts from the embedded base, put two back, build a checkpoint, judge it all."""
+    from overpaint.demo import run
+
+    if not run(out, quick=quick):
+        sys.exit(1)
