@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,20 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
 
 @click.command()
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("overpaint-demo"), show_default=True
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A new folder; default: overpaint-demo, or the first free overpaint-demo-N.",
 )
 @click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
-def demo(out: Path, quick: bool) -> None:
+def demo(out: Path | None, quick: bool) -> None:
     """Erase seven concepts from the embedded base, put two back, build a checkpoint, judge it all."""
     from overpaint.demo import run
 
-    if not run(out, quick=quick):
+    if not run(out or _free_folder(), quick=quick):
         sys.exit(1)
+
+
+def _free_folder() -> Path:
+    names = itertools.chain(["overpaint-demo"], (f"overpaint-demo-{n}" for n in itertools.count(2)))
+    return next(Path(name) for name in names if not Path(name).exists())

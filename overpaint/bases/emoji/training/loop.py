@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 
 
@@ -29,6 +30,19 @@ class Run:
     batch: int
     lr: float
     ema: float = 0.0
+
+
+def track(name: str, first: int, steps: int, says: Callable[[], str]) -> Iterator[int]:
+    """The steps from `first` on, with a progress bar; every fiftieth is a line where there is no terminal."""
+    bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[says]}"), console=Console(stderr=True))
+    with bar:
+        task = bar.add_task(name, total=steps, completed=first, says="")
+        for step in range(first, steps):
+            yield step
+            bar.update(task, completed=step + 1, says=says())
+            if (step + 1) % 50 == 0 and not bar.console.is_terminal:
+                left = bar.tasks[task].time_remaining or 0.0
+                print(f"{name} {step + 1}/{steps} {says()}, {left / 60:.1f} min left", flush=True)
 
 
 def learning_rate(step: int, run: Run) -> float:
@@ -61,8 +75,8 @@ def train(
         optimiser.load_state_dict(saved["optimiser"])
         average, first = saved["average"], saved["step"]
     module.train()
-    started, smooth = time.monotonic(), float("nan")
-    for step in range(first, run.steps):
+    shown: dict[str, float] = {}
+    for step in track(name, first, run.steps, lambda: f"loss {shown['loss']:.4f}"):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, run)
         # A generator per step, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -74,11 +88,8 @@ def train(
         optimiser.step()
         _average(average, module.state_dict(), min(run.ema, (step + 1) / (step + 10)))
         value = loss.item()
-        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+        shown["loss"] = 0.98 * shown.get("loss", value) + 0.02 * value
         done = step + 1
-        if done % 50 == 0 or done == run.steps:
-            left = (time.monotonic() - started) / (done - first) * (run.steps - done)
-            print(f"{name} {done}/{run.steps} loss {smooth:.4f}, {left / 60:.1f} min left", flush=True)
         if done % 250 == 0 or done == run.steps:
             state = {
                 "module": module.state_dict(),
