@@ -6,12 +6,16 @@ import os
 import pwd
 from typing import TYPE_CHECKING, Any
 
+from overpaint.registry.changes import RecipeMoved
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
     from overpaint.patches.compose import Term
     from overpaint.workshop import Solved, Workshop
+
+TRIES = 20
+"""How often a change is worked out anew when others keep changing the same recipe."""
 
 
 class Recipe:
@@ -66,7 +70,20 @@ class Recipe:
         return self._change(patch, None, why, who)
 
     def _change(self, patch: Solved | PatchRecord | str, strength: float | None, why: str, who: str) -> HistoryRecord:
-        registry, before = self._workshop.registry, dict(self.record.patches)
+        """Compose, then record; again from the start when another process changed the recipe in between."""
+        for attempt in range(TRIES):
+            try:
+                return self._change_once(patch, strength, why, who or pwd.getpwuid(os.getuid()).pw_name)
+            except RecipeMoved:
+                if attempt == TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _change_once(
+        self, patch: Solved | PatchRecord | str, strength: float | None, why: str, who: str
+    ) -> HistoryRecord:
+        registry, expected = self._workshop.registry, self.record.patches
+        before = dict(expected)
         patch_id = self._meant(patch, before, removing=strength is None)
         after = {k: v for k, v in before.items() if k != patch_id}
         if strength is not None:
@@ -76,9 +93,10 @@ class Recipe:
             patch_id,
             strength,
             why=why,
-            who=who or pwd.getpwuid(os.getuid()).pw_name,
+            who=who,
             digest_before=self._digest(before),
             digest_after=self._digest(after),
+            expected=expected,
         )
         return next(line for line in registry.log(self.name) if line.revision == revision)
 

@@ -149,3 +149,26 @@ def test_digests_are_remembered_between_openings(
     monkeypatch.setattr("overpaint.bases.base.tensor_digest", counted)
     overpaint.open(tmp_path / "registry").base("tiny")
     assert calls == []
+
+
+def test_a_change_by_somebody_else_in_between_is_taken_into_account(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digests in the history are those of what the recipe really held."""
+    recipe = shop.recipe("safe")
+    cat, dog = (shop.solve(name, base="tiny") for name in ("cat", "dog"))
+    real = recipe._digest
+    once: list[int] = []
+
+    def interrupted(strengths: dict[str, float]) -> str:
+        if not once:
+            once.append(1)
+            shop.recipe("safe").add(dog)
+        return real(strengths)
+
+    monkeypatch.setattr(recipe, "_digest", interrupted)
+    line = recipe.add(cat)
+    first, second = recipe.log()
+    assert (first.concept, second.concept) == ("dog", "cat")
+    assert line == second
+    assert second.digest_before == first.digest_after

@@ -10,6 +10,10 @@ from overpaint.registry import models
 from overpaint.registry.records import Action
 
 
+class RecipeMoved(OverpaintError):
+    """A recipe that no longer holds what its change was worked out for."""
+
+
 def change(session: Session, recipe: models.Recipe, patch: models.Patch, after: float | None) -> models.History:
     """Set `patch` to strength `after` in `recipe`, or take it out if None; return the line for the history, unsigned.
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from overpaint.concepts import Concept
 from overpaint.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, schema
-from overpaint.registry.changes import change
+from overpaint.registry.changes import RecipeMoved, change
 from overpaint.registry.database import Database, connect, locate
 from overpaint.registry.names import checked_json, checked_name, checked_note, checked_number
 from overpaint.registry.queries import find, find_patch, lookup
@@ -213,16 +213,20 @@ class Registry:
         who: str,
         digest_before: str | None,
         digest_after: str | None,
+        expected: tuple[tuple[str, float], ...] | None = None,
     ) -> int:
         """Set one patch to `strength` in a recipe, or take it out if None, and return the revision that this made.
 
-        The change and its line of history are one transaction. Raises NotFound for an unknown recipe or patch or when
-        taking out what is not there, AlreadyExists when the patch is there at this strength, and OverpaintError for a
-        strength that is not finite or a patch of another base.
+        The change and its line of history are one transaction. `expected` is what the recipe must hold before it, so
+        that the digests are those of this very change; RecipeMoved if somebody else was faster. Raises NotFound for an
+        unknown recipe or patch or when taking out what is not there, AlreadyExists when the patch is there at this
+        strength, and OverpaintError for a strength that is not finite or a patch of another base.
         """
         after = None if strength is None else checked_number(strength, "a strength")
         with self._database.writing() as session:
             recipe = find(session, models.Recipe, name)
+            if expected is not None and RecipeRecord.of(recipe).patches != expected:
+                raise RecipeMoved(f"recipe {name!r} was changed by somebody else at the same moment; try again")
             patch = session.get(models.Patch, patch_id)
             if patch is None:
                 raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")

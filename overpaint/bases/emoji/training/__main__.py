@@ -1,6 +1,6 @@
 """Train the embedded base: `python -m overpaint.bases.emoji.training --data FOLDER --work FOLDER --out FOLDER`.
 
-Stages in order: vae, clip, latents, unet, judge. Each can be run alone, resumes from its last checkpoint, and reads
+Stages in order: vae, clip, unet, decoder, judge. Each can be run alone, resumes from its last checkpoint, and reads
 what the earlier ones left in `--out`.
 """
 
@@ -19,6 +19,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "vae": {"steps": 1500, "batch": 16, "lr": 2e-3},
     "clip": {"steps": 1000, "batch": 64, "lr": 1e-3},
     "unet": {"steps": 3200, "batch": 32, "lr": 1.2e-3, "ema": 0.998},
+    "decoder": {"steps": 1500, "batch": 16, "lr": 1e-3, "ema": 0.995},
     "judge": {"steps": 900, "batch": 64, "lr": 2e-3},
 }
 

@@ -119,17 +119,12 @@ def run(spec: Run) -> None:
 
     train("unet", unet, loss_of, spec, every=draw)
     shutil.copyfile(Path(str(emoji.__file__)).parent / "overpaint.json", spec.out / "overpaint.json")
-    parts: dict[str, Any] = {
-        "vae": vae,
-        "text_encoder": encoder,
-        "tokenizer": tok,
-        "unet": unet,
-        "scheduler": noise_schedule,
-    }
+    unet.half().save_pretrained(spec.out / "unet", safe_serialization=True)
+    noise_schedule.save_pretrained(spec.out / "scheduler")
     pipe: Any = StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae, encoder, tok, unet, noise_schedule, None, None, requires_safety_checker=False
     )
-    pipe.to(dtype=torch.float16).save_pretrained(spec.out, safe_serialization=True)
+    pipe.save_config(spec.out)
 
 
 _SHOWN = ("cat", "dog", "fox", "tiger", "car", "bus", "apple", "pizza", "rose", "pistol", "beer", "robot")
