@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.quiet import quiet_loading
 from overpaint.concepts import Concept
 from overpaint.demo_report import save_report
 from overpaint.errors import AlreadyExists
@@ -37,6 +38,8 @@ BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 SEPME_SETTINGS = {"iterations": "60", "lr": "0.1", "beta": "0.01", "batch": "4", "tau": "0.0", "guidance": "4.0"}
 """For this small base; the solver's defaults are the paper's, for Stable Diffusion."""
 PUT_BACK = ("cat", "ink")
+SHOWN = 7
+"""Pictures of each concept in the report, spread over its prompts."""
 ERASED_BAR, KEPT_BAR, SECONDS_BAR, BYTES_BAR = 0.05, 0.97, 1.0, 16 << 10
 
 
@@ -148,10 +151,9 @@ class Demo:
                 self.found.kept_base, self.found.kept = scores
             else:
                 self.found.base_scores[name], self.found.erased_scores[name] = scores
-            self.found.pictures[f"{name} before"] = list(
-                before[:8] if concept else before[:: max(1, len(before) // 8)][:8]
-            )
-            self.found.pictures[f"{name} after"] = list(after[:8] if concept else after[:: max(1, len(after) // 8)][:8])
+            shown = np.linspace(0, len(trials) - 1, min(SHOWN, len(trials))).astype(int)
+            self.found.pictures[f"{name} before"] = list(before[shown])
+            self.found.pictures[f"{name} after"] = list(after[shown])
             done += len(trials)
         self._bar_erased_and_kept()
 
@@ -183,13 +185,17 @@ class Demo:
             concept = next(c for c in self.concepts if c.name == name)
             pictures = self.draw(pipe, self.trials[name])
             self.found.restored_scores[name] = self.score(pictures, self.trials[name], concept)
-            self.found.pictures[f"{name} put back"] = list(pictures[:8])
+            shown = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)
+            self.found.pictures[f"{name} put back"] = list(pictures[shown])
 
     def build_and_reload(self, pipe: Any) -> None:
         """Step 5: a checkpoint that plain diffusers loads, and whose pictures are the live ones."""
         self.report(0.9, "building a checkpoint and reloading it")
         built = self.shop.build("safe", self.out / "checkpoint")
-        plain = StableDiffusionPipeline.from_pretrained(built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False)
+        with quiet_loading():
+            plain = StableDiffusionPipeline.from_pretrained(
+                built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False
+            )
         trials = [self.trials[c.name][0] for c in self.concepts]
         same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
         self._check("checkpoint in plain diffusers: pictures", "identical" if same else "different", "identical", same)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from overpaint.bases.digests import combined_digest, tensor_digest
 from overpaint.bases.layout import Layout, layout_of
+from overpaint.bases.quiet import quiet_loading
 from overpaint.errors import NotFound, OverpaintError
 
 EMBEDDED = Path(__file__).parent / "emoji" / "model"
@@ -134,16 +135,17 @@ class Base:
 
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A fresh `StableDiffusionPipeline` of this base."""
-        from diffusers import StableDiffusionPipeline
+        with quiet_loading():
+            from diffusers import StableDiffusionPipeline
 
-        pipe: Any = StableDiffusionPipeline.from_pretrained(
-            self.path,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-        )
+            pipe: Any = StableDiffusionPipeline.from_pretrained(
+                self.path,
+                dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+            )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 

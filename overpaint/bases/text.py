@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from overpaint.bases.base import Base
+from overpaint.bases.quiet import quiet_loading
 from overpaint.errors import OverpaintError
 
 BATCH = 128
@@ -30,10 +31,11 @@ class TextEncoder:
     @classmethod
     def of(cls, base: Base, device: torch.device | str = "cpu") -> TextEncoder:
         """Load the text encoder of a base."""
-        tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
-        model: Any = CLIPTextModel.from_pretrained(
-            base.path / "text_encoder", dtype=torch.float32, local_files_only=True
-        )
+        with quiet_loading():
+            tokenizer = CLIPTokenizer.from_pretrained(base.path / "tokenizer", local_files_only=True)
+            model: Any = CLIPTextModel.from_pretrained(
+                base.path / "text_encoder", dtype=torch.float32, local_files_only=True
+            )
         return cls(tokenizer, model.to(device).eval())
 
     @property
@@ -53,18 +55,23 @@ class TextEncoder:
 
     @torch.no_grad()
     def hidden(self, prompts: Sequence[str]) -> Tensor:
-        """The last hidden states, float32 [n, length, d], as the pipeline hands them to the U-Net."""
+        """The last hidden states, float32 [n, length, d], as the pipeline hands them to the U-Net.
+
+        A prompt that occurs several times is encoded once.
+        """
+        unique = list(dict.fromkeys(prompts))
         parts = []
-        for start in range(0, len(prompts), BATCH):
+        for start in range(0, len(unique), BATCH):
             ids = self.tokenizer(
-                list(prompts[start : start + BATCH]),
+                unique[start : start + BATCH],
                 padding="max_length",
                 max_length=self.length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
             parts.append(self.model(ids.to(self.model.device)).last_hidden_state)
-        return torch.cat(parts)
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return torch.cat(parts)[[place[prompt] for prompt in prompts]]
 
     def first_position(self, template: str, word: str) -> int:
         """The position of a word's first token in a template (begin-of-text is position 0).
