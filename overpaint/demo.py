@@ -32,7 +32,7 @@ SEPARABLE = (
     Concept("bomb", "unsafe", ("explosive",)),
     Concept("cat", "object", ("kitty", "feline")),
     Concept("car", "object", ("automobile", "sedan")),
-    Concept("ink", "style"),
+    Concept("ink", "style", anchor="flat"),
 )
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 SEPME_SETTINGS = {"iterations": "60", "lr": "0.1", "beta": "0.01", "batch": "4", "tau": "0.0", "guidance": "4.0"}

@@ -87,7 +87,7 @@ def card_markdown(table: CardTable, parts: Sequence[Component]) -> str:
             ("folder", "class", "values", "on disk", "shape"),
             ((p.name, p.kind, f"{p.values:,}", f"{p.size / 1e6:.2f} MB", p.facts) for p in parts),
         ),
-        f"Together {sum(p.size for p in parts) / 1e6:.1f} MB. Pictures become 8 x 8 x 4 latents.",
+        f"Together {sum(p.size for p in parts) / 1e6:.1f} MB. Pictures become 8 x 8 x 8 latents.",
         files(__package__).joinpath("card_prose.md").read_text("utf-8").strip(),
         "## Licences of the artwork",
         "The model was trained on resized artwork of these sets. Whoever passes on the model, or pictures made with "
