@@ -14,9 +14,15 @@ from overpaint import __version__
 from overpaint.commands.bases import base
 from overpaint.commands.common import workshop
 from overpaint.commands.concepts import concept
+from overpaint.commands.crosstalk import crosstalk
+from overpaint.commands.inspecting import inspect
+from overpaint.commands.maintenance import gc, verify
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe
+from overpaint.commands.searching import search
+from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve
+from overpaint.commands.tags import tag
 from overpaint.commands.using import build, db, demo, generate
 from overpaint.errors import OverpaintError
 
@@ -50,13 +56,21 @@ def main(ctx: click.Context, registry: str | None) -> None:
 
 
 @main.command()
+@click.option("--blobs", metavar="URL", help="Keep the bytes of patches there instead of in the registry's folder.")
 @click.pass_context
-def init(ctx: click.Context) -> None:
+def init(ctx: click.Context, blobs: str | None) -> None:
     """Make a registry."""
-    click.echo(f"registry at {workshop(ctx, create=True).registry.folder}")
+    folder = workshop(ctx, create=True).registry.folder
+    if blobs is not None:
+        from overpaint.registry.store import place_store
+
+        place_store(folder, blobs)
+    click.echo(f"registry at {folder}")
 
 
-for _command in (base, concept, solve, patch, recipe, build, generate, demo, db):
+for _command in (base, concept, solve, patch, recipe, tag, search, build, generate, inspect, crosstalk, demo, db):
+    main.add_command(_command)
+for _command in (export_, import_, push, pull, key, verify, gc):
     main.add_command(_command)
 
 

@@ -35,8 +35,19 @@ SEPARABLE = (
     Concept("ink", "style", anchor="flat"),
 )
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
-SEPME_SETTINGS = {"iterations": "60", "lr": "0.1", "beta": "0.01", "batch": "4", "tau": "0.0", "guidance": "4.0"}
-"""For this small base; the solver's defaults are the paper's, for Stable Diffusion."""
+STRENGTHS = {"ink": 1.3}
+"""A style is in every position of a prompt, and at strength 1 now and then shows through."""
+SEPME_SETTINGS = {
+    "iterations": "60",
+    "lr": "0.1",
+    "beta": "0.02",
+    "batch": "8",
+    "tau": "-0.01",
+    "guidance": "3.0",
+    "sentences": "24",
+    "tolerance": "0.05",
+}
+"""For this small base, whose text is 192 wide; the solver's defaults are the paper's, for Stable Diffusion."""
 PUT_BACK = ("cat", "ink")
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""
@@ -80,7 +91,7 @@ class Demo:
         self.sampler = Sampler(steps=20, guidance=float(self.base.extras.get("guidance", 4.0)))
         self.judge = load_judge(self.base.path)
         self.concepts = (*SEPARABLE, BY_SEPME)
-        self.trials = self._trials(3 if quick else 15, 1 if quick else 4)
+        self.trials = self._trials(3 if quick else 20, 1 if quick else 4)
         self.found = Findings()
 
     def _trials(self, per_concept: int, per_kept: int) -> dict[str, list[Trial]]:
@@ -118,22 +129,28 @@ class Demo:
         for concept in self.concepts:
             self.shop.registry.ensure_concept(concept)
         recipe = self.shop.recipe("safe", base="emoji")
-        self.report(0.0, "reading the vocabulary, once per base")
+        self.report(0.0, "encoding the vocabulary and the concepts, once")
         started = time.perf_counter()
         self.shop.prepare("emoji")
         self.found.prepare_seconds = time.perf_counter() - started
         for i, concept in enumerate(self.concepts):
             solver = "sepme" if concept == BY_SEPME else "separable"
             self.report(0.01 + 0.02 * i, f"solving {concept.name} with {solver}")
-            settings = SEPME_SETTINGS if solver == "sepme" else {}
+            settings = self.sepme_settings() if solver == "sepme" else {}
             self.found.solved[concept.name] = self.shop.solve(
                 concept.name, base="emoji", solver=solver, settings=settings
             )
         for concept in self.concepts:
-            recipe.add(self.found.solved[concept.name], why="demo: takedown")
+            strength = STRENGTHS.get(concept.name, 1.0)
+            recipe.add(self.found.solved[concept.name], strength, why="demo: takedown")
         self.found.digests["base"] = self.base.fingerprint
         self.found.digests["safe"] = recipe.digest()
         return recipe
+
+    def sepme_settings(self) -> dict[str, str]:
+        """SepME preserves only what it is told of: here, all other objects."""
+        kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
+        return {**SEPME_SETTINGS, "keep": "; ".join(kept)}
 
     def judge_all(self, pipe: Any, overlay: Any, recipe: Recipe) -> None:
         """Step 3: the base and the safe recipe on the same prompts and seeds."""
@@ -176,7 +193,7 @@ class Demo:
         never = self.shop.recipe("never-erased", base="emoji")
         for concept in self.concepts:
             if concept.name not in PUT_BACK:
-                never.add(self.found.solved[concept.name])
+                never.add(self.found.solved[concept.name], STRENGTHS.get(concept.name, 1.0))
         equal = recipe.digest() == never.digest()
         self._check("two put back: weights as if never erased", recipe.digest()[:16], "equal digests", equal)
         overlay.set(recipe.terms())
@@ -249,7 +266,7 @@ def run(out: Path, *, quick: bool = False) -> bool:
     console.print(_concept_table(found))
     console.print(_check_table(found))
     console.print(
-        f"{found.prepare_seconds:.1f} s once for the vocabulary, then the seconds above for each concept",
+        f"{found.prepare_seconds:.1f} s once to encode the vocabulary and the concepts, then the seconds above for each",
         highlight=False,
     )
     console.print(

@@ -99,7 +99,7 @@ def _provenance(demo: Demo, found: Findings) -> tuple[tuple[str, str], ...]:
     return (
         *((f"weights, {name}", digest) for name, digest in found.digests.items()),
         *((f"patch, {name}", solved.id) for name, solved in found.solved.items()),
-        ("vocabulary, once per base", f"{found.prepare_seconds:.2f} s"),
+        ("vocabulary and concepts, encoded once", f"{found.prepare_seconds:.2f} s"),
         ("sampler", f"DDIM, {demo.sampler.steps} steps, guidance {demo.sampler.guidance:g}"),
         (
             "versions",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from datetime import date
+from typing import TYPE_CHECKING, Any, Literal
 
-from overpaint.registry.changes import RecipeMoved
-from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
+from overpaint.registry.changes import Note, RecipeMoved
+from overpaint.registry.records import Difference, Due, HistoryRecord, Laid, PatchRecord, RecipeRecord, TagRecord
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
@@ -18,8 +20,19 @@ TRIES = 20
 """How often a change is worked out anew when others keep changing the same recipe."""
 
 
+def me() -> str:
+    """Who runs this program: the name of the user, or the number where it has no name, as in many containers."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 class Recipe:
-    """Reads and changes one recipe of a registry; what it holds is read anew each time."""
+    """Reads and changes one recipe of a registry; what it holds is read anew each time.
+
+    The name may say a revision, as NAME@NUMBER or NAME@TAG: that can be read, composed and built, but not changed.
+    """
 
     def __init__(self, workshop: Workshop, name: str) -> None:
         self._workshop, self.name = workshop, name
@@ -55,70 +68,126 @@ class Recipe:
 
         return composition_digest(self.base, compose(self.base, self._terms(strengths)))
 
+    # Changing
+
     def add(
-        self, patch: Solved | PatchRecord | str, strength: float = 1.0, *, why: str = "", who: str = ""
+        self,
+        patch: Solved | PatchRecord | str,
+        strength: float = 1.0,
+        *,
+        why: str = "",
+        who: str = "",
+        until: date | Literal["never"] | None = None,
     ) -> HistoryRecord:
         """Lay a patch on, or change the strength of one that is there; returns the line of history.
 
-        Raises AlreadyExists at an equal strength, WrongBase for a patch of another base. Composes first, so that a patch
-        that does not fit is refused before anything is written.
+        `until` is the day on which it lapses: `due` lists it from then on, and nothing is lifted off by itself. Without
+        one a patch stays for good, or as long as it was to stay before. Raises AlreadyExists when it lies there like this,
+        WrongBase for a patch of another base. Composes first, so that a patch that does not fit is refused before
+        anything is written.
         """
-        return self._change(patch, strength, why, who)
+
+        def change(held: RecipeRecord) -> int:
+            patch_id = self._meant(patch)
+            before = next((each for each in held.laid if each.patch == patch_id), None)
+            day = before.until if until is None and before is not None else until
+            return self._set(held, patch_id, Laid(patch_id, strength, None if day == "never" else day), why, who)
+
+        return self._changed(change)[0]
 
     def remove(self, patch: Solved | PatchRecord | str, *, why: str = "", who: str = "") -> HistoryRecord:
         """Lift a patch off; the weights are composed anew from the base. Raises NotFound when it is not there."""
-        return self._change(patch, None, why, who)
+        return self._changed(lambda held: self._set(held, self._meant(patch, on=held), None, why, who))[0]
 
-    def _change(self, patch: Solved | PatchRecord | str, strength: float | None, why: str, who: str) -> HistoryRecord:
+    def checkout(self, revision: int | str, *, why: str = "", who: str = "") -> list[HistoryRecord]:
+        """Lay on exactly what lay here at an earlier revision, by number or tag; returns the lines of the new revision.
+
+        The weights are composed anew, and their digest is recorded beside the old one. Raises NotFound for an unknown
+        revision, AlreadyExists when the same lies here now.
+        """
+
+        def change(held: RecipeRecord) -> int:
+            then = self._workshop.registry.recipe(f"{held.name}@{revision}")
+            note = Note(why, who or me(), self._digest(dict(held.patches)), self._digest(dict(then.patches)))
+            return self._workshop.registry.checkout_recipe(held.name, then.revision, note, expected=held.revision)
+
+        return self._changed(change)
+
+    def _changed(self, change: Callable[[RecipeRecord], int]) -> list[HistoryRecord]:
         """Compose, then record; again from the start when another process changed the recipe in between."""
         for attempt in range(TRIES):
             try:
-                return self._change_once(patch, strength, why, who or pwd.getpwuid(os.getuid()).pw_name)
+                revision = change(self.record)
+                return self._workshop.registry.log(self.name, revision=revision)
             except RecipeMoved:
                 if attempt == TRIES - 1:
                     raise
         raise AssertionError("unreachable")
 
-    def _change_once(
-        self, patch: Solved | PatchRecord | str, strength: float | None, why: str, who: str
-    ) -> HistoryRecord:
-        registry, expected = self._workshop.registry, self.record.patches
-        before = dict(expected)
-        patch_id = self._meant(patch, before, removing=strength is None)
-        after = {k: v for k, v in before.items() if k != patch_id}
-        if strength is not None:
-            after[patch_id] = strength
-        revision = registry.change_recipe(
+    def _set(self, held: RecipeRecord, patch_id: str, wanted: Laid | None, why: str, who: str) -> int:
+        before = dict(held.patches)
+        after = {each: strength for each, strength in before.items() if each != patch_id}
+        if wanted is not None:
+            after[patch_id] = wanted.strength
+        return self._workshop.registry.change_recipe(
             self.name,
             patch_id,
-            strength,
+            wanted.strength if wanted else None,
+            until=wanted.until if wanted else None,
             why=why,
-            who=who,
+            who=who or me(),
             digest_before=self._digest(before),
             digest_after=self._digest(after),
-            expected=expected,
+            expected=held.revision,
         )
-        return next(line for line in registry.log(self.name) if line.revision == revision)
 
-    def _meant(self, patch: Solved | PatchRecord | str, present: dict[str, float], *, removing: bool) -> str:
-        """The id of a patch; a concept's name means, when removing, the patch of it that lies here."""
+    def _meant(self, patch: Solved | PatchRecord | str, *, on: RecipeRecord | None = None) -> str:
+        """The id of a patch; a concept's name means, on a recipe, the patch of it that lies there."""
         if not isinstance(patch, str):
             return patch.id
         registry = self._workshop.registry
-        if removing:
-            here = [p.id for p in registry.patches() if p.id in present and p.concept == patch]
+        if on is not None:
+            here = [record.id for record, _ in registry.patches_on(on.name) if record.concept == patch]
             if len(here) == 1:
                 return here[0]
         return registry.patch(patch).id
 
+    # Keeping
+
+    def copy(self, name: str, *, why: str = "", who: str = "") -> Recipe:
+        """A new recipe with what lies on this one. Raises AlreadyExists."""
+        self._workshop.registry.copy_recipe(self.name, name, why=why, who=who or me())
+        return Recipe(self._workshop, name)
+
+    def delete(self, *, why: str = "", who: str = "") -> None:
+        """Take this recipe off the lists. Its history stays, and `Workshop.undelete_recipe` brings it back."""
+        self._workshop.registry.delete_recipe(self.name, why=why, who=who or me())
+
+    def tag(self, tag: str, *, who: str = "") -> TagRecord:
+        """Tie a tag to this recipe as it is now: `checkout(tag)` comes back to it. Raises AlreadyExists."""
+        return self._workshop.registry.tag(tag, recipes=[self.name], who=who or me())[0]
+
+    def untag(self, tag: str) -> None:
+        """Untie a tag from this recipe. Raises NotFound."""
+        self._workshop.registry.untag(tag, recipes=[self.record.name])
+
+    # Reading
+
     def log(self) -> list[HistoryRecord]:
         """Every change, oldest first."""
-        return self._workshop.registry.log(self.name)
+        return self._workshop.registry.log(self.record.name)
+
+    def diff(self, other: str) -> list[Difference]:
+        """Every patch that lies differently here and on another recipe or revision (NAME, NAME@NUMBER, NAME@TAG)."""
+        return self._workshop.registry.diff(self.name, other)
+
+    def due(self, on: date | None = None) -> list[Due]:
+        """What lies here though its day had come, by today (in UTC) or another day."""
+        return self._workshop.due(on, recipe=self.record.name)
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
         """What lies on the base, with strengths, by concept."""
-        registry = self._workshop.registry
-        found = [(registry.patch(patch_id), strength) for patch_id, strength in self.record.patches]
+        found = [(patch, laid.strength) for patch, laid in self._workshop.registry.patches_on(self.name)]
         return sorted(found, key=lambda item: item[0].concept)
 
     def as_json(self) -> dict[str, Any]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.concepts import Concept
 from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.recipes import Recipe
-from overpaint.registry.records import BaseRecord, PatchRecord, RecipeRecord
+from overpaint.recipes import Recipe, me
+from overpaint.registry.records import BaseRecord, Due, Found, PatchRecord, RecipeRecord, TagRecord
 from overpaint.registry.registry import Registry
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
+    from overpaint.evaluation.crosstalk import Crosstalk, Pair
     from overpaint.patches.build import Built
     from overpaint.patches.live import Overlay
     from overpaint.patches.patch import Patch
+    from overpaint.registry.verify import Verified
+    from overpaint.transport.receiving import Received, Request
+    from overpaint.transport.sending import Sent
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class Workshop:
     # Bases and concepts
 
     def add_base(self, name: str, source: str | Path) -> BaseRecord:
-        """Remember a base: a diffusers folder, or `emoji` for the embedded one.
+        """Remember a base: a diffusers folder, a single-file checkpoint, or `emoji` for the embedded one.
 
-        Raises AlreadyExists for a name that is taken, OverpaintError for a folder that is missing, broken or unknown.
+        Raises AlreadyExists for a name that is taken, OverpaintError for a base that is missing, broken or unknown.
         """
         from overpaint.bases.base import EMBEDDED, Base
 
@@ -93,11 +98,11 @@ class Workshop:
         return self._bases[name]
 
     def prepare(self, base: str, *, device: str = "auto") -> None:
-        """Compute now what every closed-form solve on a base needs once: the vocabulary that it preserves."""
+        """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts."""
         from overpaint.bases.device import resolve_device
         from overpaint.solvers.universe import prepare
 
-        prepare(self.base(base), resolve_device(device))
+        prepare(self.base(base), self.concepts(), resolve_device(device))
 
     def _cache_of(self, record: BaseRecord) -> Path:
         return self.registry.folder / "cache" / f"{record.fingerprint}.json"
@@ -183,8 +188,8 @@ class Workshop:
 
     # Patches and recipes
 
-    def patches(self, **where: str) -> list[PatchRecord]:
-        """All patches, or those of a `concept` or a `base`."""
+    def patches(self, **where: Any) -> list[PatchRecord]:
+        """All patches, or those of a `concept`, `base`, `solver` or `tag`; `limit` and `offset` give a page."""
         return self.registry.patches(**where)
 
     def patch(self, key: str) -> Patch:
@@ -208,7 +213,7 @@ class Workshop:
         """
         if base is None:
             known = self.registry.bases()
-            if all(record.name != name for record in self.registry.recipes()):
+            if not self.registry.has_recipe(name):
                 if len(known) != 1:
                     names = ", ".join(record.name for record in known) or "none; add one first"
                     raise OverpaintError(f"the recipe {name!r} is new, so say on which base it lies (known: {names})")
@@ -222,9 +227,125 @@ class Workshop:
         return self.registry.recipes()
 
     def known_recipe(self, name: str) -> Recipe:
-        """A recipe that is there. Raises NotFound."""
+        """A recipe that is there, as it is or (NAME@REVISION, NAME@TAG) as it was. Raises NotFound."""
         self.registry.recipe(name)
         return Recipe(self, name)
+
+    def undelete_recipe(self, name: str, *, why: str = "") -> Recipe:
+        """Bring back the recipe of that name that was deleted last. Raises NotFound, or AlreadyExists."""
+        return Recipe(self, self.registry.undelete_recipe(name, why=why, who=me()).name)
+
+    def due(self, on: date | None = None, *, recipe: str | None = None) -> list[Due]:
+        """What lies on recipes (or one) though its day had come, by today (in UTC) or another day."""
+        return self.registry.due(on or datetime.now(timezone.utc).date(), recipe=recipe)
+
+    def tag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
+        """Tie a tag to patches and recipes: all of them, or none. Raises NotFound, AlreadyExists."""
+        return self.registry.tag(tag, patches=patches, recipes=recipes, who=me())
+
+    def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> None:
+        """Untie a tag from patches and recipes: all of them, or none. Raises NotFound."""
+        self.registry.untag(tag, patches=patches, recipes=recipes)
+
+    def search(self, text: str = "", **where: Any) -> Found:
+        """Patches and recipes that mention every word of a text; see `Registry.search`."""
+        return self.registry.search(text, **where)
+
+    def crosstalk(
+        self, recipe: str | None = None, *, base: str | None = None, everything: bool = False, device: str = "auto"
+    ) -> Crosstalk:
+        """How much each patch of a recipe moves the other concepts (see `overpaint.evaluation.crosstalk`).
+
+        Without a recipe, the newest patch of each concept on `base` (or on the only base there is); with `everything`, also
+        what moves the registry's concepts that have no patch here. Raises OverpaintError when there is no patch.
+        """
+        from overpaint.bases.device import resolve_device
+        from overpaint.evaluation.crosstalk import crosstalk
+
+        if recipe is not None:
+            record = self.registry.recipe(recipe)
+            base, ids = record.base, [patch_id for patch_id, _ in record.patches]
+        else:
+            base = base or self._only_base()
+            ids = list({record.concept: record.id for record in self.registry.patches(base=base)}.values())
+        if not ids:
+            place = f"the recipe {recipe!r}" if recipe is not None else f"the base {base!r}"
+            raise OverpaintError(f"there is no patch on {place}; solve one and add it first")
+        return crosstalk(
+            self.base(base),
+            [self.patch(patch_id) for patch_id in ids],
+            self.concepts() if everything else (),
+            cache=self.registry.folder / "cache" / "moments",
+            device=resolve_device(device),
+        )
+
+    def disturbances(self, recipe: str, patch_id: str) -> list[Pair]:
+        """The strong cross-talk between one patch of a recipe and the others, both ways, where it has a closed form."""
+        from overpaint.evaluation.crosstalk import crosstalk, has_closed_form
+
+        record = self.registry.recipe(recipe)
+        base = self.base(record.base)
+        found = [self.patch(other) for other, _ in record.patches]
+        known = [patch for patch in found if has_closed_form(base, patch)]
+        name = self.patch(patch_id).concept.name
+        result = crosstalk(base, known, cache=self.registry.folder / "cache" / "moments")
+        return [pair for pair in result.above() if name in (pair.emitter, pair.receiver)]
+
+    def _only_base(self) -> str:
+        known = [record.name for record in self.registry.bases()]
+        if len(known) != 1:
+            raise OverpaintError(f"say which base is meant (known: {', '.join(known) or 'none; add one first'})")
+        return known[0]
+
+    # Upkeep and sharing
+
+    def verify(self, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
+        """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.verify`."""
+        from overpaint.registry.verify import verify
+
+        return verify(self.registry, report=report)
+
+    def export(
+        self, file: str | Path, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), sign: Path | None = None
+    ) -> Sent:
+        """Write patches and recipes, or everything, to one new file; `sign` is a key file. See `transport.sending`."""
+        from overpaint.transport.sending import export
+        from overpaint.transport.signing import load_signer
+
+        signer = load_signer(sign) if sign else None
+        return export(self.registry, Path(file), patches=patches, recipes=recipes, signer=signer)
+
+    def push(
+        self,
+        destination: str | Path,
+        *,
+        patches: Iterable[str] = (),
+        recipes: Iterable[str] = (),
+        sign: Path | None = None,
+        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    ) -> Sent:
+        """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.transport.sending`."""
+        from overpaint.transport.sending import push
+        from overpaint.transport.signing import load_signer
+
+        signer = load_signer(sign) if sign else None
+        return push(self.registry, destination, patches=patches, recipes=recipes, signer=signer, report=report)
+
+    def import_file(self, file: str | Path, **asked: Any) -> Received:
+        """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
+        from overpaint.transport.importing import import_file
+
+        return import_file(self.registry, Path(file), _request(**asked))
+
+    def pull(self, source: str | Path, **asked: Any) -> Received:
+        """Take patches and recipes from a folder or a URL: everything, or the `patches` and `recipes` that are named.
+
+        `trust` names public key files, or folders of them: only what one of those keys has signed is taken. `name` is
+        another name for the one recipe that is taken. See `overpaint.transport.receiving`.
+        """
+        from overpaint.transport.receiving import pull
+
+        return pull(self.registry, source, _request(**asked))
 
     # Using
 
@@ -244,8 +365,21 @@ class Workshop:
         return pipe, overlay
 
     def build(self, recipe: str, out: str | Path, *, notice: Callable[[str], None] = lambda text: None) -> Built:
-        """Bake a recipe into a new diffusers folder. Raises AlreadyExists when `out` is there."""
+        """Bake a recipe into a new checkpoint of its base's form (see `overpaint.patches.build`).
+
+        Raises AlreadyExists when `out` is there.
+        """
         from overpaint.patches.build import build
 
         wanted = self.known_recipe(recipe)
         return build(wanted.base, wanted.terms(), Path(out), card=wanted.card(), record=wanted.as_json(), notice=notice)
+
+
+def _request(*, trust: Iterable[Path] = (), **asked: Any) -> Request:
+    """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
+    from overpaint.patches.patch import read_patch
+    from overpaint.transport.receiving import Request
+    from overpaint.transport.signing import load_keyring
+
+    keys = [Path(path) for path in trust]
+    return Request(trusted=load_keyring(keys) if keys else None, check=read_patch, **asked)

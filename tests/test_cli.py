@@ -13,6 +13,8 @@ from PIL import Image
 
 from overpaint.cli import main
 
+from .registry.old import thaw
+
 
 class Shell:
     """Runs commands on one registry."""
@@ -59,8 +61,10 @@ def imports_torch(*words: str) -> bool:
 def test_help_and_lists_import_no_torch(ready: Shell) -> None:
     registry = ("--registry", str(ready.registry))
     assert not imports_torch("--help")
-    for what in ("base", "concept", "patch", "recipe"):
+    for what in ("base", "concept", "patch", "recipe", "tag"):
         assert not imports_torch(*registry, what, "list")
+    assert not imports_torch(*registry, "search", "cat")
+    assert not imports_torch(*registry, "recipe", "due")
 
 
 def test_the_road_from_base_to_checkpoint(ready: Shell, tmp_path: Path) -> None:
@@ -87,7 +91,8 @@ def test_the_road_from_base_to_checkpoint(ready: Shell, tmp_path: Path) -> None:
 
 def test_every_table_is_also_json(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
-    ready.ok("patch", "add", "cat")
+    ready.ok("patch", "add", "cat", "--until", "2027-01-31")
+    ready.ok("tag", "add", "pets", "--patch", "cat")
     for words in (
         ("base", "list"),
         ("base", "show", "tiny"),
@@ -98,9 +103,86 @@ def test_every_table_is_also_json(ready: Shell) -> None:
         ("recipe", "list"),
         ("recipe", "show"),
         ("recipe", "log"),
+        ("recipe", "diff", "default@0", "default"),
+        ("recipe", "due", "--on", "2027-01-31"),
+        ("tag", "list"),
+        ("search", "cat"),
     ):
         assert json.loads(ready.ok(*words, "--json"))
         assert ready.ok(*words)
+
+
+def test_a_recipe_is_made_copied_taken_back_and_deleted(ready: Shell) -> None:
+    ready.ok("solve", "cat", "dog", "--base", "tiny")
+    base = json.loads(ready.ok("base", "list", "--json"))[0]["fingerprint"]
+    assert base in ready.ok("recipe", "create", "safe", "--base", "tiny")
+    ready.ok("patch", "add", "cat", "dog", "--recipe", "safe")
+    ready.ok("patch", "remove", "dog", "--recipe", "safe")
+    ready.ok("tag", "add", "safe-2026-11", "--recipe", "safe@2", "--patch", "cat")
+    both = ready.ok("recipe", "checkout", "safe@safe-2026-11", "--why", "appeal lost")
+    assert "dog" in both
+    assert "these are the weights of revision 2, bit for bit" in both
+    assert base in ready.ok("recipe", "checkout", "safe@0")
+    log = json.loads(ready.ok("recipe", "log", "safe", "--json"))
+    assert [(row["revision"], row["did"], row["concept"], row["source"]) for row in log[3:]] == [
+        (4, "checkout", "dog", "safe@2"),
+        *((5, "checkout", concept, "safe@0") for concept in [row["concept"] for row in log[4:]]),
+    ]
+    assert log[3]["why"] == "appeal lost"
+    different = json.loads(ready.ok("recipe", "diff", "safe@1", "safe@4", "--json"))
+    assert [(row["concept"], row["strength before"], row["strength after"]) for row in different] == [
+        ("dog", None, 1.0)
+    ]
+    assert log[3]["weights"] in ready.ok("recipe", "copy", "safe@2", "again")
+    ready.ok("recipe", "delete", "safe", "--why", "obsolete")
+    assert [row["recipe"] for row in json.loads(ready.ok("recipe", "list", "--json"))] == ["again"]
+    assert [row["recipe"] for row in json.loads(ready.ok("recipe", "list", "--deleted", "--json"))] == ["safe"]
+    assert json.loads(ready.ok("recipe", "log", "safe", "--deleted", "--json"))[-1]["why"] == "obsolete"
+    assert base in ready.ok("recipe", "undelete", "safe")
+    assert len(json.loads(ready.ok("recipe", "log", "safe", "--json"))) == len(log) + 2
+
+
+def test_a_takedown_lapses_and_is_listed(ready: Shell) -> None:
+    ready.ok("solve", "cat", "--base", "tiny")
+    assert "until 2027-01-31" in ready.ok("patch", "add", "cat", "--until", "2027-01-31")
+    assert json.loads(ready.ok("recipe", "due", "--on", "2027-01-30", "--json")) == []
+    due = json.loads(ready.ok("recipe", "due", "default", "--on", "2027-01-31", "--json"))
+    assert [(row["recipe"], row["concept"], row["until"]) for row in due] == [("default", "cat", "2027-01-31")]
+    assert json.loads(ready.ok("recipe", "show", "--json"))[0]["until"] == "2027-01-31"
+    assert "until 2027-01-31" in ready.ok("patch", "show", "cat")
+    ready.ok("patch", "add", "cat", "--until", "never")
+    assert json.loads(ready.ok("recipe", "due", "--on", "2030-01-01", "--json")) == []
+
+
+def test_lists_come_in_pages_and_say_that_there_is_more(ready: Shell) -> None:
+    ready.ok("solve", "cat", "dog", "fox", "--base", "tiny")
+    first = ready("patch", "list", "--limit", "2", "--json")
+    assert [row["concept"] for row in json.loads(first.stdout)] == ["fox", "dog"]
+    assert "2 of 3 patches" in first.stderr
+    assert [row["concept"] for row in json.loads(ready.ok("patch", "list", "--offset", "2", "--json"))] == ["cat"]
+    everything = ready("patch", "list", "--limit", "0", "--json")
+    assert len(json.loads(everything.stdout)) == 3
+    assert everything.stderr == ""
+    assert [row["name"] for row in json.loads(ready.ok("concept", "list", "--limit", "1", "--json"))] == ["cat"]
+
+
+def test_searching_finds_patches_and_recipes(ready: Shell) -> None:
+    ready.ok("concept", "add", "cat", "--synonym", "fox")
+    ready.ok("solve", "cat", "dog", "--base", "tiny")
+    ready.ok("patch", "add", "cat", "--recipe", "safe", "--why", "letter of Monday")
+    ready.ok("tag", "add", "pets", "--patch", "cat", "--patch", "dog", "--recipe", "safe")
+
+    def found(*words: str) -> list[tuple[str, str]]:
+        return [(row["what"], row["name"]) for row in json.loads(ready.ok("search", *words, "--json"))]
+
+    assert found("FOX") == [("patch", "cat")]
+    assert found("letter", "monday") == [("recipe", "safe")]
+    assert found("--tag", "pets") == [("recipe", "safe"), ("patch", "dog"), ("patch", "cat")]
+    assert found("--kind", "object", "--solver", "separable", "--base", "tiny", "do") == [("patch", "dog")]
+    assert found("--tag", "pets", "--limit", "1") == [("recipe", "safe"), ("patch", "dog")]
+    assert json.loads(ready.ok("tag", "list", "pets", "--json"))[0]["name"] == "safe"
+    ready.ok("tag", "remove", "pets", "--patch", "cat")
+    assert found("--tag", "pets") == [("recipe", "safe"), ("patch", "dog")]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +198,17 @@ def test_every_table_is_also_json(ready: Shell) -> None:
         (("concept", "add", " "), "name"),
         (("concept", "add", "x", "--anchor", "x"), "anchor"),
         (("recipe", "show", "nothing"), "nothing"),
+        (("recipe", "create", "new", "--base", "other"), "other"),
+        (("recipe", "checkout", "nothing@1"), "nothing"),
+        (("recipe", "copy", "nothing", "new"), "nothing"),
+        (("recipe", "undelete", "nothing"), "recipe list --deleted"),
+        (("recipe", "due", "--on", "tomorrow"), "tomorrow"),
+        (("patch", "add", "cat", "--until", "31.1.2027"), "YYYY-MM-DD"),
+        (("patch", "list", "--limit", "-1"), "-1"),
+        (("tag", "add", "3", "--recipe", "default"), "not a number"),
+        (("tag", "add", "t"), "name a patch or a recipe"),
+        (("search",), "say what to search for"),
+        (("search", "x", "--base", "other"), "other"),
         (("build", "nothing", "out"), "nothing"),
         (("base", "add", "x", "/nowhere"), "not a folder"),
         (("generate", "a cat", "-o", "/nowhere/p.png", "--recipe", "nothing"), "no folder"),
@@ -138,6 +231,14 @@ def test_a_concept_or_base_that_is_there_is_not_replaced(ready: Shell, base_fold
     ready.ok("concept", "add", "cat")
     assert "already" in ready.fails("concept", "add", "cat", "--kind", "style")
     assert "already" in ready.fails("base", "add", "tiny", str(base_folder))
+
+
+def test_an_older_registry_names_the_command_that_upgrades_it(shell: Shell) -> None:
+    thaw(shell.registry, "0001")
+    assert "run `overpaint db upgrade`" in shell.fails("patch", "list")
+    assert "0001" in shell.ok("db", "upgrade")
+    assert len(json.loads(shell.ok("patch", "list", "--json"))) == 3
+    assert [row["did"] for row in json.loads(shell.ok("recipe", "log", "safe", "--json"))][-2:] == ["remove", "add"]
 
 
 def test_without_a_registry_the_way_to_one_is_named(shell: Shell) -> None:

@@ -1,109 +1,71 @@
-"""The laws of composition, over random deltas, dtypes and histories."""
+"""The laws of composition, over every kind of delta, every dtype and random histories; and how far the arithmetic may be off."""
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
+from fractions import Fraction
+from functools import reduce
+from itertools import permutations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BrokenBase
 from overpaint.errors import OverpaintError
-from overpaint.patches.compose import Term, compose, composition_digest
-from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, TextMap
-from overpaint.patches.live import ForeignChange, Overlay
-from tests.conftest import tiny_pipeline
+from overpaint.patches import arithmetic
+from overpaint.patches.compose import Term, compose, composition_digest, plan
+from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
+from overpaint.patches.residual import exactly
+from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta, some_terms
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def some_terms(base: Base, seed: int, count: int = 6) -> list[Term]:
-    """Deltas of every kind on the base's cross-attention, with strengths of both signs."""
-    rng = torch.Generator().manual_seed(seed)
-    names = base.readers()
-    found: list[Term] = []
-    for i in range(count):
-        shapes = {n: base.tensor(n).shape for n in names}
-        width = shapes[names[0]][1]
-        delta: Delta
-        if i % 3 == 0:
-            delta = TextMap("text_encoder", *(torch.randn(width, 2, generator=rng) * 0.1 for _ in range(2)))
-        elif i % 3 == 1:
-            delta = LowRank(
-                {
-                    n: (torch.randn(s[0], 2, generator=rng), torch.randn(2, s[1], generator=rng) * 0.1)
-                    for n, s in shapes.items()
-                }
-            )
-        else:
-            delta = Dense({names[i % len(names)]: torch.randn(shapes[names[i % len(names)]], generator=rng) * 0.1})
-        found.append(Term(f"{seed}-{i * 7919 % 101:03}", delta, (-1) ** i * (0.3 + 0.2 * i)))
-    return found
+FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HALVES = (torch.float16, torch.bfloat16)
+BASES = (torch.float32, *HALVES)
+KEY, CONV, BIAS = "unet/down.attn2.to_k.weight", "unet/conv.weight", "unet/conv.bias"
+seeds = st.integers(0, 10**6)
 
 
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+@pytest.fixture(params=BASES, ids=str, scope="module")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return small_base(tmp_path_factory.mktemp("compose") / "base", request.param)
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32], ids=str, scope="module")
-def any_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    folder = tmp_path_factory.mktemp("dtypes") / "base"
-    tiny_pipeline().to(dtype=request.param).save_pretrained(folder)
-    return Base.open(folder)
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return small_base(tmp_path_factory.mktemp("half") / "base", torch.float16)
+
+
+# The laws
 
 
 @FEW
-@given(seed=st.integers(0, 10**6), order=st.randoms(use_true_random=False))
-def test_order_does_not_matter(any_base: Base, seed: int, order: random.Random) -> None:
-    terms = some_terms(any_base, seed)
+@given(seed=seeds, count=st.integers(0, 12), order=st.randoms(use_true_random=False))
+def test_order_does_not_matter(base: Base, seed: int, count: int, order: random.Random) -> None:
+    terms = some_terms(base, seed, count)
     shuffled = list(terms)
     order.shuffle(shuffled)
-    assert equal(compose(any_base, terms), compose(any_base, shuffled))
+    assert equal(compose(base, terms), compose(base, shuffled))
 
 
-def test_composition_agrees_with_a_sum_in_float64(any_base: Base) -> None:
-    terms = some_terms(any_base, 3)
-    for name, found in compose(any_base, terms).items():
-        weight = any_base.tensor(name).double()
-        wanted = weight.clone()
-        for term in terms:
-            if isinstance(term.delta, TextMap):
-                wanted += term.strength * weight @ term.delta.up.double() @ term.delta.down.double().T
-            elif isinstance(term.delta, LowRank):
-                up, down = term.delta.factors[name]
-                wanted += term.strength * up.double() @ down.double()
-            elif name in term.delta.changes:
-                wanted += term.strength * term.delta.changes[name].double()
-        # One unit in the last place: the sums above are not sorted.
-        assert torch.allclose(found.double(), wanted, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-7)
+def test_order_does_not_matter_where_float64_itself_depends_on_it(base: Base) -> None:
+    """Why terms are sorted: added as they come, these would be off by one."""
+    assert 2.0**60 + 1 - 2.0**60 != 2.0**60 - 2.0**60 + 1
+    values = {"a": 2.0**60, "b": 1.0, "c": -(2.0**60)}
+    terms = [Term(id, Dense({BIAS: torch.full((4,), value, dtype=torch.float64)})) for id, value in values.items()]
+    results = [compose(base, order) for order in permutations(terms)]
+    assert all(equal(found, results[0]) for found in results)
 
 
 def test_nothing_composed_is_the_base(base: Base) -> None:
     assert compose(base, []) == {}
     assert composition_digest(base, {}) == base.fingerprint
-
-
-def test_a_thousand_random_changes_end_in_the_same_bits_and_restore_the_base(base: Base) -> None:
-    pipe = tiny_pipeline().to(dtype=torch.float16)
-    pristine = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    overlay, terms, rng = Overlay(pipe, base), some_terms(base, 5), random.Random(0)
-    present: dict[str, Term] = {}
-    for _ in range(1000):
-        term = rng.choice(terms)
-        if present.pop(term.id, None) is None:
-            present[term.id] = term
-        overlay.set(present.values())
-    fresh = tiny_pipeline().to(dtype=torch.float16)
-    Overlay(fresh, base).set(present.values())
-    assert equal(dict(pipe.unet.state_dict()), dict(fresh.unet.state_dict()))
-    assert present
-    assert not equal(dict(pipe.unet.state_dict()), pristine)
-    overlay.clear()
-    assert equal(dict(pipe.unet.state_dict()), pristine)
 
 
 def test_subtracting_would_not_restore() -> None:
@@ -112,53 +74,220 @@ def test_subtracting_would_not_restore() -> None:
     assert not torch.equal((w + d) - d, w)
 
 
-def test_a_sum_of_factors_is_not_a_sum_of_products() -> None:
-    """Why factors of different patches are never added."""
-    u1, d1, u2, d2 = (torch.randn(4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4))
-    assert not torch.allclose((u1 + u2) @ (d1 + d2), u1 @ d1 + u2 @ d2)
+@FEW
+@given(seed=seeds)
+def test_the_same_input_gives_the_same_bytes(base: Base, seed: int) -> None:
+    again = Base.open(base.path)
+    one, two = compose(base, some_terms(base, seed)), compose(again, some_terms(again, seed))
+    assert composition_digest(base, one) == composition_digest(again, two)
 
 
-def test_a_failure_half_way_leaves_the_pipeline_as_it_was(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = tiny_pipeline().to(dtype=torch.float16)
-    overlay, terms = Overlay(pipe, base), some_terms(base, 1)
-    overlay.set(terms[:1])
-    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    last = overlay._parameters[base.readers()[-1]]
-    monkeypatch.setattr(type(last), "copy_", _failing_copy(last), raising=False)
-    with pytest.raises(RuntimeError, match="planted"):
-        overlay.set(terms[1:3])
+def test_composing_leaves_base_and_deltas_as_they_are(base: Base) -> None:
+    terms = some_terms(base, 1)
+    before, digests = base.tensors(base.names), [term.delta.digest for term in terms]
+    compose(base, terms)
+    assert equal(base.tensors(base.names), before)
+    assert [some_terms(base, 1)[i].delta.digest for i in range(len(terms))] == digests
+
+
+@FEW
+@given(seed=seeds, kind=st.sampled_from(KINDS))
+def test_a_strength_of_zero_is_no_patch(base: Base, seed: int, kind: str) -> None:
+    """Not even the sign of a zero changes."""
+    others = some_terms(base, seed, 3)
+    idle = Term("idle", some_delta(base, kind, seed), 0.0)
+    assert equal(compose(base, [*others, idle]), compose(base, others))
+
+
+# Plans
+
+
+def test_a_plan_reads_no_tensor_before_one_is_asked_for(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, real = some_terms(base, 4), Base.tensor
+    read: list[str] = []
+
+    def tensor(self: Base, name: str) -> Tensor:
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Base, "tensor", tensor)
+    planned = plan(base, terms)
+    assert planned.names == sorted(planned.names)
+    assert read == []
+    value = planned.tensor(KEY)
+    assert read == [KEY]
     monkeypatch.undo()
-    assert equal(dict(pipe.unet.state_dict()), before)
-    overlay.set(terms[:1])
+    assert torch.equal(value, compose(base, terms)[KEY])
+    assert torch.equal(value, planned.tensor(KEY))
 
 
-def _failing_copy(victim: Tensor):  # type: ignore[no-untyped-def]
-    real = torch.Tensor.copy_
-    calls: list[int] = []
-
-    def copy_(self: Tensor, source: Tensor) -> Tensor:
-        if self is victim and not calls:
-            calls.append(1)
-            raise RuntimeError("planted")
-        return real(self, source)
-
-    return copy_
+def test_tensors_may_be_asked_for_in_any_order(base: Base) -> None:
+    planned, whole = plan(base, some_terms(base, 7, 10)), compose(base, some_terms(base, 7, 10))
+    assert equal({name: planned.tensor(name) for name in reversed(planned.names)}, whole)
 
 
-def test_a_foreign_change_is_noticed_and_refused(base: Base) -> None:
-    pipe = tiny_pipeline().to(dtype=torch.float16)
-    overlay, terms = Overlay(pipe, base), some_terms(base, 1)
-    overlay.set(terms[:1])
-    with torch.no_grad():
-        overlay._parameters[base.readers()[0]].add_(1)
-    with pytest.raises(ForeignChange, match="something else"):
-        overlay.clear()
+def test_blocks_of_rows_only_save_memory(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = [Term(kind, some_delta(base, kind, 5)) for kind in ("dense", "xor")]
+    whole = compose(base, terms)
+    monkeypatch.setattr(arithmetic, "BLOCK", 2 * WIDTH)
+    assert equal(compose(base, terms), whole)
+
+
+# Accuracy
+
+
+Matrix = list[list[Fraction]]
+
+
+def matrix(values: Tensor) -> Matrix:
+    """A tensor in exact arithmetic; a kernel's rows are its output channels, a vector's its values."""
+    return [[Fraction(v) for v in row] for row in values.double().reshape(values.shape[0], -1).tolist()]
+
+
+def product(a: Matrix, b: Matrix) -> Matrix:
+    return [
+        [sum((x * y for x, y in zip(row, column, strict=True)), Fraction()) for column in zip(*b, strict=True)]
+        for row in a
+    ]
+
+
+def plus(a: Matrix, b: Matrix, times: Fraction) -> Matrix:
+    return [[x + times * y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
+
+
+def magnitude(a: Matrix) -> Matrix:
+    return [[abs(x) for x in row] for row in a]
+
+
+def flat(a: Matrix) -> list[Fraction]:
+    return [x for row in a for x in row]
+
+
+def exact(base: Base, name: str, terms: list[Term]) -> tuple[Matrix, Matrix, Matrix]:
+    """The composed values in exact arithmetic, and the sums of all magnitudes: of text maps, and of everything else."""
+    weight = matrix(base.tensor(name))
+    total, texts, rest = weight, plus(weight, weight, Fraction(-1)), magnitude(weight)
+    for term in terms:
+        part, strength = term.delta, Fraction(term.strength)
+        if isinstance(part, TextMap) and name in part.targets(base):
+            factors = [weight, matrix(part.up), matrix(part.down.T)]
+        elif isinstance(part, LowRank) and name in part.factors:
+            factors = [matrix(factor) for factor in part.factors[name]]
+        elif isinstance(part, Dense):
+            factors = [matrix(part.changes[name])]
+        else:
+            continue
+        total = plus(total, reduce(product, factors), strength)
+        size = reduce(product, map(magnitude, factors))
+        if isinstance(part, TextMap):
+            texts = plus(texts, size, abs(strength))
+        else:
+            rest = plus(rest, size, abs(strength))
+    return total, texts, rest
+
+
+def unit(value: Fraction, dtype: torch.dtype) -> Fraction:
+    """The distance between neighbouring values of a dtype around a value."""
+    digits, least = {torch.float16: (11, -14), torch.bfloat16: (8, -126), torch.float32: (24, -126)}[dtype]
+    exponent = max(math.frexp(float(value))[1] - 1, least) if value else least
+    return Fraction(2) ** (exponent - digits + 1)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5], ids=lambda r: f"{r} directions")
+@pytest.mark.parametrize("name", [KEY, CONV, BIAS])
+def test_the_arithmetic_is_as_exact_as_promised(base: Base, name: str, rank: int) -> None:
+    """The bound of the module `arithmetic`; more than WIDTH / 4 directions are applied in float32."""
+    deltas = [some_delta(base, kind, seed, rank) for seed, kind in enumerate(KINDS[:3])]
+    terms = [Term(str(i), delta, s) for i, (delta, s) in enumerate(zip(deltas, (0.7, -1.3, 2.1), strict=True))]
+    eps, single = Fraction(2) ** -53, Fraction(2) ** -24
+    count = 2 * WIDTH + rank + len(terms) + 4
+    dtype = base.tensor(name).dtype
+    text_eps = single if arithmetic.THIN * rank > WIDTH else eps
+    for found, wanted, texts, rest in zip(
+        *map(flat, (matrix(compose(base, terms)[name]), *exact(base, name, terms))), strict=True
+    ):
+        bound = count * (text_eps * texts + eps * rest)
+        rounding = unit(max(abs(wanted), abs(found)), dtype) / 2 + (single * abs(wanted) if dtype in HALVES else 0)
+        assert abs(found - wanted) <= bound + rounding
+
+
+def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> None:
+    """Text maps that fill the text width are summed in text space first."""
+    terms = [Term(f"{i:03}", some_delta(base, "text-map", i, 2), 0.1) for i in range(50)]
+    whole = plan(base, terms)
+    weight = base.tensor(KEY).double()
+    wanted = weight.clone()
+    for term in terms:
+        assert isinstance(term.delta, TextMap)
+        wanted += 0.1 * weight @ term.delta.up.double() @ term.delta.down.double().T
+    change = whole._change(KEY, whole.pieces[KEY], base.tensor(KEY))
+    assert [type(text) for text in change.texts] == [arithmetic.Square]
+    # One rounding to the base's dtype, on top of float32 products.
+    found = whole.tensor(KEY)
+    assert torch.allclose(found.double(), wanted, rtol=torch.finfo(found.dtype).eps, atol=1e-6)
+
+
+# Residual bits
+
+
+@FEW
+@given(seed=seeds, kind=st.sampled_from(KINDS[:3]))
+def test_residual_bits_make_an_import_exact(base: Base, seed: int, kind: str) -> None:
+    delta = some_delta(base, kind, seed)
+    noise = torch.Generator().manual_seed(seed)
+    wanted = {
+        name: value + 1e-3 * torch.randn(value.shape, generator=noise).to(value.dtype)
+        for name, value in compose(base, [Term("a", delta)]).items()
+    }
+    imported = exactly(base, delta, wanted)
+    assert isinstance(imported, Sum)
+    assert equal(compose(base, [Term("a", imported)]), wanted)
+
+
+def test_an_import_that_is_exact_needs_no_bits(base: Base) -> None:
+    delta = some_delta(base, "low-rank", 1)
+    assert exactly(base, delta, compose(base, [Term("a", delta)])) is delta
+
+
+def test_residual_bits_reach_values_that_no_difference_could(base: Base) -> None:
+    """1 - 1e-20 is 1 in float64: only bits give 1e-20 back."""
+    zero, tiny = Dense({BIAS: -base.tensor(BIAS).double()}), torch.full_like(base.tensor(BIAS), 6e-8)
+    assert torch.equal(compose(base, [Term("a", exactly(base, zero, {BIAS: tiny}))])[BIAS], tiny)
+
+
+@FEW
+@given(seed=seeds, strength=st.sampled_from((-1.0, 0.5, 2.0)))
+def test_in_company_residual_bits_count_as_the_difference_they_make(base: Base, seed: int, strength: float) -> None:
+    imported, other = some_delta(base, "sum", seed), some_delta(base, "low-rank", seed + 9)
+    made = compose(base, [Term("a", imported)])
+    differences = Dense({name: value.double() - base.tensor(name).double() for name, value in made.items()})
+    together = compose(base, [Term("a", imported, strength), Term("b", other)])
+    assert equal(together, compose(base, [Term("b", other), Term("c", differences, strength)]))
+
+
+def test_bits_that_do_not_fit_the_base_are_refused(base: Base) -> None:
+    wrong = torch.int16 if base.tensor(BIAS).element_size() == 4 else torch.int32
+    for at, mask in (([9], torch.int32), ([0], wrong)):
+        delta = Xor({BIAS: (torch.tensor(at, dtype=torch.int32), torch.ones(1, dtype=mask))})
+        with pytest.raises(BadDelta, match="another base"):
+            plan(base, [Term("a", delta)])
+
+
+def test_an_import_must_know_all_it_changes(base: Base) -> None:
+    delta = some_delta(base, "dense", 0, names=[BIAS])
+    with pytest.raises(BadDelta, match="no edited value"):
+        exactly(base, delta, {})
+    with pytest.raises(BadDelta, match="convert the import"):
+        exactly(base, delta, {BIAS: base.tensor(BIAS).double()})
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
 def test_a_strength_that_is_not_finite_is_refused(base: Base, strength: float) -> None:
     with pytest.raises(OverpaintError, match="finite"):
-        Term("a", some_terms(base, 0)[0].delta, strength)
+        Term("a", some_delta(base, "dense", 0), strength)
 
 
 def test_a_patch_is_composed_once(base: Base) -> None:
@@ -167,30 +296,72 @@ def test_a_patch_is_composed_once(base: Base) -> None:
         compose(base, [term, term])
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(BadDelta, match="not finite"):
-        Dense({"unet/x": torch.tensor([1.0, float("nan")])})
-
-
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
         (TextMap("text_encoder", torch.ones(7, 1), torch.ones(7, 1)), "text width 7"),
-        (Dense({"unet/nothing.weight": torch.ones(1)}), "lacks"),
         (TextMap("text_encoder_2", torch.ones(7, 1), torch.ones(7, 1)), "no projection"),
+        (Dense({"unet/nothing.weight": torch.ones(1)}), "lacks"),
+        (Dense({BIAS: torch.ones(5)}), r"shape \[4\], but the change is for \[5\]"),
+        (LowRank({KEY: (torch.ones(5, 1), torch.ones(1, 8))}), "another architecture"),
+        (LowRank({BIAS: (torch.ones(4, 1), torch.ones(1, 1))}), "another architecture"),
+        (LowRank({CONV: (torch.ones(4, 1), torch.ones(1, 3))}), r"shape \[4, 3, 3, 3\]"),
     ],
 )
-def test_a_delta_that_does_not_fit_is_refused(base: Base, delta: Delta, message: str) -> None:
+def test_a_delta_that_does_not_fit_is_refused_before_anything_is_read(
+    half: Base, delta: Delta, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Base, "_read")
     with pytest.raises(BadDelta, match=message):
-        compose(base, [Term("a", delta)])
+        plan(half, [Term("a", delta, 0.0)])
 
 
-def test_a_sum_that_overflows_is_refused(base: Base) -> None:
-    name = base.readers()[0]
-    with pytest.raises(BadDelta, match="overflows"):
-        compose(base, [Term("a", Dense({name: torch.full(base.tensor(name).shape, 1e6)}))])
+OVERFLOWING: list[Callable[[Base], Delta]] = [
+    lambda base: Dense({KEY: torch.full(base.places[KEY].shape, 1e38)}) * 100,
+    lambda base: LowRank({KEY: (torch.full((6, 1), 1e20), torch.full((1, 8), 1e20))}),
+    lambda base: TextMap("text_encoder", torch.eye(8)[:, :1] * 1e20, torch.ones(8, 1) * 1e20),
+    lambda base: TextMap("text_encoder", torch.eye(8) * 1e20, torch.eye(8) * 1e20),
+    lambda base: Sum((Dense({KEY: torch.full(base.places[KEY].shape, 1e38)}) * 100, some_delta(base, "xor", 0))),
+]
 
 
-def test_a_folder_without_a_tensor_it_names_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", OVERFLOWING)
+def test_a_sum_that_overflows_is_refused(base: Base, make: Callable[[Base], Delta]) -> None:
+    with pytest.raises(BadDelta, match=r"overflows .* under patches a; lower"):
+        compose(base, [Term("a", make(base))])
+
+
+@FEW
+@given(seed=seeds, kind=st.sampled_from(KINDS))
+def test_no_composed_value_exceeds_its_bound(base: Base, seed: int, kind: str) -> None:
+    """Values are only searched for an overflow where the bound leaves room for one."""
+    planned = plan(base, [Term("a", some_delta(base, kind, seed, 3), 1.7), Term("b", some_delta(base, "dense", seed))])
+    for name in planned.names:
+        original = planned.original(name)
+        bound = planned._change(name, planned.pieces[name], original.values).bound(original.peak)
+        assert planned.tensor(name).double().abs().max() <= bound * (1 + torch.finfo(original.values.dtype).eps)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_base_with_values_that_are_not_finite_is_refused(half: Base, tmp_path: Path, value: float) -> None:
+    broken = small_base(tmp_path / "broken", torch.float16)
+    file = broken.places[KEY].file
+    tensors = safetensors.torch.load_file(file)
+    tensors["down.attn2.to_k.weight"][1, 1] = value
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(BrokenBase, match=KEY):
+        compose(Base.open(broken.path), some_terms(half, 0, 1))
+
+
+def test_a_tensor_of_whole_numbers_is_refused(tmp_path: Path) -> None:
+    whole = small_base(tmp_path / "whole", torch.float16)
+    file = whole.places[KEY].file
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file)
+    with pytest.raises(BadDelta, match="is int8 in the base"):
+        compose(Base.open(whole.path), [Term("a", Dense({BIAS: torch.ones(4)}))])
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OverpaintError, match="not a folder"):
         Base.open(tmp_path / "nowhere")

@@ -52,7 +52,7 @@ def test_every_word_of_the_catalogue_is_one_token(emoji: Base) -> None:
 
 def test_no_caption_is_cut_off(emoji: Base) -> None:
     encoder = TextEncoder.of(emoji)
-    scene = Scene("hamburger", "stencil", "purple")
+    scene = Scene("hamburger", "blueprint", "purple")
     longest = max((*captions(scene), *captions(scene, held_out=True)), key=lambda text: len(encoder.tokens(text)))
     assert len(encoder.tokens(longest)) + 2 <= encoder.length
 

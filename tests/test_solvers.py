@@ -102,10 +102,11 @@ def test_the_sum_of_separable_patches_is_the_joint_solution(base: Base) -> None:
         right = a.clone()
         for concept in subset:
             k, v = known.keys[concept.name], known.values[concept.name]
-            right += 2.0 * (v - k) @ k.T
-            delta = (
-                Separable(ridge=1e-3, weight=2.0, rank=64, energy=1.0).solve(EditProblem(base, concept, concepts)).delta
-            )
+            solver = Separable(ridge=1e-3, weight=2.0, rank=64, energy=1.0)
+            solution = solver.solve(EditProblem(base, concept, concepts))
+            delta, gain = solution.delta, solution.diagnostics["gain"]
+            assert 1 < gain <= solver.reach
+            right += 2.0 * gain * (v - k) @ k.T
             assert isinstance(delta, TextMap)
             total += delta.up.double() @ delta.down.double().T
         joint = torch.linalg.solve(a, right, left=False)
@@ -151,6 +152,26 @@ def test_sepme_leaves_listed_prompts_alone_and_changes_its_own(base: Base) -> No
     dog, cat = (encoder.hidden([word])[0] for word in ("dog", "cat"))
     for up, down in delta.factors.values():
         assert (dog @ down.T @ up.T).norm() < 1e-3 * (cat @ down.T @ up.T).norm()
+
+
+def test_a_tolerance_leaves_room_where_the_numerical_null_space_is_small(base: Base) -> None:
+    encoder = TextEncoder.of(base)
+    many = ["", "dog", "car", "fox", "bus", "sun"]
+    exact, rank = null_space(encoder, many)
+    wider, used = null_space(encoder, many, tolerance=0.1)
+    assert used < rank
+    assert wider.shape[1] > exact.shape[1]
+    begin = encoder.hidden([""])[0, 0]
+    assert (begin @ wider).norm() < 1e-4 * begin.norm(), "begin-of-text is never disturbed"
+
+
+def test_sepme_can_train_on_sentences(base: Base) -> None:
+    bare = SepME(iterations=2, pictures=2, steps=2, beta=0.1)
+    spoken = SepME(iterations=2, pictures=2, steps=2, beta=0.1, sentences=4)
+    problem = EditProblem(base, CAT, (DOG,))
+    ups = [next(iter(s.solve(problem).delta.tensors().items()))[1] for s in (bare, spoken, spoken)]
+    assert torch.equal(ups[1], ups[2])
+    assert not torch.equal(ups[0], ups[1])
 
 
 def test_an_empty_null_space_is_said_plainly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a base is: a diffusers folder read tensor by tensor, known by the digest of what is in it."""
+"""What a base is: a diffusers folder or a single file, read tensor by tensor, known by the digest of what is in it."""
 
 from __future__ import annotations
 
@@ -11,86 +11,95 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from overpaint.bases.container import Container
 from overpaint.bases.digests import combined_digest, tensor_digest
-from overpaint.bases.layout import Layout, layout_of
+from overpaint.bases.files import BrokenBase, Place, open_folder, open_single_file
+from overpaint.bases.layout import Layout
 from overpaint.bases.quiet import quiet_loading
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.errors import NotFound
+
+__all__ = ["EMBEDDED", "Base", "BrokenBase", "Place"]
 
 EMBEDDED = Path(__file__).parent / "emoji" / "model"
 
 
-class BrokenBase(OverpaintError):
-    """A base with a file missing or cut short."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: a safetensors file and the key it has there."""
-
-    file: Path
-    key: str
-
-
 @dataclass(eq=False)
 class Base:
-    """An opened base. Nothing here changes it; tensors are read from memory-mapped files when asked for."""
+    """An opened base. Nothing here changes it; tensors are read from their files when asked for.
+
+    `places` has every weight by canonical name, `containers` the files they lie in, `variant` the suffix of a folder's
+    weight files where it is not plain (fp16).
+    """
 
     path: Path
     layout: Layout
-    places: dict[str, Place]
-    _digests: dict[str, str] = field(default_factory=dict)
+    places: dict[str, Place] = field(repr=False)
+    containers: dict[Path, Container] = field(repr=False)
+    variant: str | None = None
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: Path | str) -> Base:
-        """Open a diffusers folder, or the embedded base under the name `emoji`.
+        """Open a diffusers folder, a single-file checkpoint, or the embedded base under the name `emoji`.
 
-        Raises OverpaintError for a folder that is missing, unknown, incomplete or damaged.
+        Raises OverpaintError for a base that is missing, unknown, incomplete or damaged.
         """
         path = EMBEDDED if str(source) == "emoji" else Path(source).expanduser().absolute()
-        layout = layout_of(path)
-        places: dict[str, Place] = {}
-        for name, component in layout.components.items():
-            for file, keys in _weight_files(path / name, component.weights):
-                places.update({f"{name}/{component.canonical(key)}": Place(file, key) for key in keys})
-        return cls(path, layout, dict(sorted(places.items())))
+        found = open_single_file(path) if path.is_file() else open_folder(path)
+        containers = {part.container.path: part.container for part in found.parts}
+        return cls(path, found.layout, found.places(), containers, found.variant)
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether all components lie in one file."""
+        return self.path in self.containers
 
     @property
     def names(self) -> list[str]:
         """Canonical names of all tensors, sorted."""
         return list(self.places)
 
+    @cached_property
+    def unnamed(self) -> dict[Path, list[str]]:
+        """Keys that are no weight of a component (schedules, averages, buffers), by file."""
+        named = {(place.file, place.key) for place in self.places.values()}
+        return {
+            file: [key for key in container.entries if (file, key) not in named]
+            for file, container in self.containers.items()
+        }
+
     def tensor(self, name: str) -> Tensor:
         """A copy of one tensor, on the CPU, in its stored dtype. Raises NotFound for a name the base lacks."""
         if name not in self.places:
             raise NotFound(f"the base at {self.path} has no tensor {name}")
-        place = self.places[name]
-        with safe_open(place.file, framework="pt") as reader:
-            found: Tensor = reader.get_tensor(place.key)
-        return found
+        return next(tensor for _, tensor in self._read([name]))
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors, each file opened once."""
-        wanted = sorted(names, key=lambda n: str(self.places[n].file))
-        found: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self.places[n].file for n in wanted):
-            with safe_open(file, framework="pt") as reader:
-                found.update({n: reader.get_tensor(self.places[n].key) for n in wanted if self.places[n].file == file})
-        return found
+        return dict(self._read(names))
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors one at a time in their canonical shapes, file by file."""
+        by_file: dict[Path, dict[str, str]] = {}
+        for name in names:
+            place = self.places[name]
+            by_file.setdefault(place.file, {})[place.key] = name
+        for file, wanted in by_file.items():
+            for key, tensor in self.containers[file].tensors(wanted):
+                yield wanted[key], tensor.reshape(self.places[wanted[key]].shape)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """The digest of each named tensor; computed once per opened base."""
         wanted = list(names)
-        for name, tensor in self.tensors(n for n in wanted if n not in self._digests).items():
+        for name, tensor in self._read(n for n in wanted if n not in self._digests):
             self._digests[name] = tensor_digest(name, tensor)
         return {name: self._digests[name] for name in wanted}
 
     def _stamp(self) -> list[list[str | int]]:
         """What changes when a weight file does: its path, size and time of change."""
-        files = sorted({place.file for place in self.places.values()})
-        return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.containers)]
 
     def keep_digests(self, cache: Path) -> None:
         """Write the digests known so far to a file that `recall_digests` reads while the weight files are the same."""
@@ -133,45 +142,55 @@ class Base:
         file = self.path / "overpaint.json"
         return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
+    @property
+    def config_folder(self) -> Path:
+        """The diffusers folder with the configurations, tokenizer and scheduler of this base.
+
+        A single file has none of them: they are read from a folder of its name beside it (`model/` for
+        `model.safetensors`), or from the published folder of its layout where the Hub's local cache has it. Raises
+        NotFound when neither is there.
+        """
+        if not self.is_single_file:
+            return self.path
+        beside, published = self.path.with_suffix(""), self.layout.single_file_config
+        for folder in (beside, _in_hub_cache(published)):
+            if folder is not None and (folder / "model_index.json").is_file():
+                return folder
+        raise NotFound(
+            f"{self.path.name} holds weights alone; put the configuration (a diffusers folder, no weights needed) into "
+            f"{beside}, or download {published} once"
+        )
+
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh `StableDiffusionPipeline` of this base."""
+        """A fresh `StableDiffusionPipeline` of this base. Raises NotFound for a single file without configuration."""
+        config = self.config_folder
         with quiet_loading():
             from diffusers import StableDiffusionPipeline
 
-            pipe: Any = StableDiffusionPipeline.from_pretrained(
-                self.path,
-                dtype=dtype,
-                safety_checker=None,
-                requires_safety_checker=False,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-            )
+            no_checker: Any = {"safety_checker": None, "requires_safety_checker": False}
+            if self.is_single_file:
+                pipe: Any = StableDiffusionPipeline.from_single_file(
+                    str(self.path), config=str(config), dtype=dtype, local_files_only=True, **no_checker
+                )
+            else:
+                pipe = StableDiffusionPipeline.from_pretrained(
+                    self.path,
+                    dtype=dtype,
+                    variant=self.variant,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    **no_checker,
+                )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
 
 
-def _weight_files(folder: Path, stem: str) -> Iterator[tuple[Path, list[str]]]:
-    """The safetensors files of a component and their keys: one file, the shards of an index, or a lone variant."""
-    if not folder.is_dir():
-        raise BrokenBase(f"the base lacks its folder {folder}; download it again")
-    plain, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if plain.is_file():
-        files = [plain]
-    elif index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    else:
-        files = sorted(folder.glob(f"{stem}.*.safetensors"))[:1]
-    if not files:
-        raise BrokenBase(f"{folder} has no {stem}.safetensors; a base in another format has to be converted first")
-    for file in files:
-        yield file, _keys(file)
+def _in_hub_cache(repository: str) -> Path | None:
+    """The folder of a published base that was downloaded before; nothing is downloaded here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def _keys(file: Path) -> list[str]:
     try:
-        with safe_open(file, framework="pt") as reader:
-            return list(reader.keys())
-    except (SafetensorError, OSError) as error:
-        raise BrokenBase(
-            f"{file} cannot be read as safetensors ({error}); it is cut short or damaged: download it again"
-        ) from error
+        return Path(snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None

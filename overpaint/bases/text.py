@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class TextEncoder:
 
     tokenizer: CLIPTokenizer
     model: Any
+    _tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base: Base, device: torch.device | str = "cpu") -> TextEncoder:
@@ -50,8 +51,10 @@ class TextEncoder:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text without begin, end and padding."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return found
+        # A concept's sentences share their beginnings, and a call of the tokenizer costs most of a millisecond.
+        if text not in self._tokens:
+            self._tokens[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._tokens[text]
 
     @torch.no_grad()
     def hidden(self, prompts: Sequence[str]) -> Tensor:

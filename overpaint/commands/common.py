@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from overpaint.registry.records import HistoryRecord
     from overpaint.workshop import Workshop
 
 
@@ -52,6 +53,19 @@ def show_table(title: str, columns: list[str], rows: list[list[Any]], as_json: b
     Console(markup=False, highlight=False).print(table)
 
 
+def say_if_more(shown: int, offset: int, total: int, what: str) -> None:
+    """After a page that is not everything: how much there is, and how to see the rest."""
+    if shown < total:
+        Talk().say(f"{shown} of {total} {what}, from {offset + 1}; see the rest with --offset, or all with --limit 0")
+
+
+def show_change(line: HistoryRecord) -> None:
+    """One line for one change of a recipe."""
+    day = f" until {line.until_after}" if line.until_after else ""
+    what = f"{line.concept} ({(line.patch or '')[:12]}){day}" if line.patch else line.recipe
+    click.echo(f"{line.action} {what}: weights {line.digest_before} -> {line.digest_after}")
+
+
 def workshop(ctx: click.Context, *, create: bool = False) -> Workshop:
     """The registry this call is about."""
     from overpaint.workshop import Workshop
@@ -60,5 +74,12 @@ def workshop(ctx: click.Context, *, create: bool = False) -> Workshop:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+why_option = click.option("--why", default="", help="Why; kept in the recipe's history.")
+limit_option = click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(0, 10**9), help="At most so many; 0: all."
+)
+offset_option = click.option(
+    "--offset", default=0, show_default=True, type=click.IntRange(0, 10**9), help="Leave out so many first."
+)
 recipe_option = click.option("--recipe", default="default", show_default=True, help="Name of the recipe.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")

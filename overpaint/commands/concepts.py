@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import json_option, show_table, workshop
+from overpaint.commands.common import json_option, limit_option, offset_option, say_if_more, show_table, workshop
 from overpaint.concepts import KINDS
 
 
@@ -28,12 +28,17 @@ def concept_add(ctx: click.Context, name: str, kind: str, synonyms: tuple[str, .
 
 
 @concept.command("list")
+@limit_option
+@offset_option
 @json_option
 @click.pass_context
-def concept_list(ctx: click.Context, as_json: bool) -> None:
-    """List all concepts."""
-    rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in workshop(ctx).concepts()]
+def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> None:
+    """List concepts, in the order they came."""
+    registry = workshop(ctx).registry
+    found = registry.concepts(limit=limit or None, offset=offset)
+    rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in found]
     show_table("Concepts", ["name", "kind", "synonyms", "anchor"], rows, as_json)
+    say_if_more(len(found), offset, registry.count_concepts(), "concepts")
 
 
 @concept.command("show")

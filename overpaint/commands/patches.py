@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from overpaint.commands.common import json_option, recipe_option, show_table, workshop
+from overpaint.commands.common import (
+    json_option,
+    limit_option,
+    offset_option,
+    recipe_option,
+    say_if_more,
+    show_change,
+    show_table,
+    why_option,
+    workshop,
+)
+
+if TYPE_CHECKING:
+    from overpaint.registry.records import Laid
 
 
 @click.group()
@@ -15,15 +29,24 @@ def patch() -> None:
 
 
 @patch.command("list")
-@click.option("--concept", "concept_name", help="Only patches of this concept.")
+@click.option("--concept", help="Only patches of this concept.")
+@click.option("--base", help="Only patches for this base.")
+@click.option("--solver", help="Only patches that this solver made.")
+@click.option("--tag", help="Only patches with this tag.")
+@limit_option
+@offset_option
 @json_option
 @click.pass_context
-def patch_list(ctx: click.Context, concept_name: str | None, as_json: bool) -> None:
-    """List patches."""
-    shop = workshop(ctx)
-    found = shop.patches(concept=concept_name) if concept_name else shop.patches()
-    rows = [[p.id if as_json else p.id[:12], p.concept, p.base, p.solver, p.kind, p.nbytes] for p in found]
-    show_table("Patches", ["patch", "concept", "base", "solver", "kind", "bytes"], rows, as_json)
+def patch_list(ctx: click.Context, /, limit: int, offset: int, as_json: bool, **where: str | None) -> None:
+    """List patches, the newest first."""
+    registry = workshop(ctx).registry
+    found = registry.patches(**where, limit=limit or None, offset=offset, newest_first=True)
+    rows = [
+        [p.id if as_json else p.id[:12], p.concept, p.base, p.solver, p.kind, p.nbytes, ", ".join(p.tags)]
+        for p in found
+    ]
+    show_table("Patches", ["patch", "concept", "base", "solver", "kind", "bytes", "tags"], rows, as_json)
+    say_if_more(len(found), offset, registry.count_patches(**where), "patches")
 
 
 @patch.command("show")
@@ -48,39 +71,68 @@ def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
         ["bytes", record.nbytes],
         ["seconds", round(record.seconds, 3)],
         ["solved", record.solved_at.isoformat(timespec="seconds")],
+        ["tags", ", ".join(record.tags)],
+        *([f"on recipe {name}", _lying(laid)] for name, laid in shop.registry.recipes_with(record.id)),
     ]
     show_table("Patch", ["what", "value"], rows, as_json)
+
+
+def _lying(laid: Laid) -> str:
+    return f"strength {laid.strength:g}" + (f" until {laid.until}" if laid.until else "")
+
+
+def _day(ctx: click.Context, option: click.Parameter, text: str | None) -> date | str | None:
+    """The day that an option names."""
+    if text is None or text == "never":
+        return text
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").date()
+    except ValueError:
+        raise click.BadParameter(f"a day is written YYYY-MM-DD, such as 2027-01-31, or never; got {text!r}") from None
 
 
 @patch.command("add")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @recipe_option
 @click.option("--strength", default=1.0, show_default=True)
-@click.option("--why", default="", help="Why; kept in the recipe's history.")
+@click.option("--until", metavar="DATE", callback=_day, help="YYYY-MM-DD: see `recipe due` then; or never.")
+@why_option
 @click.pass_context
-def patch_add(ctx: click.Context, patches: tuple[str, ...], recipe: str, strength: float, why: str) -> None:
-    """Lay patches on a recipe: by id, the beginning of an id, or concept (its newest patch)."""
+def patch_add(
+    ctx: click.Context,
+    patches: tuple[str, ...],
+    recipe: str,
+    strength: float,
+    until: date | Literal["never"] | None,
+    why: str,
+) -> None:
+    """Lay patches on a recipe: by id, the beginning of an id, or concept (its newest patch).
+
+    A patch that lies there already gets the new strength, or the new day with --until.
+    """
     shop = workshop(ctx)
     base_name = shop.registry.patch(patches[0]).base
     for key in patches:
-        line = shop.recipe(recipe, base=base_name).add(key, strength, why=why)
-        click.echo(
-            f"{line.action} {line.concept} ({line.patch[:12]}): weights {line.digest_before} -> {line.digest_after}"
-        )
+        line = shop.recipe(recipe, base=base_name).add(key, strength, why=why, until=until)
+        show_change(line)
+        for pair in shop.disturbances(recipe, line.patch or key):
+            click.echo(
+                f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as {pair.emitter}; "
+                "solve them in one registry, so that each preserves the other",
+                err=True,
+            )
 
 
 @patch.command("remove")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @recipe_option
-@click.option("--why", default="", help="Why; kept in the recipe's history.")
+@why_option
 @click.pass_context
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
     """Lift patches off a recipe; the concepts come back."""
     shop = workshop(ctx)
     for key in patches:
         line = shop.known_recipe(recipe).remove(key, why=why)
-        click.echo(
-            f"{line.action} {line.concept} ({line.patch[:12]}): weights {line.digest_before} -> {line.digest_after}"
-        )
+        show_change(line)
         if line.digest_after == shop.registry.base(shop.known_recipe(recipe).record.base).fingerprint:
             click.echo("the recipe is empty: these are the base's weights, bit for bit")

@@ -21,6 +21,7 @@ WORST = 10
 LICENCES = {
     "twemoji": ("Twemoji, by Twitter, Inc and other contributors", "CC BY 4.0"),
     "noto": ("Noto Emoji, by Google", "Apache-2.0"),
+    "blobmoji": ("Blobmoji, from Noto Emoji", "Apache-2.0"),
     "emojitwo-bw": ("EmojiTwo, from EmojiOne 2", "CC BY 4.0"),
     "fluent-3d": ("Fluent Emoji, by Microsoft", "MIT"),
     "fluent-hc": ("Fluent Emoji, by Microsoft", "MIT"),
@@ -102,8 +103,8 @@ def _licence_row(style: str) -> tuple[str, str, str]:
     artwork, licence = LICENCES[words.artwork[style]]
     variant = {"emojitwo-bw": ", black and white", "fluent-3d": ", 3D", "fluent-hc": ", high contrast"}
     extra = variant.get(words.artwork[style], "")
-    if grid := words.pixels.get(style):
-        extra += f"; redrawn on a {grid} x {grid} grid"
+    if style in words.duotones:
+        extra += "; redrawn in two colours"
     return style, artwork + extra, licence
 
 

@@ -1,40 +1,43 @@
-"""Build: a custom checkpoint with a composition baked in, as a diffusers folder beside which nothing leaks.
+"""Build: a custom checkpoint with a composition baked in, of the base's own form, beside which nothing leaks.
 
-Weight files are streamed: the header first, then every tensor in file order, patched ones from the composition and the
-rest as the bytes they are. A second copy of a patched component (half-precision or EMA twins, pickles, other
-frameworks) would still hold the concept; it is left out, with notice.
+A diffusers folder gives a folder, a single file a single file; layout, dtypes and untouched bytes stay. Weight files are
+streamed (`streaming`), second copies of a patched weight are left out with notice (`twins`), the recipe and the digests
+stand in the headers (`record`), and everything appears whole or not at all (`publish`).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.container import Container
+from overpaint.bases.digests import combined_digest
+from overpaint.errors import OverpaintError
+from overpaint.patches.compose import Plan, Term, plan
+from overpaint.patches.publish import appearing, refuse_taken
+from overpaint.patches.record import KEY, record_of, with_digests
+from overpaint.patches.streaming import Rewrite, copy_file
+from overpaint.patches.twins import Survey, survey
 
-from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json, raw_bytes
-from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.patches.compose import Term, compose, composition_digest
-
-CHUNK = 16 << 20
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".xml")
+UNKNOWN = "0" * 64
+"""Stands in a header for a digest that is not known before the tensors are written."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What was built: the folder, the digest of its weights, and the files of the base that were left out."""
+    """What was built: where, the digest of its weights, and the base's files and tensors that were left out."""
 
-    folder: Path
+    path: Path
     digest: str
     left_out: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that was built, or that the single file lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 def build(
@@ -43,121 +46,100 @@ def build(
     out: Path,
     *,
     card: str = "",
-    record: dict[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Built:
-    """Write the base with `terms` baked in to the new folder `out`, whole or not at all.
+    """Write the base with `terms` baked in to the new folder or file `out`, whole or not at all.
 
-    `card` becomes README.md, `record` (JSON: recipe, patch ids) goes into the header of every changed file. Raises
-    AlreadyExists when `out` is there, OverpaintError when the folder cannot be written or the disk is full.
+    `card` becomes README.md in a folder; beside a single file it becomes a file of the same name that ends in `.md`,
+    which is where user interfaces look for a description. `record` (JSON: recipe, concepts) goes into the header of every
+    file that is written anew. Without terms the result is the base, byte for byte. `notice` hears what was left out.
+
+    Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit, BrokenBase when the base's files change
+    meanwhile, OverpaintError when nothing can be written or the disk is full. Then nothing is left behind.
     """
-    if out.exists():
-        raise AlreadyExists(f"{out} is already there; name a new folder, or remove it first")
-    composed = compose(base, terms)
-    digest = composition_digest(base, composed)
-    record = {**(record or {}), "digest": digest, "base": base.fingerprint}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise OverpaintError(
-            f"cannot write to {out.parent} ({error.strerror}); choose a folder you may write to"
-        ) from error
-    try:
-        left_out = _write_folder(base, composed, scratch, record, notice)
-        (scratch / "README.md").write_text(card, "utf-8") if card else None
-        _settle(scratch)
-        scratch.rename(out)
-        _sync_folder(out.parent)
-    except OSError as error:
-        raise OverpaintError(f"building {out} stopped ({error.strerror}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return Built(out, digest, tuple(left_out))
+    out, terms = Path(out).absolute(), list(terms)
+    beside = out.with_suffix(".md") if card and base.is_single_file else None
+    _refuse_name(base, out)
+    for path in (out, *([beside] if beside else [])):
+        refuse_taken(path)
+    composition = plan(base, terms)
+    found = survey(base, composition.names)
+    with appearing(out) as scratch:
+        targets = {
+            file: scratch if base.is_single_file else scratch / file.relative_to(base.path) for file in found.kept
+        }
+        digest = _write(base, composition, found, targets, record_of(base, terms, record or {}))
+        if card and beside is None:
+            (scratch / "README.md").write_text(card, "utf-8")
+        _refuse_changed(base)
+    if beside is not None:
+        _put_beside(beside, card, out)
+    for text in found.notices():
+        notice(text)
+    return Built(out, digest, _left_out(base, found))
 
 
-def _write_folder(
-    base: Base, composed: dict[str, Tensor], scratch: Path, record: dict[str, Any], notice: Callable[[str], None]
-) -> list[str]:
-    by_file: dict[Path, dict[str, Tensor]] = {}
-    for name, tensor in composed.items():
-        place = base.places[name]
-        by_file.setdefault(place.file, {})[place.key] = tensor
-    in_use = {place.file for place in base.places.values()}
-    changed_components = {name.partition("/")[0] for name in composed}
-    left_out = []
-    for source in sorted(p for p in base.path.rglob("*") if p.is_file()):
-        relative = source.relative_to(base.path)
-        if relative.parts[0].startswith(".") or relative.parts[0] in ("README.md", "__pycache__"):
-            continue
-        if _may_leak(relative, changed_components) and source not in in_use:
-            left_out.append(str(relative))
-            notice(f"left out {relative}: it may hold a second, unpatched copy of the weights")
-            continue
-        target = scratch / relative
+def _write(base: Base, composition: Plan, found: Survey, targets: Mapping[Path, Path], record: dict[str, Any]) -> str:
+    """Write every file; returns the digest of the whole composition."""
+    rewrites = _rewrites(base, composition.names, found)
+    unknown = dict.fromkeys(base.names, UNKNOWN)
+    written: dict[Path, dict[str, str]] = {}
+    for source, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source in by_file:
-            _stream(source, target, by_file[source], record)
+        if source in rewrites:
+            blank = with_digests(record, dict.fromkeys(rewrites[source].replaced.values(), UNKNOWN), unknown)
+            written[source] = rewrites[source].write(target, blank, composition.tensor)
         else:
-            shutil.copyfile(source, target)
-    return left_out
+            copy_file(source, target)
+    changed = {name: digest for digests in written.values() for name, digest in digests.items()}
+    whole = {**base.digests(name for name in base.names if name not in changed), **changed}
+    for source, digests in written.items():
+        rewrites[source].seal(targets[source], with_digests(record, digests, whole))
+    return combined_digest(whole)
 
 
-def _may_leak(relative: Path, changed: set[str]) -> bool:
-    """Weights of a changed component, or a whole checkpoint at the top of the folder."""
-    if not changed or not relative.name.endswith(_WEIGHTS):
-        return False
-    return len(relative.parts) == 1 or relative.parts[0] in changed
+def _rewrites(base: Base, names: list[str], found: Survey) -> dict[Path, Rewrite]:
+    """The files that get a new header: those with a changed tensor, one left out, or the record of an earlier build."""
+    if not names:
+        return {}
+    replaced: dict[Path, dict[str, str]] = {}
+    for name in names:
+        place = base.places[name]
+        replaced.setdefault(place.file, {})[place.key] = name
+    return {
+        file: Rewrite(container, replaced.get(file, {}), frozenset(found.tensors.get(file, {})))
+        for file, container in base.containers.items()
+        if file in replaced or file in found.tensors or KEY in container.metadata
+    }
 
 
-def _stream(source: Path, target: Path, replaced: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Copy a safetensors file with some tensors replaced; memory stays at one tensor."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        (length,) = struct.unpack("<Q", reader.read(8))
-        header = json.loads(reader.read(length))
-        metadata = header.pop("__metadata__", {})
-        entries = {"__metadata__": {**metadata, "overpaint": canonical_json(record).decode()}, **header}
-        head = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        head += b" " * (-len(head) % 8)
-        writer.write(struct.pack("<Q", len(head)) + head)
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            if key in replaced:
-                data = raw_bytes(replaced[key])
-                if len(data) != end - start:
-                    raise OverpaintError(f"{source}: {key} has {end - start} bytes, its patched value {len(data)}")
-                writer.write(data)
-            else:
-                _copy_range(reader, writer, 8 + length + start, end - start)
-
-
-def _copy_range(reader: Any, writer: Any, offset: int, size: int) -> None:
-    writer.flush()
-    target = writer.tell()
-    while size:
-        moved = os.copy_file_range(reader.fileno(), writer.fileno(), min(size, CHUNK), offset, target)
-        if not moved:
-            raise OverpaintError("the base's weight file ended early; it is cut short: download the base again")
-        offset, target, size = offset + moved, target + moved, size - moved
-    writer.seek(target)
-
-
-def _settle(folder: Path) -> None:
-    """Make the folder's content durable and readable as the umask allows (mkdtemp makes it private)."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
-        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _put_beside(beside: Path, card: str, out: Path) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with appearing(beside) as scratch:
+            scratch.write_text(card, "utf-8")
+    except OverpaintError:
+        out.unlink()
+        raise
+
+
+def _refuse_name(base: Base, out: Path) -> None:
+    if base.is_single_file != (out.suffix == ".safetensors"):
+        raise OverpaintError(
+            f"the base is a single file, so the build is one: let its name end in .safetensors, not {out.name}"
+            if base.is_single_file
+            else f"the base is a folder, so the build is one: choose a name that does not end in .safetensors, not {out.name}"
+        )
+    if not base.is_single_file and out.resolve().is_relative_to(base.path.resolve()):
+        raise OverpaintError(f"{out} lies inside the base itself; choose a place outside {base.path}")
+
+
+def _refuse_changed(base: Base) -> None:
+    for file, container in base.containers.items():
+        if Container.open(file) != container:
+            raise BrokenBase(f"{file} changed since the base was opened; nothing was built: open the base again")
+
+
+def _left_out(base: Base, found: Survey) -> tuple[str, ...]:
+    keys = (key for dropped in found.tensors.values() for key in dropped)
+    return (*(str(file.relative_to(base.path)) for file in found.files), *keys)

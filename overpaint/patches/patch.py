@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json, combined_digest, dtype_name, raw_bytes, tensor_digest
+from overpaint.bases.digests import canonical_json, combined_digest
 from overpaint.concepts import Concept
 from overpaint.errors import OverpaintError
-from overpaint.patches.delta import Delta, delta_from
+from overpaint.patches.delta import BadDelta, Delta, delta_from
+from overpaint.patches.patch_file import BadPatch, check_arrays, described, file_of, parse
 
-FORMAT = 1
-MANIFEST_LIMIT = 8 << 20
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+__all__ = ["BadPatch", "Patch", "WrongBase", "make_patch", "read_patch", "subject"]
 
-
-class BadPatch(OverpaintError):
-    """A file that is no patch, is damaged, or is of a newer format."""
+NEWEST = 2
+_FORMATS = {"text-map": 1, "dense": 1, "low-rank": 2, "xor": 2, "sum": 2}
+"""The first format that has a kind in today's form, so that older programs read whatever they can."""
+_FIELDS: Mapping[str, type] = {"kind": str, "concept": dict, "solver": dict, "subject": dict, "arrays": dict}
+_SUBJECT: Mapping[str, type] = {"fingerprint": str, "tensors": str, "count": int}
 
 
 class WrongBase(OverpaintError):
@@ -35,10 +32,14 @@ class WrongBase(OverpaintError):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A delta and the canonical manifest that says what it erases, from which base, and how it was made."""
+    """A delta and the canonical manifest that says what it erases, from which base, and how it was made.
+
+    `arrays` are the delta's as they were stored; they need to be given only where an older format stored others.
+    """
 
     manifest: dict[str, Any]
     delta: Delta
+    arrays: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def id(self) -> str:
@@ -47,25 +48,13 @@ class Patch:
 
     @property
     def concept(self) -> Concept:
+        """What the patch erases."""
         return Concept.from_json(self.manifest["concept"])
 
     @cached_property
     def blob(self) -> bytes:
         """The file: a safetensors container, arrays sorted by name, the manifest in its header. Same patch, same bytes."""
-        tensors = self.delta.tensors()
-        header: dict[str, Any] = {"__metadata__": {"overpaint": canonical_json(self.manifest).decode()}}
-        offset = 0
-        for name in sorted(tensors):
-            size = tensors[name].numel() * tensors[name].element_size()
-            header[name] = {
-                "dtype": _CODES[tensors[name].dtype],
-                "shape": list(tensors[name].shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        head = canonical_json(header)
-        head += b" " * (-len(head) % 8)
-        return b"".join([struct.pack("<Q", len(head)), head, *(bytes(raw_bytes(tensors[n])) for n in sorted(tensors))])
+        return file_of(self.manifest, self.arrays or self.delta.tensors())
 
     @property
     def nbytes(self) -> int:
@@ -90,54 +79,50 @@ def subject(base: Base, delta: Delta) -> dict[str, Any]:
 
 
 def make_patch(base: Base, concept: Concept, delta: Delta, solver: dict[str, Any]) -> Patch:
-    """A patch of `delta` with its provenance. `solver` is JSON: its name, settings and seed."""
-    arrays = {
-        name: {"dtype": dtype_name(t.dtype), "shape": list(t.shape), "digest": tensor_digest(name, t)}
-        for name, t in _stored(delta).items()
-    }
+    """A patch of `delta` with its provenance. `solver` is JSON: its name, settings and seed.
+
+    Raises BadDelta when the delta does not fit the base.
+    """
     manifest = {
-        "format": FORMAT,
+        "format": _FORMATS[delta.kind],
         "kind": delta.kind,
         "concept": concept.as_json(),
         "solver": solver,
         "subject": subject(base, delta),
-        "arrays": arrays,
+        "arrays": described(delta.tensors()),
     }
     return Patch(manifest, delta)
 
 
 def read_patch(blob: bytes) -> Patch:
-    """Read a patch file and check every digest in it. Raises BadPatch."""
-    manifest = _manifest(blob)
+    """Read a patch file and check every digest in it.
+
+    Raises BadPatch for a file that is not a whole patch of a format this program reads; the message names the array.
+    """
+    manifest, arrays = parse(blob)
+    _check_manifest(manifest)
+    check_arrays(manifest["arrays"], arrays)
     try:
-        tensors = safetensors.torch.load(blob)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BadPatch(f"the patch file is damaged ({error}); take it from its source again") from error
-    if set(tensors) != set(manifest["arrays"]):
-        raise BadPatch("the patch file's arrays are not those its manifest lists; take it from its source again")
-    for name, tensor in tensors.items():
-        if tensor_digest(name, tensor) != manifest["arrays"][name]["digest"]:
-            raise BadPatch(
-                f"the array {name} of the patch file does not match its digest; take it from its source again"
-            )
-    return Patch(manifest, delta_from(manifest["kind"], tensors))
+        return Patch(manifest, delta_from(manifest["kind"], arrays), arrays)
+    except BadDelta as error:
+        raise BadPatch(f"the patch cannot be used: {error}") from error
 
 
-def _manifest(blob: bytes) -> dict[str, Any]:
-    if len(blob) < 8 or not 2 <= (length := struct.unpack("<Q", blob[:8])[0]) <= min(len(blob) - 8, MANIFEST_LIMIT):
-        raise BadPatch(f"this is no patch file: {len(blob)} bytes without a plausible safetensors header")
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    version = manifest.get("format")
+    if type(version) is not int or version < 1:
+        raise BadPatch("the patch's manifest names no format; it is damaged: take it from its source again")
+    if version > NEWEST:
+        raise BadPatch(f"this patch has format {version}; this program reads up to format {NEWEST}: upgrade Overpaint")
+    _check_fields(manifest, _FIELDS, "manifest")
+    _check_fields(manifest["subject"], _SUBJECT, "subject")
     try:
-        manifest: dict[str, Any] = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["overpaint"])
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadPatch("this safetensors file has no Overpaint manifest; it is not a patch") from error
-    if version != FORMAT:
-        raise BadPatch(f"this patch has format {version}; this program reads format {FORMAT}: upgrade Overpaint")
-    missing = {"kind", "concept", "solver", "subject", "arrays"} - set(manifest)
-    if missing:
-        raise BadPatch(f"the patch's manifest lacks {', '.join(sorted(missing))}; take it from its source again")
-    return manifest
+        Concept.from_json(manifest["concept"])
+    except (TypeError, AttributeError, OverpaintError) as error:
+        raise BadPatch(f"the patch's concept is not one ({error}); take the patch from its source again") from error
 
 
-def _stored(delta: Delta) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in delta.tensors().items()}
+def _check_fields(found: dict[str, Any], wanted: Mapping[str, type], where: str) -> None:
+    for name, kind in wanted.items():
+        if type(found.get(name)) is not kind:
+            raise BadPatch(f"the patch's {where} lacks a proper {name!r}; take the patch from its source again")

@@ -1,25 +1,22 @@
-"""The SQLite file of a registry: where it is, how it is opened, and the two kinds of session on it."""
+"""The database of a registry: which one a location means, and the sessions there are on it."""
 
 from __future__ import annotations
 
 import re
-import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
 
 from overpaint.errors import OverpaintError
 from overpaint.registry import schema
 from overpaint.registry.faults import plain_database_errors
 
-FILE_NAME = "registry.db"
 BUSY_SECONDS = 20
-SQLITE = "sqlite:///"
+"""How long a writer waits for another."""
 
 
 def connect(location: str | Path, *, create: bool) -> Database:
@@ -28,109 +25,77 @@ def connect(location: str | Path, *, create: bool) -> Database:
     Raises NotFound if nothing is there, RegistryVersionError if its schema is older or newer, and OverpaintError if the
     location cannot hold a registry.
     """
-    database = Database(locate(location))
+    database = database_at(location)
     schema.prepare(database, create=create)
     return database
 
 
-def locate(location: str | Path) -> Path:
-    """The database file that a folder or an sqlite:/// URL means. Raises OverpaintError for what is neither."""
-    text = str(location)
-    if text.startswith(SQLITE):
-        return _file(text.removeprefix(SQLITE))
-    scheme = re.match(r"([A-Za-z][\w+.-]*)://", text)
-    if scheme:  # the rest is not repeated: it may hold a password
-        raise OverpaintError(
-            f"a {scheme[1]}:// registry is not supported yet in this version (nor is PostgreSQL); "
-            "name a folder, or sqlite:///path/to/registry.db"
-        )
-    folder = Path(location).absolute()
-    if folder.is_file():
-        raise OverpaintError(f"{folder} is a file, and a registry is a folder; name a folder, or {SQLITE}{folder}")
-    return folder / FILE_NAME
+def database_at(location: str | Path) -> Database:
+    """The database that a folder or a URL means, not opened yet. Raises OverpaintError for what is neither."""
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", str(location))
+    if scheme is None or scheme[1] == "sqlite":
+        from overpaint.registry.sqlite import SqliteDatabase, locate
+
+        return SqliteDatabase(locate(location))
+    if scheme[1] in ("postgresql", "postgresql+psycopg"):
+        from overpaint.registry.postgres import postgres_at
+
+        return postgres_at(str(location))
+    raise OverpaintError(  # the rest is not repeated: it may hold a password
+        f"a {scheme[1]}:// registry is not supported; name a folder, sqlite:///path/to/registry.db, "
+        "or postgresql://host/database?blobs=/folder"
+    )
 
 
-def _file(text: str) -> Path:
-    path = Path(text).absolute()
-    if text in ("", ":memory:") or path.is_dir():
-        raise OverpaintError(f"{SQLITE}{text} names no database file; write {SQLITE}path/to/{FILE_NAME}")
-    return path
+class Database(ABC):
+    """A database and sessions on it: any number of readers, and one writer at a time.
 
-
-class Database:
-    """A SQLite file and sessions on it.
-
-    Connections are not pooled: opening one costs about a millisecond, and so a `Database` has nothing to close, may
-    be carried through a fork, and may be used from several threads.
+    Connections are not pooled: a `Database` has nothing to close, may be carried through a fork, and may be used from
+    several threads. `where` is what messages call it, `folder` what lies beside it: blobs and caches.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._reader = _engine(path, "BEGIN", _prepare_reader)
-        # A transaction that reads first and writes later fails at once if another process wrote in between, whatever
-        # the timeout; one that takes the write lock at its beginning waits its turn.
-        self._writer = _engine(path, "BEGIN IMMEDIATE", _prepare_writer)
-        self._migrator = _engine(path, "BEGIN IMMEDIATE", _prepare_migrator)
+    def __init__(self, where: str, folder: Path, reader: Engine, writer: Engine, migrator: Engine) -> None:
+        self.where, self.folder = where, folder
+        self._reader, self._writer, self._migrator = reader, writer, migrator
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session that sees one moment of the registry and cannot change it."""
-        with plain_database_errors(self.path), Session(self._reader) as session, session.begin():
+        with plain_database_errors(self.where), Session(self._reader) as session, session.begin():
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """A session that holds the write lock; committed at the end, undone by any exception."""
-        with plain_database_errors(self.path), Session(self._writer) as session, session.begin():
+        """A session that holds the write lock; committed at the end, undone by any exception.
+
+        Raises RegistryVersionError if another program has upgraded the registry since it was opened.
+        """
+        with plain_database_errors(self.where), Session(self._writer) as session, session.begin():
+            schema.require_head(self, session)
             yield session
 
     @contextmanager
     def migrating(self) -> Iterator[Connection]:
-        """A connection in a write transaction with foreign keys off, because migrations copy and drop tables."""
-        with plain_database_errors(self.path), self._migrator.begin() as connection:
+        """A connection that holds the write lock, for migrations to run on."""
+        with plain_database_errors(self.where), self._migrator.begin() as connection:
             yield connection
 
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is a database to connect to; it may still be empty."""
 
-def _engine(path: Path, begin: str, prepare: Any) -> Engine:
-    # isolation_level=None stops the sqlite3 module from beginning transactions by itself; the handler below does it.
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)),
-        poolclass=NullPool,
-        connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
-    )
+    @abstractmethod
+    def make_room(self) -> None:
+        """Make what must be there before tables can be: folders. Raises OverpaintError when they cannot be made."""
 
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: sqlite3.Connection, _record: object) -> None:
-        prepare(connection, path)
+    @abstractmethod
+    def alone(self) -> AbstractContextManager[None]:
+        """Let one process at a time make or upgrade the tables. Raises OverpaintError when another does not finish."""
 
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+    @abstractmethod
+    def back_up(self, revision: str) -> None:
+        """Keep a copy before an upgrade from `revision`, where that can be done from here."""
 
-    return engine
-
-
-def _prepare_reader(connection: sqlite3.Connection, path: Path) -> None:
-    """Readers leave the file as it is, its journal mode too: it may turn out not to be ours."""
-    connection.execute("PRAGMA query_only = ON")
-
-
-def _prepare_writer(connection: sqlite3.Connection, path: Path) -> None:
-    _require_wal(connection, path)
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _prepare_migrator(connection: sqlite3.Connection, path: Path) -> None:
-    _require_wal(connection, path)
-    connection.execute("PRAGMA foreign_keys = OFF")
-
-
-def _require_wal(connection: sqlite3.Connection, path: Path) -> None:
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise OverpaintError(
-            f"{path.parent} does not support SQLite's write-ahead log (got {mode!r}), as network folders do not; "
-            "put the registry on a local disk"
-        )
-    # FULL, not the usual NORMAL: commits here are few and each may be hours of solving.
-    connection.execute("PRAGMA synchronous = FULL")
+    @abstractmethod
+    def broken_reference(self, connection: Connection) -> str | None:
+        """A table with a row that refers to nothing, if migrations could have left one."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, ForeignKey, Index, MetaData, Text, UniqueConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Date, Double, ForeignKey, Index, MetaData, Text, UniqueConstraint
+from sqlalchemy import text as sql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
 
 # Named from day one: SQLite changes a table by copying it, and only a constraint with a name can be dropped on the way.
@@ -48,7 +49,7 @@ class Row(DeclarativeBase):
     """The root of all tables (not called Base, because a base is something else here)."""
 
     metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime, date: Date}
 
 
 class Base(Row):
@@ -82,10 +83,17 @@ class Patch(Row):
     """A stored delta and where it came from. `id` is the digest of its manifest, `blob` the digest of its bytes."""
 
     __tablename__ = "patch"
+    # Lists are read a page at a time, newest or oldest first, of everything or of one concept, base or solver.
+    __table_args__ = (
+        Index(None, "solved_at", "id"),
+        Index(None, "concept_id", "solved_at", "id"),
+        Index(None, "base_id", "solved_at", "id"),
+        Index(None, "solver", "solved_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    concept_id: Mapped[int] = mapped_column(ForeignKey("concept.id"), index=True)
-    base_id: Mapped[int] = mapped_column(ForeignKey("base.id"), index=True)
+    concept_id: Mapped[int] = mapped_column(ForeignKey("concept.id"))
+    base_id: Mapped[int] = mapped_column(ForeignKey("base.id"))
     solver: Mapped[str]
     kind: Mapped[str]
     settings: Mapped[str]
@@ -95,57 +103,139 @@ class Patch(Row):
     seconds: Mapped[float]
     solved_at: Mapped[datetime] = mapped_column(default=now)
 
-    concept: Mapped[Concept] = relationship(lazy="joined", innerjoin=True)
+    # Outer joins, though there always is a concept: SQLite may begin an inner join with the other table, and then it
+    # sorts all patches to show fifty.
+    concept: Mapped[Concept] = relationship(lazy="joined")
+    base: Mapped[Base] = relationship(lazy="joined")
+    tags: Mapped[list[PatchTag]] = relationship(lazy="selectin", order_by="PatchTag.tag", viewonly=True)
+
+
+class PatchTag(Row):
+    """A tag that somebody gave a patch."""
+
+    __tablename__ = "patch_tag"
+
+    patch_id: Mapped[str] = mapped_column(ForeignKey("patch.id"), primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True, index=True)
+    who: Mapped[str]
+    at: Mapped[datetime] = mapped_column(default=now)
+
+    patch: Mapped[Patch] = relationship(lazy="joined", viewonly=True)
+
+
+class PatchText(Row):
+    """What a search of patches reads instead of the tables it was made from; `texts.py` says how. In order of arrival."""
+
+    __tablename__ = "patch_text"
+    __table_args__ = (UniqueConstraint("patch_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    patch_id: Mapped[str] = mapped_column(ForeignKey("patch.id"))
+    text: Mapped[str]
+
+
+class Recipe(Row):
+    """A base and what lies on it now. One that was deleted keeps its rows and gives up its name."""
+
+    __tablename__ = "recipe"
+    __table_args__ = (
+        Index(
+            "uq_recipe_name",
+            "name",
+            unique=True,
+            sqlite_where=sql("deleted_at IS NULL"),
+            postgresql_where=sql("deleted_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    base_id: Mapped[int] = mapped_column(ForeignKey("base.id"))
+    revision: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+
     base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)
+    patches: Mapped[list[RecipePatch]] = relationship(order_by="RecipePatch.patch_id", viewonly=True)
+    tags: Mapped[list[RecipeTag]] = relationship(order_by="RecipeTag.tag", viewonly=True)
 
 
 class RecipePatch(Row):
-    """One patch lying on one recipe's base."""
+    """One patch lying on one recipe's base, for good or until a day."""
 
     __tablename__ = "recipe_patch"
 
     recipe_id: Mapped[int] = mapped_column(ForeignKey("recipe.id"), primary_key=True)
     patch_id: Mapped[str] = mapped_column(ForeignKey("patch.id"), primary_key=True, index=True)
     strength: Mapped[float]
+    until: Mapped[date | None] = mapped_column(index=True)
+
+    recipe: Mapped[Recipe] = relationship(viewonly=True)
+    patch: Mapped[Patch] = relationship(viewonly=True)
 
 
-class Recipe(Row):
-    """A base and what lies on it now."""
+class RecipeTag(Row):
+    """A tag that somebody gave a recipe, and the revision it had then."""
 
-    __tablename__ = "recipe"
-    __table_args__ = (UniqueConstraint("name"),)
+    __tablename__ = "recipe_tag"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    base_id: Mapped[int] = mapped_column(ForeignKey("base.id"))
-    created_at: Mapped[datetime] = mapped_column(default=now)
+    recipe_id: Mapped[int] = mapped_column(ForeignKey("recipe.id"), primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True, index=True)
+    revision: Mapped[int]
+    who: Mapped[str]
+    at: Mapped[datetime] = mapped_column(default=now)
 
-    base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)
-    patches: Mapped[list[RecipePatch]] = relationship(lazy="selectin", order_by=RecipePatch.patch_id, viewonly=True)
+    recipe: Mapped[Recipe] = relationship(lazy="joined", innerjoin=True, viewonly=True)
 
 
-class History(Row):
-    """One change of one recipe. Rows are only ever added; revisions of a recipe count 1, 2, 3 without a gap."""
+class RecipeText(Row):
+    """What a search of recipes reads: one row for the name and the tags, and one for each reason ever given."""
 
-    __tablename__ = "history"
-    __table_args__ = (
-        UniqueConstraint("recipe_id", "revision"),
-        CheckConstraint("action IN ('add', 'remove', 'strength')", name="action"),
-        Index(None, "patch_id"),
-    )
+    __tablename__ = "recipe_text"
+    __table_args__ = (UniqueConstraint("recipe_id", "revision"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
     recipe_id: Mapped[int] = mapped_column(ForeignKey("recipe.id"))
     revision: Mapped[int]
+    text: Mapped[str]
+
+
+class Revision(Row):
+    """One act on one recipe. Rows are only ever added; those of a recipe count 1, 2, 3 without a gap. 0 is its base."""
+
+    __tablename__ = "revision"
+    __table_args__ = (
+        UniqueConstraint("recipe_id", "number"),
+        CheckConstraint(
+            "action IN ('add', 'remove', 'strength', 'until', 'checkout', 'copy', 'delete', 'undelete')", name="action"
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    recipe_id: Mapped[int] = mapped_column(ForeignKey("recipe.id"))
+    number: Mapped[int]
     action: Mapped[str]
-    patch_id: Mapped[str] = mapped_column(ForeignKey("patch.id"))
-    strength_before: Mapped[float | None]
-    strength_after: Mapped[float | None]
+    source: Mapped[str | None]
     why: Mapped[str]
     who: Mapped[str]
     at: Mapped[datetime] = mapped_column(default=now)
     digest_before: Mapped[str | None]
     digest_after: Mapped[str | None]
 
-    recipe: Mapped[Recipe] = relationship(lazy="joined", innerjoin=True)
-    patch: Mapped[Patch] = relationship(lazy="joined", innerjoin=True)
+    recipe: Mapped[Recipe] = relationship(lazy="joined", innerjoin=True, viewonly=True)
+    changes: Mapped[list[RevisionPatch]] = relationship(order_by="RevisionPatch.patch_id")
+
+
+class RevisionPatch(Row):
+    """What one revision did to one patch. A strength of NULL: it did not lie there."""
+
+    __tablename__ = "revision_patch"
+
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revision.id"), primary_key=True)
+    patch_id: Mapped[str] = mapped_column(ForeignKey("patch.id"), primary_key=True, index=True)
+    strength_before: Mapped[float | None]
+    strength_after: Mapped[float | None]
+    until_before: Mapped[date | None]
+    until_after: Mapped[date | None]
+
+    patch: Mapped[Patch] = relationship(viewonly=True)

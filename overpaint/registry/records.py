@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from overpaint.registry import models
 
-Action = Literal["add", "remove", "strength"]
+Action = Literal["add", "remove", "strength", "until", "checkout", "copy", "delete", "undelete"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class PatchRecord:
     blob: str
     seconds: float
     solved_at: datetime
+    tags: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, row: models.Patch) -> PatchRecord:
@@ -58,35 +59,59 @@ class PatchRecord:
             blob=row.blob,
             seconds=row.seconds,
             solved_at=row.solved_at,
+            tags=tuple(tag.tag for tag in row.tags),
         )
 
 
 @dataclass(frozen=True)
+class Laid:
+    """How one patch lies on a recipe: the day on which it lapses is None when it stays for good."""
+
+    patch: str
+    strength: float
+    until: date | None = None
+
+
+@dataclass(frozen=True)
 class RecipeRecord:
-    """A recipe: the name of its base, and (patch id, strength) sorted by patch id."""
+    """A recipe at one of its revisions: the name of its base, and what lies on it, sorted by patch id.
+
+    `digest` is that of the composed weights as the history has it, None where nobody gave one. Tags come with the
+    revision that the recipe had when it was tagged.
+    """
 
     name: str
     base: str
+    revision: int
+    laid: tuple[Laid, ...]
+    digest: str | None
+    tags: tuple[tuple[str, int], ...]
     created_at: datetime
-    patches: tuple[tuple[str, float], ...]
+    deleted_at: datetime | None = None
 
-    @classmethod
-    def of(cls, row: models.Recipe) -> RecipeRecord:
-        laid = tuple((patch.patch_id, patch.strength) for patch in row.patches)
-        return cls(row.name, row.base.name, row.created_at, laid)
+    @property
+    def patches(self) -> tuple[tuple[str, float], ...]:
+        """(patch id, strength), sorted by patch id."""
+        return tuple((each.patch, each.strength) for each in self.laid)
 
 
 @dataclass(frozen=True)
 class HistoryRecord:
-    """One change of a recipe: a strength of None means that the patch did not lie there."""
+    """What one revision of a recipe did to one patch; both strengths None, and no patch, where it touched none.
+
+    `source` is the recipe@revision that a checkout or a copy was made from.
+    """
 
     recipe: str
     revision: int
     action: Action
-    patch: str
-    concept: str
+    source: str | None
+    patch: str | None
+    concept: str | None
     strength_before: float | None
     strength_after: float | None
+    until_before: date | None
+    until_after: date | None
     why: str
     who: str
     at: datetime
@@ -94,18 +119,62 @@ class HistoryRecord:
     digest_after: str | None
 
     @classmethod
-    def of(cls, row: models.History) -> HistoryRecord:
+    def of(cls, row: models.Revision, change: models.RevisionPatch | None) -> HistoryRecord:
+        line = change or models.RevisionPatch()
         return cls(
             recipe=row.recipe.name,
-            revision=row.revision,
+            revision=row.number,
             action=cast(Action, row.action),
-            patch=row.patch_id,
-            concept=row.patch.concept.name,
-            strength_before=row.strength_before,
-            strength_after=row.strength_after,
+            source=row.source,
+            patch=line.patch_id,
+            concept=change.patch.concept.name if change else None,
+            strength_before=line.strength_before,
+            strength_after=line.strength_after,
+            until_before=line.until_before,
+            until_after=line.until_after,
             why=row.why,
             who=row.who,
             at=row.at,
             digest_before=row.digest_before,
             digest_after=row.digest_after,
         )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One patch that lies differently on two recipes, or on two revisions of one."""
+
+    patch: str
+    concept: str
+    before: Laid | None
+    after: Laid | None
+
+
+@dataclass(frozen=True)
+class Due:
+    """A patch that lapsed on a recipe and lies there still."""
+
+    recipe: str
+    concept: str
+    patch: str
+    until: date
+
+
+@dataclass(frozen=True)
+class TagRecord:
+    """A tag on a patch or on a recipe; `name` is the patch's id or the recipe's name, `revision` the recipe's."""
+
+    tag: str
+    on: Literal["patch", "recipe"]
+    name: str
+    revision: int | None
+    who: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Found:
+    """A page of what a search found, newest first."""
+
+    patches: tuple[PatchRecord, ...]
+    recipes: tuple[RecipeRecord, ...]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.orm import Session
 
 from overpaint.errors import NotFound, OverpaintError
 from overpaint.registry import models
-from overpaint.registry.faults import plain_database_errors, plain_disk_errors
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -22,7 +17,7 @@ if TYPE_CHECKING:
     from overpaint.registry.database import Database
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
-LOCK_SECONDS = 20.0
+REVISION = text("SELECT version_num FROM alembic_version")
 
 
 class RegistryVersionError(OverpaintError):
@@ -45,35 +40,43 @@ def prepare(database: Database, *, create: bool) -> None:
 
 def current(database: Database) -> str | None:
     """The revision of `database`, or None for one that is missing or still empty. Raises OverpaintError if not ours."""
-    with plain_disk_errors(database.path):
-        if not database.path.exists():
-            return None
+    if not database.exists():
+        return None
     with database.reading() as session:
-        tables = set(session.scalars(text("SELECT name FROM sqlite_master WHERE type = 'table'")))
+        tables = set(inspect(session.connection()).get_table_names())
         if not tables:
             return None
-        if "alembic_version" not in tables:
-            raise OverpaintError(f"{database.path} is a SQLite database but not an Overpaint registry; name another")
-        revision: str | None = session.scalar(text("SELECT version_num FROM alembic_version"))
+        if not {"alembic_version", "recipe_patch"} <= tables:
+            raise OverpaintError(f"{database.where} is a database but not an Overpaint registry; name another")
+        revision: str | None = session.scalar(REVISION)
         return revision
 
 
+def require_head(database: Database, session: Session) -> None:
+    """Raise RegistryVersionError if `database` is no longer of the schema that it had when it was opened."""
+    revision = session.scalar(REVISION)
+    if revision != models.HEAD:
+        raise RegistryVersionError(
+            f"the registry {database.where} was brought to schema {revision} while this program, which knows "
+            f"{models.HEAD}, had it open; nothing was written. Upgrade the program: `pip install --upgrade overpaint`"
+        )
+
+
 def upgrade(database: Database) -> str:
-    """Bring an older registry to HEAD and return the revision it had; a copy of the old file is kept beside it.
+    """Bring an older registry to HEAD and return the revision it had; a copy of an SQLite file is kept beside it.
 
     Raises NotFound if there is none, RegistryVersionError if it is newer than this program.
     """
     if current(database) is None:
         raise _nothing_at(database)
-    with _lock(database.path):
+    with database.alone():
         revision = current(database)
         assert revision is not None, "a registry vanished while it was being locked"
         if revision == models.HEAD:
             return revision
         if revision not in known_revisions():
             raise _wrong_version(database, revision)
-        _back_up(database.path, revision)
-        _run_migrations(database)
+        _run_migrations(database, back_up=revision)
     return revision
 
 
@@ -94,73 +97,37 @@ def config(connection: Connection | None = None) -> Config:
 
 
 def _create(database: Database) -> str | None:
-    folder = database.path.parent
-    with plain_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _lock(database.path):
+    database.make_room()
+    with database.alone():
         if current(database) is None:  # another process may have been faster
             _run_migrations(database)
         return current(database)
 
 
-def _run_migrations(database: Database) -> None:
+def _run_migrations(database: Database, *, back_up: str | None = None) -> None:
     """All of them in one transaction: a killed process leaves the schema that was there before."""
     from alembic import command
 
     with database.migrating() as connection:
+        if back_up is not None:  # now that nobody can write any more
+            database.back_up(back_up)
         command.upgrade(config(connection), "head")
-        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        broken = database.broken_reference(connection)
         if broken is not None:
-            raise OverpaintError(f"{database.path} has a {broken[0]} row that refers to nothing; nothing was changed")
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time make or migrate the file. The lock dies with its holder, so it is never stale."""
-    lock = path.with_name(path.name + ".lock")
-    with plain_disk_errors(path.parent):
-        file = lock.open("ab")
-    with file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _locked(file.fileno()):
-            if time.monotonic() > deadline:
-                raise OverpaintError(
-                    f"another process is making or upgrading {path} (it holds {lock}); wait for it to end"
-                )
-            time.sleep(0.05)
-        yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _back_up(path: Path, revision: str) -> None:
-    """Copy the database by SQLite itself; a copy of the file alone would miss what is still in the write-ahead log."""
-    copy = path.with_name(f"{path.name}.before-upgrade-from-{revision}")
-    with (
-        plain_database_errors(path),
-        closing(sqlite3.connect(path)) as source,
-        closing(sqlite3.connect(copy)) as target,
-    ):
-        source.backup(target)
+            raise OverpaintError(f"{database.where} has a {broken} row that refers to nothing; nothing was changed")
 
 
 def _nothing_at(database: Database) -> NotFound:
-    return NotFound(f"no registry at {database.path.parent}; run `overpaint init`")
+    return NotFound(f"no registry at {database.where}; run `overpaint init`")
 
 
 def _wrong_version(database: Database, revision: str) -> RegistryVersionError:
     if revision in known_revisions():
         return RegistryVersionError(
-            f"the registry at {database.path.parent} has schema {revision} and this program needs {models.HEAD}; "
+            f"the registry at {database.where} has schema {revision} and this program needs {models.HEAD}; "
             "run `overpaint db upgrade`"
         )
     return RegistryVersionError(
-        f"the registry at {database.path.parent} has schema {revision}, which is newer than this program knows "
+        f"the registry at {database.where} has schema {revision}, which is newer than this program knows "
         f"({models.HEAD}); upgrade the program: `pip install --upgrade overpaint`"
     )

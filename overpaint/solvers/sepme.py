@@ -7,6 +7,9 @@ to tau. *Weight decoupling*: the increment of every cross-attention key and valu
 basis of the null space of all other concepts' prompt embeddings (all positions), the empty prompt's and the kept
 prompts', and w zero at the start. Prompts in that stack are therefore not disturbed at all; nothing is promised for
 other sentences, and the null space of a text width d is used up after about d / (length - 1) prompts.
+
+Two settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
+many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from overpaint.bases.base import Base
 from overpaint.bases.text import TextEncoder
 from overpaint.patches.delta import LowRank
+from overpaint.solvers.keys import sentences
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, setting
 
 
@@ -41,6 +45,10 @@ class SepME:
     guidance: float = setting(7.5, "guidance scale of those pictures", low=0.0)
     steps: int = setting(20, "sampling steps of those pictures", low=1)
     keep: str = setting("", "further prompts to leave undisturbed, separated by ;")
+    tolerance: float = setting(
+        0.0, "directions weaker than this share of the others' strongest may be used; 0: only unused ones", 0.0, 1.0
+    )
+    sentences: int = setting(0, "train on this many sentences that name the concept; 0: on the bare name", low=0)
 
     def solve(self, problem: EditProblem) -> Solution:
         """A low-rank delta on `attn2.to_k` and `attn2.to_v`, its down factors shared by all layers.
@@ -49,7 +57,7 @@ class SepME:
         """
         started = time.perf_counter()
         encoder = TextEncoder.of(problem.base, problem.device)
-        basis, rank = null_space(encoder, self._prompts(problem))
+        basis, rank = null_space(encoder, self._prompts(problem), self.tolerance)
         pipe = problem.base.pipeline(device=str(problem.device))
         latents = _pictures(pipe, problem, self)
         names = problem.base.readers("text_encoder")
@@ -75,22 +83,29 @@ class SepME:
         return ["", *(c.name for c in problem.others), *kept]
 
 
-def null_space(encoder: TextEncoder, prompts: Sequence[str]) -> tuple[Tensor, int]:
+def null_space(encoder: TextEncoder, prompts: Sequence[str], tolerance: float = 0.0) -> tuple[Tensor, int]:
     """An orthonormal basis S, float32 [d, d - r], of the directions that no embedding of `prompts` has; and the rank r.
 
     By singular value decomposition in float64 with NumPy's rank rule; the paper eliminates symbolically, which takes
-    minutes to hours. Raises Unsolvable when the prompts fill the whole width.
+    minutes to hours. Directions below `tolerance` times the strongest count as unused. Raises Unsolvable when the prompts fill
+    the whole width.
     """
-    stacked = encoder.hidden(prompts).double().reshape(-1, encoder.width)
-    _, size, right = torch.linalg.svd(stacked, full_matrices=True)
+    hidden = encoder.hidden(prompts).double().cpu()
+    # Begin-of-text is the same in every prompt and larger than all else: it would set the scale of the tolerance.
+    begin = hidden[0, 0] / hidden[0, 0].norm()
+    rest = hidden[:, 1:].reshape(-1, encoder.width)
+    rest = rest - (rest @ begin)[:, None] * begin
+    _, size, right = torch.linalg.svd(rest, full_matrices=True)
     # Embeddings come out of a float32 encoder: what is below its rounding is noise, not a direction.
-    rank = int((size > size[0] * max(stacked.shape) * torch.finfo(torch.float32).eps).sum())
+    noise = max(rest.shape) * torch.finfo(torch.float32).eps
+    used = torch.cat([begin[None], right[: int((size > size[0] * max(noise, tolerance)).sum())]])
+    rank = len(used)
     if rank >= encoder.width:
         raise Unsolvable(
             f"the {len(prompts)} prompts to leave undisturbed span all {encoder.width} text directions, so SepME has no null "
-            f"space left (about {encoder.length - 1} directions each); name fewer concepts, or use `separable`"
+            f"space left (about {encoder.length - 1} directions each); name fewer concepts, raise tolerance, or use `separable`"
         )
-    return right[rank:].T.float().contiguous(), rank
+    return torch.linalg.qr(used.T, mode="complete").Q[:, rank:].float().contiguous().to(encoder.model.device), rank
 
 
 @torch.no_grad()
@@ -127,7 +142,8 @@ def _descend(
     scaled = settings.beta * basis.T
     increments = _Increments(unet, problem.base, names, scaled)
     optimiser = torch.optim.Adam(increments.w, lr=settings.lr)
-    text = encoder.hidden([problem.concept.name, ""])
+    prompts = _trained(problem, settings)
+    text, empty = encoder.hidden(prompts), encoder.hidden([""])
     generator = torch.Generator().manual_seed(problem.seed)
     levels = len(schedule.alphas_cumprod)
     mean = 0.0
@@ -138,7 +154,8 @@ def _descend(
         noise = torch.randn((settings.batch, *latents.shape[1:]), generator=generator).to(latents)
         x = schedule.add_noise(latents[chosen], noise, t)
         twice = {"sample": x.repeat(2, 1, 1, 1), "timestep": t.repeat(2)}
-        hidden = text.repeat_interleave(settings.batch, 0)
+        asked = text[torch.randint(len(prompts), (settings.batch,), generator=generator)] if prompts[1:] else text
+        hidden = torch.cat([asked.expand(settings.batch, -1, -1), empty.expand(settings.batch, -1, -1)])
         with torch.no_grad(), increments.off():
             frozen = _representation(unet(**twice, encoder_hidden_states=hidden).sample)
         moving = _representation(unet(**twice, encoder_hidden_states=hidden).sample)
@@ -159,6 +176,14 @@ def _descend(
             break
     increments.remove()
     return increments.w, history
+
+
+def _trained(problem: EditProblem, settings: SepME) -> list[str]:
+    """The prompts whose representation is made irrelevant: the bare name, or the concept's words in sentences."""
+    pairs = sentences(problem.base, problem.concept.kind).pairs
+    found = [template.format(word) for template, _ in pairs for word in problem.concept.words]
+    count = min(settings.sentences, len(found))
+    return [found[i * len(found) // count] for i in range(count)] or [problem.concept.name]
 
 
 def _representation(both: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ concepts that nobody listed.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -20,6 +22,7 @@ from overpaint.concepts import Concept
 from overpaint.solvers.keys import keys_and_values, keys_of, neutral_sentences
 
 EMPTY_WEIGHT = 10.0
+SENTENCES_PER_WORD = 3
 BEGIN_WEIGHT = 1e4
 """Begin-of-text is constant and by far the largest embedding of CLIP; weighted so, it is preserved to rounding."""
 
@@ -45,8 +48,8 @@ class _Memory:
 
     def __init__(self, base: Base, device: torch.device) -> None:
         self.encoder = TextEncoder.of(base, device)
-        self.vocabulary: Tensor | None = None
-        self.words: dict[str, Tensor] = {}
+        self.vocabulary: list[_Sentence] | None = None
+        self.words: dict[tuple[str, str], Tensor] = {}
         self.pairs: dict[bytes, tuple[Tensor, Tensor]] = {}
         self.universes: dict[bytes, Universe] = {}
 
@@ -68,9 +71,12 @@ def universe(base: Base, concepts: tuple[Concept, ...], ridge: float, weight: fl
     return memory.universes[key]
 
 
-def prepare(base: Base, device: torch.device) -> None:
-    """Read the vocabulary of a base now rather than in the first solve; it is the same for all concepts."""
-    _vocabulary(_memory(base, device), base)
+def prepare(base: Base, concepts: Iterable[Concept], device: torch.device) -> None:
+    """Encode the vocabulary of a base and the concepts of a universe now rather than in the first solve."""
+    memory = _memory(base, device)
+    _vocabulary(memory, base)
+    for concept in concepts:
+        _pair(memory, base, concept)
 
 
 def _memory(base: Base, device: torch.device) -> _Memory:
@@ -82,10 +88,7 @@ def _memory(base: Base, device: torch.device) -> _Memory:
 def _build(memory: _Memory, base: Base, concepts: list[Concept], ridge: float, weight: float) -> Universe:
     keys, values = {}, {}
     for concept in concepts:
-        name = canonical_json(concept.as_json())
-        if name not in memory.pairs:
-            memory.pairs[name] = keys_and_values(memory.encoder, base, concept)
-        keys[concept.name], values[concept.name] = memory.pairs[name]
+        keys[concept.name], values[concept.name] = _pair(memory, base, concept)
     moment = _preserved(memory, base, {w for c in concepts for w in c.words})
     for k in keys.values():
         moment = moment + weight * k @ k.T
@@ -97,23 +100,57 @@ def _build(memory: _Memory, base: Base, concepts: list[Concept], ridge: float, w
     )
 
 
-def _vocabulary(memory: _Memory, base: Base) -> Tensor:
-    """The second moment of every word of the tokenizer in the neutral sentences, float64 [d, d]."""
+@dataclass(frozen=True, eq=False)
+class _Sentence:
+    """A neutral sentence, the words it is asked with, and the second moment of their keys, float64 [d, d]."""
+
+    template: str
+    words: frozenset[str]
+    moment: Tensor
+
+
+def _pair(memory: _Memory, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+    name = canonical_json(concept.as_json())
+    if name not in memory.pairs:
+        memory.pairs[name] = keys_and_values(memory.encoder, base, concept)
+    return memory.pairs[name]
+
+
+def _vocabulary(memory: _Memory, base: Base) -> list[_Sentence]:
+    """Every word of the tokenizer in `SENTENCES_PER_WORD` of the neutral sentences, which take turns.
+
+    What matters is that words *and* sentences are many; all words in all sentences would cost several times as much.
+    """
     if memory.vocabulary is None:
         words, templates = memory.encoder.words(), neutral_sentences(base)
-        total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
-        for start in range(0, len(words), 256):
-            k = keys_of(memory.encoder, words[start : start + 256], templates)
-            total += k @ k.T
-        memory.vocabulary = total
+        turns = max(1, len(templates) // SENTENCES_PER_WORD)
+        memory.vocabulary = []
+        for j, template in enumerate(templates):
+            chosen = words[j % turns :: turns]
+            total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
+            for start in range(0, len(chosen), 256):
+                k = keys_of(memory.encoder, chosen[start : start + 256], [template])
+                total += turns * k @ k.T
+            memory.vocabulary.append(_Sentence(template, frozenset(chosen), total))
     return memory.vocabulary
 
 
-def _preserved(memory: _Memory, base: Base, erased: set[str]) -> Tensor:
-    """The vocabulary's second moment without the words of known concepts, which have keys of their own."""
-    moment = _vocabulary(memory, base).clone()
-    for word in sorted({w.casefold() for w in erased} & set(memory.encoder.words())):
-        if word not in memory.words:
-            memory.words[word] = keys_of(memory.encoder, [word], neutral_sentences(base))
-        moment -= memory.words[word] @ memory.words[word].T
-    return moment
+def _preserved(memory: _Memory, base: Base, known: set[str]) -> Tensor:
+    """The vocabulary's second moment without the known concepts, which have keys of their own.
+
+    Left out are their words in every sentence, and whole sentences that name one of them: to preserve "a dog in ink style"
+    for every dog would be to preserve the style.
+    """
+    known = {word.casefold() for word in known}
+    total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
+    turns = max(1, len(neutral_sentences(base)) // SENTENCES_PER_WORD)
+    for sentence in _vocabulary(memory, base):
+        if known & set(re.findall(r"\w+", sentence.template.casefold())):
+            continue
+        total += sentence.moment
+        for word in sorted(known & sentence.words):
+            if (word, sentence.template) not in memory.words:
+                memory.words[word, sentence.template] = keys_of(memory.encoder, [word], [sentence.template])
+            k = memory.words[word, sentence.template]
+            total -= turns * k @ k.T
+    return total

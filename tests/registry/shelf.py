@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from overpaint.concepts import Concept
 from overpaint.registry import PatchRecord, Registry
@@ -20,19 +21,20 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def add_patch(registry: Registry, label: str, *, concept: str = "apple", base: str = "small") -> PatchRecord:
-    """A patch whose id and bytes follow from `label`."""
-    return registry.add_patch(
-        id=digest_of(label),
-        blob=label.encode(),
-        concept=concept,
-        base=base,
-        solver="uce",
-        kind="text map",
-        settings={"lambda": 0.1},
-        seed=7,
-        seconds=0.5,
-    )
+def add_patch(registry: Registry, label: str, **other: Any) -> PatchRecord:
+    """A patch of the apple on the small base whose id and bytes follow from `label`; `other` says what is different."""
+    usual = {
+        "id": digest_of(label),
+        "blob": label.encode(),
+        "concept": "apple",
+        "base": "small",
+        "solver": "uce",
+        "kind": "text map",
+        "settings": {"lambda": 0.1},
+        "seed": 7,
+        "seconds": 0.5,
+    }
+    return registry.add_patch(**{**usual, **other})
 
 
 def lay(registry: Registry, recipe: str, patch_id: str, strength: float | None, why: str = "a test") -> int:

@@ -1,11 +1,11 @@
-"""What the blob store promises."""
+"""What a store in a local folder promises beyond the contract of every place: modes, durability, a full disk."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -15,25 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overpaint.errors import OverpaintError
-from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore
+from overpaint.registry.store import BadFile, BlobCorrupt, BlobStore, open_files
+from overpaint.registry.store.blobs import as_digested
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> BlobStore:
-    return BlobStore(tmp_path)
+    return BlobStore(open_files(tmp_path))
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def path_of(store: BlobStore, digest: str) -> Path:
-    return store.folder / "blobs" / "sha256" / digest[:2] / digest
+    return Path(store.files.where) / "blobs" / "sha256" / digest[:2] / digest
 
 
-def files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def damage(path: Path, data: bytes) -> None:
-    path.chmod(0o644)
-    path.write_bytes(data)
+def files_in(store: BlobStore) -> list[Path]:
+    return [path for path in Path(store.files.where).rglob("*") if path.is_file()]
 
 
 def failing(number: int) -> Callable[..., NoReturn]:
@@ -43,66 +46,37 @@ def failing(number: int) -> Callable[..., NoReturn]:
     return fail
 
 
-@given(st.binary(max_size=300))
+@given(st.lists(st.binary(max_size=300), max_size=4))
 @settings(max_examples=15, deadline=None)
-def test_any_bytes_come_back_under_their_digest(data: bytes) -> None:
+def test_any_parts_come_back_as_one_under_their_digest(parts: list[bytes]) -> None:
     with TemporaryDirectory() as folder:
-        digest = BlobStore(Path(folder)).put(data)
-        assert digest == hashlib.sha256(data).hexdigest()
-        assert BlobStore(Path(folder)).get(digest) == data
+        digest = BlobStore(open_files(folder)).put(*parts)
+        assert digest == hashlib.sha256(b"".join(parts)).hexdigest()
+        assert BlobStore(open_files(folder)).get(digest) == b"".join(parts)
 
 
-def test_storing_twice_keeps_one_object(store: BlobStore) -> None:
-    assert store.put(b"paint") == store.put(b"paint")
-    assert len(files_in(store.folder)) == 1
+@pytest.mark.usefixtures("usual_umask")
+def test_a_blob_is_read_only_for_whom_the_umask_lets_in(store: BlobStore) -> None:
+    assert path_of(store, store.put(b"a")).stat().st_mode & 0o777 == 0o444
+    os.umask(0o077)
+    assert path_of(store, store.put(b"b")).stat().st_mode & 0o777 == 0o400
 
 
-def test_a_blob_is_read_only_and_listed(store: BlobStore) -> None:
-    digests = sorted(store.put(data) for data in (b"a", b"b", b"c"))
-    path_of(store, digests[0]).with_name(".tmp-left-by-a-killed-process").write_bytes(b"half")
-    assert list(store.digests()) == digests
-    assert path_of(store, digests[0]).stat().st_mode & 0o777 == 0o444
+def test_what_a_killed_writer_left_is_no_blob(store: BlobStore) -> None:
+    digest = store.put(b"a")
+    path_of(store, digest).with_name(".tmp-left-by-a-killed-process").write_bytes(b"half")
+    assert list(store.digests()) == [digest]
+    assert [info.nbytes for info in store.leftovers()] == [4]
 
 
-@pytest.mark.parametrize("bytes_now", [b"pain", b"paint!", b"Paint", b""], ids=["short", "long", "flipped", "empty"])
-def test_a_corrupt_blob_is_quarantined_and_reported_not_deleted(store: BlobStore, bytes_now: bytes) -> None:
+def test_a_blob_that_cannot_be_set_aside_is_still_refused(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = store.put(b"paint")
-    damage(path_of(store, digest), bytes_now)
-    with pytest.raises(BlobCorrupt, match=digest):
+    path_of(store, digest).chmod(0o644)
+    path_of(store, digest).write_bytes(b"pain")
+    monkeypatch.setattr(os, "replace", failing(errno.EROFS))
+    with pytest.raises(BlobCorrupt, match=f"kept as .*{digest}"):
         store.get(digest)
-    assert not store.exists(digest)
-    assert [path.read_bytes() for path in files_in(store.folder / "quarantine")] == [bytes_now]
-    with pytest.raises(BlobMissing, match="quarantine"):
-        store.get(digest)
-
-
-def test_two_corruptions_of_one_blob_are_both_kept(store: BlobStore) -> None:
-    for bytes_now in (b"first", b"second"):
-        digest = store.put(b"paint")
-        damage(path_of(store, digest), bytes_now)
-        with pytest.raises(BlobCorrupt):
-            store.get(digest)
-    assert {path.read_bytes() for path in files_in(store.folder / "quarantine")} == {b"first", b"second"}
-
-
-def test_storing_over_a_corrupt_blob_heals_it(store: BlobStore) -> None:
-    digest = store.put(b"paint")
-    damage(path_of(store, digest), b"pain")
-    store.put(b"paint")
-    assert store.get(digest) == b"paint"
-    assert [path.read_bytes() for path in files_in(store.folder / "quarantine")] == [b"pain"]
-
-
-def test_a_missing_blob_is_named(store: BlobStore) -> None:
-    assert not store.exists("0" * 64)
-    with pytest.raises(BlobMissing, match="0" * 64):
-        store.get("0" * 64)
-
-
-@pytest.mark.parametrize("digest", ["", "../../etc/passwd", "0" * 63, "A" * 64, "0" * 64 + "\n"])
-def test_what_is_not_a_digest_never_becomes_a_path(store: BlobStore, digest: str) -> None:
-    with pytest.raises(OverpaintError, match="not a blob's digest"):
-        store.get(digest)
+    assert path_of(store, digest).read_bytes() == b"pain"
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
@@ -112,12 +86,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     store.put(b"something before, so that the folders are there")
     digest = hashlib.sha256(b"paint").hexdigest()
     path_of(store, digest).parent.mkdir(exist_ok=True)
-    before = files_in(store.folder)
+    before = files_in(store)
     monkeypatch.setattr(os, call, failing(errno.ENOSPC))
     with pytest.raises(OverpaintError, match="is full; free some space"):
         store.put(b"paint")
     monkeypatch.undo()
-    assert files_in(store.folder) == before
+    assert files_in(store) == before
     assert store.get(store.put(b"paint")) == b"paint"
 
 
@@ -131,7 +105,14 @@ def test_a_write_that_loses_bytes_is_noticed(store: BlobStore, monkeypatch: pyte
     monkeypatch.setattr(os, "write", lambda descriptor, data: len(data))
     with pytest.raises(OverpaintError, match="0 bytes arrived"):
         store.put(b"paint")
-    assert files_in(store.folder) == []
+    assert files_in(store) == []
+
+
+def test_bytes_that_change_while_they_are_written_get_no_name(store: BlobStore) -> None:
+    digest = hashlib.sha256(b"paint").hexdigest()
+    with pytest.raises(BlobCorrupt, match="nothing was kept"):
+        store.files.write(f"blobs/sha256/{digest[:2]}/{digest}", as_digested([b"pa", b"nt"], digest))
+    assert files_in(store) == []
 
 
 def test_the_file_is_durable_before_its_name_and_the_name_before_the_return(
@@ -152,3 +133,27 @@ def test_the_file_is_durable_before_its_name_and_the_name_before_the_return(
     monkeypatch.setattr(os, "replace", watch_replace)
     store.put(b"paint")
     assert calls[-3:] == ["sync file", "rename", "sync folder"]
+
+
+def test_putting_again_makes_a_blob_look_new_to_the_collector_of_garbage(store: BlobStore) -> None:
+    digest = store.put(b"paint")
+    os.utime(path_of(store, digest), (0, 0))
+    store.put(b"paint")
+    found = store.find(digest)
+    assert found is not None
+    assert found.modified > 1e9
+
+
+def test_links_and_pipes_are_not_read(store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(folder / "pipe")
+    files = open_files(folder)
+    with pytest.raises(BadFile, match="symbolic link"):
+        files.read("link")
+    with pytest.raises(BadFile, match="not a plain file"):
+        files.read("pipe")
+    assert list(files.walk(".hidden")) == []
+    assert files.info("link") is None

@@ -2,52 +2,79 @@
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
-from overpaint.registry import Registry
+from overpaint.registry import Registry, models
+from overpaint.registry.database import database_at
 
-from .shelf import add_patch, stock
-from .workers import die_before_commit, die_between_blob_and_row, make, toggle
+from .processes import CLEAN, run_until_killed
+from .shelf import add_patch, digest_of, stock
+from .workers import die_before_commit, die_between_blob_and_row, make, write_much
 
-# Forked from a clean process that has imported what they need: a fork of the test run would carry whatever threads and
-# locks other tests left, and starting afresh takes a second each.
-CLEAN = multiprocessing.get_context("forkserver")
-CLEAN.set_forkserver_preload(["pytest", "alembic.command", "tests.registry.workers"])
+WRITERS = 8
+# 1600 writes take a minute or two where a disk must confirm each, so a quick run makes fewer.
+WRITES = 200 if os.environ.get("OVERPAINT_FULL_TESTS") else 20
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(4, mp_context=CLEAN) as processes:
+    with ProcessPoolExecutor(WRITERS, mp_context=CLEAN) as processes:
         yield processes
 
 
-def test_four_writers_lose_nothing_and_never_find_the_database_locked(
-    pool: ProcessPoolExecutor, registry: Registry, folder: Path
+def test_eight_writers_lose_nothing_duplicate_nothing_and_never_find_the_database_locked(
+    pool: ProcessPoolExecutor, anywhere: str | Path
 ) -> None:
+    registry = Registry.open(anywhere)
     registry.create_recipe("r", "small")
-    labels = ["one", "two", "three", "four"]
-    for label in labels:
-        add_patch(registry, label)
-    revisions = list(pool.map(toggle, [folder] * 4, labels, [20] * 4))
-    assert sorted(itertools.chain(*revisions)) == list(range(1, 81))
-    assert [line.revision for line in registry.log("r")] == list(range(1, 81))
-    assert registry.recipe("r").patches == ()
+    done = [
+        each
+        for writer in pool.map(write_much, [anywhere] * WRITERS, range(WRITERS), [WRITES] * WRITERS)
+        for each in writer
+    ]
+    assert len(done) == WRITERS * WRITES
+    counted = Counter(what for what, _ in done)
+
+    own = {digest_of(label) for what, label in done if what == "own patch"}
+    shared = {digest_of(label) for what, label in done if what == "shared patch"}
+    assert Counter(patch.id for patch in registry.patches()) == Counter(own | shared)
+    assert len(own) == counted["own patch"]
+    assert counted["shared patch"] == WRITERS * len(shared)
+
+    revisions = sorted(int(label) for what, label in done if what == "revision")
+    assert revisions == list(range(1, counted["revision"] + 1))
+    log = registry.log("r")
+    assert [line.revision for line in log] == revisions
+    lying = Counter({line.patch: 0 for line in log})
+    for line in log:  # each line begins where the one before it ended
+        lying[line.patch] += 1 if line.action == "add" else -1
+        assert lying[line.patch] in (0, 1)
+    assert registry.recipe("r").patches == tuple(
+        sorted((patch, 1.0) for patch, lies in lying.items() if patch and lies)
+    )
+
+    assert Counter(recipe.name for recipe in registry.recipes()) == Counter(
+        {"r", *(n for w, n in done if w == "recipe")}
+    )
+    with database_at(anywhere).reading() as session:
+        texts = Counter(session.scalars(select(models.PatchText.patch_id)))
+    assert texts == Counter(own | shared)
 
 
-def test_four_processes_may_make_one_registry_at_once(pool: ProcessPoolExecutor, folder: Path) -> None:
-    assert list(pool.map(make, [folder] * 4)) == [str(folder)] * 4
-    assert stock(Registry.open(folder, create=False)).bases()
+def test_many_processes_may_make_one_registry_at_once(pool: ProcessPoolExecutor, location: str | Path) -> None:
+    assert list(pool.map(make, [location] * 6)) == [0] * 6
+    assert stock(Registry.open(location, create=False)).bases()
 
 
 def test_a_writer_killed_between_blob_and_row_leaves_an_openable_registry(registry: Registry, folder: Path) -> None:
-    _run_until_killed(die_between_blob_and_row, folder)
+    run_until_killed(die_between_blob_and_row, folder)
     again = Registry.open(folder, create=False)
     assert again.patches() == []
     assert len(list(again.blobs.digests())) == 1
@@ -55,14 +82,7 @@ def test_a_writer_killed_between_blob_and_row_leaves_an_openable_registry(regist
 
 
 def test_a_writer_killed_before_its_commit_leaves_no_trace(registry: Registry, folder: Path) -> None:
-    _run_until_killed(die_before_commit, folder)
+    run_until_killed(die_before_commit, folder)
     again = Registry.open(folder, create=False)
     assert [base.name for base in again.bases()] == ["small"]
     again.add_base("ghost", Path("/models/ghost"), "sd1", "0")
-
-
-def _run_until_killed(target: Callable[[Path], None], folder: Path) -> None:
-    process = CLEAN.Process(target=target, args=(folder,))
-    process.start()
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL

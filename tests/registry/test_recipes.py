@@ -14,6 +14,12 @@ from .shelf import add_patch, digest_of, lay
 
 
 @pytest.fixture
+def registry(either: Registry) -> Registry:
+    """Everything here holds on SQLite and on PostgreSQL."""
+    return either
+
+
+@pytest.fixture
 def patches(registry: Registry) -> list[str]:
     """The ids of three patches, sorted; beside them the recipe "r"."""
     registry.create_recipe("r", "small")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from overpaint.concepts import Concept
 from overpaint.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.registry import Registry
+from overpaint.registry import Registry, models
+from overpaint.registry.database import database_at
 from overpaint.registry.store import BlobMissing
 
 from .shelf import add_patch, digest_of, lay
+
+
+@pytest.fixture
+def registry(either: Registry) -> Registry:
+    """Everything here holds on SQLite and on PostgreSQL."""
+    return either
+
 
 ODD_NAMES = [
     "Robert'); DROP TABLE concept;--",
@@ -27,31 +38,98 @@ ODD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_names_are_free_text(registry: Registry, name: str) -> None:
-    concept = Concept(name, kind="person", synonyms=("so; called",), anchor="someone")
-    registry.add_concept(concept)
-    registry.add_base(name, Path("/models/x"), "sd1", "0")
-    registry.create_recipe(name, name)
-    lay(registry, name, add_patch(registry, "odd", concept=name, base=name).id, 1.0, why=name)
-    assert registry.concept(name) == concept
-    assert registry.base(name).name == registry.recipe(name).base == name
-    assert registry.patch(name).concept == registry.log(name)[0].why == name
-    assert len(registry.concepts()) == 2
+def test_names_are_free_text(registry: Registry) -> None:
+    for count, name in enumerate(ODD_NAMES, 1):
+        concept = Concept(name, kind="person", synonyms=(f"so-called {name[:300]}",), anchor="someone")
+        registry.add_concept(concept)
+        registry.add_base(name, Path("/models/x"), "sd1", "0")
+        registry.create_recipe(name, name)
+        patch = add_patch(registry, name, concept=name, base=name, solver=name)
+        lay(registry, name, patch.id, 1.0, why=name)
+        registry.tag(f"t {name[:300]}", patches=[patch.id], recipes=[name], who=name)
+        assert registry.concept(name) == concept
+        assert registry.base(name).name == registry.recipe(name).base == name
+        assert registry.patch(name).concept == registry.log(name)[0].why == name
+        assert [each.id for each in registry.patches(base=name, solver=name)] == [patch.id]
+        assert [each.id for each in registry.search(name, base=name).patches] == [patch.id]
+        assert len(registry.concepts()) == len(registry.recipes()) + 1 == count + 1
 
 
-@pytest.mark.parametrize("name", ["", "   ", "a\x00b", "a\nb", "\x1b[31mred", "\udcff", "a\u2028b", "x" * 401])
-def test_names_that_do_not_print_or_do_not_end_are_refused(registry: Registry, name: str) -> None:
-    for attempt in (
-        lambda: registry.add_base(name, Path("/x"), "sd1", "0"),
-        lambda: registry.create_recipe(name, "small"),
-        lambda: registry.add_concept(Concept(name)),
-        lambda: registry.patch(name),
-        lambda: registry.recipe(name),
-    ):
-        with pytest.raises(OverpaintError):
-            attempt()
-    assert len(registry.bases()) == len(registry.concepts()) == 1
+UNPRINTABLE = ["a\x00b", "\x1b[31mred", "\udcff", "caf\udce9", "a\u2028b", "x" * 1_000_000, "e\u0301" * 500_000]
+BAD_NAMES = ["", "   ", "a\nb", "x" * 401, *UNPRINTABLE]
+
+ENTRANCES: dict[str, Callable[[Registry, str], object]] = {
+    "base": lambda registry, text: registry.add_base(text, Path("/x"), "sd1", "0"),
+    "layout": lambda registry, text: registry.add_base("b", Path("/x"), text, "0"),
+    "fingerprint": lambda registry, text: registry.add_base("b", Path("/x"), "sd1", text),
+    "concept": lambda registry, text: registry.add_concept(Concept(text)),
+    "solver": lambda registry, text: add_patch(registry, "y", solver=text),
+    "kind of patch": lambda registry, text: add_patch(registry, "y", kind=text),
+    "id": lambda registry, text: add_patch(registry, "y", id=text),
+    "patch's concept": lambda registry, text: add_patch(registry, "y", concept=text),
+    "patch's base": lambda registry, text: add_patch(registry, "y", base=text),
+    "recipe": lambda registry, text: registry.create_recipe(text, "small"),
+    "recipe's base": lambda registry, text: registry.create_recipe("q", text),
+    "ensured recipe": lambda registry, text: registry.ensure_recipe(text, "small"),
+    "copy": lambda registry, text: registry.copy_recipe("r", text, why="", who=""),
+    "copied": lambda registry, text: registry.copy_recipe(text, "q", why="", who=""),
+    "deleted": lambda registry, text: registry.delete_recipe(text, why="", who=""),
+    "undeleted": lambda registry, text: registry.undelete_recipe(text, why="", who=""),
+    "changed recipe": lambda registry, text: lay(registry, text, digest_of("x"), 1.0),
+    "laid patch": lambda registry, text: lay(registry, "r", text, 1.0),
+    "log": lambda registry, text: registry.log(text),
+    "log of deleted": lambda registry, text: registry.log(text, deleted=True),
+    "diff": lambda registry, text: registry.diff("r", text),
+    "revision": lambda registry, text: registry.recipe(f"r@{text}"),
+    "found patch": lambda registry, text: registry.patch(text),
+    "found recipe": lambda registry, text: registry.recipe(text),
+    "found base": lambda registry, text: registry.base(text),
+    "found concept": lambda registry, text: registry.concept(text),
+    "patches of": lambda registry, text: registry.patches(concept=text),
+    "patches for": lambda registry, text: registry.count_patches(base=text),
+    "patches by": lambda registry, text: registry.patches(solver=text),
+    "patches with": lambda registry, text: registry.patches(tag=text),
+    "tag": lambda registry, text: registry.tag(text, recipes=["r"], who=""),
+    "tagged patch": lambda registry, text: registry.tag("t", patches=[text], who=""),
+    "untagged recipe": lambda registry, text: registry.untag("t", recipes=[text]),
+    "tags": lambda registry, text: registry.tags(text),
+    "search": lambda registry, text: registry.search(text),
+}
+# Texts that may be empty or of several lines, or that are parts of a whole.
+NOTES: dict[str, Callable[[Registry, str], object]] = {
+    "source": lambda registry, text: registry.add_base("b", Path(text), "sd1", "0"),
+    "synonym": lambda registry, text: registry.add_concept(Concept("c", synonyms=("word", text))),
+    "anchor": lambda registry, text: registry.add_concept(Concept("c", anchor=text)),
+    "why": lambda registry, text: lay(registry, "r", digest_of("x"), 1.0, why=text),
+    "why of a copy": lambda registry, text: registry.copy_recipe("r", "q", why=text, who=""),
+    "who deletes": lambda registry, text: registry.delete_recipe("r", why="", who=text),
+    "who tags": lambda registry, text: registry.tag("t", recipes=["r"], who=text),
+    "searched solver": lambda registry, text: registry.search(solver=text),
+    "searched tag": lambda registry, text: registry.search(tag=text),
+    "searched base": lambda registry, text: registry.search(base=text),
+}
+
+
+def test_names_that_do_not_print_or_do_not_end_are_refused_everywhere(registry: Registry, anywhere: str | Path) -> None:
+    add_patch(registry, "x")
+    registry.create_recipe("r", "small")
+    before = _rows(anywhere)
+    for entrances, texts in ((ENTRANCES, BAD_NAMES), (NOTES, UNPRINTABLE)):
+        for entrance, enter in entrances.items():
+            for text in texts:
+                with pytest.raises(OverpaintError) as caught:
+                    enter(registry, text)
+                said = str(caught.value)
+                assert len(said) < 2000, (entrance, text[:20])
+                assert said.encode(), "a terminal can show it"
+    assert _rows(anywhere) == before
+    assert list(registry.blobs.digests()) == [registry.patch(digest_of("x")).blob]
+
+
+def _rows(location: str | Path) -> dict[str, list[tuple[Any, ...]]]:
+    with database_at(location).reading() as session:
+        tables = models.Row.metadata.tables.values()
+        return {table.name: [tuple(row) for row in session.execute(select(table))] for table in tables}
 
 
 def test_two_spellings_of_one_letter_are_one_name(registry: Registry) -> None:
@@ -94,9 +172,9 @@ def test_ensuring_is_a_no_op_only_for_equals(registry: Registry) -> None:
         registry.ensure_recipe("r", "large")
 
 
-def test_a_patch_comes_back_as_it_was(registry: Registry, folder: Path) -> None:
+def test_a_patch_comes_back_as_it_was(registry: Registry, anywhere: str | Path) -> None:
     patch = add_patch(registry, "one")
-    again = Registry.open(folder)
+    again = Registry.open(anywhere)
     assert again.patches() == [patch]
     assert again.blob(patch) == b"one"
     assert (patch.nbytes, patch.blob) == (3, hashlib.sha256(b"one").hexdigest())

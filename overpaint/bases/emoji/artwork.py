@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from overpaint.bases.emoji.catalogue import Scene, catalogue
+from overpaint.bases.emoji.catalogue import Colour, Scene, catalogue
 
 SIZE = 64
 """Edge of a picture, in pixels."""
@@ -43,6 +43,8 @@ class Artwork:
                 if not complete[row, column]:
                     raise ValueError(f"{source} has no drawing of {drawing!r}; choose another object or style")
                 picture = Image.fromarray(rgba[row, column])
+                if tones := words.duotones.get(style):
+                    picture = duotone(picture, *tones)
                 found[style, name] = picture.crop(picture.getchannel("A").getbbox())
         return cls(found)
 
@@ -61,9 +63,6 @@ class Artwork:
         x, y = (round((SIZE - edge) / 2 + rng.uniform(-2, 2)) for edge in drawing.size)
         canvas = Image.new("RGB", (SIZE, SIZE), words.colours[scene.background])
         canvas.paste(drawing, (x, y), drawing)
-        if grid := words.pixels.get(scene.style):
-            small = canvas.resize((grid, grid), Image.Resampling.BOX)
-            canvas = small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
         return canvas
 
     def pool(self, variations: int, seed: int) -> tuple[NDArray[np.uint8], list[Scene]]:
@@ -74,3 +73,10 @@ class Artwork:
         for i, scene in enumerate(scenes):
             pictures[i] = np.asarray(self.render(scene, rng))
         return pictures, scenes
+
+
+def duotone(picture: Image.Image, dark: Colour, light: Colour) -> Image.Image:
+    """An RGBA drawing in two inks: black becomes `dark`, white `light`, the rest lies between by its luminance."""
+    toned = ImageOps.colorize(picture.convert("L"), dark, light)
+    toned.putalpha(picture.getchannel("A"))
+    return toned

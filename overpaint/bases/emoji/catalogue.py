@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias
+
+Colour: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,17 @@ class Scene:
 class Catalogue:
     """The vocabulary of the embedded base.
 
-    `drawings` maps an object to its CLDR short name, `artwork` a style to its source set, `pixels` a style to the grid
-    it is redrawn on, `colours` a background to its RGB value, `names` an object to itself and its synonyms.
+    `drawings` maps an object to its CLDR short name, `artwork` a style to its source set, `duotones` a style to the two
+    RGB values its darks and lights are redrawn in, `colours` a background to its RGB value, `names` an object to itself
+    and its synonyms.
     """
 
     drawings: dict[str, str]
     groups: dict[str, str]
     names: dict[str, tuple[str, ...]]
     artwork: dict[str, str]
-    pixels: dict[str, int]
-    colours: dict[str, tuple[int, int, int]]
+    duotones: dict[str, tuple[Colour, Colour]]
+    colours: dict[str, Colour]
     templates: dict[str, tuple[str, ...]]
     held_out_templates: dict[str, tuple[str, ...]]
 
@@ -81,11 +84,19 @@ def catalogue() -> Catalogue:
         groups={name: entry["group"] for name, entry in objects.items()},
         names={name: (name, *entry.get("synonyms", ())) for name, entry in objects.items()},
         artwork={name: entry["artwork"] for name, entry in styles.items()},
-        pixels={name: entry["pixels"] for name, entry in styles.items() if "pixels" in entry},
-        colours={name: (rgb[0], rgb[1], rgb[2]) for name, rgb in raw["backgrounds"].items()},
+        duotones={
+            name: (_colour(entry["duotone"][0]), _colour(entry["duotone"][1]))
+            for name, entry in styles.items()
+            if "duotone" in entry
+        },
+        colours={name: _colour(rgb) for name, rgb in raw["backgrounds"].items()},
         templates={kind: tuple(items) for kind, items in raw["templates"].items()},
         held_out_templates={kind: tuple(items) for kind, items in raw["held_out_templates"].items()},
     )
+
+
+def _colour(rgb: Sequence[int]) -> Colour:
+    return rgb[0], rgb[1], rgb[2]
 
 
 def article(noun: str) -> str:

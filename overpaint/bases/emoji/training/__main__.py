@@ -1,7 +1,7 @@
 """Train the embedded base: `python -m overpaint.bases.emoji.training --data FOLDER --work FOLDER --out FOLDER`.
 
-Stages in order: vae, clip, unet, decoder, judge. Each can be run alone, resumes from its last checkpoint, and reads
-what the earlier ones left in `--out`.
+Stages in order: vae, clip, judge, unet. Each can be run alone, resumes from its last checkpoint, and reads what
+the earlier ones left in `--out`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 from overpaint.bases.emoji.training.loop import Run
 
 STAGES: dict[str, dict[str, Any]] = {
-    "vae": {"steps": 1500, "batch": 16, "lr": 2e-3},
-    "clip": {"steps": 1000, "batch": 64, "lr": 1e-3},
-    "unet": {"steps": 3200, "batch": 32, "lr": 1.2e-3, "ema": 0.998},
-    "decoder": {"steps": 1500, "batch": 16, "lr": 1e-3, "ema": 0.995},
+    "vae": {"steps": 3000, "batch": 16, "lr": 2e-3, "restart": 1500},
+    "clip": {"steps": 900, "batch": 64, "lr": 1e-3},
     "judge": {"steps": 900, "batch": 64, "lr": 2e-3},
+    "unet": {"steps": 3400, "batch": 64, "lr": 1.5e-3, "ema": 0.998},
 }
 
 

@@ -18,7 +18,8 @@ class Run:
     """Where a stage works and for how long.
 
     `work` holds checkpoints, `out` the finished files. `steps` is the number of optimiser steps, `lr` the peak
-    learning rate of a cosine schedule with a warm-up of 2%, `ema` the decay of the averaged weights (0: none).
+    learning rate of a cosine schedule with a warm-up of 2%, `ema` the decay of the averaged weights (0: none). With
+    `restart`, the schedule ends there and begins anew for the rest of the steps (SGDR, arXiv 1608.03983).
     """
 
     work: Path
@@ -30,6 +31,7 @@ class Run:
     batch: int
     lr: float
     ema: float = 0.0
+    restart: int = 0
 
 
 def track(name: str, first: int, steps: int, says: Callable[[], str]) -> Iterator[int]:
@@ -46,11 +48,13 @@ def track(name: str, first: int, steps: int, says: Callable[[], str]) -> Iterato
 
 
 def learning_rate(step: int, run: Run) -> float:
-    """Linear warm-up over the first 2% of the steps, then half a cosine down to 2% of the peak."""
-    warm = max(1, run.steps // 50)
+    """Linear warm-up over the first 2% of the steps of a cycle, then half a cosine down to 2% of the peak."""
+    start, end = (run.restart, run.steps) if step >= run.restart else (0, run.restart)
+    step, length = step - start, end - start
+    warm = max(1, length // 50)
     if step < warm:
         return run.lr * (step + 1) / warm
-    return run.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, run.steps - warm))))
+    return run.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, length - warm))))
 
 
 def train(
@@ -66,7 +70,7 @@ def train(
     A checkpoint is written every 250 steps and picked up again by the next call with the same `run.work`. `every` is
     called at each checkpoint with the averaged module, to draw a sample grid.
     """
-    optimiser = torch.optim.AdamW(module.parameters(), lr=run.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=run.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if run.ema else {}
     path, first = run.work / f"{name}.pt", 0
     if path.exists():
@@ -108,9 +112,9 @@ def train(
 
 
 def _average(average: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
-    for key, mean in average.items():
-        if mean.dtype.is_floating_point:
-            mean.lerp_(state[key], 1 - decay)
+    pairs = [(mean, state[key]) for key, mean in average.items() if mean.dtype.is_floating_point]
+    if pairs:
+        torch._foreach_lerp_([mean for mean, _ in pairs], [value for _, value in pairs], 1 - decay)
 
 
 class averaged:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from overpaint.bases import emoji
-from overpaint.bases.emoji.catalogue import Scene, random_caption
+from overpaint.bases.emoji.catalogue import Scene, catalogue, random_caption
 from overpaint.bases.emoji.training.clip import WIDTH, tokenize
 from overpaint.bases.emoji.training.loop import Run, sheet, train
 from overpaint.bases.emoji.training.pictures import TRAINING_SEED, as_input, pool
@@ -78,7 +78,7 @@ def embeddings(encoder: CLIPTextModel, tok: CLIPTokenizer, texts: list[str]) -> 
 def run(spec: Run) -> None:
     """Train; save `out/unet`, `out/scheduler` and `model_index.json`."""
     torch.manual_seed(spec.seed)
-    vae: Any = AutoencoderKL.from_pretrained(spec.out / "vae", torch_dtype=torch.float32).eval()
+    vae: Any = AutoencoderKL.from_pretrained(spec.out / "vae", dtype=torch.float32, low_cpu_mem_usage=False).eval()
     tok = CLIPTokenizer.from_pretrained(spec.out / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(spec.out / "text_encoder", dtype=torch.float32).eval()
     pictures, scenes = pool(spec.data, VARIATIONS, TRAINING_SEED)
@@ -107,7 +107,7 @@ def run(spec: Run) -> None:
             vae, encoder, tok, module, noise_schedule, None, None, requires_safety_checker=False
         )
         pipe.set_progress_bar_config(disable=True)
-        prompts = [f"a picture of a {o} in {s} style" for s in ("flat", "ink", "clay", "pixel") for o in _SHOWN]
+        prompts = [f"a picture of a {o} in {s} style" for s in catalogue().styles for o in _SHOWN]
         found = pipe(
             prompts,
             num_inference_steps=20,

@@ -1,0 +1,196 @@
+"""A safetensors file, read by offset: which tensors it holds and where their bytes lie, believed only when it all fits.
+
+Files are read, not mapped into memory: mapped pages would count as the program's own, and a file that is cut short
+beneath a mapping kills the program instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from overpaint.errors import OverpaintError
+
+HEADER_LIMIT = 16 << 20
+"""Bytes. The header of a whole Stable Diffusion is 0.2 MB; the format's own limit would let a file ask for gigabytes."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+class BrokenFile(OverpaintError):
+    """A file that is no whole safetensors file: missing, cut short, or with a header that contradicts it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype as the format spells it, its shape, and its bytes from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """An opened safetensors file: its tensors in file order, its metadata, and where the first tensor's bytes begin.
+
+    Two of them are equal when the file was not touched in between.
+    """
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+    modified_ns: int
+
+    @classmethod
+    def open(cls, path: Path) -> Container:
+        """Read a file's header. Raises BrokenFile unless every byte of the file belongs to exactly one tensor."""
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                raw = _header(file, status.st_size, path)
+        except OSError as error:
+            raise BrokenFile(f"{path} cannot be read ({error.strerror})") from error
+        data_start = 8 + len(raw)
+        header = _parsed(raw, path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise _broken(path, "its metadata is not a map of texts")
+        found = {key: _entry(path, key, value, data_start) for key, value in header.items()}
+        entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
+        _refuse_gaps(path, entries, data_start, status.st_size)
+        return cls(path, entries, metadata, data_start, status.st_mtime_ns)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, as stored."""
+        return next(tensor for _, tensor in self.tensors([key]))
+
+    def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors one at a time, in file order, as stored. Raises BrokenFile when the file has become shorter."""
+        with self._reading() as file:
+            for key in sorted(keys, key=lambda key: self.entries[key].start):
+                entry = self.entries[key]
+                flat = torch.empty(entry.size, dtype=torch.uint8)
+                self._fill(file, entry.start, flat)
+                yield key, flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def beginning(self, key: str, values: int) -> Tensor:
+        """The first so many values of a tensor, flat."""
+        entry = self.entries[key]
+        dtype = DTYPES[entry.dtype]
+        flat = torch.empty(min(entry.size, values * dtype.itemsize), dtype=torch.uint8)
+        with self._reading() as file:
+            self._fill(file, entry.start, flat)
+        return flat.view(dtype)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                yield file
+        except OSError as error:
+            raise BrokenFile(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def _fill(self, file: Any, start: int, flat: Tensor) -> None:
+        array: Any = flat.numpy()
+        view, position = memoryview(array), 0
+        file.seek(start)
+        # One call reads at most 2 GB.
+        while position < len(view):
+            got = file.readinto(view[position:])
+            if not got:
+                raise _broken(self.path, "it ends early")
+            position += got
+
+
+def _header(file: BinaryIO, size: int, path: Path) -> bytes:
+    start = file.read(8)
+    if len(start) < 8:
+        raise _broken(path, f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        raise _broken(path, f"its header would be {length} bytes long, the whole file has {size}")
+    if length > HEADER_LIMIT:
+        raise _broken(path, f"its header is {length >> 20} MB long, more than the {HEADER_LIMIT >> 20} MB this reads")
+    return file.read(length)
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once_each)
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate could not be written back
+    except RecursionError as error:
+        raise _broken(path, "its header is nested too deeply") from error
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON: {str(error)[:80]}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a map of tensors")
+    return header
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _entry(path: Path, key: str, value: Any, data_start: int) -> Entry:
+    try:
+        code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"{key[:80]!r} has no dtype, shape and data_offsets") from error
+    if not isinstance(code, str) or code not in DTYPES:
+        raise _broken(path, f"{key[:80]!r} has the dtype {str(code)[:20]!r}, which this program does not know")
+    # A shape with a zero in it may ask for anything; so much and no more can be laid out.
+    if not whole or len(shape) > 16 or math.prod(side or 1 for side in shape) >= 1 << 62:
+        raise _broken(path, f"{key[:80]!r} has a shape or offsets that are not plain counts")
+    if end - begin != math.prod(shape) * DTYPES[code].itemsize:
+        raise _broken(path, f"{key[:80]!r} has {end - begin} bytes, which its dtype and shape contradict")
+    return Entry(code, tuple(shape), data_start + begin, end - begin)
+
+
+def _refuse_gaps(path: Path, entries: dict[str, Entry], data_start: int, size: int) -> None:
+    """Tensors must follow each other to the file's end: what no tensor names could hold anything."""
+    position = data_start
+    for key, entry in entries.items():
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise _broken(path, f"{key[:80]!r} {what}")
+        position += entry.size
+    if position != size:
+        raise _broken(path, f"its tensors end at byte {position}, the file at byte {size}")
+
+
+def _broken(path: Path, why: str) -> BrokenFile:
+    return BrokenFile(f"{path} cannot be read as safetensors ({why}); it is cut short or damaged: get it again")

@@ -1,0 +1,56 @@
+"""Figures as PNG files, drawn by matplotlib (the extra `overpaint[figures]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overpaint.errors import AlreadyExists, OverpaintError
+
+
+def heat_map(
+    path: Path,
+    values: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    row_label: str,
+    column_label: str,
+) -> None:
+    """Save a matrix, float64 [rows, columns] in 0 to 1, as a labelled heat map; larger values are cut off at 1.
+
+    Raises AlreadyExists when the file is there, OverpaintError when matplotlib is missing or the file cannot be written.
+    """
+    if path.exists():
+        raise AlreadyExists(f"{path} is already there; name another file")
+    figure: Any = _figure()(figsize=(2.5 + 0.45 * len(columns), 1.8 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(column_label)
+    axes.set_ylabel(row_label)
+    axes.set_title(title, loc="left")
+    if len(rows) * len(columns) <= 400:
+        for i, j in np.ndindex(*values.shape):
+            ink = "black" if values[i, j] > 0.6 else "white"
+            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=7)
+    figure.colorbar(shown, ax=axes)
+    try:
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OverpaintError(f"cannot write {path} ({error.strerror}); choose a place you may write to") from error
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'") from error
+    return Figure

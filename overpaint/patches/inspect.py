@@ -1,0 +1,168 @@
+"""What is in a file or folder: a built checkpoint with what is erased in it, a base, a patch; every digest checked.
+
+Only a checkpoint whose whole record is true, or a patch that matches its manifest, counts as sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from overpaint.bases.base import Base
+from overpaint.bases.container import Container
+from overpaint.bases.digests import combined_digest, tensor_digest
+from overpaint.bases.layout import UnknownLayout, layouts
+from overpaint.errors import NotFound
+from overpaint.patches.patch import read_patch
+from overpaint.patches.record import KEY, BadRecord, component_digests, read_record
+from overpaint.patches.twins import survey
+
+NOT_BUILT = "nothing is erased here: Overpaint did not build this, for no weight file carries its record"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found: what it is, facts about it, the patches in it (newest build last), and whatever is not as recorded."""
+
+    what: str
+    facts: Mapping[str, Any]
+    patches: tuple[Mapping[str, Any], ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything that is recorded is true."""
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "sound": self.sound,
+            "facts": dict(self.facts),
+            "patches": [dict(patch) for patch in self.patches],
+            "problems": list(self.problems),
+        }
+
+
+def inspect(path: Path) -> Inspection:
+    """Look into a folder or a file. Raises OverpaintError when it is missing, damaged, or of no kind known here."""
+    path = Path(path).expanduser().absolute()
+    if path.is_dir():
+        return _base_or_build(Base.open(path))
+    if not path.is_file():
+        raise NotFound(f"there is nothing at {path}; name a checkpoint, a patch file or a folder")
+    container = Container.open(path)
+    record = read_record(container)
+    if record is None and KEY in container.metadata:
+        return _patch(path)
+    try:
+        return _base_or_build(Base.open(path))
+    except UnknownLayout:
+        return _lone_file(container, record)
+
+
+def _base_or_build(base: Base) -> Inspection:
+    found = [record for container in base.containers.values() if (record := read_record(container)) is not None]
+    digests = base.digests(base.names)
+    facts: dict[str, Any] = {
+        "layout": base.layout.name,
+        "form": "single file" if base.is_single_file else "diffusers folder",
+        "weights" if found else "fingerprint": base.fingerprint,
+        **{f"component {name}": digest for name, digest in component_digests(digests).items()},
+        "tensors": len(digests),
+    }
+    if not found:
+        return Inspection("base", facts, problems=(NOT_BUILT,))
+    newest, recorded = _joined(found)
+    facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
+    problems = [*_differences(newest, recorded, digests), *_second_copies(base, recorded)]
+    return Inspection("built checkpoint", facts, _patches(newest), tuple(problems))
+
+
+def _joined(found: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record that all files agree on, and the digests of all changed tensors. Raises BadRecord when they disagree."""
+    if len({record["digest"] for record in found}) > 1:
+        raise BadRecord("the weight files come from different builds, so nothing is sure about them; build again")
+    return found[0], {name: digest for record in found for name, digest in record["tensors"].items()}
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says beside its digests."""
+    words = {"recipe": record.get("recipe"), "base": record.get("base_name"), "base fingerprint": record["base"]}
+    return {key: value for key, value in words.items() if value is not None}
+
+
+def _patches(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(patch for one in (*record.get("earlier", ()), record) for patch in one["patches"])
+
+
+def _differences(record: Mapping[str, Any], recorded: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each digest that is not as recorded: of the changed tensors, then of what no patch changed."""
+    yield from _wrong(recorded, digests)
+    explained = {name.partition("/")[0] for name in recorded if digests.get(name) != recorded[name]}
+    found = component_digests(digests)
+    for component in sorted({*found, *record["components"]} - explained):
+        if found.get(component) != record["components"].get(component):
+            explained.add(component)
+            yield f"{component}: a tensor that no patch changed is not what was built"
+    if not explained and combined_digest(digests) != record["digest"]:
+        yield "the weights as a whole are not what was built: their digest differs"
+
+
+def _wrong(recorded: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[str]:
+    for name, digest in sorted(recorded.items()):
+        if name not in digests:
+            yield f"{name} is not there"
+        elif digests[name] != digest:
+            yield f"{name} is not what was built: its digest differs"
+
+
+def _second_copies(base: Base, recorded: Mapping[str, str]) -> Iterator[str]:
+    """Weights that lie beside the patched ones and that no digest covers, as a build would have left out."""
+    found = survey(base, [name for name in recorded if name in base.places])
+    for text in found.notices():
+        yield text.replace("left out", "not covered by the record:", 1)
+
+
+def _lone_file(container: Container, record: Mapping[str, Any] | None) -> Inspection:
+    """One weight file of a folder, or a file of another kind."""
+    facts: dict[str, Any] = {"tensors": len(container.entries)}
+    if record is None:
+        return Inspection("safetensors file", facts, problems=(NOT_BUILT,))
+    recorded = record["tensors"]
+    digests = _digests_of(container, record["layout"], recorded)
+    facts = {**_told(record), **facts, "patched tensors": len(recorded)}
+    return Inspection("weight file of a built checkpoint", facts, _patches(record), tuple(_wrong(recorded, digests)))
+
+
+def _digests_of(container: Container, layout_name: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The digests of the named tensors in a component's own file."""
+    layout = next((known for known in layouts() if known.name == layout_name), None)
+    if layout is None:
+        raise BadRecord(
+            f"{container.path} was built from a {layout_name}, a layout this program does not know; upgrade"
+        )
+    found = {}
+    for component in {name.partition("/")[0] for name in names} & set(layout.components):
+        rules = layout.components[component]
+        keys = {key: f"{component}/{rules.canonical(key)}" for key in container.entries}
+        for key, tensor in container.tensors(key for key, name in keys.items() if name in names):
+            local = keys[key].partition("/")[2]
+            found[keys[key]] = tensor_digest(keys[key], tensor.reshape(rules.shape(local, tuple(tensor.shape))))
+    return found
+
+
+def _patch(path: Path) -> Inspection:
+    patch = read_patch(path.read_bytes())
+    facts: dict[str, Any] = {"patch": patch.id, "concept": patch.concept.name}
+    facts.update(_flat(patch.manifest))
+    return Inspection("patch", facts)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested maps as one, with dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part in value for key, leaf in _flat(value[part], f"{name}.{part}" if name else part).items()}

@@ -1,0 +1,136 @@
+"""Garbage: blobs that no patch needs, left by writers that were killed. First a plan, then the plan is carried out.
+
+A writer makes its blobs durable before it writes the row that names them, so a blob that nothing names may be one whose
+row is still to come. Two things keep it safe. Blobs younger than a grace period are left alone. And blobs are removed only
+while the database's write lock is held, under which a writer looks once more whether its blobs are there before it
+commits its row; if they are gone, it puts them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from overpaint.errors import OverpaintError
+from overpaint.registry.registry import Registry
+from overpaint.registry.rows import PatchRow, patch_rows
+from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
+
+DAY = 86_400.0
+GRACE = 14 * DAY
+"""Seconds that a blob may lie unneeded: longer than anybody's import takes."""
+TEMPORARY_GRACE = DAY
+"""Seconds that a temporary file is left alone whatever the grace period: its writer may be at work."""
+HOLD = 0.5
+"""Seconds for which other writers are kept waiting at a time."""
+
+
+class CannotTell(OverpaintError):
+    """A registry in which it cannot be known what is needed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be removed, and what there is beside it; `cutoff` is in seconds since 1970."""
+
+    cutoff: float
+    patches: frozenset[str]
+    needed: int
+    young: int
+    unneeded: tuple[Blob, ...]
+    leftovers: tuple[FileInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all that would be removed, in bytes."""
+        return sum(blob.nbytes for blob in self.unneeded) + sum(file.nbytes for file in self.leftovers)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was removed; `spared` blobs were in the plan, but somebody has put or needed them since."""
+
+    removed: int
+    nbytes: int
+    spared: int
+
+
+def plan(registry: Registry, *, grace: float = GRACE) -> Plan:
+    """Find every blob that no patch needs and that was last put more than `grace` seconds ago. Nothing is removed.
+
+    Raises CannotTell when the manifest of a patch is missing or damaged, because then nobody knows its arrays.
+    """
+    cutoff = time.time() - grace
+    blobs = list(registry.blobs.blobs())  # before the rows: what is put from now on is no part of the plan
+    rows = list(patch_rows(registry))
+    needed = set(needed_by(PatchFiles(registry.blobs), rows))
+    unneeded = [blob for blob in blobs if blob.digest not in needed]
+    leftovers = [each for each in registry.blobs.leftovers() if each.modified < time.time() - TEMPORARY_GRACE]
+    return Plan(
+        cutoff=cutoff,
+        patches=frozenset(row.id for row in rows),
+        needed=len(blobs) - len(unneeded),
+        young=sum(blob.modified >= cutoff for blob in unneeded),
+        unneeded=tuple(blob for blob in unneeded if blob.modified < cutoff),
+        leftovers=tuple(leftovers),
+    )
+
+
+def needed_by(files: PatchFiles, rows: Iterable[PatchRow]) -> Iterator[str]:
+    """The digests of every blob that these patches consist of. Raises CannotTell."""
+    for row in rows:
+        yield row.blob
+        if row.id == row.blob or not files.blobs.exists(row.id):
+            if not files.blobs.exists(row.blob):
+                raise _cannot_tell(row, "missing")
+            continue
+        yield row.id
+        try:
+            yield from (array.digest for array in files.manifest(row.id).arrays)
+        except (BlobCorrupt, BlobMissing) as error:
+            raise _cannot_tell(row, "damaged") from error
+
+
+def collect(
+    registry: Registry, planned: Plan, *, report: Callable[[int, int, str], None] = lambda step, of, text: None
+) -> Collected:
+    """Remove what a plan names, except for what was put again or came to be needed since. May be killed at any moment."""
+    for each in planned.leftovers:
+        registry.blobs.files.remove(each.name)
+    removed, nbytes, spared = len(planned.leftovers), sum(file.nbytes for file in planned.leftovers), 0
+    waiting = list(reversed(planned.unneeded))
+    while waiting:
+        report(len(planned.unneeded) - len(waiting), len(planned.unneeded), "collecting")
+        with registry._database.writing():
+            new = [row for row in patch_rows(registry) if row.id not in planned.patches]
+            needed = set(needed_by(PatchFiles(registry.blobs), new))
+            for blob in _for_a_moment(waiting):
+                if blob.digest in needed or not _still_old(registry, blob, planned.cutoff):
+                    spared += 1
+                else:
+                    registry.blobs.discard(blob.digest)
+                    removed, nbytes = removed + 1, nbytes + blob.nbytes
+    return Collected(removed, nbytes, spared)
+
+
+def _for_a_moment(waiting: list[Blob]) -> Iterator[Blob]:
+    """Take blobs from the end of a list until other writers have waited long enough, at least one."""
+    until = time.monotonic() + HOLD
+    while waiting:
+        yield waiting.pop()
+        if time.monotonic() >= until:
+            return
+
+
+def _still_old(registry: Registry, blob: Blob, cutoff: float) -> bool:
+    """Whether nobody has put the blob again since the plan was made."""
+    found = registry.blobs.find(blob.digest)
+    return found is not None and found.modified < cutoff
+
+
+def _cannot_tell(row: PatchRow, how: str) -> CannotTell:
+    return CannotTell(
+        f"the manifest of patch {row.id} ({row.concept}) is {how}, so nobody knows which blobs it needs; nothing was "
+        "removed. Run `overpaint verify`, then import or solve that patch again, and collect after that"
+    )

@@ -1,0 +1,123 @@
+"""Files behind any URL that `fsspec` knows: S3 and its kin, a server, another program's storage."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+from overpaint.errors import OverpaintError
+from overpaint.registry.store.files import FileInfo, Files, checked_parts, too_long
+
+# An object store shows an object when all of it has arrived. Elsewhere a file is visible while it is being written, so
+# there it is written under another name first.
+WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"}
+EXTRAS = {"s3": 'pip install "overpaint[s3]"', "s3a": 'pip install "overpaint[s3]"'}
+TIMES = ("mtime", "LastModified", "last_modified", "modified", "updated", "created")
+
+
+class Unreachable(OverpaintError):
+    """A place behind a URL that does not answer, or refuses."""
+
+
+class RemoteFiles(Files):
+    """The files below a URL. Credentials come from where the URL's own package looks for them."""
+
+    def __init__(self, url: str) -> None:
+        self.where = url.rstrip("/")
+        scheme = url.partition("://")[0].lower()
+        self._at_once = scheme in WHOLE_AT_ONCE
+        try:
+            import fsspec  # type: ignore[import-untyped]
+
+            # Listings are never taken from a cache: other programs write here too.
+            self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            hint = EXTRAS.get(scheme, "install the package that `fsspec` names for it")
+            raise OverpaintError(f"{scheme}:// cannot be reached ({error}); {hint}, or name a folder") from error
+        self._root = str(root).rstrip("/")
+
+    def read(self, name: str, *, limit: int | None = None) -> bytes | None:
+        path = self._path(name)
+        with self._plain(name), suppress(FileNotFoundError):
+            if limit is not None:
+                nbytes = int(self._fs.info(path)["size"])
+                if nbytes > limit:
+                    raise too_long(f"{self.where}/{name}", nbytes, limit)
+            return bytes(self._fs.cat_file(path))
+        return None
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None:
+        data = b"".join(chunks)
+        path = self._path(name)
+        temporary = path if self._at_once else f"{path}.tmp-{secrets.token_hex(8)}"
+        with self._plain(name):
+            self._make_folder(path)
+            self._fs.pipe_file(temporary, data)
+            written = int(self._fs.info(temporary)["size"])
+            if written != len(data):
+                raise OSError(f"{written} bytes arrived instead of {len(data)}")
+            if not self._at_once:
+                self._fs.mv(temporary, path)
+
+    def info(self, name: str) -> FileInfo | None:
+        with self._plain(name), suppress(FileNotFoundError):
+            found = self._fs.info(self._path(name))
+            if found["type"] == "file":
+                return FileInfo(name, int(found["size"]), self._modified(found))
+        return None
+
+    def refresh(self, name: str) -> bool:
+        return self.info(name) is not None  # what an object store has acknowledged is durable
+
+    def walk(self, folder: str) -> Iterator[FileInfo]:
+        with self._plain(folder):
+            try:
+                found = self._fs.find(self._path(folder), detail=True)
+            except FileNotFoundError:
+                found = {}
+        for path, entry in found.items():
+            name = str(path).removeprefix(self._root).strip("/")
+            yield FileInfo(name, int(entry["size"]), self._modified(entry))
+
+    def move(self, name: str, to: str) -> None:
+        target = self._path(to)
+        with self._plain(name):
+            self._make_folder(target)
+            self._fs.mv(self._path(name), target)
+
+    def remove(self, name: str) -> None:
+        with self._plain(name), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return "/".join([self._root, *checked_parts(name)])
+
+    def _make_folder(self, path: str) -> None:
+        if not self._at_once:  # an object store has none, and s3fs would make a bucket
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def _modified(self, entry: dict[str, Any]) -> float:
+        for key in TIMES:
+            value = entry.get(key)
+            if isinstance(value, datetime):
+                return value.timestamp()
+            if isinstance(value, (int, float)):
+                return float(value)
+        moment: datetime = self._fs.modified(entry["name"])
+        return moment.timestamp()
+
+    @contextmanager
+    def _plain(self, name: str) -> Iterator[None]:
+        """Turn what the many packages behind `fsspec` raise into one error."""
+        try:
+            yield
+        except OverpaintError:
+            raise
+        except Exception as error:  # each package has errors of its own, with no common root
+            reason = str(error).strip() or type(error).__name__
+            raise Unreachable(
+                f"{self.where} cannot be used for {name} ({reason}); check the address, the network and your credentials"
+            ) from error

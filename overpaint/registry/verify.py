@@ -1,0 +1,171 @@
+"""Verify: everything the registry remembers is read again, and whatever is not as it was is named.
+
+A damaged blob goes to quarantine and is reported with the patch and the tensor it belongs to. Nothing is deleted and no
+row is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from overpaint.registry.registry import Registry
+from overpaint.registry.rows import PatchRow, patch_rows, row_problems
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
+from overpaint.registry.store.blobs import digest_of
+from overpaint.registry.store.manifest import BadManifest, Manifest, read_manifest
+from overpaint.registry.store.patch_files import embedded_manifest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: in which part, of which patch and tensor if it belongs to any, and what was found."""
+
+    part: str
+    patch: str | None
+    concept: str | None
+    tensor: str | None
+    found: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read, and all that is wrong with it."""
+
+    patches: int
+    blobs: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+
+
+def verify(registry: Registry, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
+    """Read every row, every patch and every blob of a registry, and compare each with its digest."""
+    problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
+    rows = list(patch_rows(registry))
+    check = _Check(PatchFiles(registry.blobs))
+    for step, row in enumerate(rows, 1):
+        report(step, len(rows), f"patch {row.id[:12]} ({row.concept})")
+        problems += check.patch(row)
+    problems += check.others()
+    return Verified(len(rows), len(check.sizes), sum(check.sizes.values()), tuple(problems))
+
+
+class _Check:
+    """One pass over a store; `sizes` are the bytes of every blob that was read."""
+
+    def __init__(self, files: PatchFiles) -> None:
+        self.files = files
+        self.sizes: dict[str, int] = {}
+
+    def patch(self, row: PatchRow) -> Iterator[Problem]:
+        """What is wrong with the bytes of one patch, or between them and its row."""
+        whole, parts = self.files.blobs.exists(row.blob), row.id != row.blob and self.files.blobs.exists(row.id)
+        if whole:
+            yield from self._whole(row)
+        if parts:
+            yield from self._parts(row)
+        if not whole and not parts:
+            yield _problem(row, "manifest", None, self.files.blobs.missing(row.id))
+
+    def others(self) -> Iterator[Problem]:
+        """What is wrong with the blobs that no patch led to."""
+        for digest in self.files.blobs.digests():
+            if digest not in self.sizes:
+                try:
+                    self._read(digest)
+                except BlobCorrupt as error:
+                    yield Problem("blob", None, None, None, f"{error}; no patch that can be read names it")
+                except BlobMissing:
+                    pass  # it was collected as garbage meanwhile
+
+    def _whole(self, row: PatchRow) -> Iterator[Problem]:
+        """A patch that is kept as one file."""
+        try:
+            file = self._read(row.blob)
+        except BlobCorrupt as error:
+            for part, tensor in _damaged_parts(row, error.found):
+                yield _problem(row, part, tensor, str(error))
+            return
+        except BlobMissing as error:  # it was set aside a moment ago, by another reader
+            yield _problem(row, "file", None, str(error))
+            return
+        manifest = embedded_manifest(file)
+        if manifest is None or manifest.id != row.id:
+            yield _problem(row, "row", None, "its file is sound, but holds no manifest that has the patch's id")
+        else:
+            yield from _compared(row, manifest, len(file))
+
+    def _parts(self, row: PatchRow) -> Iterator[Problem]:
+        """A patch that is kept as manifest and arrays."""
+        try:
+            manifest = read_manifest(self._read(row.id))
+        except (BlobCorrupt, BlobMissing, BadManifest) as error:
+            yield _problem(row, "manifest", None, str(error))
+            return
+        file, whole = hashlib.sha256(manifest.head), True
+        nbytes = len(manifest.head)
+        for array in manifest.arrays:
+            try:
+                values = self._read(array.digest).removeprefix(array.label)
+                file.update(values)
+                nbytes += len(values)
+            except (BlobCorrupt, BlobMissing) as error:
+                whole = False
+                yield _problem(row, "array", array.name, str(error))
+        if whole and file.hexdigest() != row.blob:
+            yield _problem(row, "row", None, f"its parts are sound, but make the file {file.hexdigest()}")
+        if whole:
+            yield from _compared(row, manifest, nbytes)
+
+    def _read(self, digest: str) -> bytes:
+        data = self.files.blobs.get(digest)
+        self.sizes[digest] = len(data)
+        return data
+
+
+def _damaged_parts(row: PatchRow, file: bytes) -> Iterator[tuple[str, str | None]]:
+    """Which parts of a damaged patch file are not what its manifest, if that is still sound, says of them."""
+    manifest = embedded_manifest(file)
+    if manifest is None or manifest.id != row.id:
+        yield "manifest", None
+        return
+    if not file.startswith(manifest.head):
+        yield "header", None
+    offset = len(manifest.head)
+    for array in manifest.arrays:
+        values = file[offset : offset + array.nbytes]
+        offset += array.nbytes
+        if digest_of((array.label, values)) != array.digest:
+            yield "array", array.name
+    if len(file) > offset:
+        yield "file", None
+
+
+def _compared(row: PatchRow, manifest: Manifest, nbytes: int) -> Iterator[Problem]:
+    """What a row says otherwise than the manifest of its patch."""
+    content = manifest.content
+    pairs: list[tuple[str, Any, Any]] = [
+        ("size", row.nbytes, nbytes),
+        ("kind", row.kind, content.get("kind")),
+        ("concept", row.concept, _composed(_of(content.get("concept"), "name"))),
+        ("solver", row.solver, _of(content.get("solver"), "name")),
+        ("base", row.fingerprint, _of(content.get("subject"), "fingerprint")),
+    ]
+    for what, kept, found in pairs:
+        if kept != found:
+            yield _problem(row, "row", None, f"the database gives it the {what} {kept!r}, its manifest {found!r}")
+
+
+def _of(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _composed(name: Any) -> Any:
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def _problem(row: PatchRow, part: str, tensor: str | None, found: str) -> Problem:
+    return Problem(part, row.id, row.concept, tensor, found)

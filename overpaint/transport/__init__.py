@@ -1,0 +1,1 @@
+"""Sharing patches and recipes: OCI image layouts in folders and behind URLs, archives of one file, signatures."""

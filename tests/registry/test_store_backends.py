@@ -1,0 +1,112 @@
+"""Every place for blobs keeps the contract: a folder, memory, and URLs through fsspec, among them a real S3 server."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from overpaint.errors import OverpaintError
+from overpaint.registry import Registry
+from overpaint.registry.store import BlobStore, Files, open_files, open_store, place_store
+from overpaint.registry.store.folder import FolderFiles
+from overpaint.registry.store.memory import MemoryFiles
+from overpaint.registry.store.remote import RemoteFiles, Unreachable
+
+from .s3_server import BUCKET, s3_server
+from .shelf import add_patch
+from .store_contract import StoreContract
+
+PREFIXES = (f"contract-{number}" for number in itertools.count())
+
+
+class TestFolder(StoreContract):
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Files:
+        return open_files(tmp_path / "store")
+
+
+class TestFileUrl(StoreContract):
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Files:
+        return open_files(f"file://{tmp_path}/store")
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def files(self) -> Files:
+        return MemoryFiles()
+
+
+class TestFsspecMemory(StoreContract):
+    @pytest.fixture
+    def files(self) -> Files:
+        return open_files(f"memory://{next(PREFIXES)}/store")
+
+
+class TestFsspecFile(StoreContract):
+    """A place that shows files while they are written, as most that are no object stores do."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Files:
+        return RemoteFiles(f"file://{tmp_path}/store")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    if find_spec("moto") is None or find_spec("s3fs") is None or find_spec("flask") is None:
+        pytest.skip('moto and s3fs are not installed; pip install -e ".[dev]" does')
+    with pytest.MonkeyPatch.context() as patch, s3_server() as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+class TestS3(StoreContract):
+    @pytest.fixture
+    def files(self, s3: None) -> Files:
+        return open_files(f"s3://{BUCKET}/{next(PREFIXES)}/store")
+
+    def test_a_bucket_that_is_not_there_is_said_plainly_and_not_made(self, s3: None) -> None:
+        files = open_files("s3://nobody-made-this-bucket/store")
+        with pytest.raises(Unreachable, match="check the address"):
+            files.write("a", [b"x"])
+        assert files.read("a") is None
+
+    def test_a_registry_may_keep_its_blobs_there(self, files: Files, registry: Registry) -> None:
+        place_store(registry.folder, files.where)
+        again = Registry.open(registry.folder)
+        patch = add_patch(again, "one")
+        assert again.blob(patch) == b"one"
+        assert [blob.digest for blob in BlobStore(files).blobs()] == [patch.blob]
+        assert not (registry.folder / "blobs").exists()
+
+
+def test_a_path_is_a_folder_and_a_url_is_what_it_says(tmp_path: Path) -> None:
+    assert isinstance(open_files(tmp_path), FolderFiles)
+    assert isinstance(open_files(str(tmp_path)), FolderFiles)
+    assert isinstance(open_files(f"file://{tmp_path}"), FolderFiles)
+    assert isinstance(open_files("memory://x"), RemoteFiles)
+
+
+@pytest.mark.parametrize("url", ["nothing://x/y", "wss://x"])
+def test_a_url_of_an_unknown_kind_is_refused(url: str) -> None:
+    with pytest.raises(OverpaintError, match="cannot be reached"):
+        open_files(url)
+
+
+def test_blobs_are_not_left_behind_when_a_registry_gets_another_place(registry: Registry) -> None:
+    patch = add_patch(registry, "one")
+    with pytest.raises(OverpaintError, match="has blobs in"):
+        place_store(registry.folder, f"memory://{next(PREFIXES)}")
+    assert Registry.open(registry.folder).blob(patch) == b"one"
+
+
+def test_the_place_of_the_blobs_is_remembered(tmp_path: Path) -> None:
+    url = f"memory://{next(PREFIXES)}/blobs"
+    digest = place_store(tmp_path, url).put(b"paint")
+    assert place_store(tmp_path, url).get(digest) == open_store(tmp_path).get(digest) == b"paint"
+    assert list(open_store(tmp_path).digests()) == [digest]

@@ -1,0 +1,259 @@
+"""Verify names everything that is not as it was, with the patch and the tensor it belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overpaint.concepts import Concept
+from overpaint.registry import PatchRecord, Registry
+from overpaint.registry.store import PatchFiles
+from overpaint.registry.verify import Problem, verify
+
+from .patch_maker import keep, numbers, patch_file
+from .shelf import lay, stock
+from .store_contract import name_of
+
+TENSORS = ("unet/a", "unet/b", "unet/c", "unet/d")
+Owners = dict[str, set[tuple[str, str | None]]]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of 42 patches in parts and a recipe; made once, without waiting for the disk."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        registry = stock(Registry.open(folder))
+        for number in range(42):
+            keep(registry, patch_file(str(number), {name: numbers(f"{name} {number}", 4, 4) for name in TENSORS}))
+    registry.create_recipe("r", "small")
+    first, second, third = (patch.id for patch in registry.patches(limit=3))
+    for patch_id, strength in ((first, 1.0), (second, 1.0), (third, 1.0), (first, 0.5), (second, None)):
+        lay(registry, "r", patch_id, strength)
+    return folder
+
+
+@pytest.fixture
+def full(filled: Path, folder: Path) -> Registry:
+    shutil.copytree(filled, folder)
+    return Registry.open(folder, create=False)
+
+
+def owners(registry: Registry) -> Owners:
+    """Of every blob that is not a whole file, the patches and tensors it belongs to; a manifest is of no tensor."""
+    files, found = PatchFiles(registry.blobs), Owners()
+    for record in registry.patches():
+        if registry.blobs.exists(record.id):
+            found.setdefault(record.id, set()).add((record.id, None))
+            for array in files.manifest(record.id).arrays:
+                found.setdefault(array.digest, set()).add((record.id, array.name))
+    return found
+
+
+def path_of(registry: Registry, digest: str) -> Path:
+    return registry.folder / name_of(digest)
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_a_sound_registry_has_no_problems(full: Registry) -> None:
+    found = verify(full)
+    assert found.problems == ()
+    assert (found.patches, found.blobs) == (42, len(list(full.blobs.digests())))
+    assert found.nbytes == sum(blob.nbytes for blob in full.blobs.blobs())
+
+
+def test_one_flipped_bit_in_any_of_200_blobs_is_reported_with_its_patch_and_tensor(full: Registry) -> None:
+    """Every blob of every patch in its turn: first all manifests, then the first array of each, and so on."""
+    source, flipped = random.Random(4), 0
+    for tensor in (None, *TENSORS):
+        known = {digest: whose for digest, whose in owners(full).items() if {each[1] for each in whose} == {tensor}}
+        before = {digest: path_of(full, digest).read_bytes() for digest in known}
+        for digest, data in before.items():
+            flip(path_of(full, digest), source.randrange(8 * len(data)))
+        problems = verify(full).problems
+        assert len(problems) == len(known)
+        for problem in problems:
+            (digest,) = (digest for digest, whose in known.items() if (problem.patch, problem.tensor) in whose)
+            assert digest in problem.found
+            assert not path_of(full, digest).exists(), "it went to quarantine"
+            path_of(full, digest).write_bytes(before[digest])
+        flipped += len(problems)
+    assert flipped > 200
+    assert len(list((full.folder / "quarantine").iterdir())) == flipped
+    assert verify(full).problems == ()
+
+
+def test_one_flipped_bit_in_an_array_of_many_patches_is_reported_with_all_of_them(registry: Registry) -> None:
+    shared = numbers("shared", 8, 8)
+    ids = {keep(registry, patch_file(str(n), {"unet/shared": shared, "unet/own": numbers(n, 2)})).id for n in range(3)}
+    ((digest, whose),) = ((digest, whose) for digest, whose in owners(registry).items() if len(whose) == 3)
+    flip(path_of(registry, digest), 999)
+    assert {(each.patch, each.tensor) for each in verify(registry).problems} == whose
+    assert whose == {(id, "unet/shared") for id in ids}
+
+
+def test_one_flipped_bit_in_a_whole_file_is_reported_with_its_patch_and_tensor(registry: Registry) -> None:
+    source = random.Random(5)
+    for label in ("one", "two"):
+        registry.blobs.put(patch_file(label))
+        keep(registry, patch_file(label))
+    for record in registry.patches() * 15:
+        path = path_of(registry, record.blob)
+        data = path.read_bytes()
+        bit = source.randrange(8 * len(data))
+        flip(path, bit)
+        (problem,) = verify(registry).problems
+        assert problem.patch == record.id
+        assert (problem.tensor or problem.part) in _parts_at(data, bit // 8)
+        path.write_bytes(data)
+
+
+def _parts_at(file: bytes, offset: int) -> set[str]:
+    """What a person would call the byte at `offset`: read from the file by hand."""
+    length = int.from_bytes(file[:8], "little")
+    if offset < 8 + length:
+        return {"manifest", "header"}
+    header = json.loads(file[8 : 8 + length])
+    start = offset - 8 - length
+    return {
+        name
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["data_offsets"][0] <= start < entry["data_offsets"][1]
+    }
+
+
+def test_a_lost_blob_is_reported_with_its_patch_and_tensor(full: Registry) -> None:
+    for digest, whose in list(owners(full).items())[:5]:
+        data = path_of(full, digest).read_bytes()
+        full.blobs.discard(digest)
+        problems = verify(full).problems
+        assert {(each.patch, each.tensor) for each in problems} == whose
+        path_of(full, digest).write_bytes(data)
+
+
+def test_damage_that_belongs_to_no_patch_is_reported_too(full: Registry) -> None:
+    digest = full.blobs.put(b"left by a writer that was killed")
+    assert verify(full).problems == ()
+    flip(path_of(full, digest), 0)
+    (problem,) = verify(full).problems
+    assert (problem.part, problem.patch, problem.tensor) == ("blob", None, None)
+    assert digest in problem.found
+
+
+def _run(*statements: str) -> Callable[[sqlite3.Connection], None]:
+    def run(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA foreign_keys = OFF")
+        for statement in statements:
+            connection.execute(statement)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_run("UPDATE patch SET nbytes = nbytes + 1 WHERE id = '{id}'"), "gives it the size"),
+        (_run("UPDATE patch SET kind = 'dense' WHERE id = '{id}'"), "gives it the kind 'dense'"),
+        (_run("UPDATE patch SET solver = 'other' WHERE id = '{id}'"), "gives it the solver 'other'"),
+        (_run("UPDATE patch SET blob = '" + "0" * 64 + "' WHERE id = '{id}'"), "but make the file"),
+        (_run("UPDATE base SET fingerprint = 'e'"), "gives it the base 'e'"),
+        (_run("UPDATE concept SET name = 'plum', definition = replace(definition, 'apple', 'plum')"), "concept 'plum'"),
+        (_run("UPDATE concept SET definition = '{'"), "definition of the concept 'apple' cannot be read"),
+        (_run("UPDATE concept SET definition = '[]'"), "definition of the concept 'apple' cannot be read"),
+        (_run("UPDATE concept SET kind = 'style'"), r"'apple' \(style\) is defined as 'apple' \(object\)"),
+        (_run("UPDATE patch SET settings = 'x' WHERE id = '{id}'"), "settings of patch {id} cannot be read"),
+        (
+            _run("DELETE FROM revision_patch", "DELETE FROM revision WHERE number = 2"),
+            "at revision 5, and its history has",
+        ),
+        (_run("UPDATE recipe_patch SET strength = 3"), "is not what its history says"),
+        (_run("DELETE FROM recipe_patch"), "is not what its history says"),
+        (
+            _run("UPDATE patch SET solved_at = 'Tuesday' WHERE id = '{id}'"),
+            "row {id} of patch has 'Tuesday' for solved_at",
+        ),
+        (_run("UPDATE recipe_patch SET until = 'x'"), "of recipe_patch has 'x' for until"),
+        (_run("DELETE FROM base"), "refers to a base that is not there"),
+        (
+            _run(
+                "INSERT INTO base (name, source, layout, fingerprint, added_at) VALUES ('b', '', '', 'e', '2026-01-01')",
+                "UPDATE recipe SET base_id = 2",
+            ),
+            "which is on another base",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_row_that_says_something_else_is_reported(
+    full: Registry, spoil: Callable[[sqlite3.Connection], None], message: str
+) -> None:
+    record = full.patches()[7]
+
+    class Filled(sqlite3.Connection):
+        def execute(self, statement: str, *rest: Any) -> sqlite3.Cursor:
+            return super().execute(statement.replace("{id}", record.id), *rest)
+
+    with closing(sqlite3.connect(full.folder / "registry.db", factory=Filled)) as connection, connection:
+        spoil(connection)
+    found = verify(full).problems
+    assert any(_matches(problem, message.replace("{id}", record.id)) for problem in found), found
+
+
+def _matches(problem: Problem, message: str) -> bool:
+    return re.search(message, problem.found) is not None
+
+
+def test_a_damaged_database_is_reported(full: Registry) -> None:
+    path = full.folder / "registry.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        ((root,),) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'ix_patch_solver_solved_at_id'"
+        )
+        ((size,),) = connection.execute("PRAGMA page_size")
+    data = bytearray(path.read_bytes())
+    start = (root - 1) * size
+    data[start + 100 : start + size] = bytes(size - 100)
+    path.write_bytes(data)
+    problems = verify(full).problems
+    assert problems
+    assert "the database is damaged" in problems[0].found
+
+
+def test_a_concept_in_a_decomposed_spelling_is_the_concept(registry: Registry) -> None:
+    concept = Concept("cafe\u0301")
+    registry.add_concept(Concept("caf\u00e9"))
+    keep(registry, patch_file("one", concept=concept))
+    assert verify(registry).problems == ()
+
+
+def test_verify_says_how_far_it_is(full: Registry) -> None:
+    said: list[tuple[int, int]] = []
+    verify(full, report=lambda step, of, text: said.append((step, of)))
+    assert said == [(step, 42) for step in range(1, 43)]
+
+
+def test_a_patch_without_any_bytes_is_reported(registry: Registry) -> None:
+    record: PatchRecord = keep(registry, patch_file("one"))
+    for digest in list(registry.blobs.digests()):
+        registry.blobs.discard(digest)
+    (problem,) = verify(registry).problems
+    assert (problem.patch, problem.concept) == (record.id, "apple")
+    assert record.id in problem.found

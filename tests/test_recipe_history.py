@@ -1,0 +1,164 @@
+"""A recipe's history through the facade: every revision can be composed again, and its digest shows it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+from collections.abc import Callable
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import overpaint
+from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.recipes import Recipe, me
+from overpaint.workshop import Workshop
+
+TODAY = datetime.now(timezone.utc).date()
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """A registry with the tiny base and patches of three things."""
+    shop = overpaint.open(tmp_path_factory.mktemp("solved"))
+    shop.add_base("tiny", base_folder)
+    for thing in ("cat", "dog", "fox"):
+        shop.solve(thing, base="tiny")
+    return shop.registry.folder
+
+
+@pytest.fixture
+def shop(tmp_path: Path, solved: Path) -> Workshop:
+    """A copy of that registry for each test."""
+    return overpaint.open(shutil.copytree(solved, tmp_path / "registry"))
+
+
+@pytest.fixture
+def recipe(shop: Workshop) -> Recipe:
+    """Cat on, dog on, cat stronger, cat off: revisions 1 to 4."""
+    recipe = shop.recipe("safe")
+    recipe.add("cat")
+    recipe.add("dog", why="takedown")
+    recipe.add("cat", 0.5)
+    recipe.remove("cat")
+    return recipe
+
+
+def test_a_checkout_gives_the_very_weights_of_the_revision(shop: Workshop, recipe: Recipe) -> None:
+    digests = [shop.base("tiny").fingerprint, *(line.digest_after for line in recipe.log())]
+    for revision in (2, 0, 3, 1, 4):
+        lines = recipe.checkout(revision, why="looking back", who="Ada")
+        assert {(line.source, line.why, line.who) for line in lines} == {(f"safe@{revision}", "looking back", "Ada")}
+        assert recipe.digest() == lines[0].digest_after == digests[revision]
+        assert shop.known_recipe(f"safe@{revision}").digest() == digests[revision]
+    assert [line.revision for line in recipe.log()][-1] == 9
+    with pytest.raises(AlreadyExists):
+        recipe.checkout(9)
+
+
+def test_a_tag_is_as_good_as_a_number(shop: Workshop, recipe: Recipe) -> None:
+    digest = recipe.digest()
+    assert recipe.tag("safe-2026-11").revision == 4
+    recipe.add("fox")
+    assert shop.known_recipe("safe@safe-2026-11").digest() == digest
+    recipe.checkout("safe-2026-11")
+    assert recipe.digest() == digest
+    assert [found.concept for found in recipe.diff("safe@5")] == ["fox"]
+    recipe.untag("safe-2026-11")
+    with pytest.raises(NotFound, match="no revision 'safe-2026-11'"):
+        recipe.checkout("safe-2026-11")
+
+
+def test_an_earlier_revision_can_be_built_but_not_changed(shop: Workshop, recipe: Recipe, tmp_path: Path) -> None:
+    built = shop.build("safe@2", tmp_path / "out")
+    assert built.digest == recipe.log()[1].digest_after
+    before = len(recipe.log())
+    then = shop.known_recipe("safe@2")
+    attempts: list[Callable[[], object]] = [lambda: then.add("fox"), lambda: then.remove("dog"), then.delete]
+    for attempt in attempts:
+        with pytest.raises(NotFound, match="'safe@2'"):
+            attempt()
+    with pytest.raises(OverpaintError, match="'safe@2' means the recipe 'safe' at revision '2'"):
+        shop.recipe("safe@2").add("fox")
+    assert len(recipe.log()) == before
+    assert [record.name for record in shop.recipes()] == ["safe"]
+
+
+def test_a_checkout_whose_patch_is_damaged_changes_nothing(shop: Workshop, recipe: Recipe, tmp_path: Path) -> None:
+    for path in (tmp_path / "registry" / "blobs").rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            path.write_bytes(b"not what it was")
+    again = overpaint.open(tmp_path / "registry").known_recipe("safe")
+    with pytest.raises(OverpaintError):
+        again.checkout(2)
+    assert again.record.revision == 4
+
+
+def test_a_copy_has_the_same_weights_and_a_history_of_its_own(shop: Workshop, recipe: Recipe) -> None:
+    copy = recipe.copy("for Bob", why="he asked")
+    assert copy.digest() == copy.record.digest == recipe.digest()
+    copy.remove("dog")
+    assert [line.action for line in copy.log()] == ["copy", "remove"]
+    assert recipe.digest() != copy.digest() == shop.base("tiny").fingerprint
+    assert shop.known_recipe("safe@1").copy("early").digest() == recipe.log()[0].digest_after
+
+
+def test_a_deleted_recipe_comes_back_with_its_weights(shop: Workshop, recipe: Recipe) -> None:
+    digest = recipe.digest()
+    recipe.delete(why="obsolete")
+    with pytest.raises(NotFound):
+        shop.known_recipe("safe")
+    assert shop.recipe("safe").digest() == shop.base("tiny").fingerprint, "the name is free again"
+    shop.known_recipe("safe").delete()
+    assert shop.undelete_recipe("safe").digest() == shop.base("tiny").fingerprint
+    shop.known_recipe("safe").copy("kept").delete()
+    shop.known_recipe("safe").delete()
+    assert [found.name for found in shop.registry.recipes(deleted=True)] == ["safe", "safe", "kept"]
+    assert {line.digest_after for line in shop.registry.log("safe", deleted=True) if line.action == "delete"} == {
+        digest,
+        shop.base("tiny").fingerprint,
+    }
+
+
+def test_a_day_stays_when_the_strength_changes_and_goes_when_told_so(shop: Workshop, recipe: Recipe) -> None:
+    line = recipe.add("fox", until=date(2027, 1, 31))
+    assert (line.action, line.until_after) == ("add", date(2027, 1, 31))
+    assert recipe.add("fox", 2.0).until_after == date(2027, 1, 31)
+    line = recipe.add("fox", 2.0, until="never")
+    assert (line.action, line.until_before, line.until_after) == ("until", date(2027, 1, 31), None)
+    assert line.digest_before == line.digest_after
+    with pytest.raises(AlreadyExists):
+        recipe.add("fox", 2.0, until="never")
+
+
+def test_what_has_lapsed_is_listed_and_stays(shop: Workshop, recipe: Recipe) -> None:
+    recipe.add("fox", until=TODAY)
+    recipe.add("cat", until=TODAY + timedelta(days=7))
+    digest = recipe.digest()
+    assert [due.concept for due in recipe.due()] == [due.concept for due in shop.due()] == ["fox"]
+    assert [due.concept for due in shop.due(TODAY + timedelta(days=7))] == ["fox", "cat"]
+    assert recipe.digest() == digest
+
+
+def test_tags_and_search_are_on_the_facade(shop: Workshop, recipe: Recipe) -> None:
+    assert [tag.who for tag in shop.tag("reviewed", patches=["cat"], recipes=["safe"])] == [me(), me()]
+    found = shop.search(tag="reviewed")
+    assert [patch.concept for patch in found.patches] == ["cat"]
+    assert [each.name for each in found.recipes] == ["safe"]
+    assert [each.name for each in shop.search("takedown").recipes] == ["safe"]
+    shop.untag("reviewed", patches=["cat"])
+    assert shop.search(tag="reviewed").patches == ()
+    assert [patch.concept for patch in shop.patches(solver="separable", limit=2)] == ["cat", "dog"]
+
+
+def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    assert me() == pwd.getpwuid(os.getuid()).pw_name
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert me() == str(os.getuid())

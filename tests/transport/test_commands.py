@@ -1,0 +1,156 @@
+"""The way of a patch from one person to another on the command line, with a real base and a real solver."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import overpaint
+from overpaint.bases.base import Base
+from overpaint.cli import main
+from overpaint.concepts import Concept
+from overpaint.errors import OverpaintError
+from overpaint.patches.delta import TextMap
+from overpaint.patches.patch import make_patch
+from overpaint.registry.store import open_files
+from overpaint.registry.store.blobs import digest_of
+from overpaint.registry.store.manifest import canonical_json
+from overpaint.workshop import Workshop
+
+from .conftest import is_empty
+from .test_hostile import sent
+
+
+class Person:
+    """Somebody with a registry of their own."""
+
+    def __init__(self, registry: Path) -> None:
+        self.registry = registry
+
+    def __call__(self, *words: str) -> Result:
+        return CliRunner().invoke(main, ["--registry", str(self.registry), *words], catch_exceptions=False)
+
+    def ok(self, *words: str) -> str:
+        found = self(*words)
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    def fails(self, *words: str) -> str:
+        found = self(*words)
+        assert found.exit_code in (1, 2), found.output
+        assert "Traceback" not in found.output
+        return found.stderr
+
+
+@pytest.fixture
+def alice(tmp_path: Path, base_folder: Path) -> Person:
+    alice = Person(tmp_path / "alice")
+    alice.ok("base", "add", "tiny", str(base_folder))
+    alice.ok("solve", "cat", "dog", "--base", "tiny")
+    alice.ok("patch", "add", "cat", "dog", "--recipe", "safe", "--why", "takedown of Monday")
+    alice.ok("patch", "remove", "dog", "--recipe", "safe")
+    return alice
+
+
+@pytest.fixture
+def bob(tmp_path: Path, base_folder: Path) -> Person:
+    bob = Person(tmp_path / "bob")
+    bob.ok("base", "add", "my-tiny", str(base_folder))
+    return bob
+
+
+def weights(person: Person) -> str:
+    return overpaint.open(person.registry).known_recipe("safe").digest()
+
+
+def test_a_recipe_that_was_pushed_gives_the_same_weights_where_it_is_pulled(
+    alice: Person, bob: Person, tmp_path: Path
+) -> None:
+    assert "2 patches, 1 recipes" in alice.ok("push", str(tmp_path / "shared"))
+    taken = json.loads(bob.ok("pull", str(tmp_path / "shared"), "--json"))
+    assert [(row["what"], row["state"]) for row in taken] == [("patch", "new"), ("patch", "new"), ("recipe", "new")]
+    assert weights(bob) == weights(alice)
+    log = json.loads(bob.ok("recipe", "log", "safe", "--json"))
+    assert log == json.loads(alice.ok("recipe", "log", "safe", "--json"))
+    assert "0 blobs were missing" in alice.ok("push", str(tmp_path / "shared"))
+    bob.ok("verify")
+    bob.ok("build", "safe", str(tmp_path / "built"))
+
+
+def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Person, bob: Person, tmp_path: Path) -> None:
+    file = str(tmp_path / "safe.overpaint")
+    alice.ok("export", "--recipe", "safe", "-o", file)
+    assert "there already" in alice.fails("export", "--recipe", "safe", "-o", file)
+    bob.ok("import", file, "--as", "theirs")
+    assert overpaint.open(bob.registry).known_recipe("theirs").digest() == weights(alice)
+    assert "known" in bob.ok("import", file, "cat")
+
+
+def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Person, bob: Person, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason='cryptography is not installed; pip install -e ".[dev]" does')
+    shared, key = str(tmp_path / "shared"), str(tmp_path / "key")
+    assert "give" in alice.ok("key", "new", key)
+    assert "never overwritten" in alice.fails("key", "new", key)
+    alice.ok("push", shared)
+    assert "is not signed" in bob.fails("pull", shared, "--trust", f"{key}.pub")
+    assert json.loads(bob.ok("patch", "list", "--json")) == []
+    alice.ok("push", shared, "--sign", key)
+    bob.ok("pull", shared, "--trust", str(tmp_path), "--recipe", "safe")
+    assert weights(bob) == weights(alice)
+    assert "no .pub file" in bob.fails("pull", shared, "--trust", str(tmp_path / "alice"))
+
+
+def test_a_mistake_gets_one_sentence(alice: Person, bob: Person, tmp_path: Path) -> None:
+    alice.ok("push", str(tmp_path / "shared"), "cat")
+    for words, message in (
+        (("pull", str(tmp_path / "nowhere")), "nothing was ever pushed"),
+        (("pull", str(tmp_path / "shared"), "dog"), "has no patch 'dog'"),
+        (("pull", "nothing://x"), "cannot be reached"),
+        (("push", str(tmp_path / "out"), "--sign", str(tmp_path / "no-key")), "no key file"),
+        (("push", str(tmp_path / "out"), "fox"), "fox"),
+        (("export", "-o", str(tmp_path / "nowhere" / "x")), "no folder"),
+        (("import", str(tmp_path / "nothing")), "no file"),
+        (("init", "--blobs", "nothing://x"), "cannot be reached"),
+    ):
+        said = bob.fails(*words)
+        assert message in said
+        assert len(said.strip().splitlines()) <= 4
+    stranger = Person(tmp_path / "stranger")
+    assert "overpaint init" in stranger.fails("pull", str(tmp_path / "shared"))
+    stranger.ok("init")
+    assert "overpaint base add" in stranger.fails("pull", str(tmp_path / "shared"))
+
+
+def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Person, base: Base, tmp_path: Path) -> None:
+    """Every digest is right, but the values are not finite, or the kind is unknown."""
+    delta = TextMap("text_encoder", torch.ones(64, 1), torch.ones(64, 1))
+    good = make_patch(base, Concept("cat"), delta, {"name": "test", "settings": {}, "seed": 0})
+    shop = Workshop.open(bob.registry)
+    for number, (kind, value) in enumerate((("text-map", float("nan")), ("wish", 1.0), ("dense", float("inf")))):
+        arrays, values = {}, {}
+        for name in good.manifest["arrays"]:
+            raw = torch.full((64, 1), value).numpy().tobytes()
+            digest = digest_of([canonical_json([name, "float32", [64, 1]]), raw])
+            arrays[name], values[name] = {"dtype": "float32", "shape": [64, 1], "digest": digest}, raw
+        folder = sent(tmp_path / f"shared {number}", {**good.manifest, "kind": kind, "arrays": arrays}, values)
+        with pytest.raises(OverpaintError):
+            shop.pull(folder)
+    assert is_empty(shop.registry)
+
+
+def test_a_registry_may_keep_its_blobs_behind_a_url(tmp_path: Path, base_folder: Path) -> None:
+    url = f"memory://{tmp_path.name}/blobs"
+    person = Person(tmp_path / "registry")
+    person.ok("init", "--blobs", url)
+    person.ok("base", "add", "tiny", str(base_folder))
+    person.ok("solve", "cat", "--base", "tiny")
+    assert any(open_files(url).walk("blobs"))
+    assert not (tmp_path / "registry" / "blobs").exists()
+    person.ok("patch", "show", "cat")
+    person.ok("verify")
+    person.ok("gc", "--grace", "0")
+    assert "has blobs in" in person.fails("init", "--blobs", str(tmp_path / "elsewhere"))

@@ -1,0 +1,371 @@
+"""What is pushed can be pulled, whole and checked, and only what is missing travels."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overpaint.concepts import Concept
+from overpaint.errors import NotFound, OverpaintError
+from overpaint.registry import Registry
+from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
+from overpaint.registry.store.folder import FolderFiles
+from overpaint.registry.store.manifest import read_manifest
+from overpaint.registry.store.remote import RemoteFiles
+from overpaint.registry.verify import verify
+from overpaint.transport.layout import Layout
+from overpaint.transport.oci import PATCH, RECIPE, BadLayout, base_document
+from overpaint.transport.receiving import MissingBase, Request, pull
+from overpaint.transport.records import Diverged
+from overpaint.transport.sending import push
+from tests.registry.patch_maker import id_of, keep
+from tests.registry.s3_server import BUCKET, s3_server
+from tests.registry.shelf import lay
+
+from .conftest import FINGERPRINT, LABELS, holdings, is_empty, labelled
+
+ALL = Request()
+PREFIXES = (f"pushed-{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return str(tmp_path / "shared")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    if find_spec("moto") is None or find_spec("s3fs") is None or find_spec("flask") is None:
+        pytest.skip('moto and s3fs are not installed; pip install -e ".[dev]" does')
+    with pytest.MonkeyPatch.context() as patch, s3_server() as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+def check_round_trip(ours: Registry, theirs: Registry, where: str) -> None:
+    sent = push(ours, where)
+    assert (len(sent.patches), sent.recipes, sent.newer) == (3, ("safe",), ())
+    done = pull(theirs, where, ALL)
+    assert set(done.new) == set(sent.patches)
+    assert (done.known, done.recipes) == ((), (("safe", "new"),))
+    assert holdings(theirs) == holdings(ours)
+    assert verify(theirs).problems == ()
+    assert theirs.recipe("safe").base == "mine"
+    again = push(ours, where)
+    assert (again.written, again.nbytes) == (0, 0)
+    done = pull(theirs, where, ALL)
+    assert (done.new, done.nbytes, done.recipes) == ((), 0, (("safe", "the same"),))
+
+
+def test_what_is_pushed_to_a_folder_can_be_pulled(ours: Registry, theirs: Registry, place: str) -> None:
+    check_round_trip(ours, theirs, place)
+
+
+def test_what_is_pushed_to_a_url_can_be_pulled(ours: Registry, theirs: Registry) -> None:
+    check_round_trip(ours, theirs, f"memory://{next(PREFIXES)}/shared")
+
+
+def test_what_is_pushed_to_s3_can_be_pulled(ours: Registry, theirs: Registry, bucket: str) -> None:
+    check_round_trip(ours, theirs, f"{bucket}/{next(PREFIXES)}")
+
+
+def test_only_what_is_missing_travels(ours: Registry, theirs: Registry, place: str) -> None:
+    first, second, _ = (id_of(labelled(*each)) for each in zip(LABELS, ("apple", "plum", "apple"), strict=True))
+    push(ours, place, patches=[first])
+    pull(theirs, place, ALL)
+    sent = push(ours, place, patches=[second])
+    own = 8 * 2 * 4
+    # A manifest, its document, and the array that the first patch does not have.
+    assert sent.written == 3
+    done = pull(theirs, place, ALL)
+    assert done.new == (second,)
+    assert done.known == (first,)
+    assert own < done.nbytes < 2 * own
+    assert {record.id for record in theirs.patches()} == {first, second}
+
+
+def test_a_recipe_brings_all_patches_of_its_history(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, place, recipes=["safe"])
+    pull(theirs, place, Request(recipes=["safe"]))
+    assert len(theirs.patches()) == 2
+    assert theirs.log("safe") == ours.log("safe")
+    assert theirs.recipe("safe@2").laid == ours.recipe("safe@2").laid
+
+
+def test_a_recipe_that_was_worked_on_catches_up(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, place)
+    pull(theirs, place, ALL)
+    third = next(record.id for record in ours.patches() if record.id not in dict(ours.recipe("safe").patches))
+    lay(ours, "safe", third, 2.0, why="another takedown")
+    ours.tag("final", recipes=["safe"], who="Ada")
+    push(ours, place)
+    assert pull(theirs, place, ALL).recipes == (("safe", "updated"),)
+    assert holdings(theirs) == holdings(ours)
+    assert theirs.recipe("safe@final").revision == 5
+    assert [found.name for found in theirs.search("another takedown").recipes] == ["safe"]
+    assert verify(theirs).problems == ()
+
+
+def test_a_recipe_that_is_newer_where_it_goes_is_left_alone(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, place)
+    pull(theirs, place, ALL)
+    lay(theirs, "safe", theirs.patches()[2].id, 1.0)
+    assert pull(theirs, place, ALL).recipes == (("safe", "newer here"),)
+    assert push(theirs, place).recipes == ("safe",)
+    sent = push(ours, place)
+    assert (sent.recipes, sent.newer) == ((), ("safe",))
+    assert pull(ours, place, ALL).recipes == (("safe", "updated"),)
+    assert holdings(theirs) == holdings(ours)
+
+
+def test_recipes_that_went_different_ways_are_refused_on_both_sides(
+    ours: Registry, theirs: Registry, place: str
+) -> None:
+    push(ours, place)
+    pull(theirs, place, ALL)
+    for registry, strength in ((ours, 3.0), (theirs, 4.0)):
+        lay(registry, "safe", registry.patches()[2].id, strength)
+    push(ours, place)
+    before = holdings(theirs), open_files(place).read("index.json")
+    with pytest.raises(Diverged, match="from revision 5 on"):
+        pull(theirs, place, ALL)
+    with pytest.raises(Diverged, match="from revision 5 on"):
+        push(theirs, place)
+    assert (holdings(theirs), open_files(place).read("index.json")) == before
+    assert pull(theirs, place, Request(recipes=["safe"], name="their safe")).recipes == (("their safe", "new"),)
+    assert theirs.log("their safe")[-1].strength_after == 3.0
+
+
+def test_another_name_is_for_one_recipe(ours: Registry, theirs: Registry, place: str) -> None:
+    ours.create_recipe("empty", "sd15")
+    push(ours, place)
+    with pytest.raises(OverpaintError, match="this would take 2"):
+        pull(theirs, place, Request(name="x"))
+    assert theirs.patches() == []
+
+
+def test_one_patch_can_be_pulled_by_id_by_its_beginning_and_by_concept(
+    ours: Registry, theirs: Registry, place: str
+) -> None:
+    push(ours, place)
+    plum = id_of(labelled("two", "plum"))
+    assert pull(theirs, place, Request(patches=[plum[:8].upper()])).new == (plum,)
+    assert pull(theirs, place, Request(patches=["plum"])).known == (plum,)
+    assert len(pull(theirs, place, Request(patches=["apple", plum])).new) == 2
+    for request in (Request(patches=["pear"]), Request(patches=[plum[:3]]), Request(recipes=["unsafe"])):
+        with pytest.raises(NotFound, match="has no"):
+            pull(theirs, place, request)
+
+
+def test_a_base_that_is_not_here_is_named_and_nothing_is_taken(ours: Registry, place: str, tmp_path: Path) -> None:
+    push(ours, place)
+    other = Registry.open(tmp_path / "other")
+    other.add_base("another", Path("/x"), "stable-diffusion", "d" * 64)
+    with pytest.raises(MissingBase, match=f"{FINGERPRINT}.*overpaint base add"):
+        pull(other, place, ALL)
+    assert is_empty(other)
+    assert list(other.blobs.digests()) == []
+
+
+def test_a_concept_that_is_known_otherwise_stays_as_it_is_and_that_is_said(
+    ours: Registry, theirs: Registry, place: str
+) -> None:
+    theirs.add_concept(Concept("apple", synonyms=("fruit",)))
+    push(ours, place)
+    said: list[str] = []
+    pull(theirs, place, Request(notice=said.append))
+    assert theirs.concept("apple") == Concept("apple", synonyms=("fruit",))
+    assert len(said) == 2
+    assert "known here with other synonyms" in said[0]
+    assert verify(theirs).problems == ()
+
+
+def test_every_new_patch_is_shown_to_the_check_before_anything_is_written(
+    ours: Registry, theirs: Registry, place: str
+) -> None:
+    push(ours, place)
+    seen: list[bytes] = []
+
+    def check(file: bytes) -> None:
+        seen.append(file)
+        if len(seen) == 3:
+            raise OverpaintError("this one will not do")
+
+    with pytest.raises(OverpaintError, match="will not do"):
+        pull(theirs, place, Request(check=check))
+    assert is_empty(theirs)
+    assert sorted(seen) == sorted(ours.blob(record) for record in ours.patches())
+
+
+def test_a_patch_that_lost_bytes_here_is_healed_by_pulling(ours: Registry, place: str) -> None:
+    push(ours, place)
+    record = ours.patches()[0]
+    ours.blobs.discard(record.id)
+    assert pull(ours, place, ALL).new == (record.id,)
+    assert ours.blob(record) == labelled("one")
+
+
+def test_a_damaged_array_here_is_replaced_by_the_one_that_comes(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, place)
+    pull(theirs, place, Request(patches=["plum"]))
+    shared = next(
+        array.digest
+        for array in Layoutish(place).arrays(id_of(labelled("two", "plum")))
+        if array.name.endswith("shared")
+    )
+    theirs.blobs.files.write(f"blobs/sha256/{shared[:2]}/{shared}", [b"damaged"])
+    pull(theirs, place, ALL)
+    assert holdings(theirs) == holdings(ours)
+
+
+class Layoutish:
+    """Reads a pushed folder by hand."""
+
+    def __init__(self, place: str) -> None:
+        self.folder = Path(place)
+
+    def json(self, digest: str) -> Any:
+        return json.loads((self.folder / "blobs" / "sha256" / digest.removeprefix("sha256:")).read_bytes())
+
+    def index(self) -> list[Any]:
+        found: list[Any] = json.loads((self.folder / "index.json").read_bytes())["manifests"]
+        return found
+
+    def arrays(self, id: str) -> Any:
+        return read_manifest((self.folder / "blobs" / "sha256" / id).read_bytes()).arrays
+
+
+def test_the_folder_is_an_oci_image_layout(ours: Registry, place: str) -> None:
+    push(ours, place)
+    layout = Layoutish(place)
+    assert json.loads((Path(place) / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
+    reached = set()
+
+    def walk(descriptor: Any) -> None:
+        data = (Path(place) / "blobs" / "sha256" / descriptor["digest"].removeprefix("sha256:")).read_bytes()
+        assert len(data) == descriptor["size"]
+        assert descriptor["digest"] == "sha256:" + hashlib.sha256(data).hexdigest()
+        if descriptor["digest"] in reached:
+            return
+        reached.add(descriptor["digest"])
+        if descriptor["mediaType"].startswith("application/vnd.oci.image."):
+            content = json.loads(data)
+            assert content["mediaType"] == descriptor["mediaType"]
+            children = [*content.get("manifests", []), *content.get("layers", [])]
+            for child in (*children, *(content[key] for key in ("config", "subject") if key in content)):
+                walk(child)
+
+    for entry in layout.index():
+        walk(entry)
+    assert {f"sha256:{path.name}" for path in (Path(place) / "blobs" / "sha256").iterdir()} == reached
+
+
+def test_a_patchs_id_is_the_digest_of_its_documents_config_and_the_base_its_subject(ours: Registry, place: str) -> None:
+    push(ours, place)
+    layout = Layoutish(place)
+    for entry in layout.index():
+        content = layout.json(entry["digest"])
+        if entry["artifactType"] == PATCH:
+            id = content["config"]["digest"].removeprefix("sha256:")
+            assert ours.patch(id).concept == entry["annotations"]["org.overpaint.name"]
+            assert content["subject"] == base_document(FINGERPRINT).descriptor.as_json()
+            assert layout.json(content["subject"]["digest"])["annotations"] == {
+                "org.overpaint.base.fingerprint": FINGERPRINT
+            }
+    assert [entry["artifactType"] for entry in layout.index()] == [PATCH] * 3 + [RECIPE]
+
+
+def test_two_registries_push_the_same_patch_as_the_same_bytes(ours: Registry, theirs: Registry, tmp_path: Path) -> None:
+    theirs.add_concept(Concept("apple", anchor="pear"))
+    theirs.blobs.put(labelled("one"))  # one keeps it in parts, the other as a whole file
+    keep(theirs, labelled("one"), base="mine")
+    for registry, folder in ((ours, "a"), (theirs, "b")):
+        push(registry, tmp_path / folder, patches=[id_of(labelled("one"))])
+    a, b = (
+        {
+            path.relative_to(tmp_path / folder): path.read_bytes()
+            for path in (tmp_path / folder).rglob("*")
+            if path.is_file()
+        }
+        for folder in "ab"
+    )
+    assert a == b
+
+
+def test_a_push_that_was_killed_is_finished_by_the_next(
+    ours: Registry, theirs: Registry, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = FolderFiles.write, [7]
+
+    def write_some(files: FolderFiles, name: str, chunks: Any, **rest: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(files, name, chunks, **rest)
+
+    monkeypatch.setattr(FolderFiles, "write", write_some)
+    with pytest.raises(KeyboardInterrupt):
+        push(ours, place)
+    monkeypatch.undo()
+    with pytest.raises(BadLayout, match="never finished"):
+        pull(theirs, place, ALL)
+    check_round_trip(ours, theirs, place)
+
+
+def test_two_pushes_at_once_are_both_listed(ours: Registry, tmp_path: Path, place: str) -> None:
+    ids = [record.id for record in ours.patches()]
+    threads = [threading.Thread(target=push, args=(ours, place), kwargs={"patches": [id]}) for id in ids * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Layout(open_files(place)).entries()) == 3
+
+
+def test_a_list_that_somebody_else_overwrites_is_written_again(ours: Registry) -> None:
+    """Behind a URL nobody can be kept waiting, so the list is looked at once more after it was written."""
+    where = f"memory://{next(PREFIXES)}/shared"
+    files = open_files(where)
+    push(ours, where, patches=[ours.patches()[0].id])
+    before = files.read("index.json")
+    assert before is not None
+    write, overwritten = RemoteFiles.write, list[str]()
+
+    def write_and_lose(this: RemoteFiles, name: str, chunks: Any, **rest: Any) -> None:
+        write(this, name, chunks, **rest)
+        if name == "index.json" and not overwritten:
+            overwritten.append(name)
+            write(this, name, [before], **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemoteFiles, "write", write_and_lose)
+        push(ours, where, patches=[ours.patches()[1].id])
+    assert overwritten
+    assert len(Layout(files).entries()) == 2
+
+
+def test_what_cannot_be_read_here_is_not_pushed(ours: Registry, place: str) -> None:
+    record = ours.patches()[0]
+    files: Files = ours.blobs.files
+    found: FileInfo | None = files.info(f"blobs/sha256/{record.id[:2]}/{record.id}")
+    assert found is not None
+    files.write(found.name, [b"{}"])
+    with pytest.raises(BlobCorrupt, match=record.id):
+        push(ours, place)
+    assert not os.path.exists(f"{place}/index.json")
+
+
+def test_pulling_from_where_nothing_is_says_so(theirs: Registry, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="nothing was ever pushed"):
+        pull(theirs, tmp_path / "nowhere", ALL)
+    assert not (tmp_path / "nowhere").exists()
