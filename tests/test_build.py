@@ -7,7 +7,8 @@ import os
 import resource
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -285,22 +286,25 @@ def test_everything_is_durable_before_it_appears(
     assert synced[len(before) :] == [tmp_path]
 
 
-@pytest.fixture
-def little_room() -> Iterator[Callable[[int], None]]:
-    """Lets this process write files of so many bytes at most; the system refuses the rest as it does on a full disk."""
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """Lets this process write files of so many bytes at most; the system refuses the rest as it does on a full disk.
+
+    Only within the block: what the test runner writes elsewhere must not be cut short.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @either_form
 @pytest.mark.parametrize("size", [0, 4096, 20_000, 100_000])
-def test_no_room_leaves_nothing_behind(
-    form: Base, terms: list[Term], tmp_path: Path, little_room: Callable[[int], None], size: int
-) -> None:
+def test_no_room_leaves_nothing_behind(form: Base, terms: list[Term], tmp_path: Path, size: int) -> None:
     before = sorted(tmp_path.iterdir())
-    little_room(size)
-    with pytest.raises(OverpaintError, match=r"there is no room for .* free some space"):
+    with little_room(size), pytest.raises(OverpaintError, match=r"there is no room for .* free some space"):
         build(form, terms, tmp_path / "new/folders" / name_for(form, "safe"))
     assert sorted(tmp_path.iterdir()) == before
 

@@ -66,7 +66,8 @@ class Moments:
         left, size, _ = torch.linalg.svd(keys / keys.shape[1] ** 0.5, full_matrices=False)
         share = size.square().cumsum(0) / size.square().sum()
         rank = int((share < ENERGY).sum()) + 1
-        return (left[:, :rank] * size[:rank]).float()
+        factor: Tensor = (left[:, :rank] * size[:rank]).float()
+        return factor
 
     def _recall(self, name: str) -> Tensor | None:
         if self._cache is None or not (file := self._cache / f"{name}.safetensors").is_file():

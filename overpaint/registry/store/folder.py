@@ -23,6 +23,7 @@ class FolderFiles(Files):
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
         self.where = str(self.root)
+        self._durable: dict[str, int] = {}  # the files whose names this object has made durable, and their inodes
 
     def read(self, name: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(name)
@@ -47,7 +48,9 @@ class FolderFiles(Files):
                     os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~0o222)
                 os.fsync(descriptor)
                 os.replace(temporary, path)
+                inode = os.fstat(descriptor).st_ino
             _sync_folder(path.parent)
+        self._durable[name] = inode
 
     def info(self, name: str) -> FileInfo | None:
         path = self._path(name)
@@ -65,7 +68,10 @@ class FolderFiles(Files):
                 # Another user's file cannot be made to look new, which only makes a collection of it possible earlier.
                 with suppress(PermissionError):
                     os.utime(path)
-                _sync_folder(path.parent)  # whoever renamed it may not have got as far as this
+                inode = path.stat().st_ino
+                if self._durable.get(name) != inode:
+                    _sync_folder(path.parent)  # whoever renamed it may not have got as far as this
+                    self._durable[name] = inode
             except FileNotFoundError:
                 return False
         return True
