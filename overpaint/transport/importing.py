@@ -17,7 +17,7 @@ from overpaint.transport.archive import BLOCK, ArchiveReader, is_archive
 from overpaint.transport.arriving import arrival, keep
 from overpaint.transport.layout import Layout
 from overpaint.transport.reading import PATCH_LIMIT, refuse_odd
-from overpaint.transport.receiving import Received, Request, bases_of, is_here, receive
+from overpaint.transport.receiving import Received, Request, bases_of, receive, whole_here
 from overpaint.transport.signing import Untrusted
 
 
@@ -67,7 +67,7 @@ def _import_patch(registry: Registry, data: bytes, path: Path, request: Request)
     refuse_odd(parts.manifest)
     row = arrival(parts.manifest)
     bases, files = bases_of(registry, [row.fingerprint]), PatchFiles(registry.blobs)
-    if is_here(registry, files, row.id):
+    if whole_here(registry, files, [row.id]):
         return Received((), (row.id,), (), 0)
     request.check(data)
     files.put(row.id, data)

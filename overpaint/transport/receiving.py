@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overpaint.errors import NotFound, OverpaintError
+from overpaint.registry.queries import patches_by_id
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles, open_files
 from overpaint.registry.store.manifest import Array, Manifest
@@ -89,10 +90,11 @@ def receive(registry: Registry, layout: Layout, request: Request) -> Received:
     _refuse_diverged(registry, recipe_offers, request.name)
 
     files, nbytes, new = PatchFiles(registry.blobs), 0, dict[str, str]()
+    here = whole_here(registry, files, [row.id for row in rows])
     for step, offer in enumerate(offers, 1):
         id = offer.manifest.id
         request.report(step, len(offers), f"patch {id[:12]} ({offer.concept})")
-        if not is_here(registry, files, id):
+        if id not in here:
             file, read = _fetched(layout, files, offer.manifest)
             request.check(file)
             files.put(id, file)
@@ -149,13 +151,11 @@ def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: s
             compared(ours.revisions, ours.fingerprint, each.record, wanted)
 
 
-def is_here(registry: Registry, files: PatchFiles, id: str) -> bool:
-    """Whether a patch has its row and all its bytes."""
-    try:
-        record = registry.patch(id)
-    except NotFound:
-        return False
-    return record.id == id and files.holds(id, record.blob)
+def whole_here(registry: Registry, files: PatchFiles, ids: Iterable[str]) -> set[str]:
+    """Which of these patches have their row and all their bytes."""
+    with registry._database.reading() as session:
+        found = {id: row.blob for id, row in patches_by_id(session, ids).items()}
+    return {id for id, blob in found.items() if files.holds(id, blob)}
 
 
 def _fetched(layout: Layout, files: PatchFiles, manifest: Manifest) -> tuple[bytes, int]:
