@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from overpaint.bases.base import Base
+from tests.registry.s3_server import BUCKET, s3_server
 
 WORDS = (
     "a",
@@ -108,3 +111,14 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(base_folder: Path) -> Base:
     """The tiny base, opened."""
     return Base.open(base_folder)
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket on a real S3 server, one for the whole run: clients keep connections to the first they meet."""
+    if any(find_spec(name) is None for name in ("moto", "s3fs", "flask")):
+        pytest.skip('moto and s3fs are not installed; pip install -e ".[dev]" does')
+    with pytest.MonkeyPatch.context() as patch, s3_server() as environment:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"

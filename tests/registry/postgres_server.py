@@ -55,28 +55,27 @@ class Server:
             connection.execute(sql.encode())  # text would have to be a literal
 
 
+# Waits for the end of its input, which comes when the tests close it or die; then nothing of the server stays.
+WATCH = 'while read -r line; do :; done; "$1" -D "$2/data" -m immediate stop; rm -rf "$2"'
+
+
 @contextmanager
 def running(bin: Path) -> Iterator[Server]:
-    """A server that runs as long as the block."""
+    """A server that runs as long as the block, or as long as this process if that is killed."""
     folder = Path(tempfile.mkdtemp(prefix="overpaint-pg-", dir="/tmp"))  # a socket's path has at most 107 bytes
-    owner = _owner()
-    try:
-        if owner:
-            shutil.chown(folder, owner)
-        data = str(folder / "data")
+    owner, data = _owner(), str(folder / "data")
+    if owner:
+        shutil.chown(folder, owner)
+    watch = ["sh", "-c", WATCH, "watch", str(bin / "pg_ctl"), str(folder)]
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(watch, cwd="/", stdin=subprocess.PIPE, stdout=silent, stderr=silent, user=owner):
         _call(owner, folder, bin / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync")
-        hba = folder / "data" / "pg_hba.conf"
-        hba.write_text(f"local all {GUEST} scram-sha-256\nlocal all all trust\n")
+        (folder / "data" / "pg_hba.conf").write_text(f"local all {GUEST} scram-sha-256\nlocal all all trust\n")
         options = f"{SETTINGS} -c unix_socket_directories='{folder}'"
         _call(owner, folder, bin / "pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
-        try:
-            server = Server(folder)
-            server.run(f"CREATE ROLE {GUEST} LOGIN PASSWORD '{PASSWORD}'")
-            yield server
-        finally:
-            _call(owner, folder, bin / "pg_ctl", "-D", data, "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        server = Server(folder)
+        server.run(f"CREATE ROLE {GUEST} LOGIN PASSWORD '{PASSWORD}'")
+        yield server
 
 
 def _owner() -> str | None:

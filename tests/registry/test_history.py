@@ -110,11 +110,11 @@ def test_a_change_worked_out_for_an_older_revision_is_refused(registry: Registry
     assert change(registry, patches[1], 1.0, expected=1) == 2
 
 
-STEPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([None, 0.0, 0.5, 1.0]), st.booleans()), max_size=12)
+STEPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([None, 0.0, 0.5, 1.0]), st.booleans()), max_size=8)
 
 
-@given(steps=STEPS, back=st.integers(0, 12))
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS, back=st.integers(0, 8))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_was_done_every_revision_is_read_and_checked_out_exactly(
     stocked_once: Registry, steps: list[tuple[int, float | None, bool]], back: int
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from overpaint.registry.store.folder import FolderFiles
 from overpaint.registry.store.memory import MemoryFiles
 from overpaint.registry.store.remote import RemoteFiles, Unreachable
 
-from .s3_server import BUCKET, s3_server
 from .shelf import add_patch
 from .store_contract import StoreContract
 
@@ -55,22 +52,12 @@ class TestFsspecFile(StoreContract):
         return RemoteFiles(f"file://{tmp_path}/store")
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    if find_spec("moto") is None or find_spec("s3fs") is None or find_spec("flask") is None:
-        pytest.skip('moto and s3fs are not installed; pip install -e ".[dev]" does')
-    with pytest.MonkeyPatch.context() as patch, s3_server() as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield
-
-
 class TestS3(StoreContract):
     @pytest.fixture
-    def files(self, s3: None) -> Files:
-        return open_files(f"s3://{BUCKET}/{next(PREFIXES)}/store")
+    def files(self, bucket: str) -> Files:
+        return open_files(f"{bucket}/{next(PREFIXES)}/store")
 
-    def test_a_bucket_that_is_not_there_is_said_plainly_and_not_made(self, s3: None) -> None:
+    def test_a_bucket_that_is_not_there_is_said_plainly_and_not_made(self, bucket: str) -> None:
         files = open_files("s3://nobody-made-this-bucket/store")
         with pytest.raises(Unreachable, match="check the address"):
             files.write("a", [b"x"])

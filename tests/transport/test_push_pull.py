@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from overpaint.transport.receiving import MissingBase, Request, pull
 from overpaint.transport.records import Diverged
 from overpaint.transport.sending import push
 from tests.registry.patch_maker import id_of, keep
-from tests.registry.s3_server import BUCKET, s3_server
 from tests.registry.shelf import lay
 
 from .conftest import FINGERPRINT, LABELS, holdings, is_empty, labelled
@@ -40,16 +37,6 @@ PREFIXES = (f"pushed-{number}" for number in itertools.count())
 @pytest.fixture
 def place(tmp_path: Path) -> str:
     return str(tmp_path / "shared")
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    if find_spec("moto") is None or find_spec("s3fs") is None or find_spec("flask") is None:
-        pytest.skip('moto and s3fs are not installed; pip install -e ".[dev]" does')
-    with pytest.MonkeyPatch.context() as patch, s3_server() as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield f"s3://{BUCKET}"
 
 
 def check_round_trip(ours: Registry, theirs: Registry, where: str) -> None:
