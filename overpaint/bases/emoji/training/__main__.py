@@ -19,7 +19,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "vae": {"steps": 3000, "batch": 16, "lr": 2e-3, "restart": 1500},
     "clip": {"steps": 900, "batch": 64, "lr": 1e-3},
     "judge": {"steps": 900, "batch": 64, "lr": 2e-3},
-    "unet": {"steps": 3400, "batch": 64, "lr": 1.5e-3, "ema": 0.998},
+    "unet": {"steps": 5800, "batch": 64, "lr": 1.5e-3, "ema": 0.998, "restart": 3400},
 }
 
 

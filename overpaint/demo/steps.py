@@ -1,30 +1,25 @@
-"""The demo: the main job end to end on the embedded base, measured, in one table and one report."""
+"""The steps of the demo: solve, compose, draw and judge, put back, build, take everything off."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.quiet import quiet_loading
 from overpaint.concepts import Concept
-from overpaint.demo_report import save_report
-from overpaint.errors import AlreadyExists
+from overpaint.demo.findings import Check, Findings
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judging import Score, accuracy, load_judge
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
 from overpaint.recipes import Recipe
-from overpaint.workshop import Solved, Workshop
+from overpaint.workshop import Workshop
 
 SEPARABLE = (
     Concept("pistol", "unsafe", ("gun", "handgun")),
@@ -52,33 +47,6 @@ PUT_BACK = ("cat", "ink")
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""
 ERASED_BAR, KEPT_BAR, SECONDS_BAR, BYTES_BAR = 0.05, 0.97, 1.0, 16 << 10
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the result: what was asked, what was found, whether it holds."""
-
-    what: str
-    found: str
-    bar: str
-    holds: bool
-
-
-@dataclass
-class Findings:
-    """Everything the table and the report say."""
-
-    solved: dict[str, Solved] = field(default_factory=dict)
-    base_scores: dict[str, Score] = field(default_factory=dict)
-    erased_scores: dict[str, Score] = field(default_factory=dict)
-    restored_scores: dict[str, Score] = field(default_factory=dict)
-    kept_base: Score | None = None
-    kept: Score | None = None
-    checks: list[Check] = field(default_factory=list)
-    pictures: dict[str, list[NDArray[np.uint8]]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    prepare_seconds: float = 0.0
 
 
 class Demo:
@@ -234,72 +202,3 @@ class Demo:
 
     def _check(self, what: str, found: str, bar: str, holds: bool) -> None:
         self.found.checks.append(Check(what, found, bar, holds))
-
-
-def run(out: Path, *, quick: bool = False) -> bool:
-    """Run the demo into the new folder `out`, print its table, write `report.html`. False when a check does not hold.
-
-    Raises AlreadyExists when `out` is there and not empty.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise AlreadyExists(f"{out} is not empty; name another folder with -o, or remove it")
-    talk = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=talk) as progress:
-        task = progress.add_task("opening a fresh registry", total=1.0)
-
-        def report(share: float, text: str) -> None:
-            progress.update(task, completed=share, description=text)
-            if not talk.is_terminal:
-                talk.print(f"{share:4.0%} {text}", highlight=False)
-
-        demo = Demo(out, quick, report)
-        found = demo.run()
-        save_report(out, demo, found)
-        progress.update(task, completed=1.0, description="done")
-    console = Console()
-    console.print(_concept_table(found))
-    console.print(_check_table(found))
-    console.print(
-        f"{found.prepare_seconds:.1f} s once to encode the vocabulary and the concepts, then the seconds above for each",
-        highlight=False,
-    )
-    console.print(
-        f"{found.seconds:.0f} s. Report: {out / 'report.html'}; checkpoint: {out / 'checkpoint'}", highlight=False
-    )
-    return all(check.holds for check in found.checks)
-
-
-def _concept_table(found: Findings) -> Table:
-    table = Table(title="Judge's accuracy on the concept, held-out prompts", title_justify="left")
-    for column in ("concept", "solver", "base", "erased", "put back", "seconds", "bytes"):
-        table.add_column(column, justify="left" if column in ("concept", "solver") else "right")
-    for name, solved in found.solved.items():
-        back = found.restored_scores.get(name)
-        table.add_row(
-            name,
-            solved.record.solver,
-            f"{found.base_scores[name].rate:.0%}",
-            f"{found.erased_scores[name].rate:.0%}",
-            f"{back.rate:.0%}" if back else "",
-            f"{solved.seconds:.2f}",
-            f"{solved.nbytes:,}",
-        )
-    assert found.kept is not None
-    assert found.kept_base is not None
-    table.add_row("all others", "", f"{found.kept_base.rate:.1%}", f"{found.kept.rate:.1%} (kept)", "", "", "")
-    return table
-
-
-def _check_table(found: Findings) -> Table:
-    table = Table(title="Checks", title_justify="left")
-    for column in ("what", "found", "bar", "holds"):
-        table.add_column(column)
-    for check in found.checks:
-        table.add_row(check.what, check.found, check.bar, "yes" if check.holds else "[bold red]no[/]")
-    return table

@@ -15,7 +15,8 @@ from overpaint.evaluation.grid import labelled_grid
 from overpaint.evaluation.report import Picture, PictureRow, Report, Section, Table, write_report
 
 if TYPE_CHECKING:
-    from overpaint.demo import Demo, Findings
+    from overpaint.demo.findings import Findings
+    from overpaint.demo.steps import Demo
 
 
 def save_report(out: Path, demo: Demo, found: Findings) -> None:
