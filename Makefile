@@ -26,8 +26,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One process per core, each computing on one thread.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
 
 # What the tests need to start a PostgreSQL server of their own; without it they skip what needs one.
 postgres:

@@ -13,14 +13,20 @@ import click
 from overpaint import __version__
 from overpaint.commands.bases import base
 from overpaint.commands.common import workshop
+from overpaint.commands.compressing import patch_compress
 from overpaint.commands.concepts import concept
 from overpaint.commands.crosstalk import crosstalk
+from overpaint.commands.evaluating import evaluate, report
 from overpaint.commands.inspecting import inspect
+from overpaint.commands.interchange import patch_export, patch_import, recipe_export
+from overpaint.commands.keeping import base_keep, base_prepare
 from overpaint.commands.maintenance import gc, verify
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe
+from overpaint.commands.reseparating import recipe_reseparate
 from overpaint.commands.searching import search
 from overpaint.commands.sharing import export_, import_, key, pull, push
+from overpaint.commands.solvers import solvers
 from overpaint.commands.solving import solve
 from overpaint.commands.tags import tag
 from overpaint.commands.using import build, db, demo, generate
@@ -70,8 +76,16 @@ def init(ctx: click.Context, blobs: str | None) -> None:
 
 for _command in (base, concept, solve, patch, recipe, tag, search, build, generate, inspect, crosstalk, demo, db):
     main.add_command(_command)
-for _command in (export_, import_, push, pull, key, verify, gc):
+main.add_command(evaluate)
+main.add_command(report)
+for _command in (solvers, export_, import_, push, pull, key, verify, gc):
     main.add_command(_command)
+for _command in (patch_import, patch_export, patch_compress):
+    patch.add_command(_command)
+for _command in (base_keep, base_prepare):
+    base.add_command(_command)
+for _command in (recipe_export, recipe_reseparate):
+    recipe.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.registry.changes import Note, RecipeMoved
+from overpaint.registry.evaluations import EvaluationRecord
 from overpaint.registry.records import Difference, Due, HistoryRecord, Laid, PatchRecord, RecipeRecord, TagRecord
 
 if TYPE_CHECKING:
@@ -99,6 +100,20 @@ class Recipe:
         """Lift a patch off; the weights are composed anew from the base. Raises NotFound when it is not there."""
         return self._changed(lambda held: self._set(held, self._meant(patch, on=held), None, why, who))[0]
 
+    def replace(self, new: Mapping[str, str], *, why: str = "", who: str = "") -> list[HistoryRecord]:
+        """Lay patches in the place of others, as those lie, in one revision; `new` has their ids by the others'.
+
+        Raises NotFound for what is not there, AlreadyExists for a patch that would lie here twice, WrongBase.
+        """
+
+        def change(held: RecipeRecord) -> int:
+            before = dict(held.patches)
+            after = {new.get(each, each): strength for each, strength in before.items()}
+            note = Note(why, who or me(), self._digest(before), self._digest(after))
+            return self._workshop.registry.exchange_patches(held.name, new, note, expected=held.revision)
+
+        return self._changed(change)
+
     def checkout(self, revision: int | str, *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Lay on exactly what lay here at an earlier revision, by number or tag; returns the lines of the new revision.
 
@@ -184,6 +199,10 @@ class Recipe:
     def due(self, on: date | None = None) -> list[Due]:
         """What lies here though its day had come, by today (in UTC) or another day."""
         return self._workshop.due(on, recipe=self.record.name)
+
+    def evaluations(self) -> list[EvaluationRecord]:
+        """The latest run of every suite on this recipe as it is (or, NAME@REVISION, as it was)."""
+        return self._workshop.registry.evaluations(recipe=self.name, latest=True)
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
         """What lies on the base, with strengths, by concept."""

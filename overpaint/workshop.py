@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,22 @@ from overpaint.registry.registry import Registry
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
+    from overpaint.evaluating import Evaluated
+    from overpaint.evaluating import Request as Evaluation
     from overpaint.evaluation.crosstalk import Crosstalk, Pair
+    from overpaint.interchange import Taken
     from overpaint.patches.build import Built
+    from overpaint.patches.converting import Form
+    from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.live import Overlay
     from overpaint.patches.patch import Patch
     from overpaint.registry.verify import Verified
+    from overpaint.reporting.page import Reported
+    from overpaint.solving.compression import Compressed
+    from overpaint.solving.orders import Keep, Order, Surroundings
+    from overpaint.solving.plans import Plan
+    from overpaint.solving.running import Outcome
+    from overpaint.solving.separation import Reseparated
     from overpaint.transport.receiving import Received, Request
     from overpaint.transport.sending import Sent
 
@@ -61,19 +72,20 @@ class Workshop:
     # Bases and concepts
 
     def add_base(self, name: str, source: str | Path) -> BaseRecord:
-        """Remember a base: a diffusers folder, a single-file checkpoint, or `emoji` for the embedded one.
+        """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
+        with its commit), or `emoji` for the embedded one.
 
         Raises AlreadyExists for a name that is taken, OverpaintError for a base that is missing, broken or unknown.
         """
-        from overpaint.bases.base import EMBEDDED, Base
+        from overpaint.bases.base import Base
 
         if any(known.name == name for known in self.registry.bases()):
             raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
         base = Base.open(source)
-        kept = Path("emoji") if base.path == EMBEDDED else base.path
-        record = self.registry.add_base(name, kept, base.layout.name, base.fingerprint)
+        base.recall_digests(self._cache_of(base))
+        record = self.registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
         self._bases[name] = base
-        self._remember_digests(record, base)
+        base.keep_digests(self._cache_of(base))
         return record
 
     def bases(self) -> list[BaseRecord]:
@@ -87,34 +99,57 @@ class Workshop:
         record = self.registry.base(name)
         if name not in self._bases:
             self._bases[name] = base = Base.open(record.source)
-            base.recall_digests(self._cache_of(record))
+            base.recall_digests(self._cache_of(base))
             if base.fingerprint != record.fingerprint:
                 del self._bases[name]
                 raise OverpaintError(
                     f"the base {name!r} at {record.source} changed since it was added: fingerprint {base.fingerprint[:12]} "
                     f"instead of {record.fingerprint[:12]}; put its files back, or add it under another name"
                 )
-            self._remember_digests(record, base)
+            base.keep_digests(self._cache_of(base))
         return self._bases[name]
 
-    def prepare(self, base: str, *, device: str = "auto") -> None:
-        """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts."""
+    def prepare(
+        self,
+        base: str,
+        *,
+        vocabulary: int = 0,
+        device: str = "auto",
+        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    ) -> None:
+        """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
+
+        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all.
+        """
         from overpaint.bases.device import resolve_device
-        from overpaint.solvers.universe import prepare
+        from overpaint.solvers.universe import Preserved, prepare
 
-        prepare(self.base(base), self.concepts(), resolve_device(device))
+        around = self.surroundings(base)
+        preserved = Preserved(around.keep, vocabulary, around.cache)
+        prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=report)
 
-    def _cache_of(self, record: BaseRecord) -> Path:
-        return self.registry.folder / "cache" / f"{record.fingerprint}.json"
+    @property
+    def _vocabularies(self) -> Path:
+        return self.registry.folder / "cache" / "vocabulary"
 
-    def _remember_digests(self, record: BaseRecord, base: Base) -> None:
-        base.keep_digests(self._cache_of(record))
+    def keep(self, base: str, prompts: Iterable[str]) -> int:
+        """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
+        return self.registry.keep_prompts(base, prompts, who=me())
+
+    def _cache_of(self, base: Base) -> Path:
+        return self.registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
 
     def add_concept(
-        self, name: str, *, kind: str = "object", synonyms: Iterable[str] = (), anchor: str = ""
+        self,
+        name: str,
+        *,
+        kind: str = "object",
+        synonyms: Iterable[str] = (),
+        anchor: str = "",
+        prompts: Iterable[str] = (),
     ) -> Concept:
         """Remember a concept. Raises AlreadyExists for a name that is taken, OverpaintError for one that is not valid."""
-        concept = Concept(name, kind, tuple(synonyms), anchor)
+        concept = Concept(name, kind, tuple(synonyms), anchor, tuple(prompts))
         self.registry.add_concept(concept)
         return concept
 
@@ -132,46 +167,100 @@ class Workshop:
         solver: str = "separable",
         settings: Mapping[str, str] | None = None,
         seed: int = 0,
+        compress: str | None = None,
         device: str = "auto",
         report: Callable[[int, int, str], None] = lambda step, of, text: None,
     ) -> Solved:
         """Compute and store the patch that erases one concept from a base.
 
         A name the registry does not know becomes an object of that name. Every other concept in the registry is the
-        universe: preserved, so that patches compose. Raises OverpaintError before anything is stored.
+        universe: preserved, so that patches compose. `compress` keeps a rank ("4") or a share of energy ("0.99") of every
+        tensor's change. Raises OverpaintError before anything is stored.
         """
         from overpaint.bases.device import resolve_device
-        from overpaint.patches.patch import make_patch
-        from overpaint.solvers import solver_class
-        from overpaint.solvers.problem import EditProblem, configure, settings_of
+        from overpaint.solving.inputs import provenance
+        from overpaint.solving.making import make, store
+        from overpaint.solving.orders import Order
 
-        method = configure(solver_class(solver), settings or {})
-        where, opened = resolve_device(device), self.base(base)
         wanted = concept if isinstance(concept, Concept) else self._concept(concept)
-        problem = EditProblem(opened, wanted, tuple(self.concepts()), seed, where, report)
-        started = time.perf_counter()
-        solution = method.solve(problem)
-        seconds = time.perf_counter() - started
-        provenance = {
-            "name": solver,
-            "settings": settings_of(method),
-            "seed": seed,
-            "universe": [other.as_json() for other in problem.others],
-        }
-        patch = make_patch(opened, wanted, solution.delta, provenance)
+        order = Order(wanted, solver, settings or {}, seed, _keeps(compress))
+        around, method = self.surroundings(base), order.method()
+        made = make(order, provenance(order, method, around), self.base(base), around, resolve_device(device), report)
         self.registry.ensure_concept(wanted)
-        record = self.registry.add_patch(
-            id=patch.id,
-            blob=patch.blob,
-            concept=wanted.name,
-            base=base,
-            solver=solver,
-            kind=patch.delta.kind,
-            settings=settings_of(method),
-            seed=seed,
-            seconds=seconds,
-        )
-        return Solved(record, solution.diagnostics, seconds)
+        return Solved(store(self.registry, made, base), made.diagnostics, made.seconds)
+
+    def orders(
+        self,
+        names: Iterable[str] = (),
+        *,
+        file: Path | None = None,
+        solver: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        seed: int | None = None,
+        compress: str | None = None,
+    ) -> list[Order]:
+        """What to solve for concepts by name, and for those of a file (see `overpaint.solving.concept_file`)."""
+        from overpaint.solving.concept_file import read_concepts
+        from overpaint.solving.orders import Defaults, completed
+
+        plain = Defaults().overridden(solver, settings or {}, seed)
+        found = [replace(plain.order(Concept(name)), described=False) for name in names]
+        if file is not None:
+            found += read_concepts(file, solver=solver, settings=settings, seed=seed)
+        return completed(found, self.concepts(), _keeps(compress))
+
+    def plan(self, orders: Iterable[Order], *, base: str, update: bool = False, again: bool = False) -> Plan:
+        """What orders come down to: what is solved already, which concepts are new. See `overpaint.solving.plans`."""
+        from overpaint.solving.plans import plan
+
+        return plan(self.registry, orders, self.surroundings(base), base=base, update=update, again=again)
+
+    def surroundings(self, base: str) -> Surroundings:
+        """What every solve on a base knows beside its order."""
+        from overpaint.solving.orders import Surroundings
+
+        kept = tuple(each.prompt for each in self.registry.kept_prompts(base))
+        return Surroundings(tuple(self.concepts()), kept, self._vocabularies)
+
+    def carry_out(
+        self,
+        plan: Plan,
+        *,
+        device: str = "auto",
+        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+        told: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> list[Outcome]:
+        """Solve and store what a plan leaves open. See `overpaint.solving.running`."""
+        from overpaint.bases.device import resolve_device
+        from overpaint.solving.running import carry_out
+
+        return carry_out(self.registry, plan, self.base, resolve_device(device), report=report, told=told)
+
+    def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
+        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.
+
+        Raises NothingSmaller when it would not be smaller.
+        """
+        from overpaint.solving.compression import compressed, refuse_if_not_smaller
+        from overpaint.solving.making import store_patch
+        from overpaint.solving.orders import Keep
+
+        record, asked = self.registry.patch(patch), Keep.parse(keep)
+        found = compressed(self.base(record.base), self.patch(record.id), asked)
+        refuse_if_not_smaller(found, asked)
+        return store_patch(self.registry, found.patch, record.base, 0.0), found
+
+    def reseparate(self, recipe: str, **how: Any) -> Reseparated:
+        """Solve a recipe's closed-form patches again for the registry's universe. See `overpaint.solving.separation`."""
+        from overpaint.solving.separation import reseparate
+
+        return reseparate(self, recipe, **how)
+
+    def mixture(self, recipe: str) -> str:
+        """One sentence when the closed-form patches of a recipe were solved for different universes, else nothing."""
+        from overpaint.solving.separation import mixture
+
+        return mixture(self.registry, recipe)
 
     def learn(self, names: Iterable[str]) -> None:
         """Make objects of the names the registry does not know, so that each preserves all the others when solved."""
@@ -297,6 +386,27 @@ class Workshop:
             raise OverpaintError(f"say which base is meant (known: {', '.join(known) or 'none; add one first'})")
         return known[0]
 
+    def evaluate(
+        self,
+        name: str,
+        request: Evaluation | None = None,
+        *,
+        report: Callable[[int, int, str], None] = lambda done, of, text: None,
+    ) -> Evaluated:
+        """Run a suite (`quick`, unless the request names another) on a recipe, or on a patch alone, and keep its numbers.
+
+        See `overpaint.evaluating`.
+        """
+        from overpaint.evaluating import Request, evaluate
+
+        return evaluate(self, name, request or Request(), report=report)
+
+    def report(self, recipe: str, out: str | Path, **options: Any) -> Reported:
+        """Write what was measured of a recipe as one HTML page, with JSON, CSV and PNG beside it. See `overpaint.reporting`."""
+        from overpaint.reporting.page import report
+
+        return report(self, recipe, Path(out), **options)
+
     # Upkeep and sharing
 
     def verify(self, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
@@ -313,7 +423,8 @@ class Workshop:
         from overpaint.transport.signing import load_signer
 
         signer = load_signer(sign) if sign else None
-        return export(self.registry, Path(file), patches=patches, recipes=recipes, signer=signer)
+        heard = self._vocabularies
+        return export(self.registry, Path(file), patches=patches, recipes=recipes, signer=signer, vocabularies=heard)
 
     def push(
         self,
@@ -329,13 +440,21 @@ class Workshop:
         from overpaint.transport.signing import load_signer
 
         signer = load_signer(sign) if sign else None
-        return push(self.registry, destination, patches=patches, recipes=recipes, signer=signer, report=report)
+        return push(
+            self.registry,
+            destination,
+            patches=patches,
+            recipes=recipes,
+            signer=signer,
+            vocabularies=self._vocabularies,
+            report=report,
+        )
 
     def import_file(self, file: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
         from overpaint.transport.importing import import_file
 
-        return import_file(self.registry, Path(file), _request(**asked))
+        return import_file(self.registry, Path(file), _request(vocabularies=self._vocabularies, **asked))
 
     def pull(self, source: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a folder or a URL: everything, or the `patches` and `recipes` that are named.
@@ -345,7 +464,30 @@ class Workshop:
         """
         from overpaint.transport.receiving import pull
 
-        return pull(self.registry, source, _request(**asked))
+        return pull(self.registry, source, _request(vocabularies=self._vocabularies, **asked))
+
+    # Other tools' files
+
+    def import_patch(self, file: str | Path, *, base: str, concept: str | Concept, **how: Any) -> Taken:
+        """Store another tool's erasure (LoRA, differences, edited weights) as a patch; see `overpaint.interchange`."""
+        from overpaint.interchange import import_patch
+
+        wanted = concept if isinstance(concept, Concept) else self._concept(concept)
+        return import_patch(self, Path(file), base=base, concept=wanted, **how)
+
+    def export_patches(
+        self, patches: Iterable[str], out: str | Path, format: str = "kohya", *, strength: float = 1.0, **how: Any
+    ) -> Exported:
+        """Write patches as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
+        from overpaint.interchange import export_patches
+
+        return export_patches(self, patches, Path(out), format, strength, **how)
+
+    def export_recipe(self, recipe: str, out: str | Path, format: str = "kohya", **how: Any) -> Exported:
+        """Write what lies on a recipe as one new file that other tools load."""
+        from overpaint.interchange import export_recipe
+
+        return export_recipe(self, recipe, Path(out), format, **how)
 
     # Using
 
@@ -364,22 +506,38 @@ class Workshop:
         overlay.set(wanted.terms())
         return pipe, overlay
 
-    def build(self, recipe: str, out: str | Path, *, notice: Callable[[str], None] = lambda text: None) -> Built:
-        """Bake a recipe into a new checkpoint of its base's form (see `overpaint.patches.build`).
+    def build(
+        self,
+        recipe: str,
+        out: str | Path,
+        *,
+        notice: Callable[[str], None] = lambda text: None,
+        form: Form | None = None,
+    ) -> Built:
+        """Bake a recipe into a new checkpoint of its base's form, or of another (see `overpaint.patches.build`).
 
         Raises AlreadyExists when `out` is there.
         """
         from overpaint.patches.build import build
 
         wanted = self.known_recipe(recipe)
-        return build(wanted.base, wanted.terms(), Path(out), card=wanted.card(), record=wanted.as_json(), notice=notice)
+        about: dict[str, Any] = {"card": wanted.card(), "record": wanted.as_json()}
+        return build(wanted.base, wanted.terms(), Path(out), **about, notice=notice, form=form)
+
+
+def _keeps(compress: str | None) -> tuple[Keep, ...]:
+    from overpaint.solving.orders import Keep
+
+    return () if compress is None else (Keep.parse(compress),)
 
 
 def _request(*, trust: Iterable[Path] = (), **asked: Any) -> Request:
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
     from overpaint.patches.patch import read_patch
+    from overpaint.solvers.vocabulary_file import read as read_vocabulary
     from overpaint.transport.receiving import Request
     from overpaint.transport.signing import load_keyring
 
     keys = [Path(path) for path in trust]
-    return Request(trusted=load_keyring(keys) if keys else None, check=read_patch, **asked)
+    trusted = load_keyring(keys) if keys else None
+    return Request(trusted=trusted, check=read_patch, check_vocabulary=read_vocabulary, **asked)

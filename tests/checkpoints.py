@@ -67,5 +67,5 @@ def shard(folder: Path, component: str, count: int, variant: str = "") -> list[P
 def rename_weights(folder: Path, variant: str, components: Iterable[str] = WEIGHTS) -> None:
     """Give weight files the name of a variant: `model.safetensors` becomes `model.fp16.safetensors`."""
     for component in components:
-        stem = WEIGHTS[component]
+        stem = WEIGHTS[component.removesuffix("_2")]
         (folder / component / f"{stem}.safetensors").rename(folder / component / f"{stem}.{variant}.safetensors")

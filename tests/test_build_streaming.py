@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from overpaint.bases.container import BrokenFile, Container
+from overpaint.bases.files import Place
 from overpaint.patches import streaming
 from overpaint.patches.streaming import BLOCK, Rewrite, copy_file, copy_range, write_all
 
@@ -110,14 +111,18 @@ def test_any_choice_of_tensors_is_replaced_and_left_out(source: Path, data: st.D
     old = Container.open(folder / "old.safetensors")
     rewrite = Rewrite(
         old,
-        {key: f"unet/{key}" for key, fate in fates.items() if fate == "replaced"},
+        {
+            f"unet/{key}": Place(old.path, key, old.entries[key], old.entries[key].shape)
+            for key, fate in fates.items()
+            if fate == "replaced"
+        },
         frozenset(key for key, fate in fates.items() if fate == "dropped"),
     )
     target = folder / "new.safetensors"
     target.unlink(missing_ok=True)
     digests = rewrite.write(target, RECORD, lambda name: values[name.removeprefix("unet/")])
     rewrite.seal(target, {**RECORD, "digest": "1" * 64})
-    assert set(digests) == set(rewrite.replaced.values())
+    assert set(digests) == set(rewrite.replaced)
     new = Container.open(target)
     assert list(new.entries) == [key for key in old.entries if fates[key] != "dropped"]
     assert new.metadata == {"about": "this", "overpaint": '{"digest":"' + "1" * 64 + '","tensors":{}}'}

@@ -221,7 +221,7 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
         assert isinstance(term.delta, TextMap)
         wanted += 0.1 * weight @ term.delta.up.double() @ term.delta.down.double().T
     change = whole._change(KEY, whole.pieces[KEY], base.tensor(KEY))
-    assert [type(text) for text in change.texts] == [arithmetic.Square]
+    assert [type(text) for _, text in change.texts] == [arithmetic.Square]
     # One rounding to the base's dtype, on top of float32 products.
     found = whole.tensor(KEY)
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(found.dtype).eps, atol=1e-6)

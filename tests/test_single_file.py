@@ -30,8 +30,8 @@ def canonical(layout: Layout, keys: list[str]) -> dict[str, str]:
     """What the layout makes of a file's keys."""
     return {
         key: f"{component}/{layout.components[component].canonical(name)}"
-        for component, spelling in layout.spellings.items()
-        for key, name in spelling.names(keys).items()
+        for component, spelling in layout.single_files[0].spellings.items()
+        for key, (name,) in spelling.names(keys).items()
     }
 
 
@@ -186,19 +186,21 @@ def test_a_weight_that_is_there_twice_is_refused(base: Base, tmp_path: Path) -> 
         single_file(base, tmp_path / "one.safetensors", twice)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
-def test_a_pickle_is_not_opened(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model.bin", "model.onnx", "model"])
+def test_a_file_of_another_kind_is_not_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(UnknownLayout, match="convert it first"):
+    with pytest.raises(UnknownLayout, match="is not a checkpoint known here"):
         Base.open(tmp_path / name)
 
 
 def test_another_architecture_is_named_by_what_it_lacks(tmp_path: Path) -> None:
-    """The keys of Stable Diffusion XL, whose text encoders lie elsewhere."""
-    keys = ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias", "conditioner.embedders.0.x")
-    save_file({key: torch.zeros(4) for key in keys}, tmp_path / "xl.safetensors")
-    with pytest.raises(UnknownLayout, match=r"begin with cond_stage_model\.transformer\."):
-        Base.open(tmp_path / "xl.safetensors")
+    """The keys of Stable Diffusion 3, whose text encoders lie elsewhere."""
+    keys = ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias", "text_encoders.clip_l.x")
+    save_file({key: torch.zeros(4) for key in keys}, tmp_path / "other.safetensors")
+    with pytest.raises(UnknownLayout, match=r"known are: .*Stable Diffusion 1\.x .*2\.x ") as caught:
+        Base.open(tmp_path / "other.safetensors")
+    assert "begin with cond_stage_model.transformer." in str(caught.value)
+    assert "docs/adding-a-layout.md" in str(caught.value)
 
 
 @pytest.mark.parametrize("weight_map", [{}, [], {"a": "../../unet.safetensors"}, {"a": "/etc/passwd"}, {"a": 3}])

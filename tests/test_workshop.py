@@ -142,11 +142,11 @@ def test_digests_are_remembered_between_openings(
 ) -> None:
     calls: list[str] = []
 
-    def counted(name: str, tensor: torch.Tensor) -> str:
-        calls.append(name)
-        return ""
+    def counted(places: dict[str, object], containers: object) -> dict[str, str]:
+        calls.extend(places)
+        return {}
 
-    monkeypatch.setattr("overpaint.bases.base.tensor_digest", counted)
+    monkeypatch.setattr("overpaint.bases.base.digests_of", counted)
     overpaint.open(tmp_path / "registry").base("tiny")
     assert calls == []
 

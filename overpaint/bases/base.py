@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.bases.container import Container
-from overpaint.bases.digests import combined_digest, tensor_digest
+from overpaint.bases.container import Container, Entry
+from overpaint.bases.digests import combined_digest
 from overpaint.bases.files import BrokenBase, Place, open_folder, open_single_file
-from overpaint.bases.layout import Layout
+from overpaint.bases.hashing import digests_of
+from overpaint.bases.hub import HubId, cached, snapshot
+from overpaint.bases.layout import Door, Layout
 from overpaint.bases.quiet import quiet_loading
+from overpaint.bases.spelling import SingleFile
 from overpaint.errors import NotFound
 
 __all__ = ["EMBEDDED", "Base", "BrokenBase", "Place"]
@@ -30,7 +34,8 @@ class Base:
     """An opened base. Nothing here changes it; tensors are read from their files when asked for.
 
     `places` has every weight by canonical name, `containers` the files they lie in, `variant` the suffix of a folder's
-    weight files where it is not plain (fp16).
+    weight files where it is not plain (fp16), `form` the way in which a single file spells its keys, `hub` the id and commit
+    of a base from the Hub.
     """
 
     path: Path
@@ -38,18 +43,27 @@ class Base:
     places: dict[str, Place] = field(repr=False)
     containers: dict[Path, Container] = field(repr=False)
     variant: str | None = None
+    form: SingleFile | None = field(default=None, repr=False)
+    hub: HubId | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
+    _readers: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, source: Path | str) -> Base:
-        """Open a diffusers folder, a single-file checkpoint, or the embedded base under the name `emoji`.
+        """Open a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL`, `ORG/MODEL@REVISION`, where
+        no file or folder has that name), or the embedded base under the name `emoji`.
 
         Raises OverpaintError for a base that is missing, unknown, incomplete or damaged.
         """
         path = EMBEDDED if str(source) == "emoji" else Path(source).expanduser().absolute()
+        hub = HubId.parse(str(source))
+        if hub is not None and not path.exists():
+            path, hub = snapshot(hub)
+        else:
+            hub = None
         found = open_single_file(path) if path.is_file() else open_folder(path)
         containers = {part.container.path: part.container for part in found.parts}
-        return cls(path, found.layout, found.places(), containers, found.variant)
+        return cls(path, found.layout, found.places(), containers, found.variant, found.form, hub)
 
     @property
     def is_single_file(self) -> bool:
@@ -82,20 +96,25 @@ class Base:
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors one at a time in their canonical shapes, file by file."""
-        by_file: dict[Path, dict[str, str]] = {}
+        by_file: dict[Path, dict[str, Entry]] = {}
         for name in names:
             place = self.places[name]
-            by_file.setdefault(place.file, {})[place.key] = name
+            by_file.setdefault(place.file, {})[name] = place.entry
         for file, wanted in by_file.items():
-            for key, tensor in self.containers[file].tensors(wanted):
-                yield wanted[key], tensor.reshape(self.places[wanted[key]].shape)
+            for name, tensor in self.containers[file].read(wanted):
+                yield name, self.places[name].canonical(tensor)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """The digest of each named tensor; computed once per opened base."""
         wanted = list(names)
-        for name, tensor in self._read(n for n in wanted if n not in self._digests):
-            self._digests[name] = tensor_digest(name, tensor)
+        missing = {name: self.places[name] for name in wanted if name not in self._digests}
+        self._digests.update(digests_of(missing, self.containers))
         return {name: self._digests[name] for name in wanted}
+
+    @property
+    def source(self) -> str:
+        """By what this base is opened again: its path, its id on the Hub with the commit, or `emoji`."""
+        return "emoji" if self.path == EMBEDDED else str(self.hub or self.path)
 
     def _stamp(self) -> list[list[str | int]]:
         """What changes when a weight file does: its path, size and time of change."""
@@ -120,7 +139,7 @@ class Base:
             kept = json.loads(cache.read_text("utf-8"))
         except (OSError, ValueError):
             return
-        if kept.get("stamp") == self._stamp():
+        if isinstance(kept, dict) and kept.get("stamp") == self._stamp():
             self._digests.update(kept["digests"])
 
     @cached_property
@@ -128,9 +147,43 @@ class Base:
         """The digest of every tensor of every component, whatever files they lie in."""
         return combined_digest(self.digests(self.names))
 
-    def readers(self, encoder: str = "text_encoder") -> list[str]:
-        """The projections that read a text encoder's output: cross-attention keys and values."""
-        return self.layout.readers(encoder, self.names)
+    @property
+    def doors(self) -> tuple[str, ...]:
+        """The ways by which a prompt enters the U-Net, in the layout's order: for SD 1.x just `text_encoder`."""
+        return tuple(self.layout.doors)
+
+    def readers(self, door: str | None = None) -> list[str]:
+        """The tensors that read what comes through a door, or through any: cross-attention keys and values first of all.
+
+        Raises NotFound for a door the base lacks.
+        """
+        if door is None:
+            return sorted({name for each in self.doors for name in self.readers(each)})
+        self.door(door)
+        if door not in self._readers:
+            self._readers[door] = self.layout.readers(door, self.names)
+        return list(self._readers[door])
+
+    def columns(self, door: str, reader: str) -> slice:
+        """The input columns of one of a door's readers that belong to the door."""
+        spec = self.door(door)
+        start = sum(self._length(self.layout.doors[other].width) for other in spec.after)
+        return slice(start, start + self._length(spec.width) if spec.width else self.places[reader].shape[-1])
+
+    def door(self, name: str) -> Door:
+        """What the layout says about a door. Raises NotFound for one the base lacks."""
+        if name not in self.layout.doors:
+            raise NotFound(
+                f"{self.layout.name} bases have no door {name!r} for a prompt; known: {', '.join(self.doors)}"
+            )
+        return self.layout.doors[name]
+
+    def _length(self, name: str) -> int:
+        if name not in self.places:
+            raise BrokenBase(
+                f"the base at {self.path} lacks {name}, which says how wide a text embedding is; get it again"
+            )
+        return self.places[name].shape[0]
 
     def component_digest(self, component: str) -> str:
         """The digest of one component's tensors."""
@@ -152,7 +205,7 @@ class Base:
         """
         if not self.is_single_file:
             return self.path
-        beside, published = self.path.with_suffix(""), self.layout.single_file_config
+        beside, published = self.path.with_suffix(""), self.form.config if self.form else ""
         for folder in (beside, _in_hub_cache(published)):
             if folder is not None and (folder / "model_index.json").is_file():
                 return folder
@@ -162,18 +215,23 @@ class Base:
         )
 
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh `StableDiffusionPipeline` of this base. Raises NotFound for a single file without configuration."""
+        """A fresh diffusers pipeline of this base, of the class that its layout names.
+
+        Raises NotFound for a single file without configuration.
+        """
         config = self.config_folder
         with quiet_loading():
-            from diffusers import StableDiffusionPipeline
+            import diffusers
 
-            no_checker: Any = {"safety_checker": None, "requires_safety_checker": False}
+            kind: Any = getattr(diffusers, self.layout.pipelines[0])
+            checked = "safety_checker" in inspect.signature(kind.__init__).parameters
+            no_checker: Any = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
             if self.is_single_file:
-                pipe: Any = StableDiffusionPipeline.from_single_file(
+                pipe = kind.from_single_file(
                     str(self.path), config=str(config), dtype=dtype, local_files_only=True, **no_checker
                 )
             else:
-                pipe = StableDiffusionPipeline.from_pretrained(
+                pipe = kind.from_pretrained(
                     self.path,
                     dtype=dtype,
                     variant=self.variant,
@@ -187,10 +245,4 @@ class Base:
 
 def _in_hub_cache(repository: str) -> Path | None:
     """The folder of a published base that was downloaded before; nothing is downloaded here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    return cached(HubId(repository))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,14 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """sha256 of one tensor under its canonical name."""
-    digest = hashlib.sha256(canonical_json([name, dtype_name(tensor.dtype), list(tensor.shape)]))
+    digest = hashlib.sha256(tensor_beginning(name, tensor.dtype, tensor.shape))
     digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_beginning(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    """What a tensor's digest is over before its bytes."""
+    return canonical_json([name, dtype_name(dtype), list(shape)])
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from overpaint.bases.container import Container, Entry
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts
+from overpaint.bases.pickled import SUFFIXES, PickledContainer
+from overpaint.bases.spelling import SingleFile, Spelling
 from overpaint.errors import OverpaintError
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 class BrokenBase(OverpaintError):
@@ -18,47 +25,91 @@ class BrokenBase(OverpaintError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies (a safetensors file, its key and bytes there), and the canonical shape it has."""
+    """Where a tensor lies, and the canonical shape it has.
+
+    `key` is what its file calls it, or the stack that it is a part of; `entry` has its own bytes there, which are those of
+    its transpose where the file keeps it so.
+    """
 
     file: Path
     key: str
     entry: Entry
     shape: tuple[int, ...]
+    transposed: bool = False
+
+    def canonical(self, stored: Tensor) -> Tensor:
+        """A tensor as read from `entry` in its canonical form."""
+        return stored.T.contiguous() if self.transposed else stored.reshape(self.shape)
+
+    def stored(self, value: Tensor) -> Tensor:
+        """A canonical tensor in the form whose bytes the file has."""
+        return value.T.contiguous() if self.transposed else value.reshape(self.entry.shape)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one component that one file holds: diffusers' names by key."""
+    """The tensors of one component that one file holds: by key, diffusers' names of what it holds from the top."""
 
     component: str
     container: Container
-    names: dict[str, str]
+    names: dict[str, tuple[str, ...]]
+    spelling: Spelling | None = None
+
+    def entries(self) -> Iterator[tuple[str, str, Entry, bool]]:
+        """Key, diffusers' name and bytes of each tensor, and whether they are those of its transpose."""
+        for key, names in self.names.items():
+            turned = self.spelling is not None and self.spelling.is_transposed(key)
+            for name, entry in zip(names, self._stacked(key, len(names)), strict=True):
+                yield key, name, entry, turned and len(entry.shape) == 2
+
+    def _stacked(self, key: str, count: int) -> Iterator[Entry]:
+        whole = self.container.entries[key]
+        rows = whole.shape[0] if whole.shape else 0
+        if count == 1:
+            yield whole
+        elif rows % count or not rows:
+            raise BrokenBase(
+                f"{self.container.path} has {key} of shape {list(whole.shape)}, which is no stack of {count} tensors; "
+                "get the base again"
+            )
+        else:
+            size = whole.size // count
+            for number in range(count):
+                shape = (rows // count, *whole.shape[1:])
+                yield Entry(whole.dtype, shape, whole.start + number * size, size)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What was found at a path: the layout, the files in use, and the suffix of a folder's files where it is not plain."""
+    """What was found at a path: the layout, the files in use, the suffix of a folder's files where it is not plain, and the
+    form of a single file."""
 
     layout: Layout
     parts: tuple[Part, ...]
     variant: str | None = None
+    form: SingleFile | None = None
 
     def places(self) -> dict[str, Place]:
         """Every weight of every component by canonical name, sorted. Raises BrokenBase when one is there twice."""
         found: dict[str, Place] = {}
         for part in self.parts:
             rules = self.layout.components[part.component]
-            for key, local in part.names.items():
+            for key, local, entry, turned in part.entries():
                 name = rules.canonical(local)
                 if rules.is_buffer(name):
                     continue
-                path, entry = f"{part.component}/{name}", part.container.entries[key]
+                path = f"{part.component}/{name}"
+                if not _NAME.fullmatch(name):
+                    raise BrokenBase(
+                        f"{part.container.path} has {key[:80]!r}, which is no name of a weight; get it again"
+                    )
                 if path in found:
                     raise BrokenBase(
                         f"{part.container.path} holds {path} twice, as {found[path].key} and as {key}; "
                         "take away the one that is not meant"
                     )
-                found[path] = Place(part.container.path, key, entry, rules.shape(name, entry.shape))
+                shape = entry.shape[::-1] if turned else rules.shape(name, entry.shape)
+                found[path] = Place(part.container.path, key, entry, shape, turned)
         return dict(sorted(found.items()))
 
 
@@ -74,43 +125,57 @@ def open_folder(folder: Path) -> Opened:
         variants.add(variant)
         for file in files:
             container = Container.open(file)
-            parts.append(Part(name, container, {key: key for key in container.entries}))
+            parts.append(Part(name, container, {key: (key,) for key in container.entries}))
     return Opened(layout, tuple(parts), max(variants) or None)
 
 
 def open_single_file(file: Path) -> Opened:
-    """A checkpoint with all components in one safetensors file, spelled as its layout's rules say.
+    """A checkpoint with all components in one file, spelled as one of the layouts' single files.
 
-    Raises BrokenFile when it is damaged, UnknownLayout when it is of no layout that has such files.
+    Raises BrokenFile when it is damaged or would have to run a program, UnknownLayout when no layout has such files.
     """
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", *SUFFIXES):
         raise UnknownLayout(
-            f"{file} is not a .safetensors file; convert it first (a pickle could run any program, so none is opened)"
+            f"{file} is not a checkpoint known here; name a diffusers folder, or a file that ends in .safetensors or .ckpt"
         )
-    container = Container.open(file)
+    container = open_container(file)
     lacking = []
     for layout in layouts():
-        parts = [
-            Part(name, container, spelling.names(container.entries)) for name, spelling in layout.spellings.items()
-        ]
-        without = [layout.spellings[part.component].prefix for part in parts if not part.names]
-        if parts and not without:
-            return Opened(layout, tuple(parts))
-        lacking += [f"{layout.name} would have keys that begin with {' and '.join(without)}"] if without else []
-    raise UnknownLayout(f"{file} is a checkpoint of no known layout: {'; '.join(lacking)}")
+        for form in layout.single_files:
+            without = form.lacking(container.entries)
+            if not without:
+                parts = [Part(c, container, s.names(container.entries), s) for c, s in form.spellings.items()]
+                without = [form.spellings[part.component].prefix for part in parts if not part.names]
+                if not without:
+                    return Opened(layout, tuple(parts), form=form)
+            lacking.append(f"{form.about} (it lacks keys that begin with {' and '.join(without)})")
+    raise UnknownLayout(
+        f"{file} is a checkpoint of an architecture without a layout; known are: {'; '.join(lacking)}. "
+        "docs/adding-a-layout.md says how to add one"
+    )
+
+
+def open_container(file: Path) -> Container:
+    """A weight file of any kind known here. Raises BrokenFile."""
+    return PickledContainer.open(file) if file.suffix in SUFFIXES else Container.open(file)
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[str, list[Path]]:
     """The variant of a component's weights ("" for plain files) and the files: one, or the shards of an index."""
     if not folder.is_dir():
         raise BrokenBase(f"the base lacks its folder {folder}; download it again")
-    names = sorted(entry.name for entry in folder.iterdir())
-    variants = {name[len(stem) : -len(".safetensors")] for name in names if _is_whole(name, stem)}
-    variants |= {_variant_of_index(name) for name in names if name.startswith(f"{stem}.safetensors.index.")}
-    for variant in sorted(variants):
+    for variant in weight_variants([entry.name for entry in folder.iterdir()], stem):
         plain = folder / f"{stem}{variant}.safetensors"
         return variant.removeprefix("."), [plain] if plain.is_file() else list(_shards(folder, stem, variant))
     raise BrokenBase(f"{folder} has no {stem}.safetensors; a base in another format has to be converted first")
+
+
+def weight_variants(names: Iterable[str], stem: str) -> list[str]:
+    """What a component's files add to the stem of its weights, the one to read first: "" for plain ones, `.fp16`..."""
+    known = list(names)
+    variants = {name[len(stem) : -len(".safetensors")] for name in known if _is_whole(name, stem)}
+    variants |= {_variant_of_index(name) for name in known if name.startswith(f"{stem}.safetensors.index.")}
+    return sorted(variants)
 
 
 def _is_whole(name: str, stem: str) -> bool:

@@ -1,17 +1,17 @@
-"""Which tensors an architecture has and which of them read the prompt, as data (`layouts/*.json`)."""
+"""Which tensors an architecture has and by which doors the prompt reaches them, as data (`layouts/*.json`)."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from overpaint.bases.spelling import Spelling
+from overpaint.bases.spelling import SingleFile, frozen
 from overpaint.errors import OverpaintError
 
 
@@ -26,9 +26,11 @@ class Component:
     `weights` is the stem of its files. Canonical names carry `inner_prefix`, which newer libraries drop
     (`text_encoder/text_model.encoder...`), and today's words for what `renames` lists. `buffers` are glob patterns of
     what older files store although it follows from the configuration; `matrices`, of what some store as 1 x 1 convolutions.
+    `model` is the class of transformers that computes it, for text encoders.
     """
 
     weights: str
+    model: str = ""
     inner_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
@@ -51,52 +53,63 @@ class Component:
         return stored[:2] if stored[2:] == (1, 1) and _fits(name, self.matrices) else stored
 
 
+LAST, PENULTIMATE, POOLED = "last", "penultimate", "pooled"
+
+
+@dataclass(frozen=True)
+class Door:
+    """One way by which a prompt enters the U-Net: what a text encoder says, and the tensors that read it.
+
+    `encoder` is a component, `tokenizer` a folder of the pipeline; `says` is the last hidden state, the one before it, or
+    the pooled embedding. `readers` are glob patterns of canonical names. Doors may stand side by side in the input columns
+    of their readers: this one owns as many as the tensor `width` is long (all that are left when it names none), after those
+    of the doors in `after`.
+    """
+
+    encoder: str
+    readers: tuple[str, ...]
+    tokenizer: str = "tokenizer"
+    says: str = LAST
+    width: str = ""
+    after: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Layout:
-    """An architecture: its components and, by text encoder, glob patterns of the projections that read its output.
+    """An architecture: its components, and its doors by name.
 
-    `spellings` say how a single file spells each component (empty: there is no such file of this architecture), and
-    `single_file_config` which published folder has the configuration and tokenizer that a single file lacks.
+    `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
     """
 
     name: str
     pipelines: tuple[str, ...]
     components: dict[str, Component]
-    text_readers: dict[str, tuple[str, ...]]
-    spellings: dict[str, Spelling]
-    single_file_config: str = ""
+    doors: dict[str, Door]
+    single_files: tuple[SingleFile, ...] = ()
 
-    def readers(self, encoder: str, names: Iterable[str]) -> list[str]:
-        """The canonical names among `names` that read `encoder`, sorted."""
-        patterns = self.text_readers[encoder]
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Layout:
+        """As `layouts/*.json` and docs/adding-a-layout.md write it."""
+        whole: dict[str, Any] = frozen(raw)
+        return cls(
+            name=whole["name"],
+            pipelines=whole["pipelines"],
+            components={name: Component(**rules) for name, rules in whole["components"].items()},
+            doors={name: Door(**rules) for name, rules in whole["doors"].items()},
+            single_files=tuple(SingleFile.from_json(form) for form in whole.get("single_files", ())),
+        )
+
+    def readers(self, door: str, names: Iterable[str]) -> list[str]:
+        """The canonical names among `names` that read a door, sorted."""
+        patterns = self.doors[door].readers
         return sorted(name for name in names if _fits(name, patterns))
 
 
 @cache
 def layouts() -> tuple[Layout, ...]:
     """Every layout that ships with the package."""
-    found = []
-    for entry in sorted(files("overpaint.bases").joinpath("layouts").iterdir(), key=lambda e: e.name):
-        raw: dict[str, Any] = _frozen(json.loads(entry.read_text("utf-8")))
-        single = raw.get("single_file", {})
-        found.append(
-            Layout(
-                name=raw["name"],
-                pipelines=raw["pipelines"],
-                components={k: Component(**v) for k, v in raw["components"].items()},
-                text_readers=raw["text_readers"],
-                spellings={k: Spelling(**v) for k, v in single.get("spellings", {}).items()},
-                single_file_config=single.get("config", ""),
-            )
-        )
-    return tuple(found)
-
-
-def _frozen(value: Any) -> Any:
-    """JSON with tuples for lists."""
-    if isinstance(value, list):
-        return tuple(_frozen(item) for item in value)
-    return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+    found = sorted(files("overpaint.bases").joinpath("layouts").iterdir(), key=lambda entry: entry.name)
+    return tuple(Layout.from_json(json.loads(entry.read_text("utf-8"))) for entry in found)
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
@@ -126,4 +139,7 @@ def layout_of(folder: Path) -> Layout:
         if kind in layout.pipelines:
             return layout
     known = ", ".join(p for layout in layouts() for p in layout.pipelines)
-    raise UnknownLayout(f"{folder} holds a {kind}, an architecture without a layout; known are: {known}")
+    raise UnknownLayout(
+        f"{folder} holds a {str(kind)[:80]}, an architecture without a layout; known are: {known}. "
+        "docs/adding-a-layout.md says how to add one"
+    )

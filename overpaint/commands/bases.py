@@ -19,9 +19,14 @@ def base() -> None:
 @click.argument("source", required=False)
 @click.pass_context
 def base_add(ctx: click.Context, name: str, source: str | None) -> None:
-    """Remember a base: a diffusers folder, or `emoji` for the embedded one (SOURCE defaults to NAME)."""
+    """Remember a base under NAME.
+
+    SOURCE is a diffusers folder, a single file (.safetensors, or .ckpt, of which only tensors are read), a model on the
+    Hub as ORG/MODEL or ORG/MODEL@REVISION (remembered with its commit), or `emoji` for the embedded base. It defaults to
+    NAME.
+    """
     record = workshop(ctx, create=True).add_base(name, source or name)
-    click.echo(f"base {record.name}: {record.layout}, fingerprint {record.fingerprint}")
+    click.echo(f"base {record.name}: {record.layout} from {record.source}, fingerprint {record.fingerprint}")
 
 
 @base.command("list")
@@ -43,7 +48,8 @@ def base_show(ctx: click.Context, name: str, as_json: bool) -> None:
     record, opened = shop.registry.base(name), shop.base(name)
     rows: list[list[Any]] = [
         ["name", record.name],
-        ["source", str(opened.path)],
+        ["source", str(record.source)],
+        ["kept at", str(opened.path)],
         ["layout", record.layout],
         ["fingerprint", record.fingerprint],
         ["tensors", len(opened.names)],

@@ -20,10 +20,14 @@ def concept() -> None:
 @click.option("--kind", type=click.Choice(KINDS), default="object", show_default=True)
 @click.option("--synonym", "synonyms", multiple=True, help="Another word for the same thing; may be repeated.")
 @click.option("--anchor", default="", help="What it should become; empty: nothing.")
+@click.option("--prompt", "prompts", multiple=True, help="A sentence that names it, or has {} there; may be repeated.")
 @click.pass_context
-def concept_add(ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str) -> None:
+def concept_add(
+    ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str, prompts: tuple[str, ...]
+) -> None:
     """Remember a concept."""
-    added = workshop(ctx, create=True).add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor)
+    shop = workshop(ctx, create=True)
+    added = shop.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
     click.echo(f"concept {added.name} ({added.kind})")
 
 
@@ -54,6 +58,7 @@ def concept_show(ctx: click.Context, name: str, as_json: bool) -> None:
         ["kind", found.kind],
         ["synonyms", ", ".join(found.synonyms)],
         ["anchor", found.anchor],
+        *(["prompt", prompt] for prompt in found.prompts),
         *([f"patch ({p.solver} on {p.base})", p.id] for p in shop.patches(concept=name)),
     ]
     show_table("Concept", ["what", "value"], rows, as_json)

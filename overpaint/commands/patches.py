@@ -18,6 +18,7 @@ from overpaint.commands.common import (
     why_option,
     workshop,
 )
+from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
     from overpaint.registry.records import Laid
@@ -63,9 +64,11 @@ def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
         ["base", record.base],
         ["base fingerprint", found.manifest["subject"]["fingerprint"]],
         ["tensors it changes", found.manifest["subject"]["count"]],
+        *(["door it leaves open", door] for door in found.manifest["subject"].get("open_doors", [])),
         ["solver", record.solver],
         *([f"setting {name}", value] for name, value in record.settings.items()),
         ["seed", record.seed],
+        *(["compressed from", _compression(step)] for step in found.manifest["solver"].get("compressed", [])),
         ["kind", record.kind],
         *([f"array {name}", f"{a['dtype']} {a['shape']}"] for name, a in sorted(found.manifest["arrays"].items())[:8]),
         ["bytes", record.nbytes],
@@ -74,7 +77,17 @@ def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
         ["tags", ", ".join(record.tags)],
         *([f"on recipe {name}", _lying(laid)] for name, laid in shop.registry.recipes_with(record.id)),
     ]
+    latest = shop.registry.evaluations(patch=record.id, latest=True)
+    if as_json:
+        rows += [[f"{each.suite}: {r.subject}: {r.metric}", r.value] for each in latest for r in each.results]
     show_table("Patch", ["what", "value"], rows, as_json)
+    if not as_json:
+        show_evaluations(latest)
+
+
+def _compression(step: dict[str, Any]) -> str:
+    kept = f"rank {step['rank']}" if "rank" in step else f"energy {step.get('energy')}"
+    return f"{step.get('from')}, {kept}, relative error at most {step.get('error')} ({step.get('tensor')})"
 
 
 def _lying(laid: Laid) -> str:
@@ -121,6 +134,8 @@ def patch_add(
                 "solve them in one registry, so that each preserves the other",
                 err=True,
             )
+    if mixed := shop.mixture(recipe):
+        click.echo(f"warning: {mixed}", err=True)
 
 
 @patch.command("remove")

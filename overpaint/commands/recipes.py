@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overpaint.commands.common import Talk, json_option, show_table, why_option, workshop
+from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
     from overpaint.registry.records import HistoryRecord, Laid
@@ -42,12 +43,17 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
 @click.pass_context
 def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show what lies on a recipe's base, and the digest of the weights."""
-    found = workshop(ctx).known_recipe(name)
+    shop = workshop(ctx)
+    found = shop.known_recipe(name)
     days = {laid.patch: _day(laid) for laid in found.record.laid}
     rows = [[p.concept, p.id if as_json else p.id[:12], p.solver, s, days[p.id], p.nbytes] for p, s in found.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
     show_table(f"Recipe {name} on {found.record.base}", columns, rows, as_json)
     click.echo(f"weights {found.digest()}", err=as_json)
+    if mixed := shop.mixture(name):
+        Talk().say(mixed)
+    if not as_json:
+        show_evaluations(found.evaluations())
 
 
 @recipe.command("create")

@@ -2,42 +2,120 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from overpaint.commands.common import Talk, device_option, json_option, show_table, workshop
+from overpaint.commands.interrupting import interruptible
+
+if TYPE_CHECKING:
+    from overpaint.solving.plans import Plan
+    from overpaint.solving.running import Outcome
 
 
 @click.command()
-@click.argument("concepts", nargs=-1, required=True, metavar="CONCEPT...")
+@click.argument("concepts", nargs=-1, metavar="[CONCEPT...]")
+@click.option(
+    "--from", "file", type=click.Path(path_type=Path), metavar="FILE", help="A YAML or JSON list of concepts."
+)
 @click.option("--base", "base_name", required=True, help="Name of the base.")
-@click.option("--solver", default="separable", show_default=True)
+@click.option("--solver", help="How; default: separable, or what the file says.")
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="A setting of the solver; may be repeated.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=int, help="Default: 0, or what the file says.")
+@click.option("--compress", metavar="RANK|ENERGY", help="Keep so many directions of each tensor (4) or so much (0.99).")
+@click.option("--update", is_flag=True, help="Where a file describes a known concept otherwise, take the file's word.")
+@click.option("--again", is_flag=True, help="Also solve what was solved before with equal inputs.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be solved.")
 @device_option
 @json_option
 @click.pass_context
 def solve(
     ctx: click.Context,
+    /,
     concepts: tuple[str, ...],
+    file: Path | None,
     base_name: str,
-    solver: str,
-    settings: tuple[str, ...],
-    seed: int,
+    update: bool,
+    again: bool,
+    dry_run: bool,
     device: str,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Compute and store the patch of each concept. A name the registry does not know becomes an object."""
-    shop, talk, rows = workshop(ctx), Talk(), []
-    chosen = dict(_pair(text) for text in settings)
-    shop.learn(concepts)
-    for name in concepts:
-        talk.progress(0, 1, f"solving {name}")
-        found = shop.solve(
-            name, base=base_name, solver=solver, settings=chosen, seed=seed, device=device, report=talk.progress
-        )
-        talk.clear()
-        rows.append([name, found.id, found.record.kind, found.nbytes, round(found.seconds, 3)])
-    show_table("Solved", ["concept", "patch", "kind", "bytes", "seconds"], rows, as_json)
+    """Compute and store the patch of each concept, named or listed in a file. A name the registry does not know becomes an
+    object.
+
+    What was solved before with equal inputs is not solved again, so a run that was interrupted goes on where it was.
+    """
+    if bool(concepts) == (file is not None):
+        raise click.UsageError("name the concepts, or a file that lists them with --from")
+    how["settings"] = dict(_pair(text) for text in how["settings"])
+    talk = Talk()
+    outcomes: list[Outcome] = []
+    plan: Plan | None = None
+    with interruptible(talk, lambda: _kept(plan, outcomes)):
+        shop = workshop(ctx)
+        orders = shop.orders(concepts, file=file, **how)
+        plan = shop.plan(orders, base=base_name, update=update, again=again)
+        if dry_run:
+            _show_plan(plan, as_json)
+            return
+        shop.carry_out(plan, device=device, report=talk.progress, told=outcomes.append)
+    talk.clear()
+    _show(outcomes, as_json)
+
+
+def _show(outcomes: list[Outcome], as_json: bool) -> None:
+    rows = [
+        [o.record.concept, o.record.id, o.record.kind, o.record.nbytes, round(o.seconds, 3), _when(o)]
+        for o in outcomes
+        if o.record is not None
+    ]
+    if rows or as_json:
+        show_table("Solved", ["concept", "patch", "kind", "bytes", "seconds", "solved"], rows, as_json)
+    before = sum(outcome.before for outcome in outcomes)
+    if before:
+        Talk().say(f"{before} of {len(outcomes)} were solved before with equal inputs; --again solves them once more")
+    failed: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.error:
+            failed.setdefault(outcome.error, []).append(outcome.task.order.concept.name)
+    if failed:
+        raise click.ClickException("\n".join(_failure(names, error) for error, names in failed.items()))
+
+
+def _when(outcome: Outcome) -> str:
+    return "before" if outcome.before else "now"
+
+
+def _failure(names: list[str], error: str) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"not solved: {', '.join(names[:5])}{more}: {error}"
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    """One row for each patch: what its concept is to the registry, how it would be solved, and its id if it was."""
+    unknown = {concept.name: "new" for concept in plan.new} | {concept.name: "changed" for concept in plan.changed}
+    rows = []
+    for task in plan.tasks:
+        order, done = task.order, task.done.id if task.done else None
+        settings = ", ".join(f"{name}={value}" for name, value in order.settings.items())
+        settings += "".join(f"{', ' if settings else ''}compressed to {keep}" for keep in order.keeps)
+        name = order.concept.name
+        shown = done if as_json or done is None else done[:12]
+        rows.append([name, unknown.get(name, "known"), order.solver, settings, order.seed, shown])
+    columns = ["concept", "in the registry", "solver", "settings", "seed", "solved before"]
+    show_table(f"Would solve on {plan.base.name}", columns, rows, as_json)
+    Talk().say(f"{len(plan.open)} of {len(rows)} to solve, with {len(plan.around.universe)} concepts in the universe")
+
+
+def _kept(plan: Plan | None, outcomes: list[Outcome]) -> str:
+    now = sum(outcome.record is not None and not outcome.before for outcome in outcomes)
+    if plan is None or not now:
+        return "nothing was stored"
+    return f"{now} of {len(plan.open)} are solved and stored; run the same command again for the rest"
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -29,10 +29,11 @@ def db_upgrade(ctx: click.Context) -> None:
 @click.command()
 @click.argument("name", metavar="RECIPE")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["single-file", "diffusers"]), help="Default: that of the base.")
 @click.pass_context
-def build(ctx: click.Context, name: str, out: Path) -> None:
-    """Bake a recipe into a new diffusers folder OUT."""
-    built = workshop(ctx).build(name, out, notice=Talk().say)
+def build(ctx: click.Context, name: str, out: Path, form: Any) -> None:
+    """Bake a recipe into a new checkpoint OUT: a diffusers folder, or a single file whose name ends in .safetensors."""
+    built = workshop(ctx).build(name, out, notice=Talk().say, form=form)
     click.echo(f"built {built.folder}: weights {built.digest}")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 from overpaint.bases.emoji.catalogue import catalogue
@@ -178,6 +177,8 @@ class Demo:
         self.report(0.9, "building a checkpoint and reloading it")
         built = self.shop.build("safe", self.out / "checkpoint")
         with quiet_loading():
+            from diffusers import StableDiffusionPipeline
+
             plain = StableDiffusionPipeline.from_pretrained(
                 built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False
             )

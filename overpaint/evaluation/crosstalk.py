@@ -1,16 +1,19 @@
 """Cross-talk: how much the patch for one concept moves every other one.
 
-For cross-attention deltas it has a closed form. A patch i adds `dW_l` to every projection `W_l` that reads the prompt;
-over a concept's keys K_j with second moment `S_j = K_j K_j^T / m`, the change of what cross-attention reads is
+For deltas that change nothing but what reads the prompt it has a closed form. A patch i adds `dW_l` to every projection
+`W_l` that reads it; over a concept's keys K_j with second moment `S_j = K_j K_j^T`, the change of what is read is
 `effect(i, j)^2 = sum_l |dW_l K_j|^2 / sum_l |W_l K_j|^2 = tr(H_i S_j) / tr(G S_j)`, with `H_i = sum_l dW_l^T dW_l` and
-`G = sum_l W_l^T W_l`. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is none, 1 is as much as the patch does to its own
-concept. A delta that changes other tensors has no such form; it is probed on the model instead (`probing.py`).
+`G = sum_l W_l^T W_l`. Where tensors read several doors side by side, keys are what comes through all of them together;
+where others read another door, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
+none, 1 is as much as the patch does to its own concept. A delta that changes other tensors has no such form; it is probed
+on the model instead (`probing.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,6 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import Patch
 
-ENCODER = "text_encoder"
 WARN_ABOVE = 0.2
 """Cross-talk from which `patch add` warns."""
 
@@ -96,7 +98,7 @@ def crosstalk(
 
 def has_closed_form(base: Base, patch: Patch) -> bool:
     """Whether a patch changes nothing but projections that read the prompt."""
-    return set(patch.delta.targets(base)) <= set(base.readers(ENCODER))
+    return set(patch.delta.targets(base)) <= set(base.readers())
 
 
 class _ClosedForm:
@@ -104,35 +106,64 @@ class _ClosedForm:
 
     def __init__(self, base: Base, concepts: list[Concept], cache: Path | None, device: torch.device) -> None:
         self.base, self.concepts = base, concepts
-        self._readers = base.readers(ENCODER)
+        self._groups = [_Group(base, doors) for doors in _side_by_side(base)]
         self._moments = Moments(base, concepts, cache, device)
-        self._read: Tensor | None = None
 
     def effects(self, patch: Patch) -> list[float]:
         """`effect(i, j)` for every concept j."""
-        gram = self._change(patch)
+        changes = [group.change(patch) for group in self._groups]
         found = []
         for concept in self.concepts:
-            thin = self._moments.factor(concept)
-            moved = torch.einsum("dk,de,ek->", thin, gram, thin)
-            found.append(
-                float((moved / torch.einsum("dk,de,ek->", thin, self._all_readers(), thin)).clamp(min=0).sqrt())
-            )
+            moved = read = 0.0
+            for group, change in zip(self._groups, changes, strict=True):
+                thin = self._moments.factor(concept, group.doors)
+                moved += float(torch.einsum("dk,de,ek->", thin, change, thin))
+                read += float(torch.einsum("dk,de,ek->", thin, group.gram, thin))
+            found.append((max(0.0, moved) / read) ** 0.5)
         return found
 
-    def _change(self, patch: Patch) -> Tensor:
-        """H of a patch, float64 [d, d]; for a text map from its factors, without touching a weight."""
-        if isinstance(patch.delta, TextMap):
-            up, down = patch.delta.up.double(), patch.delta.down.double()
-            return down @ (up.T @ self._all_readers() @ up) @ down.T
-        total = torch.zeros_like(self._all_readers())
+
+def _side_by_side(base: Base) -> list[tuple[str, ...]]:
+    """The doors of a base, those together that the same tensors read, in the order of their columns."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for door in base.doors:
+        found.setdefault(tuple(base.readers(door)), []).append(door)
+    return [tuple(sorted(doors, key=lambda door: base.columns(door, names[0]).start)) for names, doors in found.items()]
+
+
+class _Group:
+    """Doors that the same tensors read, and the columns of these tensors that belong to them."""
+
+    def __init__(self, base: Base, doors: tuple[str, ...]) -> None:
+        self.base, self.doors = base, doors
+        self._names = base.readers(doors[0])
+        self._columns = {door: base.columns(door, self._names[0]) for door in doors}
+        self._width = max(columns.stop for columns in self._columns.values())
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """G, float64 [d, d]."""
+        weights = (weight[:, : self._width].double() for weight in self.base.tensors(self._names).values())
+        return torch.stack([weight.T @ weight for weight in weights]).sum(0)
+
+    def change(self, patch: Patch) -> Tensor:
+        """H of a patch, float64 [d, d]; for text maps from their factors, without touching a weight."""
+        total = torch.zeros_like(self.gram)
+        if all(isinstance(part, TextMap) for part in patch.delta.parts):
+            maps = [part for part in patch.delta.parts if isinstance(part, TextMap) and part.encoder in self.doors]
+            if maps:
+                up = torch.cat([self._placed(text_map.encoder, text_map.up) for text_map in maps], 1)
+                down = torch.cat([self._placed(text_map.encoder, text_map.down) for text_map in maps], 1)
+                total = down @ (up.T @ self.gram @ up) @ down.T
+            return total
         for name, value in compose(self.base, [Term(patch.id, patch.delta)]).items():
-            step = value.double() - self.base.tensor(name).double()
-            total += step.T @ step
+            if name in self._names:
+                step = (value.double() - self.base.tensor(name).double())[:, : self._width]
+                total += step.T @ step
         return total
 
-    def _all_readers(self) -> Tensor:
-        if self._read is None:
-            weights = self.base.tensors(self._readers).values()
-            self._read = torch.stack([w.double().T @ w.double() for w in weights]).sum(0)
-        return self._read
+    def _placed(self, door: str, factor: Tensor) -> Tensor:
+        """A factor of one door among the columns of all."""
+        whole = torch.zeros(self._width, factor.shape[1], dtype=torch.float64)
+        whole[self._columns[door]] = factor.double()
+        return whole

@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overpaint.errors import AlreadyExists, OverpaintError
+from overpaint.evaluation.graphics import Chart
+
+MARKERS = "osD^vP"
 
 
 def heat_map(
@@ -23,6 +26,8 @@ def heat_map(
     column_label: str,
 ) -> None:
     """Save a matrix, float64 [rows, columns] in 0 to 1, as a labelled heat map; larger values are cut off at 1.
+
+    NaN is a cell without a number.
 
     Raises AlreadyExists when the file is there, OverpaintError when matplotlib is missing or the file cannot be written.
     """
@@ -38,9 +43,39 @@ def heat_map(
     axes.set_title(title, loc="left")
     if len(rows) * len(columns) <= 400:
         for i, j in np.ndindex(*values.shape):
-            ink = "black" if values[i, j] > 0.6 else "white"
-            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=7)
+            if np.isfinite(values[i, j]):
+                ink = "black" if values[i, j] > 0.6 else "white"
+                axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=7)
     figure.colorbar(shown, ax=axes)
+    _save(figure, path)
+
+
+def line_chart(path: Path, chart: Chart) -> None:
+    """Save a chart of lines with their whiskers; x is spaced evenly, y goes from 0 to 1.
+
+    Raises AlreadyExists when the file is there, OverpaintError when matplotlib is missing or the file cannot be written.
+    """
+    if path.exists():
+        raise AlreadyExists(f"{path} is already there; name another file")
+    figure: Any = _figure()(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted({x for line in chart.lines for x, *_ in line.points})
+    for number, line in enumerate(chart.lines):
+        places = [ticks.index(x) for x, *_ in line.points]
+        values = [y for _, y, *_ in line.points]
+        below = [y - (y if low is None else low) for _, y, low, _ in line.points]
+        above = [(y if high is None else high) - y for _, y, _, high in line.points]
+        doubt = np.clip([below, above], 0, None)
+        axes.errorbar(places, values, doubt, marker=MARKERS[number % len(MARKERS)], capsize=2, label=line.name)
+    axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:

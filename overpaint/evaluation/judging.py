@@ -42,7 +42,9 @@ class Score:
         squared = Z95**2
         centre = (self.correct + squared / 2) / (self.n + squared)
         half = Z95 / (self.n + squared) * sqrt(self.correct * (self.n - self.correct) / self.n + squared / 4)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # At the ends the formula gives 0 and 1 up to rounding.
+        low = max(0.0, centre - half) if self.correct else 0.0
+        return low, min(1.0, centre + half) if self.correct < self.n else 1.0
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -58,7 +60,7 @@ def load_judge(folder: Path) -> Judge:
     if missing := [name for name in ("judge.json", "judge.safetensors") if not (place / name).is_file()]:
         raise NotFound(
             f"no judge in {folder}: {' and '.join(missing)} not found under judge/. Only the embedded base has "
-            "a judge; for another base look at the pictures, or judge them with your own classifier"
+            "a judge; for another base name one with --judge, such as clip:openai/clip-vit-base-patch32"
         )
     return Judge.load(place)
 

@@ -1,4 +1,4 @@
-"""What a text encoder says of a concept, as a thin factor F of its keys' second moment: `K K^T / m = F F^T`.
+"""What a base hears of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
 
 Encoding a concept's sentences takes seconds on a large text encoder, the factor is a few hundred kilobytes; so it is
 kept beside the registry and read again while base and sentences are the same.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.digests import canonical_json
-from overpaint.bases.text import TextEncoder
+from overpaint.bases.text import TextEncoder, encoders
 from overpaint.concepts import Concept
-from overpaint.solvers.keys import keys_of, sentences
+from overpaint.solvers.keys import PADDING, keys_of, sentences
 
 ENERGY = 1 - 1e-6
 """Share of the second moment's trace that the factor keeps."""
@@ -37,33 +37,43 @@ class Moments:
     def __init__(self, base: Base, concepts: Iterable[Concept], cache: Path | None, device: torch.device) -> None:
         self._base, self._cache, self._device = base, cache, device
         self._named = {word.casefold() for concept in concepts for word in concept.words}
-        self._encoder: TextEncoder | None = None
+        self._encoders: dict[str, TextEncoder] = {}
         self._factors: dict[str, Tensor] = {}
 
-    def factor(self, concept: Concept) -> Tensor:
-        """F, float64 [d, k]. Raises PromptTooLong when the concept does not fit into a sentence."""
-        name = self._name(concept)
+    def factor(self, concept: Concept, doors: tuple[str, ...] = ("text_encoder",)) -> Tensor:
+        """F, float64 [d, k], of what comes through doors that stand side by side, one below the other.
+
+        Raises PromptTooLong when the concept does not fit into a sentence.
+        """
+        name = self._name(concept, doors)
         if name not in self._factors:
             found = self._recall(name)
             if found is None:
-                found = self._compute(concept)
+                found = self._compute(concept, doors)
                 self._keep(name, found)
             self._factors[name] = found
         return self._factors[name].double()
 
-    def _name(self, concept: Concept) -> str:
-        meant = {"base": self._base.fingerprint, "words": concept.words, "sentences": self._templates(concept)}
+    def _name(self, concept: Concept, doors: tuple[str, ...]) -> str:
+        meant = {
+            "base": self._base.fingerprint,
+            "doors": doors,
+            "words": concept.words,
+            "sentences": self._templates(concept),
+            "padding": PADDING,
+        }
         return hashlib.sha256(canonical_json(meant)).hexdigest()
 
     def _templates(self, concept: Concept) -> list[str]:
         asked = [template for template, _ in sentences(self._base, concept.kind).pairs]
         return [t for t in asked if not self._named & set(re.findall(r"\w+", t.casefold()))] or asked[:1]
 
-    def _compute(self, concept: Concept) -> Tensor:
-        if self._encoder is None:
-            self._encoder = TextEncoder.of(self._base, self._device)
-        keys = keys_of(self._encoder, concept.words, self._templates(concept))
-        left, size, _ = torch.linalg.svd(keys / keys.shape[1] ** 0.5, full_matrices=False)
+    def _compute(self, concept: Concept, doors: tuple[str, ...]) -> Tensor:
+        self._encoders = self._encoders or encoders(self._base, self._device)
+        templates = self._templates(concept)
+        count = len(concept.words) * len(templates)
+        keys = torch.cat([keys_of(self._encoders[door], concept.words, templates).cpu() for door in doors])
+        left, size, _ = torch.linalg.svd(keys / count**0.5, full_matrices=False)
         share = size.square().cumsum(0) / size.square().sum()
         rank = int((share < ENERGY).sum()) + 1
         factor: Tensor = (left[:, :rank] * size[:rank]).float()

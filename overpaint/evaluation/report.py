@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from overpaint.errors import OverpaintError
+from overpaint.evaluation.graphics import Chart, HeatMap, heat_map, line_chart
 
 NUMBER = re.compile(r"[-+±~<>≤≥]?\s*[\d.,]+\s?(%|[kKMG]i?B|s|ms)?( \(.*\))?|—|")
 
@@ -61,8 +62,8 @@ class Table:
 class Section:
     """A heading, paragraphs (a blank line parts them), and optionally a table and rows of pictures.
 
-    `columns` heads the picture columns; leave it empty for none. Raises OverpaintError when a row of pictures does not
-    fit it.
+    `columns` heads the picture columns; leave it empty for none. What there is comes in the order of the fields. Raises
+    OverpaintError when a row of pictures does not fit `columns`.
     """
 
     heading: str
@@ -70,6 +71,9 @@ class Section:
     table: Table | None = None
     columns: tuple[str, ...] = ()
     pictures: tuple[PictureRow, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    heats: tuple[HeatMap, ...] = ()
+    more: tuple[Table, ...] = ()
 
     def __post_init__(self) -> None:
         for row in self.pictures:
@@ -134,6 +138,12 @@ def _section(section: Section) -> Iterable[str]:
         yield from _table(section.table, section.heading)
     if section.pictures:
         yield from _pictures(section)
+    for chart in section.charts:
+        yield from line_chart(chart)
+    for heat in section.heats:
+        yield from heat_map(heat)
+    for table in section.more:
+        yield from _table(table, section.heading)
     yield "</section>"
 
 
@@ -153,9 +163,15 @@ def _table(table: Table, heading: str) -> Iterable[str]:
     heads = (f'<th scope="col"{mark}>{escape(c)}</th>' for c, mark in zip(table.columns, marks, strict=True))
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for first, *rest in table.rows:
-        cells = "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(rest, marks[1:], strict=True))
+        cells = "".join(f"<td{mark}>{_cell(cell, mark)}</td>" for cell, mark in zip(rest, marks[1:], strict=True))
         yield f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
     yield "</tbody></table></div>"
+
+
+def _cell(text: str, mark: str) -> str:
+    """The text of a cell; in a column of numbers, what stands in brackets comes under its number."""
+    value, bracket, doubt = text.partition(" (")
+    return f"{escape(value)}<small> ({escape(doubt)}</small>" if mark and bracket else escape(text)
 
 
 def _pictures(section: Section) -> Iterable[str]:

@@ -97,7 +97,7 @@ class Square:
 
 
 def side_by_side(maps: Sequence[tuple[TextMap, float]]) -> Thin | Square:
-    """Text maps of one encoder with their strengths, in the form that is cheaper to apply."""
+    """Text maps of one door with their strengths, in the form that is cheaper to apply."""
     strengths = torch.cat([torch.full((m.up.shape[1],), s, dtype=torch.float64) for m, s in maps])
     up = torch.cat([m.up for m, _ in maps], 1).double() * strengths
     down = torch.cat([m.down for m, _ in maps], 1).double()
@@ -108,12 +108,13 @@ def side_by_side(maps: Sequence[tuple[TextMap, float]]) -> Thin | Square:
 
 @dataclass(frozen=True)
 class Change:
-    """All that is added to one tensor: text maps by encoder, low-rank factors, arrays, and results of patches with bits.
+    """All that is added to one tensor: text maps, low-rank factors, arrays, and results of patches with bits.
 
-    `results` are whole patched tensors of the base's dtype: what counts is their difference from the original.
+    Text maps come by door, each with the columns that it reads and writes. `results` are whole patched tensors of the base's
+    dtype: what counts is their difference from the original.
     """
 
-    texts: tuple[Thin | Square, ...] = ()
+    texts: tuple[tuple[slice, Thin | Square], ...] = ()
     factors: tuple[tuple[Tensor, Tensor, float], ...] = ()
     arrays: tuple[tuple[Tensor, float], ...] = ()
     results: tuple[tuple[Tensor, float], ...] = ()
@@ -132,7 +133,7 @@ class Change:
             return math.inf
         thin = [float(up.abs().amax(0).double() @ down.abs().amax(1).double()) * abs(s) for up, down, s in self.factors]
         full = [float(array.abs().max()) * abs(s) for array, s in self.arrays]
-        return peak * (1 + sum(text.gain for text in self.texts)) + sum(thin) + sum(full)
+        return peak * (1 + sum(text.gain for _, text in self.texts)) + sum(thin) + sum(full)
 
     def write(self, original: Tensor, out: Tensor, work: Workspace) -> None:
         """Put the composed value into `out`: contiguous, of the original's shape and dtype, possibly the original itself."""
@@ -145,9 +146,9 @@ class Change:
     def _sum(self, weight: Tensor, rows: slice, work: Workspace) -> Tensor:
         """The unrounded value of some rows, in scratch memory."""
         total = _widened(weight, "total", work)
-        read = [text.read(total, work) for text in self.texts]
-        for text, found in zip(self.texts, read, strict=True):
-            text.write(found, total, work)
+        read = [text.read(total[:, columns], work) for columns, text in self.texts]
+        for (columns, text), found in zip(self.texts, read, strict=True):
+            text.write(found, total[:, columns], work)
         if self.factors:
             total.addmm_(self._up[rows], self._down)
         for array, strength in self.arrays:

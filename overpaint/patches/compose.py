@@ -106,7 +106,7 @@ class Plan:
             if isinstance(part, TextMap):
                 maps.setdefault(part.encoder, []).append((term, part))
         return Change(
-            texts=tuple(self._text(encoder, maps[encoder]) for encoder in sorted(maps)),
+            texts=tuple((self.base.columns(door, name), self._text(door, maps[door])) for door in sorted(maps)),
             factors=tuple((*p.factors[name], t.strength) for t, p in plain if isinstance(p, LowRank)),
             arrays=tuple((p.changes[name], t.strength) for t, p in plain if isinstance(p, Dense)),
             results=tuple(
@@ -123,9 +123,9 @@ class Plan:
         (bits,) = (part for _, part in pieces if isinstance(part, Xor))
         return bits.flipped(name, rounded)
 
-    def _text(self, encoder: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
+    def _text(self, door: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
         """Text maps side by side: worked out once for all the tensors they change together."""
-        key = (encoder, *((term.id, term.strength) for term, _ in maps))
+        key = (door, *((term.id, term.strength) for term, _ in maps))
         if key not in self._texts:
             self._texts[key] = side_by_side([(text_map, term.strength) for term, text_map in maps])
         return self._texts[key]

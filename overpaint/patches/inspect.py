@@ -13,8 +13,10 @@ from typing import Any
 from overpaint.bases.base import Base
 from overpaint.bases.container import Container
 from overpaint.bases.digests import combined_digest, tensor_digest
+from overpaint.bases.files import open_container
 from overpaint.bases.layout import UnknownLayout, layouts
 from overpaint.errors import NotFound
+from overpaint.patches.doors import untouched_doors
 from overpaint.patches.patch import read_patch
 from overpaint.patches.record import KEY, BadRecord, component_digests, read_record
 from overpaint.patches.twins import survey
@@ -53,7 +55,7 @@ def inspect(path: Path) -> Inspection:
         return _base_or_build(Base.open(path))
     if not path.is_file():
         raise NotFound(f"there is nothing at {path}; name a checkpoint, a patch file or a folder")
-    container = Container.open(path)
+    container = open_container(path)
     record = read_record(container)
     if record is None and KEY in container.metadata:
         return _patch(path)
@@ -77,6 +79,8 @@ def _base_or_build(base: Base) -> Inspection:
         return Inspection("base", facts, problems=(NOT_BUILT,))
     newest, recorded = _joined(found)
     facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
+    if left := untouched_doors(base, recorded):
+        facts["doors left open"] = ", ".join(left)
     problems = [*_differences(newest, recorded, digests), *_second_copies(base, recorded)]
     return Inspection("built checkpoint", facts, _patches(newest), tuple(problems))
 

@@ -15,6 +15,7 @@ from overpaint.bases.digests import canonical_json, combined_digest
 from overpaint.concepts import Concept
 from overpaint.errors import OverpaintError
 from overpaint.patches.delta import BadDelta, Delta, delta_from
+from overpaint.patches.doors import open_doors
 from overpaint.patches.patch_file import BadPatch, check_arrays, described, file_of, parse
 
 __all__ = ["BadPatch", "Patch", "WrongBase", "make_patch", "read_patch", "subject"]
@@ -73,9 +74,14 @@ class Patch:
 
 
 def subject(base: Base, delta: Delta) -> dict[str, Any]:
-    """What a delta was solved against: a digest over the touched tensors and, for information, over the whole base."""
+    """What a delta was solved against: a digest over the touched tensors and, for information, over the whole base.
+
+    Where it closes some of the base's doors and leaves others open, these are named too.
+    """
     touched = base.digests(delta.targets(base))
-    return {"fingerprint": base.fingerprint, "tensors": combined_digest(touched), "count": len(touched)}
+    found = {"fingerprint": base.fingerprint, "tensors": combined_digest(touched), "count": len(touched)}
+    left = open_doors(base, delta)
+    return {**found, "open_doors": list(left)} if left else found
 
 
 def make_patch(base: Base, concept: Concept, delta: Delta, solver: dict[str, Any]) -> Patch:

@@ -12,14 +12,17 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from overpaint.bases.container import BrokenFile, Container
+from overpaint.bases.container import BrokenFile, Container, Entry
 from overpaint.bases.digests import raw_bytes, tensor_digest
+from overpaint.bases.files import Place
+from overpaint.bases.gathered import GatheredContainer
 from overpaint.patches.record import metadata_with
 
 CHUNK = 8 << 20
@@ -29,10 +32,10 @@ _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, er
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How a file is written again: the canonical name of each key to replace, and the keys to leave out."""
+    """How a file is written again: where each tensor to replace lies, by canonical name, and the keys to leave out."""
 
     source: Container
-    replaced: Mapping[str, str]
+    replaced: Mapping[str, Place]
     dropped: frozenset[str] = field(default_factory=frozenset)
 
     def header(self, record: Mapping[str, Any]) -> bytes:
@@ -52,18 +55,25 @@ class Rewrite:
     def write(self, target: Path, record: Mapping[str, Any], value: Callable[[str], Tensor]) -> dict[str, str]:
         """Write a new file; returns the digest of each new value by canonical name, which `seal` needs."""
         digests = {}
-        with self.source.path.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        with ExitStack() as opened:
+            source = self.source
+            reader = None
+            if not isinstance(source, GatheredContainer):
+                reader = opened.enter_context(source.path.open("rb", buffering=0))
+            writer = opened.enter_context(target.open("xb", buffering=0))
             head = self.header(record)
             write_all(writer.fileno(), head, 0)
             position = len(head)
             for name, start, size in self._pieces():
-                if name is None:
-                    copy_range(reader.fileno(), writer.fileno(), start, position, size)
-                else:
+                if name is not None:
                     tensor = value(name)
                     assert tensor.nbytes == size, name
                     digests[name] = tensor_digest(name, tensor)
-                    write_all(writer.fileno(), raw_bytes(tensor), position)
+                    write_all(writer.fileno(), raw_bytes(self.replaced[name].stored(tensor)), position)
+                elif isinstance(source, GatheredContainer):
+                    copy_gathered(source, writer.fileno(), start, position, size)
+                elif reader is not None:
+                    copy_range(reader.fileno(), writer.fileno(), start, position, size)
                 position += size
         return digests
 
@@ -76,23 +86,31 @@ class Rewrite:
 
     def _pieces(self) -> Iterator[tuple[str | None, int, int]]:
         """The bytes to write in order: a changed tensor's name, or None for a run of bytes to copy; start and size."""
-        start = end = self.source.data_start
-        for key, entry in self.source.entries.items():
-            if key in self.dropped or key in self.replaced:
-                if end > start:
-                    yield None, start, end - start
-                if key in self.replaced:
-                    yield self.replaced[key], entry.start, entry.size
-                start = entry.start + entry.size
-            end = entry.start + entry.size
-        if end > start:
-            yield None, start, end - start
+        gone: list[tuple[str | None, Entry]] = [(None, self.source.entries[key]) for key in self.dropped]
+        gone += [(name, place.entry) for name, place in self.replaced.items()]
+        position = self.source.data_start
+        for name, entry in sorted(gone, key=lambda item: (item[1].start, item[1].size)):
+            if entry.start > position:
+                yield None, position, entry.start - position
+            if name is not None:
+                yield name, entry.start, entry.size
+            position = entry.start + entry.size
+        end = max((entry.start + entry.size for entry in self.source.entries.values()), default=position)
+        if end > position:
+            yield None, position, end - position
 
 
 def copy_file(source: Path, target: Path) -> None:
     """A whole file as it is, under a new name."""
     with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
         copy_range(reader.fileno(), writer.fileno(), 0, 0, os.fstat(reader.fileno()).st_size)
+
+
+def copy_gathered(source: GatheredContainer, target: int, start: int, at: int, size: int) -> None:
+    """What `copy_range` does, from a file that is not there."""
+    for piece in source.pieces(start, size):
+        write_all(target, raw_bytes(piece), at)
+        at += len(piece)
 
 
 def copy_range(source: int, target: int, start: int, at: int, size: int) -> None:

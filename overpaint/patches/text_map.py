@@ -1,4 +1,4 @@
-"""The text map: said once for a text encoder, it changes every projection that reads what the encoder says."""
+"""The text map: said once for a door of a base, it changes every tensor that reads what comes through that door."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _READERS: WeakKeyDictionary[Base, dict[tuple[str, int], list[str]]] = WeakKeyDic
 
 @dataclass(frozen=True, eq=False)
 class TextMap(Delta):
-    """`W0 up down^T` for every projection W0 (out x d) that reads `encoder`; up and down are d x k."""
+    """`W0 up down^T` for every projection W0 (out x d) that reads `encoder`; up and down are d x k.
+
+    `encoder` is the name of a door (`Base.doors`), for SD 1.x and 2.x that of the text encoder. Where a tensor reads several
+    doors side by side, W0 stands for the columns that belong to this one; the others stay as they are.
+    """
 
     encoder: str
     up: Tensor
@@ -35,7 +39,7 @@ class TextMap(Delta):
 
     @property
     def width(self) -> int:
-        """d, the width of the text encoder's output."""
+        """d, the width of what comes through the door."""
         return self.up.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -43,7 +47,7 @@ class TextMap(Delta):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor]) -> list[Delta]:
-        """One text map for each encoder, from the arrays of `tensors`."""
+        """One text map for each door, from the arrays of `tensors`."""
         return [cls(encoder, up, down) for encoder, (up, down) in sorted(paired(arrays, "up", "down").items())]
 
     def targets(self, base: Base) -> list[str]:
@@ -64,15 +68,15 @@ class TextMap(Delta):
         return TextMap(self.encoder, joined([self.up, other.up], 1), joined([self.down, other.down], 1))
 
 
-def _readers(base: Base, encoder: str, width: int) -> list[str]:
-    names = base.readers(encoder) if encoder in base.layout.text_readers else []
+def _readers(base: Base, door: str, width: int) -> list[str]:
+    names = base.readers(door) if door in base.doors else []
     if not names:
-        raise BadDelta(f"this text map is for {encoder}, which no projection of the base at {base.path} reads")
+        raise BadDelta(f"this text map is for {door}, which no projection of the base at {base.path} reads")
     for name in names:
-        shape = base.places[name].shape
-        if len(shape) != 2 or shape[1] != width:
+        shape, columns = base.places[name].shape, base.columns(door, name)
+        if len(shape) != 2 or columns.stop - columns.start != width or columns.stop > shape[1]:
             raise BadDelta(
-                f"this text map is for text width {width}, but {name} has shape {list(shape)}; "
-                "it was solved for another text encoder"
+                f"this text map is for text width {width}, but {name} has shape {list(shape)}, of which {door} has columns "
+                f"{columns.start} to {columns.stop}; it was solved for another text encoder"
             )
     return names

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.container import DTYPES, BrokenFile, Container
+from overpaint.bases.container import DTYPES, BrokenFile, Container, Entry
 
 SAMPLE = 1024
 ALIKE = 0.5
@@ -66,7 +66,7 @@ def survey(base: Base, names: Iterable[str]) -> Survey:
 def _tensors(base: Base, changed: list[str]) -> dict[Path, dict[str, str]]:
     """Tensors in the files in use that no component names, but that copy one which changes."""
     components = {name.partition("/")[0] for name in changed}
-    spelled = {c: s.copies for c, s in base.layout.spellings.items() if c in components and base.is_single_file}
+    spelled = {c: s.copies for c, s in base.form.spellings.items() if c in components} if base.form else {}
     likeness = Likeness(base, changed)
     found: dict[Path, dict[str, str]] = {}
     for file, keys in base.unnamed.items():
@@ -157,22 +157,21 @@ class Likeness:
             place = base.places[name]
             container = base.containers[place.file]
             if len(place.shape) > 1 and DTYPES[place.entry.dtype].is_floating_point:
-                sample = container.beginning(place.key, SAMPLE).double()
-                self._by_count.setdefault(_count(container, place.key), []).append((name, sample))
+                sample = container.beginning(place.entry, SAMPLE).double()
+                self._by_count.setdefault(_count(place.entry), []).append((name, sample))
 
     def copied_by(self, container: Container, key: str) -> str | None:
         """The name of the tensor that another file's tensor copies."""
         entry = container.entries[key]
-        known = self._by_count.get(_count(container, key), [])
+        known = self._by_count.get(_count(entry), [])
         if not known or len(entry.shape) < 2 or not DTYPES[entry.dtype].is_floating_point:
             return None
-        found = container.beginning(key, SAMPLE).double()
+        found = container.beginning(entry, SAMPLE).double()
         for name, sample in known:
             if torch.linalg.vector_norm(found - sample) < ALIKE * torch.linalg.vector_norm(sample):
                 return name
         return None
 
 
-def _count(container: Container, key: str) -> int:
-    entry = container.entries[key]
+def _count(entry: Entry) -> int:
     return entry.size // DTYPES[entry.dtype].itemsize

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from overpaint.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, texts
 from overpaint.registry.names import checked_note
-from overpaint.registry.queries import chunks
+from overpaint.registry.queries import chunks, patches_by_id
 from overpaint.registry.records import Action, Laid
 
 
@@ -46,6 +46,27 @@ def change(session: Session, recipe: models.Recipe, patch: models.Patch, after: 
     if after is not None and before is None:
         _refuse_other_base(recipe, patch)
     return revise(session, recipe, {patch.id: after}, _action(recipe, patch, before, after), note)
+
+
+def exchange(session: Session, recipe: models.Recipe, new: Mapping[str, str], note: Note) -> int:
+    """Lay patches in the place of others, as those lay, in one revision; `new` has their ids by the others'.
+
+    Returns the revision's number. Raises NotFound for what is not there, AlreadyExists for a new patch that lies there or
+    would be there twice, and OverpaintError for one that was made for another base.
+    """
+    rows = _rows(session, recipe, [*new, *new.values()])
+    patches = patches_by_id(session, new.values())
+    wanted: dict[str, Laid | None] = dict.fromkeys(new)
+    for old, patch_id in new.items():
+        if old not in rows or patch_id not in patches:
+            raise NotFound(
+                f"recipe {recipe.name!r} has no patch {old[:12]}, or there is no {patch_id[:12]} to replace it"
+            )
+        if patch_id in rows or patch_id in wanted:
+            raise AlreadyExists(f"{_called(patches[patch_id])} would lie twice on recipe {recipe.name!r}")
+        _refuse_other_base(recipe, patches[patch_id])
+        wanted[patch_id] = Laid(patch_id, rows[old].strength, rows[old].until)
+    return revise(session, recipe, wanted, "add", note)
 
 
 def revise(

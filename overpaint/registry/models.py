@@ -11,7 +11,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
 
-HEAD = "0002"
+HEAD = "0004"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
 
 # Named from day one: SQLite changes a table by copying it, and only a constraint with a name can be dropped on the way.
@@ -239,3 +239,61 @@ class RevisionPatch(Row):
     until_after: Mapped[date | None]
 
     patch: Mapped[Patch] = relationship(viewonly=True)
+
+
+class Evaluation(Row):
+    """One run of one suite, on a patch alone or on a recipe as it was at a revision. Rows are only ever added.
+
+    `digest` is that of the weights that were judged; `settings` and `versions` are JSON.
+    """
+
+    __tablename__ = "evaluation"
+    __table_args__ = (
+        CheckConstraint("(patch_id IS NULL) <> (recipe_id IS NULL)", name="subject"),
+        CheckConstraint("(recipe_id IS NULL) = (revision IS NULL)", name="revision"),
+        Index(None, "patch_id", "at"),
+        Index(None, "recipe_id", "revision", "at"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    patch_id: Mapped[str | None] = mapped_column(ForeignKey("patch.id"))
+    recipe_id: Mapped[int | None] = mapped_column(ForeignKey("recipe.id"))
+    revision: Mapped[int | None]
+    digest: Mapped[str]
+    suite: Mapped[str]
+    judge: Mapped[str]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    settings: Mapped[str]
+    versions: Mapped[str]
+    seconds: Mapped[float]
+    who: Mapped[str]
+    at: Mapped[datetime] = mapped_column(default=now)
+
+    recipe: Mapped[Recipe | None] = relationship(lazy="joined", viewonly=True)
+    results: Mapped[list[EvaluationResult]] = relationship(order_by="EvaluationResult.number")
+
+
+class EvaluationResult(Row):
+    """One number that an evaluation found, of `n` pictures or things counted; low and high bound it with 95%."""
+
+    __tablename__ = "evaluation_result"
+
+    evaluation_id: Mapped[int] = mapped_column(ForeignKey("evaluation.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    subject: Mapped[str]
+    metric: Mapped[str]
+    value: Mapped[float]
+    low: Mapped[float | None]
+    high: Mapped[float | None]
+    n: Mapped[int]
+
+
+class KeptPrompt(Row):
+    """A prompt that a base must go on understanding as it does."""
+
+    __tablename__ = "kept_prompt"
+
+    base_id: Mapped[int] = mapped_column(ForeignKey("base.id"), primary_key=True)
+    prompt: Mapped[str] = mapped_column(primary_key=True)
+    who: Mapped[str]
+    at: Mapped[datetime] = mapped_column(default=now)

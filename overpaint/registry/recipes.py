@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
 
 from sqlalchemy import select
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from overpaint.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, texts
-from overpaint.registry.changes import Note, change, refuse_if_moved, revise
+from overpaint.registry.changes import Note, change, exchange, refuse_if_moved, revise
 from overpaint.registry.names import checked_id, checked_name, checked_number
 from overpaint.registry.past import differences, find_revision, laid_at, laid_now, record_at, records_now
 from overpaint.registry.queries import added, find, lookup, patches_by_id
@@ -99,6 +100,17 @@ class Recipes(Shelf):
             if patch is None:
                 raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")
             return change(session, recipe, patch, after, Note(why, who, digest_before, digest_after))
+
+    def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
+        """Lay patches in the place of others, as those lay, and return the revision that this made.
+
+        `new` has their ids by the others'. Raises NotFound, AlreadyExists for a patch that would lie there twice,
+        OverpaintError for one of another base, RecipeMoved as `change_recipe` does.
+        """
+        with self._database.writing() as session:
+            recipe = find(session, models.Recipe, name)
+            refuse_if_moved(recipe, expected)
+            return exchange(session, recipe, new, note)
 
     def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | None = None) -> int:
         """Lay on a recipe exactly what lay on it at revision `number`, and return the revision that this made.

@@ -124,7 +124,7 @@ class HistoryRecord:
         return cls(
             recipe=row.recipe.name,
             revision=row.number,
-            action=cast(Action, row.action),
+            action=_action(row, line),
             source=row.source,
             patch=line.patch_id,
             concept=change.patch.concept.name if change else None,
@@ -138,6 +138,12 @@ class HistoryRecord:
             digest_before=row.digest_before,
             digest_after=row.digest_after,
         )
+
+
+def _action(row: models.Revision, line: models.RevisionPatch) -> Action:
+    """What a revision did to one patch: one that adds patches in the place of others removes those."""
+    replaced = row.action == "add" and line.strength_before is not None and line.strength_after is None
+    return "remove" if replaced else cast(Action, row.action)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from overpaint.registry import schema
 from overpaint.registry.bases import Bases
 from overpaint.registry.concepts import Concepts
 from overpaint.registry.database import Database, connect, database_at
+from overpaint.registry.evaluations import Evaluations
+from overpaint.registry.kept import Kept
 from overpaint.registry.patches import Patches
 from overpaint.registry.recipes import Recipes
 from overpaint.registry.search import Search
@@ -15,7 +17,7 @@ from overpaint.registry.store import open_store
 from overpaint.registry.tags import Tags
 
 
-class Registry(Bases, Concepts, Patches, Recipes, Tags, Search):
+class Registry(Bases, Concepts, Patches, Recipes, Tags, Search, Evaluations, Kept):
     """A folder with `registry.db`, `blobs/` and, once something went bad, `quarantine/`; or the same with PostgreSQL.
 
     Every method is one transaction. Names are free text; where one is unknown, NotFound names the nearest. A full or

@@ -2,12 +2,16 @@
 
 Embeddings are contextual, so a concept's keys come from several sentences; and the text encoder is causal, so they are
 taken from every position at and after the concept's first token: later tokens and the padding carry the concept too.
+
+Every key is scaled by the square root of its weight. A sentence weighs the same whatever its length, and so does a concept
+whatever the number of its sentences; within a sentence, tokens weigh the same, and all of the padding together as much as
+`PADDING` tokens at most, so that an encoder that pads to 77 does not hear padding alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,6 +23,9 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.text import TextEncoder
 from overpaint.concepts import Concept
+
+PADDING = 4.0
+"""Tokens. Less would leave the concept in the padding, which it fills as well; more lets padding drown the subject."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +55,56 @@ def neutral_sentences(base: Base) -> tuple[str, ...]:
 
 
 def keys_of(encoder: TextEncoder, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Embeddings of every word in every template, from its first token on: float64 [d, m]."""
-    prompts = [(t.format(w), encoder.first_position(t, w)) for w in words for t in templates]
-    hidden = encoder.hidden([p for p, _ in prompts])
-    return torch.cat([h[start:] for h, (_, start) in zip(hidden, prompts, strict=True)]).double().T.cpu()
+    """Weighted embeddings of every word in every template, from its first token on: float64 [d, m].
+
+    A sentence weighs 1: `K K^T` is the sum of the sentences' second moments. Raises PromptTooLong.
+    """
+    asked = [(template, word) for word in words for template in templates]
+    weights = [_weights(encoder, template, word) for template, word in asked]
+    return _weighted(encoder.hidden([template.format(word) for template, word in asked]), weights)
+
+
+def keys_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """Weighted embeddings of whole prompts: float64 [d, m], every prompt weighing 1."""
+    weights = [_weights(encoder, "{}", prompt, from_begin=True) for prompt in prompts]
+    return _weighted(encoder.hidden(prompts), weights)
 
 
 def keys_and_values(encoder: TextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float64 [d, m] each: where its words are now, and where they should be sent.
 
     With an anchor, V are the anchor's embeddings in the same sentence at the same positions; without one, those of the
-    sentence with the concept left out.
+    sentence with the concept left out. All sentences together weigh 1. Raises PromptTooLong.
     """
-    asked: list[str] = []
-    starts: list[int] = []
-    for word in concept.words:
-        for template, without in sentences(base, concept.kind).pairs:
-            asked += [template.format(word), template.format(concept.anchor) if concept.anchor else without]
-            starts.append(encoder.first_position(template, word))
-    hidden = encoder.hidden(asked).double().cpu()
-    keys = torch.cat([h[start:] for h, start in zip(hidden[0::2], starts, strict=True)])
-    values = torch.cat([h[start:] for h, start in zip(hidden[1::2], starts, strict=True)])
-    return keys.T, values.T
+    asked = list(_questions(base, concept))
+    weights = [_weights(encoder, template, word) / len(asked) for template, word, _ in asked]
+    keys = encoder.hidden([template.format(word) for template, word, _ in asked])
+    values = encoder.hidden([instead for _, _, instead in asked])
+    return _weighted(keys, weights), _weighted(values, weights)
+
+
+def _questions(base: Base, concept: Concept) -> Iterable[tuple[str, str, str]]:
+    """A sentence with `{}`, the concept's word in it, and the whole sentence that should stand in its place."""
+    pairs = sentences(base, concept.kind).pairs
+    plain = [(template, word, without) for word in concept.words for template, without in pairs]
+    own = [(template, word, " ".join(template.format("").split())) for template, word in concept.spoken]
+    for template, word, without in (*plain, *own):
+        yield template, word, template.format(concept.anchor) if concept.anchor else without
+
+
+def _weights(encoder: TextEncoder, template: str, word: str, *, from_begin: bool = False) -> Tensor:
+    """The weight of each embedding from the word's first token on (or from begin-of-text), together 1."""
+    start = 0 if from_begin else encoder.first_position(template, word)
+    if encoder.is_pooled:
+        return torch.ones(1, dtype=torch.float64)
+    spoken = len(encoder.tokens(word)) + len(encoder.tokens(template.partition("{}")[2].strip())) + 1 + from_begin
+    weights = torch.ones(encoder.length - start, dtype=torch.float64)
+    padding = weights[spoken:]
+    padding *= min(1.0, PADDING / max(1, len(padding)))
+    return weights / weights.sum()
+
+
+def _weighted(hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The last embeddings of each sentence, as many as it has weights, scaled by their roots: float64 [d, m]."""
+    found = [h[len(h) - len(w) :] * w.sqrt()[:, None].to(h.device) for h, w in zip(hidden, weights, strict=True)]
+    return torch.cat(found).T

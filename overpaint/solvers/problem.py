@@ -1,16 +1,19 @@
 """The contract of every solver: a problem in, a solution out, the base as it was.
 
-A solver is a frozen dataclass of hyper-parameters with `solve(problem) -> Solution`. Its fields are its settings: `--set`
-options, provenance and test ids are derived from them. A field's metadata may hold `low` and `high` bounds (inclusive).
+A solver is a frozen dataclass of hyper-parameters that inherits `Solver` and has `solve(problem) -> Solution`. Its fields are
+its settings (`overpaint.solvers.settings`). `overpaint.testing.SolverContract` holds every solver to what is promised here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,14 +21,36 @@ from overpaint.bases.base import Base
 from overpaint.concepts import Concept
 from overpaint.errors import OverpaintError
 from overpaint.patches.delta import Delta
+from overpaint.solvers.settings import BadSetting, check, configure, preset_of, setting, settings_of
 
+__all__ = [
+    "BadSetting",
+    "Diverged",
+    "EditProblem",
+    "OutOfMemory",
+    "Solution",
+    "Solver",
+    "Unsolvable",
+    "configure",
+    "finite",
+    "setting",
+    "settings_of",
+    "within_memory",
+]
 
-class BadSetting(OverpaintError):
-    """A hyper-parameter that a solver does not have or cannot take."""
+S = TypeVar("S", bound="Solver")
 
 
 class Unsolvable(OverpaintError):
     """A problem that has no solution under the given settings."""
+
+
+class Diverged(Unsolvable):
+    """A loss that is no longer a number."""
+
+
+class OutOfMemory(OverpaintError):
+    """A device without the memory that a solver needs."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +58,9 @@ class EditProblem:
     """One concept to erase from one base.
 
     `universe` holds every other concept that is known for this text encoder: they are preserved, so that patches for
-    them compose with this one. `report(step, of, text)` is told how far the solver is.
+    them compose with this one. `report(step, of, text)` is told how far the solver is; what it raises (KeyboardInterrupt
+    when somebody gave up) passes through `solve`. `keep` are prompts to leave undisturbed; `cache`,
+    a folder in which a solver may keep what it computed of the base alone.
     """
 
     base: Base
@@ -42,6 +69,8 @@ class EditProblem:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[int, int, str], None] = lambda step, of, text: None
+    keep: tuple[str, ...] = ()
+    cache: Path | None = None
 
     @property
     def others(self) -> tuple[Concept, ...]:
@@ -57,52 +86,61 @@ class Solution:
     diagnostics: Mapping[str, Any]
 
 
-class Solver(Protocol):
-    """What every method offers."""
+class Solver(ABC):
+    """What every method inherits: settings that are checked when it is made, presets, and what it may touch.
 
-    def solve(self, problem: EditProblem) -> Solution:
-        """The change that makes the problem's base forget its concept."""
-        ...
-
-
-def setting(default: Any, about: str, low: float | None = None, high: float | None = None) -> Any:
-    """A hyper-parameter: its default, what it means (units, source), and its bounds."""
-    return field(default=default, metadata={"about": about, "low": low, "high": high})
-
-
-def configure(solver: type[Any], settings: Mapping[str, str]) -> Solver:
-    """A solver from `--set name=value` texts.
-
-    Raises BadSetting for a name the solver lacks (with the nearest it has), a value of another type or out of bounds.
+    `PRESETS` has named sets of values tuned for a base whose scale is not the paper's; fields keep the paper's values.
     """
-    fields = {f.name: f for f in dataclasses.fields(solver)}
-    values: dict[str, Any] = {}
-    for name, text in settings.items():
-        if name not in fields:
-            near = get_close_matches(name, fields, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadSetting(f"this solver has no setting {name!r}{hint} It has: {', '.join(fields)}")
-        values[name] = _parse(fields[name], text)
-    found: Solver = solver(**values)
-    return found
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @classmethod
+    def preset(cls: type[S], name: str, **settings: Any) -> S:
+        """The solver with a preset's values, changed by `settings`. Raises BadSetting."""
+        return cls(**{**preset_of(cls, name), **settings})
+
+    def touches(self, base: Base) -> Sequence[str]:
+        """Canonical names, or glob patterns of them, of all tensors that a delta of this solver may change.
+
+        Unless a solver says otherwise: the projections that read the prompt.
+        """
+        return base.readers()
+
+    @abstractmethod
+    def solve(self, problem: EditProblem) -> Solution:
+        """The change that makes the problem's base forget its concept.
+
+        Writes nothing and leaves the base as it was, also when it is interrupted. The same problem with the same seed gives
+        the same bits on one device. Reports progress at least once. Raises Unsolvable (Diverged when a loss is no number)
+        and OutOfMemory.
+        """
 
 
-def settings_of(solver: Solver) -> dict[str, Any]:
-    """All hyper-parameters of a solver, as JSON."""
-    return dataclasses.asdict(solver)  # type: ignore[call-overload, no-any-return]
+def finite(loss: float, step: int, lower: str) -> float:
+    """The loss of a step as it is; raises Diverged, which names the step and what to `lower`, when it is not a number."""
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} at step {step}, so nothing can be learnt from here on; lower {lower}")
+    return loss
 
 
-def _parse(spec: dataclasses.Field[Any], text: str) -> Any:
-    kind: Any = type(spec.default)
+@contextmanager
+def within_memory(lower: str) -> Iterator[None]:
+    """Within the block, a device that runs out of memory raises OutOfMemory, which says what to `lower`."""
     try:
-        if kind is bool:
-            value: Any = {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
-        else:
-            value = kind(text)
-    except (ValueError, KeyError) as error:
-        raise BadSetting(f"{spec.name}={text!r} is not a {kind.__name__}; its default is {spec.default}") from error
-    low, high = spec.metadata.get("low"), spec.metadata.get("high")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"between {low} and {high}" if high is not None and low is not None else f"at least {low}"
-        raise BadSetting(f"{spec.name} must be {bounds}; got {text}")
-    return value
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"out of memory while solving ({_first_line(error)}); lower {lower}, or use --device cpu"
+        ) from error
+    except RuntimeError as error:
+        # PyTorch has no class of its own for a CPU that cannot allocate.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise OutOfMemory(f"out of memory while solving ({_first_line(error)}); lower {lower}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no details"])[0].rstrip(".")

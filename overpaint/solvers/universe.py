@@ -1,15 +1,26 @@
-"""The universe: everything a text encoder is known to speak of, as one second-moment matrix and its Cholesky factor.
+"""The universe: everything that is known to come through a door, as one second-moment matrix and its Cholesky factor.
 
 `A = w sum_j K_j K_j^T + R R^T + lambda I` over all concepts j that the registry knows, with R the keys to preserve: every
-other word of the tokenizer's vocabulary in a few neutral sentences, and the empty prompt. The vocabulary speaks for the
-concepts that nobody listed.
+other word of the tokenizer's vocabulary in a few neutral sentences, the empty prompt, and whatever prompts somebody wants
+kept. The vocabulary speaks for the concepts that nobody listed.
+
+Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a kept prompt and the
+empty prompt are one second moment each (`keys.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
+as much as one of them; and lambda is a share of the mean eigenvalue.
+
+Begin-of-text is the same in every prompt and by far the largest embedding of CLIP. It is preserved exactly: as a constraint
+`W b = W0 b` rather than by a weight, which takes nothing but the direction b out of all keys.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,140 +28,249 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.digests import canonical_json
-from overpaint.bases.text import TextEncoder
+from overpaint.bases.text import TextEncoder, encoders
 from overpaint.concepts import Concept
-from overpaint.solvers.keys import keys_and_values, keys_of, neutral_sentences
+from overpaint.solvers.keys import keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.problem import Unsolvable
+from overpaint.solvers.vocabulary import Report, Task, Vocabulary, vocabularies
 
-EMPTY_WEIGHT = 10.0
-SENTENCES_PER_WORD = 3
-BEGIN_WEIGHT = 1e4
-"""Begin-of-text is constant and by far the largest embedding of CLIP; weighted so, it is preserved to rounding."""
+VOCABULARY = 25.0
+EMPTY = 0.35
+BEGIN = 100.0
+"""The eigenvalue of begin-of-text, over the mean of the others, for those who solve without the constraint."""
+PAIRS_BYTES = 1 << 30
+"""Keys and values that are kept in memory; what does not fit is encoded again when it is needed."""
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """What a universe preserves beside its concepts: prompts to keep, and how many words of the vocabulary (0: all).
+
+    `cache` is a folder in which the vocabulary's moments are kept.
+    """
+
+    prompts: tuple[str, ...] = ()
+    words: int = 0
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Universe:
-    """The factored second moment (L with `A = L L^T`, float64 d x d) and every concept's keys and values."""
+    """What one door says, on the device that computed it.
+
+    `cholesky` is L with `A = L L^T`, float64 d x d, `ridge` is lambda. `keys` and `values` are K and V of a concept by name,
+    float64 [d, m], all sentences together weighing 1; what keys have of `begin`, which stays where it is, is taken out of
+    both. `begin` is the unit vector of begin-of-text, None where what comes through is pooled.
+    """
 
     cholesky: Tensor
-    keys: dict[str, Tensor]
-    values: dict[str, Tensor]
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
     ridge: float
+    begin: Tensor | None = None
 
-    @property
+    @cached_property
     def condition(self) -> float:
         """The condition number of A."""
-        found: float = torch.linalg.cond(self.cholesky).item() ** 2
-        return found
+        eigenvalues = torch.linalg.eigvalsh(self.cholesky @ self.cholesky.T)
+        return float(eigenvalues[-1] / eigenvalues[0].clamp(min=torch.finfo(eigenvalues.dtype).tiny))
 
 
 class _Memory:
-    """What was computed for one opened base: its encoder, its vocabulary's moment, its concepts' keys."""
+    """What was computed for one opened base on one device: its encoders, vocabularies, concepts' keys, last universes."""
 
     def __init__(self, base: Base, device: torch.device) -> None:
-        self.encoder = TextEncoder.of(base, device)
-        self.vocabulary: list[_Sentence] | None = None
-        self.words: dict[tuple[str, str], Tensor] = {}
-        self.pairs: dict[bytes, tuple[Tensor, Tensor]] = {}
-        self.universes: dict[bytes, Universe] = {}
+        self.encoders = encoders(base, device)
+        self.vocabularies: dict[int, dict[str, Vocabulary]] = {}
+        self.words: dict[tuple[str, str, str], Tensor] = {}
+        self.pairs: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
+        self.nbytes = 0
+        self.universes: OrderedDict[tuple[str, bytes], Universe] = OrderedDict()
 
 
-_memories: WeakKeyDictionary[Base, _Memory] = WeakKeyDictionary()
+_memories: WeakKeyDictionary[Base, dict[str, _Memory]] = WeakKeyDictionary()
 
 
-def universe(base: Base, concepts: tuple[Concept, ...], ridge: float, weight: float, device: torch.device) -> Universe:
-    """The universe of `concepts` (in any order) on a base; computed once per opened base and set of concepts.
+def universe(
+    base: Base,
+    concepts: Iterable[Concept],
+    ridge: float,
+    weight: float,
+    device: torch.device,
+    *,
+    door: str = "text_encoder",
+    preserved: Preserved = Preserved(),
+    report: Report = lambda step, of, text: None,
+) -> Universe:
+    """The universe of `concepts` (in any order) behind a door; computed once per opened base and set of concepts.
 
-    `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts
-    against a word of the vocabulary.
+    `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts.
+    Raises NotFound for a door the base lacks, PromptTooLong for a concept that does not fit, Unsolvable for too small a ridge.
     """
+    base.door(door)
     memory = _memory(base, device)
-    ordered = sorted(concepts, key=lambda c: c.name)
-    key = canonical_json([[c.as_json() for c in ordered], ridge, weight])
+    ordered = sorted(concepts, key=lambda concept: concept.name)
+    about = [[concept.as_json() for concept in ordered], ridge, weight, preserved.prompts, preserved.words]
+    key = (door, canonical_json(about))
     if key not in memory.universes:
-        memory.universes[key] = _build(memory, base, ordered, ridge, weight)
+        heard = _vocabulary(memory, base, preserved, report)[door]
+        memory.universes[key] = _build(memory, base, door, ordered, ridge, weight, preserved.prompts, heard)
+        while len(memory.universes) > 4 * len(base.doors):
+            memory.universes.popitem(last=False)
     return memory.universes[key]
 
 
-def prepare(base: Base, concepts: Iterable[Concept], device: torch.device) -> None:
+def prepare(
+    base: Base,
+    concepts: Iterable[Concept],
+    device: torch.device,
+    *,
+    preserved: Preserved = Preserved(),
+    report: Report = lambda step, of, text: None,
+) -> None:
     """Encode the vocabulary of a base and the concepts of a universe now rather than in the first solve."""
     memory = _memory(base, device)
-    _vocabulary(memory, base)
+    _vocabulary(memory, base, preserved, report)
     for concept in concepts:
-        _pair(memory, base, concept)
+        for door in base.doors:
+            _pair(memory, base, door, concept)
 
 
 def _memory(base: Base, device: torch.device) -> _Memory:
-    if base not in _memories:
-        _memories[base] = _Memory(base, device)
-    return _memories[base]
+    by_device = _memories.setdefault(base, {})
+    if str(device) not in by_device:
+        by_device[str(device)] = _Memory(base, device)
+    return by_device[str(device)]
 
 
-def _build(memory: _Memory, base: Base, concepts: list[Concept], ridge: float, weight: float) -> Universe:
-    keys, values = {}, {}
+def _build(
+    memory: _Memory,
+    base: Base,
+    door: str,
+    concepts: Sequence[Concept],
+    ridge: float,
+    weight: float,
+    prompts: Sequence[str],
+    heard: Vocabulary,
+) -> Universe:
+    encoder = memory.encoders[door]
+    names = {concept.name: concept for concept in concepts}
+    moment = VOCABULARY * _spoken(memory, door, heard, {w for c in concepts for w in c.words}).to(encoder.model.device)
     for concept in concepts:
-        keys[concept.name], values[concept.name] = _pair(memory, base, concept)
-    moment = _preserved(memory, base, {w for c in concepts for w in c.words})
-    for k in keys.values():
-        moment = moment + weight * k @ k.T
-    empty = memory.encoder.hidden([""])[0].double().cpu()
-    moment += EMPTY_WEIGHT * empty.T @ empty + BEGIN_WEIGHT * torch.outer(empty[0], empty[0])
-    size = ridge * moment.diagonal().mean()
-    return Universe(
-        torch.linalg.cholesky(moment + size * torch.eye(len(moment), dtype=torch.float64)), keys, values, float(size)
-    )
+        keys, _ = _pair(memory, base, door, concept)
+        moment += weight * keys @ keys.T
+    for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
+        keys = keys_of_prompts(encoder, [prompt])
+        moment += share * keys @ keys.T
+    begin = None
+    if not encoder.is_pooled:
+        begin = encoder.hidden([""])[0, 0].double()
+        begin /= begin.norm()
+    moment, mean = _without_begin(moment, begin)
+    lam = ridge * mean
+    factor, failed = torch.linalg.cholesky_ex(moment + lam * torch.eye(len(moment)).to(moment))
+    pivots = factor.diagonal()
+    if failed or pivots.min() < 1e-7 * pivots.max():  # rounding can make nothing look like something
+        raise Unsolvable(
+            f"what {door} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
+        )
+    halves = [_Half(memory, base, door, names, half, begin) for half in (0, 1)]
+    return Universe(factor, halves[0], halves[1], lam, begin)
 
 
-@dataclass(frozen=True, eq=False)
-class _Sentence:
-    """A neutral sentence, the words it is asked with, and the second moment of their keys, float64 [d, d]."""
-
-    template: str
-    words: frozenset[str]
-    moment: Tensor
-
-
-def _pair(memory: _Memory, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
-    name = canonical_json(concept.as_json())
-    if name not in memory.pairs:
-        memory.pairs[name] = keys_and_values(memory.encoder, base, concept)
-    return memory.pairs[name]
+def _without_begin(moment: Tensor, begin: Tensor | None) -> tuple[Tensor, float]:
+    """A second moment in which a direction has nothing in common with others; and the mean eigenvalue of these."""
+    if begin is None:
+        return moment, float(moment.diagonal().mean())
+    read = moment @ begin
+    outer = torch.outer(begin, read)
+    moment = moment - outer - outer.T + (begin @ read) * torch.outer(begin, begin)
+    mean = float(moment.trace()) / (len(begin) - 1)
+    return moment + BEGIN * mean * torch.outer(begin, begin), mean
 
 
-def _vocabulary(memory: _Memory, base: Base) -> list[_Sentence]:
-    """Every word of the tokenizer in `SENTENCES_PER_WORD` of the neutral sentences, which take turns.
-
-    What matters is that words *and* sentences are many; all words in all sentences would cost several times as much.
-    """
-    if memory.vocabulary is None:
-        words, templates = memory.encoder.words(), neutral_sentences(base)
-        turns = max(1, len(templates) // SENTENCES_PER_WORD)
-        memory.vocabulary = []
-        for j, template in enumerate(templates):
-            chosen = words[j % turns :: turns]
-            total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
-            for start in range(0, len(chosen), 256):
-                k = keys_of(memory.encoder, chosen[start : start + 256], [template])
-                total += turns * k @ k.T
-            memory.vocabulary.append(_Sentence(template, frozenset(chosen), total))
-    return memory.vocabulary
+def _pair(memory: _Memory, base: Base, door: str, concept: Concept) -> tuple[Tensor, Tensor]:
+    """K and V of a concept. Encoded by itself: in a batch with others, its last bits would depend on them."""
+    key = (door, canonical_json(concept.as_json()))
+    if key not in memory.pairs:
+        keys, values = keys_and_values(memory.encoders[door], base, concept)
+        memory.pairs[key] = keys.float(), values.float()
+        memory.nbytes += keys.nbytes
+    memory.pairs.move_to_end(key)
+    keys, values = memory.pairs[key]
+    while memory.nbytes > PAIRS_BYTES and len(memory.pairs) > 1:
+        memory.nbytes -= 2 * memory.pairs.popitem(last=False)[1][0].nbytes
+    return keys.double(), values.double()
 
 
-def _preserved(memory: _Memory, base: Base, known: set[str]) -> Tensor:
-    """The vocabulary's second moment without the known concepts, which have keys of their own.
+class _Half(Mapping[str, Tensor]):
+    """The keys, or the values, of every concept of a universe, by name; encoded again where they were not kept."""
+
+    def __init__(
+        self,
+        memory: _Memory,
+        base: Base,
+        door: str,
+        concepts: Mapping[str, Concept],
+        half: int,
+        begin: Tensor | None,
+    ) -> None:
+        # What is kept for a base must not keep the base.
+        self._memory, self._base, self._door = memory, weakref.ref(base), door
+        self._concepts, self._half, self._begin = concepts, half, begin
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._base()
+        assert base is not None, "a universe is asked while its base is open"
+        pair = _pair(self._memory, base, self._door, self._concepts[name])
+        if self._begin is None:
+            return pair[self._half]
+        return pair[self._half] - torch.outer(self._begin, self._begin @ pair[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._concepts)
+
+    def __len__(self) -> int:
+        return len(self._concepts)
+
+
+def _vocabulary(memory: _Memory, base: Base, preserved: Preserved, report: Report) -> dict[str, Vocabulary]:
+    """The vocabulary as every door hears it."""
+    if preserved.words not in memory.vocabularies:
+        towers: dict[str, dict[str, TextEncoder]] = {}
+        for door, encoder in memory.encoders.items():
+            towers.setdefault(base.door(door).encoder, {})[door] = encoder
+        tasks = [(Task.of(base, doors, preserved.words), doors) for doors in towers.values()]
+        total, before, found = sum(task.size for task, _ in tasks), 0, {}
+        for task, doors in tasks:
+            told = partial(_told, report, before, total)
+            found.update(vocabularies(task, doors, preserved.cache, told))
+            before += task.size
+        memory.vocabularies[preserved.words] = found
+    return memory.vocabularies[preserved.words]
+
+
+def _told(report: Report, before: int, total: int, step: int, of: int, text: str) -> None:
+    """Progress of one text encoder as progress of all."""
+    report(before + step, total, text)
+
+
+def _spoken(memory: _Memory, door: str, heard: Vocabulary, known: set[str]) -> Tensor:
+    """The vocabulary's second moment without the known concepts, which have keys of their own; a word in a sentence weighs
+    as much as any other, all together 1.
 
     Left out are their words in every sentence, and whole sentences that name one of them: to preserve "a dog in ink style"
     for every dog would be to preserve the style.
     """
     known = {word.casefold() for word in known}
-    total = torch.zeros(memory.encoder.width, memory.encoder.width, dtype=torch.float64)
-    turns = max(1, len(neutral_sentences(base)) // SENTENCES_PER_WORD)
-    for sentence in _vocabulary(memory, base):
+    total, count = torch.zeros_like(heard[0].moment), 0
+    for sentence in heard:
         if known & set(re.findall(r"\w+", sentence.template.casefold())):
             continue
-        total += sentence.moment
+        total, count = total + sentence.moment, count + len(sentence.words)
         for word in sorted(known & sentence.words):
-            if (word, sentence.template) not in memory.words:
-                memory.words[word, sentence.template] = keys_of(memory.encoder, [word], [sentence.template])
-            k = memory.words[word, sentence.template]
-            total -= turns * k @ k.T
-    return total
+            key = (door, word, sentence.template)
+            if key not in memory.words:
+                memory.words[key] = keys_of(memory.encoders[door], [word], [sentence.template]).cpu()
+            total, count = total - memory.words[key] @ memory.words[key].T, count - 1
+    return total / max(1, count)

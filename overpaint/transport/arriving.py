@@ -8,7 +8,7 @@ from typing import Any
 
 from overpaint.concepts import Concept
 from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.registry.names import checked_json, checked_name
+from overpaint.registry.names import checked_json, checked_name, checked_note
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import PatchFiles
 from overpaint.registry.store.manifest import BadManifest, Manifest
@@ -52,12 +52,15 @@ def arrival(manifest: Manifest) -> Arrival:
 
 
 def _concept(value: dict[str, Any]) -> Concept:
-    words = [value.get("name"), value.get("anchor", ""), *value.get("synonyms", [])]
-    if not isinstance(value.get("synonyms", []), list) or not all(isinstance(word, str) for word in words):
+    lists = [value.get(key, []) for key in ("synonyms", "prompts")]
+    words = [value.get("name"), value.get("anchor", ""), *(word for words in lists for word in words)]
+    if not all(isinstance(each, list) for each in lists) or not all(isinstance(word, str) for word in words):
         raise BadManifest("its concept is not made of words")
     concept = Concept.from_json(value)
     for word in filter(None, (*concept.words, concept.anchor)):
         checked_name(word, "concept")
+    for prompt in concept.prompts:
+        checked_note(prompt, f"a prompt of {concept.name!r}")
     return concept
 
 

@@ -26,6 +26,8 @@ RECIPE = "application/vnd.overpaint.recipe.v1"
 RECORD = "application/vnd.overpaint.recipe.record.v1+json"
 SIGNATURE = "application/vnd.overpaint.signature.v1"
 SEAL = "application/vnd.overpaint.signature.v1+json"
+VOCABULARY = "application/vnd.overpaint.vocabulary.v1"
+MOMENTS = "application/vnd.overpaint.vocabulary.moments.v1"
 
 FINGERPRINT = "org.overpaint.base.fingerprint"
 NAME = "org.overpaint.name"
@@ -126,6 +128,11 @@ def recipe_document(record: Document, patches: Iterable[Document]) -> Document:
         }
     )
     return Document(data, Descriptor.of(data, INDEX, RECIPE))
+
+
+def vocabulary_document(data: bytes) -> Document:
+    """The document of a kept vocabulary."""
+    return _document(VOCABULARY, layers=[Descriptor.of(data, MOMENTS).as_json()])
 
 
 def signature_document(seal: bytes, signed: Descriptor) -> Document:

@@ -26,6 +26,7 @@ from overpaint.transport.oci import BadLayout, Descriptor
 from overpaint.transport.reading import PatchOffer, RecipeOffer, seals_of
 from overpaint.transport.records import Outcome, compared, record_of
 from overpaint.transport.signing import Keyring
+from overpaint.transport.vocabularies import take
 
 Progress = Callable[[int, int, str], None]
 
@@ -50,7 +51,8 @@ class Request:
 
     Patches by id, its beginning or concept, and recipes by name; everything, if neither is named. With `trusted`, all that
     is taken must be signed by one of its keys. `name` is another name for the one recipe that is taken. `check` is called
-    with the file of each new patch, and raises if it will not do.
+    with the file of each new patch, and raises if it will not do. With everything come the kept vocabularies, if there is a
+    folder `vocabularies` for them; `check_vocabulary` is called with each file.
     """
 
     patches: Sequence[str] = ()
@@ -58,6 +60,8 @@ class Request:
     trusted: Keyring | None = None
     name: str | None = None
     check: Callable[[bytes], object] = lambda file: None
+    vocabularies: Path | None = None
+    check_vocabulary: Callable[[Path], object] = lambda file: None
     report: Progress = lambda step, of, text: None
     notice: Callable[[str], None] = lambda text: None
 
@@ -107,6 +111,9 @@ def receive(registry: Registry, layout: Layout, request: Request) -> Received:
         for each in recipe_offers
     ]
     known = tuple(row.id for row in rows if row.id not in new)
+    if request.vocabularies and not request.patches and not request.recipes:
+        folder, check = request.vocabularies, request.check_vocabulary
+        nbytes += take(layout, entries, folder, check, request.trusted, request.notice)
     return Received(tuple(new), known, tuple(outcomes), nbytes)
 
 

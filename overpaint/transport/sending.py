@@ -33,6 +33,7 @@ from overpaint.transport.oci import (
 from overpaint.transport.reading import recipe_at, refuse_odd
 from overpaint.transport.records import Record, compared, record_of
 from overpaint.transport.signing import Signer
+from overpaint.transport.vocabularies import documents
 
 # What the OCI image format allows for the name of a reference.
 REFERENCE = re.compile(r"[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*(/[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*)*")
@@ -64,15 +65,25 @@ def push(
     patches: Iterable[str] = (),
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
+    vocabularies: Path | None = None,
     report: Progress = lambda step, of, text: None,
 ) -> Sent:
     """Send patches and recipes, or everything when none are named, to a folder or a URL that `fsspec` knows.
 
-    A recipe brings every patch of its history. Raises NotFound for an unknown name, Diverged when a recipe of the same
-    name has another history there, BlobMissing or BlobCorrupt when something cannot be read. Whatever stops it, the
-    destination lists only what it holds.
+    Everything is also the kept vocabularies of the folder `vocabularies`. A recipe brings every patch of its history. Raises
+    NotFound for an unknown name, Diverged when a recipe of the same name has another history there, BlobMissing or
+    BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds.
     """
-    return send(registry, open_files(destination), patches=patches, recipes=recipes, signer=signer, report=report)
+    place = open_files(destination)
+    return send(
+        registry,
+        place,
+        patches=patches,
+        recipes=recipes,
+        signer=signer,
+        vocabularies=vocabularies,
+        report=report,
+    )
 
 
 def export(
@@ -82,13 +93,14 @@ def export(
     patches: Iterable[str] = (),
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
+    vocabularies: Path | None = None,
 ) -> Sent:
     """Write patches and recipes, with everything they need, to one new file. The same content gives the same bytes.
 
     Raises AlreadyExists when the file is there, and what `push` raises; nothing is left behind then.
     """
     with new_archive(file) as archive:
-        return send(registry, archive, patches=patches, recipes=recipes, signer=signer)
+        return send(registry, archive, patches=patches, recipes=recipes, signer=signer, vocabularies=vocabularies)
 
 
 def send(
@@ -98,11 +110,13 @@ def send(
     patches: Iterable[str] = (),
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
+    vocabularies: Path | None = None,
     report: Progress = lambda step, of, text: None,
 ) -> Sent:
     """See `push`."""
     patches, recipes = list(patches), list(recipes)
-    if not patches and not recipes:
+    everything = not patches and not recipes
+    if everything:
         wanted = {record.id: record for record in registry.patches()}
         recipes = [record.name for record in registry.recipes()]
     else:
@@ -118,6 +132,8 @@ def send(
         sender.patch(PatchFiles(registry.blobs), record)
     for each in records:
         sender.recipe(each)
+    for document, name, data in documents(vocabularies) if everything and vocabularies else ():
+        sender.vocabulary(document, name, data)
     newer = sender.finish(records)
     sent = tuple(each.name for each in records if each.name not in newer)
     return Sent(place.where, tuple(sorted(wanted)), sent, tuple(sorted(newer)), sender.written, sender.nbytes)
@@ -166,6 +182,11 @@ class _Sender:
         self._count(self.layout.put_document(of_record))
         marks = {NAME: record.name, **({REF: record.name} if REFERENCE.fullmatch(record.name) else {})}
         self._list(recipe_document(of_record, [self._documents[id] for id in record.patches]), marks)
+
+    def vocabulary(self, document: Document, name: str, data: bytes) -> None:
+        """Send a kept vocabulary."""
+        self._count(self.layout.put(Descriptor.of(data, "").digest, len(data), [data]))
+        self._list(document, {NAME: name})
 
     def finish(self, records: Sequence[Record]) -> set[str]:
         """List all that was sent, beside what is listed already; return the names of the recipes that are newer there."""

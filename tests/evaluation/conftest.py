@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.emoji.judge import Judge
+from overpaint.workshop import Workshop
+
+from .pages import evaluated
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -62,6 +66,12 @@ def pipe() -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@pytest.fixture(scope="session")
+def shop(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """The tiny base with six patches on the recipe safe, and the numbers of every suite, by script."""
+    return evaluated(tmp_path_factory.mktemp("evaluated") / "registry", base_folder)
 
 
 @pytest.fixture(scope="session")

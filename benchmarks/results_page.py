@@ -1,0 +1,175 @@
+"""`docs/results.md` from kept evaluations: one table for each suite, the papers' numbers below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
+from overpaint.evaluation.report import Table
+from overpaint.evaluation.suites import SUITES
+from overpaint.registry.evaluations import EvaluationRecord
+from overpaint.reporting.numbers import Numbers, percent, plain, published, spelled
+
+INTRO = """# Results on the embedded base
+
+Written by `python -m benchmarks.evaluation`; do not edit. Every suite is run on the embedded base (50 objects x 6 styles, 64
+pixels) by the judge that ships with it, a small classifier trained on drawings alone. Brackets are 95% intervals over prompts and
+the number of pictures. Every solver is handed the twelve concepts of this registry and preserves them as its method says; patches
+of one recipe are summed. Only in "More and more concepts" do all solvers but `separable` and `sepme` work alone, as published.
+
+Published numbers stand below each table. They come from other bases, concepts, judges and numbers of pictures, and are there for
+the pattern, not for the digits. Distances are Frechet distances in the judge's own features, not FID. A patch hides a concept and
+does not destroy it; how far attacks bring it back stands below as it was measured."""
+NAMED = Mapping[str, Numbers]
+
+
+def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str]) -> str:
+    """The page, Markdown."""
+    blocks = [INTRO]
+    for suite, heading, tables in (
+        ("quick", "Erased, kept, restored", _quick),
+        ("grid", "Styles x objects, one patch at a time (protocol of UnlearnCanvas)", _grid),
+        ("generality", "Synonyms, and concepts that nobody listed (protocol of MACE)", _generality),
+        ("scenes", "Erase, restore, erase more (protocol of SRS-ME)", _scenes),
+        ("scale", "More and more concepts at once", _scale),
+        ("crosstalk", "Cross-talk, measured and predicted", _crosstalk),
+        ("probes", "Can it be brought back?", _probes),
+        ("cost", "Cost", _cost),
+    ):
+        found = {record.recipe or "": Numbers(record) for record in records if record.suite == suite}
+        if found:
+            blocks += [f"## {heading}", *(_markdown(table) for table in (*tables(found), *published(suite)))]
+    run = {record.suite for record in records}
+    missing = {f"suite `{suite}`": "no solver was run through it yet" for suite in SUITES if suite not in run}
+    if left_out := {**missing, **failed}:
+        blocks += ["## Not run", "\n".join(f"- {name}: {why}" for name, why in left_out.items())]
+    return "\n\n".join([*blocks, _provenance(records)]) + "\n"
+
+
+def _quick(found: NAMED) -> Iterable[Table]:
+    rows = []
+    for name, numbers in found.items():
+        erased = [numbers.value(s, ACCURACY) or 0.0 for s in numbers.subjects("erased: ")]
+        worst, mean = max(erased), sum(erased) / len(erased)
+        kept = (spelled(numbers.get(f"kept: other {what}", SHARE)) for what in ("objects", "styles"))
+        wrong = numbers.value("restored: weights", WRONG) or 0.0
+        back = spelled(numbers.get("restored: concepts taken off", SHARE))
+        rows.append((name, percent(mean), percent(worst), *kept, back, plain(wrong)))
+    columns = (
+        "recipe",
+        "erased: mean",
+        "erased: worst",
+        "other objects left",
+        "other styles left",
+        "restored",
+        "wrong tensors",
+    )
+    yield Table(columns, tuple(rows), "Six concepts at once; 'left' and 'restored' are shares of the base's accuracy.")
+
+
+def _grid(found: NAMED) -> Iterable[Table]:
+    metrics = ("UA", "IRA", "CRA", "retention in the prompt", "probability of the erased concept")
+    average = "average of the patches"
+    rows = [(name, *(spelled(n.get(average, metric)) for metric in metrics)) for name, n in found.items()]
+    base = next(iter(found.values()))
+    judged = ", ".join(f"{s.removeprefix('base: ')} {spelled(base.get(s, ACCURACY))}" for s in base.subjects("base"))
+    yield Table(
+        ("solver", *metrics), tuple(rows), f"Averages over six patches. The judge on the base itself: {judged}."
+    )
+
+
+def _generality(found: NAMED) -> Iterable[Table]:
+    parts = (
+        ("erased objects: Acc_e", ACCURACY),
+        ("other objects: Acc_s", ACCURACY),
+        ("synonyms of erased objects: Acc_g", ACCURACY),
+        ("recipe", "H_o"),
+        ("other objects the solvers were told of", SHARE),
+        ("other objects the solvers never heard of", SHARE),
+    )
+    columns = ("recipe", "Acc_e", "Acc_s", "Acc_g", "H_o", "told of: left", "never heard of: left")
+    rows = [(name, *(spelled(n.get(subject, metric)) for subject, metric in parts)) for name, n in found.items()]
+    yield Table(columns, tuple(rows), "All patches at once.")
+
+
+def _scenes(found: NAMED) -> Iterable[Table]:
+    steps = (("scene 1, t0", ("erased", "regular")), ("scene 1, t2", ("erased", "restored", "regular")))
+    columns = ["recipe", *(f"{step[-2:]} {what}" for step, whats in steps for what in whats)]
+    rows, worst = [], []
+    for name, n in found.items():
+        rows.append((name, *(spelled(n.get(f"{step}: {what}", ACCURACY)) for step, whats in steps for what in whats)))
+        last = "scene 1, t2: restored"
+        spelt = [_shown(n.value(f"all scenes, worst step: {what}", metric), metric) for what, metric in _WORST]
+        worst.append((name, *spelt, spelled(n.get(last, DISTANCE))))
+    yield Table(tuple(columns), tuple(rows), "Scene 1: all erased (t0), then half of them restored (t2). Accuracy.")
+    heads = ("recipe", *(f"{what}: {metric}" for what, metric in _WORST), "restored, scene 1, t2: distance")
+    yield Table(heads, tuple(worst), "The worst step of all four scenes.")
+
+
+def _shown(value: float | None, metric: str) -> str:
+    if value is None:
+        return "—"
+    return plain(value) if metric in (WRONG, CHANGE) else percent(value)
+
+
+_WORST = (("erased", ACCURACY), ("restored", SHARE), ("restored", CHANGE), ("regular", SHARE), ("weights", WRONG))
+
+
+def _scale(found: NAMED) -> Iterable[Table]:
+    for numbers in found.values():
+        ways = list(dict.fromkeys(s.rpartition(", N=")[0] for s in numbers.subjects() if ", N=" in s))
+        counts = sorted({int(s.rpartition("=")[2]) for s in numbers.subjects() if ", N=" in s})
+        rows = [(way, *(spelled(numbers.get(f"{way}, N={n}", "H_c")) for n in counts)) for way in ways]
+        spread = max(numbers.value(s, "order spread") or 0.0 for s in numbers.subjects() if ", N=" in s)
+        kept = spelled(numbers.get("base: kept", ACCURACY))
+        says = (
+            f"H_c over N. The judge on the base: {kept}. Tensors that depend on the order of patches: {plain(spread)}."
+        )
+        yield Table(("way to compose", *(f"N={n}" for n in counts)), tuple(rows), says)
+
+
+def _crosstalk(found: NAMED) -> Iterable[Table]:
+    correlations = list(dict.fromkeys(r.metric for n in found.values() for r in n.record.results if "rank" in r.metric))
+    metrics = ("pairs that lost accuracy", *correlations)
+    rows = [(name, *(spelled(n.get("all pairs", metric)) for metric in metrics)) for name, n in found.items()]
+    pairs = next(iter(found.values())).get("all pairs", metrics[0])
+    yield Table(
+        ("recipe", *metrics), tuple(rows), f"Of {pairs.n if pairs else 0} pairs; a dash where nothing was lost."
+    )
+
+
+def _probes(found: NAMED) -> Iterable[Table]:
+    average = "average of the concepts"
+    attacks = list(dict.fromkeys(r.metric for n in found.values() for r in n.record.results if r.subject == average))
+    rows = [(name, *(spelled(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
+    yield Table(("recipe", *attacks), tuple(rows), "Accuracy on erased objects after each attack, averaged over them.")
+
+
+def _cost(found: NAMED) -> Iterable[Table]:
+    rows = []
+    for name, n in found.items():
+        patches = [s for s in n.subjects() if "(" in s]
+        each = [sum(n.value(s, m) or 0.0 for s in patches) / len(patches) for m in _EACH]
+        peak = next((spelled(n.get(s, _PEAK)) for s in n.subjects() if n.get(s, _PEAK)), "—")
+        rows.append((name, *map(plain, each), peak))
+    yield Table(("recipe", *_EACH, _PEAK), tuple(rows), "Means over six patches.")
+
+
+_EACH = ("seconds to solve", "bytes", "seconds to lay on", "seconds to take off")
+_PEAK = "peak memory of solving, MB"
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{table.caption}\n\n{body}"
+
+
+def _provenance(records: Sequence[EvaluationRecord]) -> str:
+    judges = sorted({record.judge for record in records})
+    samplers = sorted(
+        {", ".join(f"{k} {v}" for k, v in sorted(record.settings["sampler"].items())) for record in records}
+    )
+    software = sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in records})
+    base = f"judge: {'; '.join(judges)}\n- sampler: {'; '.join(samplers)}\n- software: {'; '.join(software)}"
+    return f"## Provenance\n\n- {base}\n- every number, with seeds and settings: `benchmarks/results/`"

@@ -1,0 +1,193 @@
+"""Ways to bring an erased concept back, after Lu et al., "When are concepts erased" (NeurIPS 2025), and others named below.
+
+Each draws pictures with the patches on, and leaves the pipeline bit for bit as it was:
+
+- completion: the base draws the first steps, the patched model the rest;
+- noise: the sampler adds more noise at every step than it takes out (DDIM's eta beyond 0);
+- inversion: a new word is learned on the patched model from pictures of the concept (Pham et al., ICLR 2024);
+- revival: the patched U-Net is trained on pictures of other things (Suriyakumar et al., 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from overpaint.evaluation.images import generate
+from overpaint.evaluation.studio import Studio
+from overpaint.evaluation.worlds import Question
+from overpaint.patches.compose import Term
+
+Pictures = NDArray[np.uint8]
+BATCH = 8
+
+
+def completed(studio: Studio, terms: Sequence[Term], questions: Sequence[Question], clean: int) -> Pictures:
+    """The base draws `clean` steps, the patched model the rest; 0 is the patched model alone."""
+    overlay = studio.overlay
+
+    def hand_over(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 == clean:
+            overlay.set(terms)
+        return values
+
+    pipe, found = _With(studio.pipe, {"callback_on_step_end": hand_over}), []
+    for start in range(0, len(questions), studio.sampler.batch):
+        overlay.set(() if clean else terms)
+        found.append(_generated(pipe, studio, questions[start : start + studio.sampler.batch]))
+    return np.concatenate(found)
+
+
+def noised(studio: Studio, terms: Sequence[Term], questions: Sequence[Question], eta: float) -> Pictures:
+    """Drawn with DDIM's noise at `eta` times its usual size; 0 is the sampler as it is. Other samplers ignore it."""
+    studio.overlay.set(terms)
+    return _generated(_With(studio.pipe, {"eta": eta}), studio, questions)
+
+
+def inverted(
+    studio: Studio, terms: Sequence[Term], wanted: Pictures, questions: Sequence[Question], steps: int, seed: int
+) -> Pictures:
+    """Drawn for a word whose embedding was learned, on the patched model, from pictures of the concept.
+
+    `wanted` are those pictures, uint8 [n, h, w, 3]; the seeds of `questions` are used, and the sentence "a picture of a" the
+    new word.
+    """
+    studio.overlay.set(terms)
+    pipe = studio.pipe
+    word, token = _spare_word(pipe)
+    sentence = f"a picture of a {word}"
+    latents = _encoded(pipe, wanted)
+    table = pipe.text_encoder.get_input_embeddings()
+    learned = table.weight.detach().float().mean(0).clone().requires_grad_()
+    ids = _ids(pipe, [sentence])
+    with _replaced(table, token, learned):
+        optimizer = torch.optim.Adam([learned], lr=0.02)
+        for batch in _batches(latents, steps, seed):
+            text = pipe.text_encoder(ids.to(latents.device))[0].expand(len(batch.latents), -1, -1)
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(_predicted(pipe, pipe.unet, batch, text), batch.noise).backward()
+            optimizer.step()
+        learned.requires_grad_(False)
+        pipe.unet.zero_grad(set_to_none=True)
+        pipe.text_encoder.zero_grad(set_to_none=True)
+        asked = [Question(sentence, question.seed, question.shows) for question in questions]
+        return _generated(pipe, studio, asked)
+
+
+def revived(
+    studio: Studio,
+    terms: Sequence[Term],
+    other: Pictures,
+    prompts: Sequence[str],
+    questions: Sequence[Question],
+    steps: int,
+    seed: int,
+    rate: float = 1e-4,
+) -> Pictures:
+    """Drawn after the patched U-Net, as a copy, was trained on pictures of other things with their prompts."""
+    studio.overlay.set(terms)
+    pipe = studio.pipe
+    latents = _encoded(pipe, other)
+    with torch.no_grad():
+        texts = pipe.text_encoder(_ids(pipe, prompts).to(latents.device))[0]
+    patched = pipe.unet
+    trained = copy.deepcopy(patched)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
+    for batch in _batches(latents, steps, seed):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(_predicted(pipe, trained, batch, texts[batch.chosen]), batch.noise).backward()
+        optimizer.step()
+    pipe.unet = trained
+    try:
+        return _generated(pipe, studio, questions)
+    finally:
+        pipe.unet = patched
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Clean latents, the noise to add, how far along the schedule (0 to 1), and which pictures they are."""
+
+    latents: Tensor
+    noise: Tensor
+    times: Tensor
+    chosen: Tensor
+
+
+def _batches(latents: Tensor, steps: int, seed: int) -> Iterator[_Batch]:
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(latents), (min(BATCH, len(latents)),), generator=rng)
+        noise = torch.randn(latents[chosen].shape, generator=rng).to(latents)
+        yield _Batch(latents[chosen], noise, torch.rand(len(chosen), generator=rng), chosen)
+
+
+def _predicted(pipe: Any, unet: Any, batch: _Batch, text: Tensor) -> Tensor:
+    levels = pipe.scheduler.config.num_train_timesteps
+    times = (batch.times * levels).long().clamp(max=levels - 1).to(batch.latents.device)
+    noisy = pipe.scheduler.add_noise(batch.latents, batch.noise, times)
+    found: Tensor = unet(noisy, times, encoder_hidden_states=text).sample
+    return found
+
+
+@torch.no_grad()
+def _encoded(pipe: Any, pictures: Pictures) -> Tensor:
+    pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+    parts = [pipe.vae.encode(part.to(pipe.vae.device)).latent_dist.mean for part in pixels.split(BATCH)]
+    found: Tensor = torch.cat(parts) * pipe.vae.config.scaling_factor
+    return found
+
+
+def _ids(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    length = pipe.tokenizer.model_max_length
+    usual = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    found: Tensor = pipe.tokenizer(list(prompts), **usual).input_ids
+    return found
+
+
+def _spare_word(pipe: Any) -> tuple[str, int]:
+    """A word of one token that no sentence here uses: a single letter other than "a"."""
+    for letter in "zqxjkv":
+        tokens = pipe.tokenizer(letter, add_special_tokens=False).input_ids
+        if len(tokens) == 1:
+            return letter, int(tokens[0])
+    raise AssertionError("a CLIP tokenizer has its letters")
+
+
+@contextmanager
+def _replaced(table: nn.Module, token: int, embedding: Tensor) -> Iterator[None]:
+    """Within the block, a token has another embedding; no weight is touched."""
+
+    def replace(module: nn.Module, asked: Any, found: Tensor) -> Tensor:
+        return torch.where((asked[0] == token)[..., None], embedding.to(found), found)
+
+    handle = table.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _With:
+    """A pipeline that is always called with some arguments more."""
+
+    def __init__(self, pipe: Any, more: dict[str, Any]) -> None:
+        self._pipe, self._more = pipe, more
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._pipe(*args, **named, **self._more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def _generated(pipe: Any, studio: Studio, questions: Sequence[Question]) -> Pictures:
+    return generate(pipe, [q.prompt for q in questions], [q.seed for q in questions], studio.sampler)

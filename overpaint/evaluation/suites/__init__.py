@@ -1,0 +1,71 @@
+"""One suite per file: a bench in, findings out. A suite is a frozen dataclass whose fields are its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from overpaint.errors import NotFound, OverpaintError
+
+if TYPE_CHECKING:
+    from overpaint.evaluation.bench import Bench
+    from overpaint.evaluation.estimates import Finding
+
+SUITES = {
+    "quick": ("overpaint.evaluation.suites.quick:Quick", "erased, kept and restored, in a minute"),
+    "grid": ("overpaint.evaluation.suites.grid:Grid", "styles x objects for each patch alone, as UnlearnCanvas"),
+    "generality": (
+        "overpaint.evaluation.suites.generality:Generality",
+        "synonyms, and concepts nobody listed, as MACE",
+    ),
+    "scenes": ("overpaint.evaluation.suites.scenes:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
+    "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
+    "crosstalk": ("overpaint.evaluation.suites.crosstalk:Measured", "what each patch does to every other concept"),
+    "probes": ("overpaint.evaluation.suites.probes:Probes", "four ways to bring erased objects back, as they come out"),
+    "cost": ("overpaint.evaluation.suites.cost:Cost", "seconds, memory and bytes of every patch"),
+}
+"""Every suite by name, with what it asks; listed without importing any of them."""
+
+
+class Suite(Protocol):
+    """What every suite offers."""
+
+    def run(self, bench: Bench) -> list[Finding]:
+        """What was found. Raises OverpaintError when the bench has too little for this suite."""
+        ...
+
+
+def suite_class(name: str) -> type[Any]:
+    """The suite of a name. Raises NotFound with the known names."""
+    if name not in SUITES:
+        near = get_close_matches(name, SUITES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise NotFound(f"no suite is called {name!r}; {hint}known are: {', '.join(SUITES)}")
+    module, _, attribute = SUITES[name][0].partition(":")
+    found: type[Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def configured(name: str, settings: Mapping[str, str]) -> Suite:
+    """A suite from `--set name=value` texts; whole numbers and texts are what suites take.
+
+    Raises OverpaintError for a setting that the suite lacks or cannot take.
+    """
+    kind = suite_class(name)
+    known = {each.name: each for each in fields(kind)}
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        if key not in known:
+            raise OverpaintError(f"the suite {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
+        default = known[key].default
+        if isinstance(default, int):
+            if not text.strip().isdecimal() or int(text) < 1:
+                raise OverpaintError(f"{key} of the suite {name} is a whole number from 1 on; got {text!r}")
+            values[key] = int(text)
+        else:
+            values[key] = text
+    found: Suite = kind(**values)
+    return found

@@ -1,0 +1,95 @@
+"""Cost: seconds, memory and bytes of every patch, and the seconds to lay it on and take it off a live pipeline.
+
+The seconds of solving are those of the day on which the patch was solved. For memory, the first patch of each solver is
+solved once more in a process of its own; what is counted is how far that process grew while it solved. Nothing is judged.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from overpaint.evaluation.bench import Bench, Held
+from overpaint.evaluation.estimates import Finding
+from overpaint.patches.compose import compose
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How often composing and swapping are timed; the median counts."""
+
+    repeats: int = 5
+
+    def run(self, bench: Bench) -> list[Finding]:
+        rows = []
+        for held in bench.held:
+            subject = f"{held.concept.name} ({held.solver})"
+            rows.append(Finding(subject, "seconds to solve", held.seconds, 1))
+            rows.append(Finding(subject, "bytes", float(held.nbytes), 1))
+            rows += self._swapped(bench, held, subject)
+        rows.append(Finding("all patches", "bytes", float(sum(held.nbytes for held in bench.held)), len(bench.held)))
+        seconds = [_timed(lambda: compose(bench.base, bench.terms())) for _ in range(self.repeats)]
+        rows.append(Finding("all patches", "seconds to compose", median(seconds), self.repeats))
+        for solver, held in {held.solver: held for held in reversed(bench.held)}.items():
+            rows.append(Finding(solver, "peak memory of solving, MB", _peak_megabytes(bench, held), 1))
+        return rows
+
+    def _swapped(self, bench: Bench, held: Held, subject: str) -> list[Finding]:
+        """Seconds to lay one patch on a pipeline that carries the others, and to take it off again."""
+        overlay = bench.studio.overlay
+        overlay.set(bench.terms())
+        off, on = [], []
+        for _ in range(self.repeats):
+            off.append(_timed(lambda: overlay.remove(held.term.id)))
+            on.append(_timed(lambda: overlay.add(held.term)))
+        return [
+            Finding(subject, "seconds to lay on", median(on), self.repeats),
+            Finding(subject, "seconds to take off", median(off), self.repeats),
+        ]
+
+
+def _timed(act: Any) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def _peak_megabytes(bench: Bench, held: Held) -> float:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_solve_again, bench.base.path, held.patch.manifest, str(bench.device)).result()
+
+
+def _solve_again(path: Path, manifest: dict[str, Any], device: str) -> float:
+    """Solve a patch from its manifest; how many megabytes the process grew by, at most, meanwhile."""
+    import torch
+
+    from overpaint.bases.base import Base
+    from overpaint.concepts import Concept
+    from overpaint.solvers import solver_class
+    from overpaint.solvers.problem import EditProblem
+
+    made = manifest["solver"]
+    universe = tuple(Concept.from_json(each) for each in made.get("universe", ()))
+    concept = Concept.from_json(manifest["concept"])
+    problem = EditProblem(Base.open(path), concept, universe, int(made.get("seed", 0)), torch.device(device))
+    method = solver_class(made["name"])(**made.get("settings", {}))
+    before = _peak()
+    method.solve(problem)
+    return _peak() - before
+
+
+def _peak() -> float:
+    """The most memory this process ever had, in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # What getrusage says on Linux begins with the memory of the process that started this one.
+        (line,) = (line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

@@ -1,0 +1,4 @@
+"""Other tools' files: read into patches, and written from patches, with what is lost said in numbers.
+
+Each dialect of a file has one module that says how it spells layers and what its tensors mean; `tables` lists them.
+"""

@@ -1,0 +1,241 @@
+"""What every solver promises, as tests: inherit `SolverContract` in a test module and name the solver.
+
+from overpaint.testing import SolverContract
+
+class TestContract(SolverContract):
+    solver = MySolver
+    quick = {"iterations": 3}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import overpaint
+from overpaint.bases.base import Base
+from overpaint.concepts import Concept
+from overpaint.patches.compose import Term, compose
+from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
+from overpaint.patches.live import Overlay
+from overpaint.patches.patch import make_patch, read_patch
+from overpaint.solvers import SOLVERS
+from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settings_of
+from overpaint.testing.tiny import tiny_base
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One solve, and what was seen on the way."""
+
+    solution: Solution
+    reports: list[tuple[int, int, str]]
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+class SolverContract:
+    """Tests that every solver passes. A subclass names its `solver`, and `quick` settings that solve a tiny base in a second.
+
+    `concept` and `universe` may be replaced where a method needs a concept of another kind.
+    """
+
+    solver: ClassVar[type[Solver]]
+    quick: ClassVar[Mapping[str, Any]] = {}
+    concept: ClassVar[Concept] = Concept("cat")
+    universe: ClassVar[tuple[Concept, ...]] = (Concept("dog"), Concept("car"))
+
+    @classmethod
+    def made(cls) -> Solver:
+        """The solver with its quick settings."""
+        return cls.solver(**cls.quick)
+
+    @classmethod
+    def problem(cls, base: Base, **changes: Any) -> EditProblem:
+        """The contract's problem on a base."""
+        return EditProblem(base, cls.concept, **{"universe": cls.universe, "seed": 3, **changes})
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A tiny base in half precision that no test writes to."""
+        return tiny_base(tmp_path_factory.mktemp("contract") / "tiny").path
+
+    @pytest.fixture
+    def base(self, folder: Path) -> Base:
+        """The tiny base, newly opened."""
+        return Base.open(folder)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def solved(cls, folder: Path) -> Solved:
+        """One solution that several tests look at."""
+        before, reports = _files(folder), []
+        solution = cls.made().solve(cls.problem(Base.open(folder), report=lambda *told: reports.append(told)))
+        return Solved(solution, reports, before, _files(folder))
+
+    def test_the_base_is_bit_identical_afterwards(self, solved: Solved) -> None:
+        assert solved.after == solved.before
+
+    def test_it_changes_something(self, base: Base, solved: Solved) -> None:
+        composed = compose(base, [Term("a", solved.solution.delta)])
+        assert any(not torch.equal(base.tensor(name), tensor) for name, tensor in composed.items())
+
+    def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(self, base: Base, solved: Solved) -> None:
+        torch.manual_seed(1234)
+        assert self.made().solve(self.problem(base)).delta == solved.solution.delta
+
+    def test_the_order_of_the_universe_changes_nothing(self, base: Base, solved: Solved) -> None:
+        turned = (*reversed(self.universe), self.concept)
+        assert self.made().solve(self.problem(base, universe=turned)).delta == solved.solution.delta
+
+    def test_strength_zero_changes_nothing(self, base: Base, solved: Solved) -> None:
+        assert compose(base, [Term("a", solved.solution.delta, strength=0.0)]) == {}
+
+    def test_a_concept_without_a_universe_can_be_erased(self, base: Base) -> None:
+        assert self.made().solve(self.problem(base, universe=())).delta.targets(base)
+
+    def test_only_declared_tensors_are_touched(self, base: Base, solved: Solved) -> None:
+        declared = self.made().touches(base)
+        for name in solved.solution.delta.targets(base):
+            assert any(fnmatch.fnmatchcase(name, pattern) for pattern in declared), f"{name} is not declared"
+        for pattern in declared:
+            assert fnmatch.filter(base.names, pattern), f"{pattern} names no tensor of the base"
+
+    def test_it_composes_live_with_changes_of_every_kind_and_lifts_off(self, base: Base, solved: Solved) -> None:
+        own = Term("m", solved.solution.delta, strength=0.75)
+        pipe, others = base.pipeline(), _neighbours(base)
+        plain = _weights(pipe, base)
+        with Overlay(pipe, base) as overlay:
+            overlay.set([own])
+            for other in others:
+                overlay.add(other)
+            assert _equal(_weights(pipe, base), {**plain, **compose(base, [*others, own])})
+            overlay.remove(own.id)
+            assert _equal(_weights(pipe, base), {**plain, **compose(base, others)})
+            overlay.clear()
+            assert _equal(_weights(pipe, base), plain)
+
+    def test_its_delta_survives_the_patch_file(self, base: Base, solved: Solved) -> None:
+        patch = make_patch(base, self.concept, solved.solution.delta, {"name": "under-test"})
+        assert read_patch(patch.blob).delta == solved.solution.delta
+
+    def test_progress_is_told_in_order(self, solved: Solved) -> None:
+        steps = [step for step, _, _ in solved.reports]
+        assert steps, "problem.report was never called"
+        assert steps == sorted(steps)
+        assert all(0 <= step <= of and text for step, of, text in solved.reports)
+
+    def test_an_interruption_passes_and_leaves_nothing_behind(self, folder: Path, solved: Solved) -> None:
+        base = Base.open(folder)
+        for after in sorted({0, len(solved.reports) // 2}):
+            with pytest.raises(KeyboardInterrupt):
+                self.made().solve(self.problem(base, report=_Impatient(after)))
+        assert _files(folder) == solved.before
+        assert self.made().solve(self.problem(base)).delta == solved.solution.delta, "the next solve is not affected"
+
+    def test_an_interruption_leaves_the_registry_clean(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(SOLVERS, "under-test", f"{self.solver.__module__}:{self.solver.__qualname__}")
+        shop = overpaint.open(tmp_path / "registry")
+        shop.add_base("tiny", folder)
+        before = _stored(tmp_path / "registry")
+        settings = {name: str(value) for name, value in self.quick.items()}
+        with pytest.raises(KeyboardInterrupt):
+            shop.solve(self.concept, base="tiny", solver="under-test", settings=settings, report=_Impatient(0))
+        assert not shop.patches()
+        assert not shop.concepts()
+        assert _stored(tmp_path / "registry") == before
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_bases_of_other_precisions_are_solved(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        base = tiny_base(tmp_path / "tiny", dtype)
+        delta = self.made().solve(self.problem(base)).delta
+        composed = compose(base, [Term("a", delta)])
+        assert {base.tensor(name).dtype for name in composed} == {dtype}
+        assert any(not torch.equal(base.tensor(name), tensor) for name, tensor in composed.items())
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+    def test_it_runs_on_a_gpu_and_hands_back_arrays_on_the_cpu(self, base: Base) -> None:
+        delta = self.made().solve(self.problem(base, device=torch.device("cuda"))).delta
+        assert all(array.device.type == "cpu" and array.isfinite().all() for array in delta.tensors().values())
+
+    def test_settings_are_explained_and_come_back_from_json_and_text(self) -> None:
+        solver = self.made()
+        assert all(f.metadata["about"] for f in dataclasses.fields(solver))  # type: ignore[arg-type]
+        settings = json.loads(json.dumps(settings_of(solver)))
+        assert self.solver(**settings) == solver
+        assert configure(self.solver, {name: str(value) for name, value in settings.items()}) == solver
+
+    def test_every_preset_is_valid(self) -> None:
+        for name in self.solver.PRESETS:
+            assert self.solver.preset(name) == configure(self.solver, {"preset": name})
+
+    def test_it_says_in_its_first_line_what_it_does(self) -> None:
+        assert (self.solver.__doc__ or "").strip().splitlines()[0]
+
+
+class _Impatient:
+    """A listener that gives up after so many reports."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, step: int, of: int, text: str) -> None:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The digest of every file under a folder."""
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _stored(registry: Path) -> set[str]:
+    """The files of a registry that hold something; caches and the database's own journals are not asked about."""
+    found = (f.relative_to(registry) for f in registry.rglob("*") if f.is_file())
+    return {str(f) for f in found if f.parts[0] != "cache" and not f.name.endswith(("-wal", "-shm", "-journal"))}
+
+
+def _neighbours(base: Base) -> list[Term]:
+    """Small random changes of every kind: together they lie on every tensor that any solver could touch."""
+    rng = torch.Generator().manual_seed(7)
+
+    def small(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng) * 0.01
+
+    shapes = {name: base.places[name].shape for name in base.names if not name.startswith("vae/")}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    width = base.places[base.readers()[0]].shape[1]
+    deltas: dict[str, Delta] = {
+        "dense": Dense({name: small(*shape) for name, shape in shapes.items()}),
+        "low rank": LowRank({name: (small(rows, 1), small(1, columns)) for name, (rows, columns) in matrices.items()}),
+        "text map": TextMap("text_encoder", small(width, 2), small(width, 2)),
+    }
+    return [Term(name, delta) for name, delta in deltas.items()]
+
+
+def _weights(pipe: Any, base: Base) -> dict[str, Tensor]:
+    """A pipeline's parameters by canonical name, in the base's precision: what was written there came from it."""
+    found = {}
+    for name, component in base.layout.components.items():
+        for local, parameter in getattr(pipe, name).named_parameters():
+            canonical = f"{name}/{component.canonical(local)}"
+            found[canonical] = parameter.detach().to(base.tensor(canonical).dtype, copy=True)
+    return found
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,149 @@
+"""A patch that closes some of a base's doors is told apart from one that closes all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from overpaint.bases.base import Base
+from overpaint.bases.text import encoders
+from overpaint.concepts import Concept
+from overpaint.evaluation.crosstalk import crosstalk
+from overpaint.patches.compose import Term, compose
+from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
+from overpaint.patches.doors import open_doors, untouched_doors
+from overpaint.patches.patch import make_patch
+from overpaint.solvers.keys import keys_and_values
+from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.separable import Separable
+from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
+
+POOLED = "text_encoder_2.pooled"
+CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
+PROVENANCE = {"name": "test", "settings": {}, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return tiny_xl_base(tmp_path_factory.mktemp("xl") / "xl", torch.float32)
+
+
+def closing(*doors: str) -> Delta:
+    maps = [TextMap(door, *torch.ones(2, WIDTHS[door], 1)) for door in doors]
+    return sum(maps[1:], start=maps[0])
+
+
+def dense(base: Base, *names: str) -> Dense:
+    return Dense({name: torch.full_like(base.tensor(name), 0.01) for name in names})
+
+
+def test_a_patch_that_closes_only_cross_attention_is_reported_as_leaving_a_door_open(xl: Base) -> None:
+    assert open_doors(xl, closing("text_encoder", "text_encoder_2")) == (POOLED,)
+    assert open_doors(xl, dense(xl, *xl.readers("text_encoder"))) == (POOLED,)
+    assert open_doors(xl, closing("text_encoder")) == ("text_encoder_2", POOLED)
+    assert open_doors(xl, closing(POOLED)) == ("text_encoder", "text_encoder_2")
+    assert open_doors(xl, closing(*WIDTHS)) == ()
+    assert untouched_doors(xl, xl.readers("text_encoder")) == (POOLED,)
+
+
+def test_the_columns_that_change_say_which_of_two_doors_is_closed(xl: Base) -> None:
+    name = xl.readers("text_encoder")[0]
+    out, inner = xl.places[name].shape
+    down = torch.zeros(1, inner)
+    down[:, 40] = 1
+    assert open_doors(xl, LowRank({name: (torch.ones(out, 1), down)})) == ("text_encoder", POOLED)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "left"),
+    [
+        ("text_encoder/text_model.encoder.layers.0.mlp.fc1.weight", ("text_encoder_2", POOLED)),
+        ("text_encoder_2/text_model.encoder.layers.0.mlp.fc1.weight", ("text_encoder",)),
+        ("text_encoder_2/text_projection.weight", ("text_encoder", "text_encoder_2")),
+        # A penultimate state is not touched by what comes after it.
+        ("text_encoder_2/text_model.encoder.layers.2.mlp.fc1.weight", ("text_encoder", "text_encoder_2")),
+        ("text_encoder/text_model.encoder.layers.2.mlp.fc1.weight", ()),
+        ("unet/conv_in.weight", ()),
+    ],
+)
+def test_a_text_encoder_that_changes_closes_its_own_doors(xl: Base, tensor: str, left: tuple[str, ...]) -> None:
+    assert open_doors(xl, dense(xl, tensor)) == left
+
+
+def test_a_base_with_one_door_has_none_left_open(base: Base) -> None:
+    assert open_doors(base, TextMap("text_encoder", *torch.ones(2, 64, 1))) == ()
+    assert open_doors(base, dense(base, "unet/conv_in.weight")) == ()
+
+
+def test_separable_closes_every_door(xl: Base) -> None:
+    solution = Separable().solve(EditProblem(xl, CAT, (DOG, CAR)))
+    assert {part.encoder for part in solution.delta.parts if isinstance(part, TextMap)} == set(WIDTHS)
+    assert solution.delta.targets(xl) == xl.readers()
+    assert open_doors(xl, solution.delta) == ()
+    assert solution.diagnostics["open_doors"] == []
+    assert solution.diagnostics["doors"].keys() == WIDTHS.keys()
+
+
+def test_what_comes_through_each_door_moves_for_its_concept_more_than_for_others(xl: Base) -> None:
+    solution = Separable(rank=32, ridge=1e-6).solve(EditProblem(xl, CAT, (DOG, CAR)))
+    heard = encoders(xl)
+    for part in solution.delta.parts:
+        assert isinstance(part, TextMap)
+        moved = {}
+        for concept in (CAT, DOG, CAR):
+            keys, _ = keys_and_values(heard[part.encoder], xl, concept)
+            moved[concept.name] = float((part.up.double() @ (part.down.double().T @ keys)).norm() / keys.norm())
+        assert moved["cat"] > 1.3 * max(moved["dog"], moved["car"]), part.encoder
+
+
+def test_begin_of_text_does_not_move_through_any_door(xl: Base) -> None:
+    solution = Separable().solve(EditProblem(xl, CAT, (DOG,)))
+    for part in solution.delta.parts:
+        assert isinstance(part, TextMap)
+        if part.encoder != POOLED:
+            begin = encoders(xl)[part.encoder].hidden([""])[0, 0]
+            moved = part.up @ (part.down.T @ begin)
+            # float32 factors, times the size of what they act on.
+            assert moved.norm() < 1e-6 * part.up.norm() * part.down.norm() * begin.norm()
+
+
+def test_cross_talk_through_several_doors_is_what_the_weights_do(xl: Base) -> None:
+    delta = closing("text_encoder", POOLED) * 1e-3
+    patch = make_patch(xl, CAT, delta, PROVENANCE)
+    found = crosstalk(xl, [patch], [DOG])
+    own, other = (_by_hand(xl, delta, concept) for concept in (CAT, DOG))
+    assert found.methods == ("closed form",)
+    # The factor keeps all but a millionth of the second moment.
+    assert found.ratios[0].tolist() == pytest.approx([1.0, other / own], rel=1e-3)
+
+
+def _by_hand(base: Base, delta: Delta, concept: Concept) -> float:
+    heard = encoders(base)
+    keys = {door: keys_and_values(encoder, base, concept)[0] for door, encoder in heard.items()}
+    beside = torch.cat([keys["text_encoder"], keys["text_encoder_2"]])
+    composed = compose(base, [Term("a", delta)])
+    moved = read = 0.0
+    for name in base.readers():
+        weight, said = base.tensor(name).double(), keys[POOLED] if name in base.readers(POOLED) else beside
+        weight, change = weight[:, : len(said)], composed[name].double()[:, : len(said)] - weight[:, : len(said)]
+        moved += float((change @ said).square().sum())
+        read += float((weight @ said).square().sum())
+    return math.sqrt(moved / read)
+
+
+def test_separable_on_a_single_file_is_separable_on_its_folder(tmp_path: Path, base: Base) -> None:
+    from tests.checkpoints import single_file
+
+    lone = single_file(base, tmp_path / "base.safetensors")
+    folder = tmp_path / "base"
+    for part in ("tokenizer", "text_encoder"):
+        (folder / part).mkdir(parents=True)
+        for file in (base.path / part).iterdir():
+            if file.suffix != ".safetensors":
+                (folder / part / file.name).write_bytes(file.read_bytes())
+    (folder / "model_index.json").write_bytes((base.path / "model_index.json").read_bytes())
+    first, second = (Separable().solve(EditProblem(each, CAT, (DOG,))).delta for each in (lone, base))
+    assert first == second

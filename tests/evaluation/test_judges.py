@@ -1,0 +1,176 @@
+"""Judges of every kind see what pictures show, and say clearly when they cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
+
+from overpaint.bases.base import Base
+from overpaint.concepts import Concept
+from overpaint.errors import NotFound, OverpaintError
+from overpaint.evaluation.images import Sampler, generate
+from overpaint.evaluation.judges import Judge, open_judge
+from overpaint.evaluation.worlds import EmojiWorld, ListedWorld, Question, read_questions
+
+CPU = torch.device("cpu")
+WORLD = ListedWorld([Concept("cat", "object", ("kitty",)), Concept("ink", "style")])
+NOISE = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Base:
+    return Base.open("emoji")
+
+
+@pytest.fixture(scope="module")
+def drawings(emoji: Base) -> tuple[list[Question], NDArray[np.uint8]]:
+    """A few pictures of the embedded base."""
+    asked = [q for name in ("sun", "bus", "rose", "robot") for q in EmojiWorld().ask("object", name, 1)]
+    sampler = Sampler(steps=8, guidance=3.0)
+    return asked, generate(emoji.pipeline(), [q.prompt for q in asked], [q.seed for q in asked], sampler)
+
+
+@pytest.mark.parametrize("spec", ["", "cnn", "clip"])
+def test_the_embedded_judges_see_what_the_embedded_base_draws(emoji: Base, drawings: Any, spec: str) -> None:
+    asked, pictures = drawings
+    judge = open_judge(spec, emoji, EmojiWorld(), CPU)
+    assert isinstance(judge, Judge)
+    found = judge.probabilities(pictures, "object")
+    assert found.shape == (4, 50)
+    assert found.sum(1) == pytest.approx(1, abs=1e-4)
+    seen = [judge.heads["object"][i] for i in found.argmax(1)]
+    assert sum(a == q.shows["object"] for a, q in zip(seen, asked, strict=True)) >= 3
+    assert judge.features(pictures).shape[0] == 4
+    assert len(judge.name.split()[1]) == 12
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image classifier with random weights and ImageNet's way to write labels."""
+    folder = tmp_path_factory.mktemp("classifier")
+    labels = {0: "tabby, kitty", 1: "sports_car, car", 2: "cat", 3: "spoon"}
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", id2label=labels,
+        label2id={label: i for i, label in labels.items()},
+    )  # fmt: skip
+    ResNetForImageClassification(config).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_answers_for_every_label_of_a_class(base: Base, classifier: Path) -> None:
+    judge = open_judge(f"classifier:{classifier}", base, WORLD, CPU)
+    assert judge.heads["object"] == ("cat", "car")
+    found = judge.probabilities(NOISE, "object")
+    logits = torch.from_numpy(judge.features(NOISE)).softmax(1).numpy()
+    assert found[:, 0] == pytest.approx(logits[:, 0] + logits[:, 2])
+    assert found[:, 1] == pytest.approx(logits[:, 1])
+
+
+def test_a_classifier_that_knows_no_concept_is_refused(base: Base, classifier: Path) -> None:
+    world = ListedWorld([Concept("unicorn")])
+    world.classes = {"object": {"unicorn": ("unicorn",)}}
+    with pytest.raises(NotFound, match=r"has no label for any concept here \(it has: cat"):
+        open_judge(f"classifier:{classifier}", base, world, CPU)
+
+
+def test_a_hook_brings_ones_own_judge(base: Base) -> None:
+    judge = open_judge("hook:tests.evaluation.scripted:one_class", base, WORLD, CPU)
+    assert judge.name == "cats"
+    with pytest.raises(OverpaintError, match="gave a str; a judge has name, heads"):
+        open_judge("hook:tests.evaluation.scripted:no_judge", base, WORLD, CPU)
+    with pytest.raises(OverpaintError, match="cannot be loaded: No module named 'nowhere'"):
+        open_judge("hook:nowhere:judge", base, WORLD, CPU)
+
+
+def test_words_that_name_no_judge_are_refused(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"no judge in .* --judge"):
+        open_judge("", base, WORLD, CPU)
+    with pytest.raises(NotFound, match="no clip/ of its own"):
+        open_judge("clip", base, WORLD, CPU)
+    for spec in ("crystal ball", "classifier", "hook:module"):
+        with pytest.raises(OverpaintError, match="names no judge; use cnn, clip"):
+            open_judge(spec, base, WORLD, CPU)
+    with pytest.raises(OverpaintError, match="cannot load the judge"):
+        open_judge(f"classifier:{tmp_path}", base, WORLD, CPU)
+
+
+# Worlds
+
+
+WORLDS = (EmojiWorld(), WORLD)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_questions_do_not_depend_on_their_company_and_name_what_they_show(world: Any) -> None:
+    for head, name in (("object", "cat"), ("style", "ink")):
+        asked = world.ask(head, name, 6)
+        assert asked[:3] == world.ask(head, name, 3)
+        assert len({q.seed for q in asked}) == 6
+        assert all(q.shows[head] == name and name in q.prompt for q in asked)
+        assert {q.seed for q in world.ask(head, name, 6, seed=7)} == {q.seed + 7 for q in asked}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_synonyms_are_asked_for_without_the_name(world: Any) -> None:
+    asked = world.ask_synonyms("cat", 4)
+    assert len(asked) == 4 * (len(world.classes["object"]["cat"]) - 1)
+    assert all("kitty" in q.prompt or "feline" in q.prompt for q in asked)
+    assert all(q.shows == {"object": "cat"} for q in asked)
+    assert world.ask_synonyms("car", 0) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_grid_has_every_cell_and_one_seed_for_all_of_a_turn(world: Any) -> None:
+    asked = world.grid(["ink"], ["cat", "car"], 2)
+    assert [(q.shows["style"], q.shows["object"], q.seed) for q in asked] == [
+        ("ink", "cat", 0),
+        ("ink", "cat", 1),
+        ("ink", "car", 0),
+        ("ink", "car", 1),
+    ]
+
+
+def test_a_concept_is_found_by_any_of_its_names() -> None:
+    assert EmojiWorld().class_of(Concept("Kitty")) == ("object", "cat")
+    assert WORLD.class_of(Concept("Ink", "style")) == ("style", "ink")
+    with pytest.raises(NotFound, match="can tell the style 'cat'"):
+        WORLD.class_of(Concept("cat", "style"))
+
+
+def test_prompts_of_ones_own_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text('prompt,concept,seed\n"a kitty, asleep",Kitty,7\nink on paper,ink,\n', "utf-8")
+    found = read_questions(file, WORLD)
+    (cat,), (ink,) = found["object", "cat"], found["style", "ink"]
+    assert (cat.prompt, cat.seed, cat.shows) == ("a kitty, asleep", 7, {"object": "cat"})
+    assert (ink.prompt, ink.seed) == ("ink on paper", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "prompt,concept\na cat,cat\na griffin,griffin\n",
+            "line 3 of .* asks for 'griffin', which nobody here can judge",
+        ),
+        ("prompt,concept,seed\na cat,cat,-1\n", "line 2 of .* has the seed '-1'"),
+        ("sentence\na cat\n", "no rows with the columns prompt and concept"),
+        ("", "no rows with the columns"),
+    ],
+)
+def test_prompts_that_cannot_be_judged_are_named(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text(text, "utf-8")
+    with pytest.raises(OverpaintError, match=says):
+        read_questions(file, WORLD)
+    with pytest.raises(OverpaintError, match="cannot read the prompts"):
+        read_questions(tmp_path / "none.csv", WORLD)

@@ -1,0 +1,187 @@
+"""The report of a recipe: whole, true to the numbers that were kept, readable by everybody, measured in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from overpaint.cli import main
+from overpaint.errors import AlreadyExists, OverpaintError
+from overpaint.evaluation import figures
+from overpaint.evaluation.graphics import Chart, HeatMap, Line, heat_map, line_chart
+from overpaint.registry.evaluations import ResultRecord
+from overpaint.reporting.numbers import percent, plain, spelled
+from overpaint.workshop import Workshop
+
+from .pages import chromium, measured
+from .test_report import Outline
+
+
+@pytest.fixture(scope="module")
+def files(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
+    """The files of one report, the page first."""
+    return shop.report("safe", tmp_path_factory.mktemp("page") / "safe.html", device="cpu").files
+
+
+@pytest.fixture(scope="module")
+def page(files: Sequence[Path]) -> str:
+    return files[0].read_text("utf-8")
+
+
+def test_the_page_answers_each_question_in_order(page: str) -> None:
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == [
+        "In short",
+        "What is erased",
+        "What is kept",
+        "What restores",
+        "Cross-talk",
+        "Many concepts at once",
+        "Can it be brought back?",
+        "What it costs",
+        "What this does not show",
+        "Provenance",
+        "How to reproduce",
+    ]
+
+
+def test_the_page_is_whole_by_itself(page: str) -> None:
+    outline = Outline(page)
+    assert not outline.open
+    assert not re.search(r"https?://|url\(|<link|@import|<script", page)
+    alts = [image["alt"] or "" for image in outline.all("img")]
+    assert len(alts) >= 6 * 12 + 24
+    assert all("seed" in alt and "prompt" in alt for alt in alts)
+
+
+def test_the_page_says_what_was_measured(page: str) -> None:
+    assert "0.0% (0.0% to 39.0%, n=6), cat" in page
+    assert "How often is what was erased still drawn?" in page
+    assert re.search(r">0 of \d+ tensors differ<", page)
+    assert '<td class="pale" style="--depth:0%">0.00</td>' in page
+    assert "SRS-ME" in page
+    assert "overpaint evaluate safe --suite grid --set" in page
+
+
+def test_provenance_names_base_weights_patches_judge_and_versions(shop: Workshop, page: str) -> None:
+    assert shop.base("tiny").fingerprint in page
+    assert shop.known_recipe("safe").digest() in page
+    assert all(record.id in page for record in shop.patches())
+    assert "judge reader; seed 0; device cpu, guidance 3.0, steps 1" in page
+
+
+def test_every_number_lies_beside_the_page(shop: Workshop, files: Sequence[Path]) -> None:
+    kept = [result for record in shop.known_recipe("safe").evaluations() for result in record.results]
+    by_suffix = {path.suffix: path for path in files if path.suffix in (".json", ".csv")}
+    with by_suffix[".csv"].open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in rows] == [result.value for result in kept]
+    runs = json.loads(by_suffix[".json"].read_text("utf-8"))
+    assert [r["value"] for run in runs for r in run["results"]] == [result.value for result in kept]
+
+
+def test_figures_are_pictures(files: Sequence[Path]) -> None:
+    pngs = [path for path in files if path.suffix == ".png"]
+    assert {path.name for path in pngs} == {
+        "safe-crosstalk-measured.png",
+        "safe-crosstalk-predicted.png",
+        "safe-scale.png",
+    }
+    for path in pngs:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+
+
+def test_a_report_is_not_written_over_another(shop: Workshop, files: Sequence[Path], tmp_path: Path) -> None:
+    before = files[0].read_bytes()
+    with pytest.raises(AlreadyExists, match="already there"):
+        shop.report("safe", files[0])
+    assert files[0].read_bytes() == before
+    (tmp_path / "new.csv").write_text("mine")
+    with pytest.raises(AlreadyExists, match=r"new\.csv is already there"):
+        shop.report("safe", tmp_path / "new.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
+    with pytest.raises(OverpaintError, match="make it first"):
+        shop.report("safe", tmp_path / "nowhere" / "new.html")
+
+
+def test_a_recipe_that_was_not_evaluated_says_what_to_type(shop: Workshop, tmp_path: Path) -> None:
+    shop.recipe("other", base="tiny").add("cat")
+    found = CliRunner().invoke(
+        main, ["--registry", str(shop.registry.folder), "report", "other", "-o", str(tmp_path / "r.html")]
+    )
+    assert found.exit_code == 1
+    assert "run `overpaint evaluate other` first" in " ".join(found.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_only_the_figures_are_missing(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'")
+
+    monkeypatch.setattr(figures, "_figure", none)
+    done = shop.report("safe", tmp_path / "r.html", device="cpu")
+    assert [path.suffix for path in done.files] == [".html", ".json", ".csv"]
+    assert done.notices == ("no PNG figures: figures need matplotlib: pip install 'overpaint[figures]'",)
+
+
+# In a browser
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+def test_the_layout_holds_in_a_browser(files: Sequence[Path], tmp_path: Path, width: int, dark: bool) -> None:
+    found = measured(files[0], tmp_path, width=width, dark=dark)
+    assert found["dark"] is dark
+    assert found["wide"] <= found["width"], "the page scrolls sideways"
+    assert all(loaded and size > 40 and alt for loaded, size, alt in found["images"])
+    assert len(found["charts"]) == 1
+    assert found["charts"][0][2] - found["charts"][0][0] > 250
+    assert found["outside"] == [], "words of the chart that are cut off"
+    assert found["faint"] == [], "text with less contrast than 4.5 to 1"
+    assert found["heats"] == 3
+    bottoms = [box[3] for box in found["sections"]]
+    assert all(box[1] >= above - 1 for box, above in zip(found["sections"][1:], bottoms[:-1], strict=True))
+
+
+def test_the_page_prints(files: Sequence[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.pdf"
+    chromium(tmp_path, f"--print-to-pdf={out}", "--no-pdf-header-footer", files[0].as_uri())
+    content = out.read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 3
+
+
+# Graphics and spelling
+
+
+def test_a_chart_says_its_numbers_and_keeps_its_whiskers() -> None:
+    chart = Chart((Line("a & b", ((1, 0.5, 0.25, 0.75), (4, 1.0, None, None))),), "Caption.", "N", "H")
+    drawn = "".join(line_chart(chart))
+    assert 'aria-label="Caption. H over N. a &amp; b: 0.50 at 1, 1.00 at 4"' in drawn
+    assert drawn.count("whisker") == 1
+    with pytest.raises(OverpaintError, match="no points"):
+        list(line_chart(Chart((), "empty", "x", "y")))
+
+
+def test_a_heat_map_has_a_number_in_every_cell_but_the_empty_ones() -> None:
+    drawn = "".join(heat_map(HeatMap(("a",), ("x", "y"), ((0.5, None),), "c")))
+    assert "--depth:50%" in drawn
+    assert "<td></td>" in drawn
+    with pytest.raises(OverpaintError, match="do not fit its 2 columns"):
+        HeatMap(("a",), ("x", "y"), ((0.5,),), "c")
+
+
+def test_numbers_are_spelled_by_what_they_measure() -> None:
+    assert spelled(ResultRecord("x", "accuracy", 0.5, 0.25, 0.75, 8)) == "50.0% (25.0% to 75.0%, n=8)"
+    assert spelled(ResultRecord("x", "PSNR, dB", 31.2345, None, None, 8)) == "31.23"
+    assert spelled(None) == "—"
+    assert (percent(1.0), plain(12345.0), plain(0.000123456)) == ("100.0%", "12,345", "0.0001235")

@@ -1,0 +1,45 @@
+"""`docs/using-with.md` cannot drift: its commands and programs run, one after the other, as somebody would paste them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import overpaint
+from overpaint.cli import main
+from overpaint.patches.formats.placing import FORMATS
+from tests.conftest import tiny_pipeline
+
+PAGE = Path(__file__).parents[2] / "docs" / "using-with.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained("path/to/sd15")
+    shop = overpaint.open("registry")
+    shop.add_base("sd15", "path/to/sd15")
+    for name in ("cat", "dog"):
+        shop.recipe("safe", base="sd15").add(shop.solve(name, base="sd15"))
+    ran = []
+    for kind, text in BLOCK.findall(PAGE.read_text("utf-8")):
+        if kind == "python":
+            exec(compile(text, str(PAGE), "exec"), {})
+        for line in text.splitlines() if kind == "sh" else ():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "overpaint"
+            found = CliRunner().invoke(main, ["--registry", "registry", *words[1:]], catch_exceptions=False)
+            assert found.exit_code == 0, (line, found.output)
+        ran.append(kind)
+    assert (ran.count("sh"), ran.count("python")) == (3, 3)
+    shutil.rmtree(tmp_path)
+
+
+def test_the_page_has_every_format() -> None:
+    page = PAGE.read_text("utf-8")
+    assert [name for name in FORMATS if f"| `{name}`" not in page] == []

@@ -1,0 +1,10 @@
+"""The separable solver keeps the contract; its theorem is in tests/test_solvers.py."""
+
+from __future__ import annotations
+
+from overpaint.solvers.separable import Separable
+from overpaint.testing import SolverContract
+
+
+class TestContract(SolverContract):
+    solver = Separable

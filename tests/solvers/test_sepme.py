@@ -1,0 +1,143 @@
+"""SepME: what is listed is not disturbed at all, what is trained becomes irrelevant, and room that runs out is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overpaint.bases.base import Base
+from overpaint.bases.text import TextEncoder
+from overpaint.concepts import Concept
+from overpaint.patches.delta import Dense, LowRank
+from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.sepme import SepME, free_of, null_space
+from overpaint.testing import SolverContract, tiny_pipeline
+
+CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
+QUICK: dict[str, Any] = {"iterations": 3, "pictures": 2, "steps": 2, "beta": 0.1}
+
+
+class TestContract(SolverContract):
+    solver = SepME
+    quick = QUICK
+
+
+class TestContractOfTheWhole(SolverContract):
+    """Without decoupling: all cross-attention weights."""
+
+    solver = SepME
+    quick = {**QUICK, **SepME.PRESETS["whole"], "lr": 1e-3}  # noqa: RUF012
+
+
+def test_the_null_space_is_orthogonal_to_every_listed_prompt(base: Base) -> None:
+    encoder = TextEncoder.of(base)
+    basis, rank = null_space(encoder, ["", "dog", "car"])
+    stacked = encoder.hidden(["", "dog", "car"]).reshape(-1, encoder.width)
+    assert basis.shape == (encoder.width, encoder.width - rank)
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
+    # Rounding of a float32 encoder times the size of its embeddings.
+    assert (stacked @ basis).abs().max() < 1e-4 * stacked.norm(dim=1).max()
+
+
+def test_a_prompt_takes_all_positions_but_begin_of_text_which_is_shared() -> None:
+    """The capacity of the exact scheme: 77 + 76 per further prompt at length 77, so nine others at d = 768."""
+    rng = torch.Generator().manual_seed(0)
+    begin = torch.randn(1, 1, 768, generator=rng)
+    for others, left in ((0, 691), (2, 539), (9, 7), (10, 0)):
+        rest = torch.randn(others + 1, 76, 768, generator=rng)
+        hidden = torch.cat([begin.expand(others + 1, -1, -1), rest], 1)
+        assert free_of(hidden)[0].shape == (768, left)
+
+
+def test_listed_prompts_are_left_alone_and_the_own_one_changes(base: Base) -> None:
+    settings = SepME(**QUICK, keep="a picture of the moon")
+    delta = settings.solve(EditProblem(base, CAT, (DOG,))).delta
+    assert isinstance(delta, LowRank)
+    encoder = TextEncoder.of(base)
+    cat, *listed = (encoder.hidden([p])[0] for p in ("cat", "dog", "", "a picture of the moon"))
+    for up, down in delta.factors.values():
+        for prompt in listed:
+            assert (prompt @ down.T @ up.T).norm() < 1e-3 * (cat @ down.T @ up.T).norm()
+
+
+def test_the_room_that_is_left_is_reported(base: Base) -> None:
+    found = SepME(**QUICK).solve(EditProblem(base, CAT, (DOG, CAR))).diagnostics
+    encoder = TextEncoder.of(base)
+    assert found["null_space"] + found["rank_of_others"] == encoder.width
+    assert found["capacity"] == (encoder.width - 1) // (encoder.length - 1)
+    assert found["capacity_left"] < found["capacity"]
+
+
+def test_increments_trained_together_leave_each_others_prompts_alone(base: Base) -> None:
+    problem = EditProblem(base, CAT, (DOG, CAR))
+    found = SepME(**QUICK).together(problem, (DOG, CAT))
+    assert {name: s.delta for name, s in found.items()} == {
+        name: s.delta for name, s in SepME(**QUICK).together(problem, (CAT, DOG)).items()
+    }
+    encoder = TextEncoder.of(base)
+    for own, other in (("cat", "dog"), ("dog", "cat")):
+        delta = found[own].delta
+        assert isinstance(delta, LowRank)
+        mine, theirs = (encoder.hidden([name])[0] for name in (own, other))
+        for up, down in delta.factors.values():
+            assert (theirs @ down.T @ up.T).norm() < 1e-3 * (mine @ down.T @ up.T).norm()
+
+
+def test_joint_training_keeps_ones_own_increment(base: Base) -> None:
+    """Increments do not disturb each other; the weights eta and the shared norm are what joint training adds."""
+    problem = EditProblem(base, CAT, (DOG,))
+    joint = SepME(**QUICK, joint=True).solve(problem).delta
+    assert joint == SepME(**QUICK).together(problem, (CAT, DOG))["cat"].delta
+    assert joint != SepME(**QUICK).solve(problem).delta
+
+
+def test_without_decoupling_all_cross_attention_weights_are_trained(base: Base) -> None:
+    delta = SepME.preset("whole", **QUICK, lr=1e-3).solve(EditProblem(base, CAT, (DOG,))).delta
+    assert isinstance(delta, Dense)
+    assert {name.rsplit(".", 2)[-2] for name in delta.changes} == {"to_q", "to_k", "to_v", "0"}
+    assert all(".attn2." in name for name in delta.changes)
+
+
+def test_training_lowers_the_correlation(base: Base) -> None:
+    """On the very latents that are trained on: the second step of the same draw is better than the first."""
+    base_line = SepME(iterations=1, pictures=1, steps=2, beta=0.1, batch=4)
+    first = base_line.solve(EditProblem(base, CAT)).diagnostics["correlation"]
+    later = SepME(iterations=40, pictures=1, steps=2, beta=0.1, batch=4, tau=-1.0).solve(EditProblem(base, CAT))
+    assert later.diagnostics["correlation"] < first
+
+
+def test_it_stops_when_the_average_falls_to_tau(base: Base) -> None:
+    found = SepME(iterations=40, warm_up=2, pictures=2, steps=2, tau=1e6).solve(EditProblem(base, CAT)).diagnostics
+    assert found["stopped_early"]
+    assert found["iterations"] == 4
+
+
+def test_a_tolerance_leaves_room_where_the_numerical_null_space_is_small(base: Base) -> None:
+    encoder = TextEncoder.of(base)
+    many = ["", "dog", "car", "fox", "bus", "sun"]
+    exact, rank = null_space(encoder, many)
+    wider, used = null_space(encoder, many, tolerance=0.1)
+    assert used < rank
+    assert wider.shape[1] > exact.shape[1]
+    begin = encoder.hidden([""])[0, 0]
+    assert (begin @ wider).norm() < 1e-4 * begin.norm(), "begin-of-text is never disturbed"
+
+
+def test_it_can_train_on_sentences(base: Base) -> None:
+    bare, spoken = SepME(**QUICK), SepME(**QUICK, sentences=4)
+    problem = EditProblem(base, CAT, (DOG,))
+    assert spoken.solve(problem).delta == spoken.solve(problem).delta
+    assert spoken.solve(problem).delta != bare.solve(problem).delta
+
+
+def test_an_empty_null_space_is_said_plainly(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(width=16)
+    # An untrained layer norm makes every embedding orthogonal to the vector of ones; a trained one does not.
+    torch.nn.init.normal_(pipe.text_encoder.final_layer_norm.bias)
+    pipe.save_pretrained(tmp_path / "narrow")
+    many = tuple(Concept(name) for name in ("dog", "fox", "car", "bus", "sun", "moon", "tree", "rose", "house"))
+    with pytest.raises(Unsolvable, match="no null space left"):
+        SepME(iterations=1).solve(EditProblem(Base.open(tmp_path / "narrow"), CAT, many))

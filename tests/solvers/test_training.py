@@ -1,0 +1,170 @@
+"""The loop of all training solvers: it descends, watches, stops, averages, and says what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from overpaint.bases.base import Base
+from overpaint.concepts import Concept
+from overpaint.patches.delta import Delta, Dense
+from overpaint.solvers.adapters import Average
+from overpaint.solvers.denoising import Denoiser
+from overpaint.solvers.problem import Diverged, EditProblem, OutOfMemory, Unsolvable
+from overpaint.solvers.training import Reading, Task, Training, descend, generator
+
+
+class Point:
+    """The smallest change there is: one vector."""
+
+    def __init__(self, *values: float) -> None:
+        self.at = nn.Parameter(torch.tensor(values))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.at]
+
+    def off(self) -> Any:
+        return nullcontext()
+
+    def delta(self) -> Delta:
+        return Dense({"unet/point": self.at})
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """The loop's settings without a solver."""
+
+    def task(self, model: Denoiser, problem: EditProblem) -> Task:
+        raise AssertionError("not asked for")
+
+
+def run(base: Base, task: Task, **settings: Any) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
+    told: list[tuple[int, int, str]] = []
+    problem = EditProblem(base, Concept("cat"), report=lambda *what: told.append(what))
+    return descend(task, Settings(**settings), problem), told
+
+
+def to(point: Point, goal: float) -> Callable[[torch.Generator], Reading]:
+    return lambda random: Reading((point.at - goal).square().sum())
+
+
+def test_it_descends_and_tells_the_loss_of_every_step(base: Base) -> None:
+    point = Point(0.0, 5.0)
+    found, told = run(base, Task(point, to(point, 2.0)), steps=400, lr=0.1)
+    assert torch.allclose(point.at, torch.full((2,), 2.0), atol=1e-2)
+    assert found["steps"] == 400
+    assert found["first_loss"] == 13.0
+    assert not found["stopped_early"]
+    assert [step for step, _, _ in told] == list(range(1, 401))
+    assert told[0][2] == "loss 1.30e+01"
+
+
+def test_it_stops_when_enough_is_forgotten(base: Base) -> None:
+    """The average begins at 1: after n steps at zero it is momentum^n, and 0.5^3 is the first below 0.2."""
+    point = Point(1.0)
+    task = Task(point, lambda random: Reading(point.at.sum(), left=0.0))
+    found, told = run(base, task, steps=50, until=0.2, momentum=0.5)
+    assert found["steps"] == 3
+    assert found["stopped_early"]
+    assert found["left"] == 0.125
+    assert told[-1][2].endswith("12% left")
+
+
+def test_it_never_stops_early_unless_it_is_told_to(base: Base) -> None:
+    point = Point(1.0)
+    found, _ = run(base, Task(point, lambda random: Reading(point.at.sum(), left=-5.0)), steps=7)
+    assert found["steps"] == 7
+    assert found["left"] < 0
+
+
+def test_a_loss_that_is_no_number_stops_at_its_step(base: Base) -> None:
+    point, losses = Point(1.0), iter([1.0, 2.0, float("nan")])
+    task = Task(point, lambda random: Reading(point.at.sum() * next(losses)))
+    with pytest.raises(Diverged, match=r"nan at step 2.*lower lr \(it is 0.5\)"):
+        run(base, task, steps=9, lr=0.5)
+
+
+def test_a_gradient_that_is_no_number_stops_it_before_it_is_used(base: Base) -> None:
+    point = Point(0.0)
+    with pytest.raises(Diverged, match="step 0"):
+        run(base, Task(point, lambda random: Reading(point.at.square().sum().sqrt())), steps=2)
+    assert point.at.item() == 0.0
+
+
+def test_the_average_is_what_comes_out(base: Base) -> None:
+    """Plain gradient descent on a slope of 1 moves by the learning rate, so that the average has a closed form."""
+    point = Point(0.0)
+    average = Average(point.parameters, 0.5)
+    sgd = torch.optim.SGD
+    run(base, Task(point, lambda random: Reading(point.at.sum()), sgd, average=average), steps=3, lr=1.0)
+    assert point.at.item() == ((0 - 1) / 2 - 2) / 2 / 2 - 3 / 2
+
+
+def test_within_an_average_the_parameters_are_it_and_afterwards_they_are_not() -> None:
+    point = Point(0.0)
+    average = Average(point.parameters, 0.75)
+    with torch.no_grad():
+        point.at.add_(4.0)
+    average.update()
+    with average.held():
+        assert point.at.item() == 1.0
+    assert point.at.item() == 4.0
+
+
+def test_gradients_are_clipped_together(base: Base) -> None:
+    point = Point(0.0, 0.0)
+    task = Task(point, lambda random: Reading(3 * point.at[0] + 4 * point.at[1]), torch.optim.SGD)
+    run(base, task, steps=1, lr=1.0, clip=1.0)
+    assert torch.allclose(point.at, torch.tensor([-0.6, -0.8]))
+
+
+def test_the_learning_rate_follows_its_schedule(base: Base) -> None:
+    point = Point(0.0)
+    task = Task(point, lambda random: Reading(point.at.sum()), torch.optim.SGD, rate=lambda step: float(step == 1))
+    run(base, task, steps=3, lr=0.25)
+    assert point.at.item() == -0.25
+
+
+def test_every_step_draws_numbers_of_its_own_and_the_same_ones_every_time(base: Base) -> None:
+    drawn: list[Tensor] = []
+    point = Point(0.0)
+
+    def loss(random: torch.Generator) -> Reading:
+        drawn.append(torch.rand(2, generator=random))
+        return Reading(point.at.sum())
+
+    run(base, Task(point, loss), steps=3)
+    run(base, Task(point, loss), steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[:3], drawn[3:], strict=True))
+    assert len({tuple(values.tolist()) for values in drawn}) == 3
+
+
+def test_seeds_and_streams_of_any_sign_and_size_have_generators() -> None:
+    found = {generator(seed, stream).initial_seed() for seed in (-1, 0, 1, 2**62) for stream in (-9, -1, 0, 999_999)}
+    assert len(found) == 16
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
+def test_out_of_memory_says_what_to_lower(base: Base, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    @dataclass(frozen=True)
+    class Greedy(Settings):
+        """Asks for too much."""
+
+        def task(self, model: Denoiser, problem: EditProblem) -> Task:
+            raise error
+
+    with pytest.raises(OutOfMemory, match=r"batch \(it is 3\), or set checkpoint=true or precision=bf16"):
+        Greedy(batch=3).solve(EditProblem(base, Concept("cat")))
+
+
+def test_a_base_with_several_doors_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Base, "doors", ("text_encoder", "text_encoder_2"))
+    with pytest.raises(Unsolvable, match=r"has 2 \(text_encoder, text_encoder_2\): use `separable`"):
+        Settings().solve(EditProblem(base, Concept("cat")))

@@ -1,0 +1,148 @@
+"""The vocabulary is heard once, goes on where it stopped, and is believed only when its digests are true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from overpaint.bases.base import Base
+from overpaint.bases.text import encoders
+from overpaint.concepts import Concept
+from overpaint.solvers import vocabulary
+from overpaint.solvers.keys import keys_of, neutral_sentences
+from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.separable import Separable
+from overpaint.solvers.vocabulary import SENTENCES_PER_WORD, Task, vocabularies
+from overpaint.solvers.vocabulary_file import BadVocabulary, place, read
+from overpaint.testing.tiny import THINGS
+from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
+
+Told = list[tuple[int, int, str]]
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", 4)
+    monkeypatch.setattr(vocabulary, "SAVE_EVERY", 0.0)
+
+
+def heard(base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *told: None) -> object:
+    task = Task.of(base, encoders(base), limit)
+    return vocabularies(task, encoders(base), folder, report)["text_encoder"]
+
+
+def only_file(folder: Path) -> Path:
+    (file,) = folder.iterdir()
+    return file
+
+
+def same(first: object, second: object) -> bool:
+    assert isinstance(first, tuple)
+    assert isinstance(second, tuple)
+    return [(s.template, s.words) for s in first] == [(s.template, s.words) for s in second] and all(
+        torch.equal(a.moment, b.moment) for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_every_word_is_heard_in_as_many_sentences_as_said(base: Base) -> None:
+    found = heard(base, None)
+    assert isinstance(found, tuple)
+    assert [sentence.template for sentence in found] == list(neutral_sentences(base))
+    for word in THINGS:
+        assert sum(word in sentence.words for sentence in found) == SENTENCES_PER_WORD
+    encoder = encoders(base)["text_encoder"]
+    for sentence in found:
+        keys = keys_of(encoder, sorted(sentence.words), [sentence.template])
+        # Summed in another order, of prompts that were encoded in other batches.
+        torch.testing.assert_close(sentence.moment, keys @ keys.T, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
+    told: Told = []
+    first = heard(base, tmp_path, report=lambda *what: told.append(what))
+    assert [step for step, _, _ in told] == list(range(1, told[-1][1] + 1))
+    told.clear()
+    assert same(first, heard(base, tmp_path, report=lambda *what: told.append(what)))
+    assert not told, "nothing was computed again"
+    assert same(first, heard(base, None))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_an_interrupted_computation_goes_on_and_ends_in_the_same_bits(base: Base, tmp_path: Path, stop: int) -> None:
+    def give_up(step: int, of: int, text: str) -> None:
+        if step == stop + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        heard(base, tmp_path, report=give_up)
+    assert only_file(tmp_path).suffix == ".partial"
+    steps: list[int] = []
+    found = heard(base, tmp_path, report=lambda step, of, text: steps.append(step))
+    assert steps[0] == stop + 1
+    assert only_file(tmp_path).suffix == ".safetensors", "what was partial is gone"
+    assert same(found, heard(base, None))
+
+
+def flip(file: Path) -> None:
+    blob = bytearray(file.read_bytes())
+    blob[-3] ^= 1
+    file.write_bytes(blob)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a bit": flip,
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-8]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "another's": lambda file: file.write_bytes(file.read_bytes().replace(b"tokenizer", b"t0kenizer")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_said_and_computed_again(base: Base, tmp_path: Path, damage: str) -> None:
+    first, told = heard(base, tmp_path), list[str]()
+    file = only_file(tmp_path)
+    DAMAGE[damage](file)
+    with pytest.raises(BadVocabulary, match="delete it"):
+        read(file)
+    assert same(first, heard(base, tmp_path, report=lambda step, of, text: told.append(text)))
+    assert f"{file} is damaged" in told[0]
+    assert read(only_file(tmp_path)).done == len(told) - 1
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(base: Base, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert same(heard(base, blocked / "below"), heard(base, None))
+    assert blocked.read_text() == "not a folder"
+
+
+def test_a_subset_is_spread_over_the_words_and_kept_under_a_name_of_its_own(base: Base, tmp_path: Path) -> None:
+    words = encoders(base)["text_encoder"].words()
+    found = heard(base, tmp_path, 5)
+    assert isinstance(found, tuple)
+    assert {word for sentence in found for word in sentence.words} == {words[i * len(words) // 5] for i in range(5)}
+    heard(base, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_encoder_has_another_vocabulary(base: Base, tmp_path: Path) -> None:
+    xl = tiny_xl_base(tmp_path / "xl")
+    mine = Task.of(base, encoders(base), 0)
+    theirs = Task.of(xl, {"text_encoder": encoders(xl)["text_encoder"]}, 0)
+    assert place(mine.identity, tmp_path) != place(theirs.identity, tmp_path)
+
+
+def test_the_doors_of_one_encoder_are_heard_together_and_kept_in_one_file(tmp_path: Path) -> None:
+    xl = tiny_xl_base(tmp_path / "xl")
+    steps: list[int] = []
+    problem = EditProblem(xl, Concept("cat"), cache=tmp_path / "cache", report=lambda step, *_: steps.append(step))
+    first = Separable().solve(problem).delta
+    assert steps == sorted(steps)
+    kept = [set(read(file).moments) for file in (tmp_path / "cache").iterdir()]
+    assert sorted(map(len, kept)) == [1, 2]
+    assert set.union(*kept) == set(WIDTHS)
+    again = EditProblem(Base.open(xl.path), Concept("cat"), cache=tmp_path / "cache")
+    assert Separable().solve(again).delta == first

@@ -1,0 +1,26 @@
+"""A registry with the tiny base in it, and the counting solver among the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import overpaint
+from overpaint.solvers import SOLVERS
+from overpaint.workshop import Workshop
+
+from . import fakes
+
+
+@pytest.fixture
+def shop(tmp_path: Path, base_folder: Path, counting: None) -> Workshop:
+    shop = overpaint.open(tmp_path / "registry")
+    shop.add_base("tiny", base_folder)
+    return shop
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOLVERS, "counting", "tests.solving.fakes:Counting")
+    fakes.reset()

@@ -1,0 +1,291 @@
+"""Solving many: once each, in one universe, each stored before the next is begun, and nothing stored by mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import overpaint
+from overpaint.bases.base import Base
+from overpaint.concepts import Concept
+from overpaint.registry.concepts import ConceptDiffers
+from overpaint.registry.verify import verify
+from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.separable import Separable
+from overpaint.solving.inputs import digest_of_manifest
+from overpaint.solving.running import Outcome, duration
+from overpaint.workshop import Workshop
+
+from . import fakes
+from .shell import Shell
+
+FILE = """
+defaults: {solver: counting}
+concepts:
+  - {name: cat, synonyms: [fox]}
+  - {name: dog, anchor: car}
+  - sun
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "concepts.yaml"
+    file.write_text(FILE)
+    return file
+
+
+def solved(shop: Workshop, file: Path, *, update: bool = False, again: bool = False) -> list[Outcome]:
+    plan = shop.plan(shop.orders(file=file), base="tiny", update=update, again=again)
+    return shop.carry_out(plan, device="cpu")
+
+
+def test_all_concepts_are_one_universe_from_the_first_solve_on(shop: Workshop, file: Path) -> None:
+    solved(shop, file)
+    assert fakes.CALLS == ["cat", "dog", "sun"]
+    assert fakes.UNIVERSES == [("dog", "sun"), ("cat", "sun"), ("cat", "dog")]
+    assert [concept.name for concept in shop.concepts()] == ["cat", "dog", "sun"]
+    assert shop.registry.concept("dog") == Concept("dog", anchor="car")
+
+
+def test_what_was_solved_with_equal_inputs_is_not_solved_again(shop: Workshop, file: Path) -> None:
+    first = solved(shop, file)
+    again = solved(shop, file)
+    assert fakes.CALLS == ["cat", "dog", "sun"]
+    assert [outcome.before for outcome in again] == [True, True, True]
+    assert [outcome.record for outcome in again] == [outcome.record for outcome in first]
+    assert [outcome.before for outcome in solved(shop, file, again=True)] == [False, False, False]
+    assert len(fakes.CALLS) == 6
+    assert len(shop.patches()) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "calls"),
+    [
+        ("- sun", "- {name: sun, seed: 1}", ["sun"]),
+        ("- sun", "- {name: sun, settings: {size: 0.5}}", ["sun"]),
+        ("- sun", "- {name: sun, settings: {size: 1e-2}}", []),
+        ("- sun", "- sun\n  - moon", ["cat", "dog", "sun", "moon"]),
+        ("[fox]", "[fox, bus]", ["cat", "dog", "sun"]),
+    ],
+    ids=["a seed", "a setting", "the same setting", "one more concept", "another description"],
+)
+def test_what_differs_is_solved_again(shop: Workshop, file: Path, old: str, new: str, calls: list[str]) -> None:
+    """A concept that joins or changes changes the universe of all others."""
+    solved(shop, file)
+    fakes.CALLS.clear()
+    file.write_text(FILE.replace(old, new))
+    solved(shop, file, update=True)
+    assert calls == fakes.CALLS
+
+
+def test_named_and_listed_concepts_give_the_same_patches(shop: Workshop, file: Path, tmp_path: Path) -> None:
+    listed = {outcome.task.order.concept.name: outcome.record for outcome in solved(shop, file)}
+    for name, record in listed.items():
+        assert record is not None
+        assert shop.solve(name, base="tiny", solver="counting", device="cpu").id == record.id
+
+
+def test_a_bare_name_means_the_concept_that_is_known_by_it(shop: Workshop, file: Path) -> None:
+    shop.add_concept("sun", synonyms=["moon"])
+    solved(shop, file)
+    assert shop.registry.concept("sun").synonyms == ("moon",)
+    assert shop.patch("sun").concept.synonyms == ("moon",)
+
+
+def test_a_universe_is_kept_briefly_and_read_back_whole(shop: Workshop, file: Path) -> None:
+    record = solved(shop, file)[2].record
+    assert record is not None
+    manifest = shop.patch(record.id).manifest
+    listed = manifest["solver"]["universe"]
+    assert listed == [{"name": "cat", "synonyms": ["fox"]}, {"name": "dog", "anchor": "car"}]
+    assert tuple(Concept.from_json(each) for each in listed) == tuple(shop.concepts()[:2])
+    in_full = {**manifest["solver"], "universe": [concept.as_json() for concept in shop.concepts()[:2]]}
+    assert digest_of_manifest({**manifest, "solver": in_full}) == digest_of_manifest(manifest), (
+        "as it was written before"
+    )
+
+
+def test_new_pictures_are_new_inputs(shop: Workshop, tmp_path: Path) -> None:
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    file = tmp_path / "concepts.yaml"
+    file.write_text("[{name: cat, solver: counting, images: cats}]")
+    solved(shop, file)
+    assert [outcome.before for outcome in solved(shop, file)] == [True]
+    folder.rename(tmp_path / "moved")
+    file.write_text(file.read_text().replace("cats", "moved"))
+    folder = tmp_path / "moved"
+    assert [outcome.before for outcome in solved(shop, file)] == [True], "what counts is what they show"
+    Image.new("RGB", (8, 8), "red").save(folder / "1.png")
+    assert [outcome.before for outcome in solved(shop, file)] == [False]
+    assert len(shop.patches()) == 2
+
+
+def test_a_patch_that_lost_its_bytes_is_solved_again(shop: Workshop, file: Path) -> None:
+    first = solved(shop, file)[0].record
+    assert first is not None
+    shop.registry.blobs.discard(first.id)
+    assert [outcome.before for outcome in solved(shop, file)] == [False, True, True]
+    assert verify(shop.registry).problems == ()
+
+
+def test_a_known_concept_is_changed_only_when_asked(shop: Workshop, file: Path) -> None:
+    shop.add_concept("cat", synonyms=["rose"])
+    with pytest.raises(ConceptDiffers) as caught:
+        solved(shop, file)
+    assert '"rose"' in str(caught.value)
+    assert '"fox"' in str(caught.value)
+    assert [concept.name for concept in shop.concepts()] == ["cat"]
+    assert fakes.CALLS == []
+    solved(shop, file, update=True)
+    assert shop.registry.concept("cat").synonyms == ("fox",)
+    assert [patch.concept for patch in shop.search("fox").patches] == ["cat"], "a search knows the new words"
+    assert verify(shop.registry).problems == ()
+
+
+def test_an_updated_concept_is_found_by_its_new_words_and_keeps_its_old_patches(shop: Workshop, file: Path) -> None:
+    solved(shop, file)
+    shop.registry.tag("pets", patches=["cat"], who="me")
+    file.write_text(FILE.replace("[fox]", "[tree]"))
+    fakes.UNSOLVABLE.update(("dog", "sun"))
+    solved(shop, file, update=True)
+    assert len(shop.patches(concept="cat")) == 2
+    assert {patch.concept for patch in shop.search("tree", tag="pets").patches} == {"cat"}
+    assert shop.search("fox").patches == ()
+
+
+def test_nothing_is_stored_when_nothing_can_be_solved(shop: Workshop, file: Path) -> None:
+    fakes.UNSOLVABLE.update(("cat", "dog", "sun"))
+    outcomes = solved(shop, file)
+    assert [outcome.error.partition(" ")[0] for outcome in outcomes] == ["cat", "dog", "sun"]
+    assert shop.concepts() == []
+    assert shop.patches() == []
+
+
+def test_one_that_cannot_be_solved_does_not_stop_the_others(shop: Workshop, file: Path) -> None:
+    fakes.UNSOLVABLE.add("cat")
+    assert [outcome.record is None for outcome in solved(shop, file)] == [True, False, False]
+    assert [concept.name for concept in shop.concepts()] == ["cat", "dog", "sun"]
+    fakes.UNSOLVABLE.clear()
+    assert [outcome.before for outcome in solved(shop, file)] == [False, True, True]
+
+
+@pytest.mark.parametrize("at", ["cat", "dog", "sun"])
+def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(shop: Workshop, file: Path, at: str) -> None:
+    fakes.INTERRUPTED.add(at)
+    told: list[Outcome] = []
+    plan = shop.plan(shop.orders(file=file), base="tiny")
+    with pytest.raises(KeyboardInterrupt):
+        shop.carry_out(plan, device="cpu", told=told.append)
+    done = ["cat", "dog", "sun"].index(at)
+    assert [patch.concept for patch in shop.patches()] == [o.task.order.concept.name for o in told]
+    assert len(told) == done
+    assert (shop.concepts() == []) == (done == 0)
+    assert verify(shop.registry).problems == ()
+    fakes.reset()
+    assert [outcome.before for outcome in solved(shop, file)] == [True] * done + [False] * (3 - done)
+    assert len(fakes.CALLS) == 3 - done
+
+
+def test_two_runs_at_once_end_with_the_same_patches(shop: Workshop, file: Path, tmp_path: Path) -> None:
+    """Both plan before either has stored anything; the slower one finds concepts and patches there."""
+    other = overpaint.open(tmp_path / "registry")
+    plans = [each.plan(each.orders(file=file), base="tiny") for each in (shop, other)]
+    ids = [[o.record and o.record.id for o in shop.carry_out(plan, device="cpu")] for plan in plans]
+    assert ids[0] == ids[1]
+    assert len(shop.patches()) == 3
+
+
+def test_progress_says_how_long_the_rest_takes(shop: Workshop, file: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    plan = shop.plan(shop.orders(file=file), base="tiny")
+    shop.carry_out(plan, device="cpu", report=lambda *step: told.append(step))
+    assert [step for step, _, _ in told] == [1, 1, 2, 2, 3, 3]
+    assert {of for _, of, _ in told} == {3}
+    assert told[1][2] == "solving cat: counting 1/2"
+    assert "left" in told[-1][2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (3 * 3600 + 100, "3 h 2 min")]
+)
+def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+class TestCommand:
+    @pytest.fixture
+    def shell(self, shop: Workshop, tmp_path: Path) -> Shell:
+        return Shell(tmp_path / "registry")
+
+    def test_the_table_says_what_was_solved_when(self, shell: Shell, file: Path) -> None:
+        rows = json.loads(shell.ok("solve", "--from", str(file), "--base", "tiny", "--json")[0])
+        assert [(row["concept"], row["solved"]) for row in rows] == [("cat", "now"), ("dog", "now"), ("sun", "now")]
+        out, err = shell.ok("solve", "--from", str(file), "--base", "tiny", "--json")
+        assert [row["solved"] for row in json.loads(out)] == ["before"] * 3
+        assert "3 of 3 were solved before" in err
+        assert fakes.CALLS == ["cat", "dog", "sun"]
+
+    def test_a_dry_run_shows_everything_and_stores_nothing(self, shell: Shell, file: Path, shop: Workshop) -> None:
+        shop.solve(Concept("sun"), base="tiny", solver="counting", device="cpu")
+        fakes.reset()
+        out, err = shell.ok("solve", "--from", str(file), "--base", "tiny", "--dry-run", "--compress", "2", "--json")
+        rows = json.loads(out)
+        assert [(row["concept"], row["in the registry"]) for row in rows] == [
+            ("cat", "new"),
+            ("dog", "new"),
+            ("sun", "known"),
+        ]
+        assert {row["settings"] for row in rows} == {"compressed to rank 2"}
+        assert "3 of 3 to solve, with 3 concepts in the universe" in err
+        assert fakes.CALLS == []
+        assert len(shop.concepts()) == 1
+
+    def test_what_failed_is_named_and_the_exit_code_says_so(self, shell: Shell, file: Path) -> None:
+        fakes.UNSOLVABLE.add("dog")
+        result = shell("solve", "--from", str(file), "--base", "tiny")
+        assert result.exit_code == 1
+        assert "not solved: dog: dog cannot be erased" in result.stderr
+        assert "sun" in result.stdout
+
+    def test_ctrl_c_ends_with_130_and_a_sentence(self, shell: Shell, file: Path) -> None:
+        fakes.INTERRUPTED.add("dog")
+        result = shell("solve", "--from", str(file), "--base", "tiny")
+        assert result.exit_code == 130
+        assert result.stderr.strip() == (
+            "interrupted: 1 of 3 are solved and stored; run the same command again for the rest"
+        )
+        fakes.INTERRUPTED.add("moon")
+        result = shell("solve", "moon", "--base", "tiny", "--solver", "counting")
+        assert (result.exit_code, result.stderr.strip()) == (130, "interrupted: nothing was stored")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("solve", "--base", "tiny"), "name the concepts, or a file"),
+            (("solve", "cat", "--from", "x.yaml", "--base", "tiny"), "name the concepts, or a file"),
+            (("solve", "--from", "nothing.yaml", "--base", "tiny"), "cannot be read"),
+            (("solve", "cat", "--base", "tiny", "--compress", "much"), "a rank, such as 4"),
+            (("solve", "cat", "--base", "tiny", "--compress", "0"), "at least 1"),
+            (("solve", "cat", "--base", "tiny", "--compress", "1.5"), "at most 1.0"),
+            (("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "siez=1"), "did you mean size"),
+        ],
+        ids=" ".join,
+    )
+    def test_a_mistake_stores_nothing(self, shell: Shell, shop: Workshop, words: tuple[str, ...], message: str) -> None:
+        result = shell(*words)
+        assert result.exit_code in (1, 2)
+        assert message in result.stderr
+        assert shop.concepts() == []
+        assert shop.patches() == []
+
+
+def test_a_concepts_own_prompts_are_heard_by_the_default_solver(base: Base) -> None:
+    spoken = Concept("cat", prompts=("a cat in the house by the tree",))
+    plain, own = (Separable().solve(EditProblem(base, concept)).delta for concept in (Concept("cat"), spoken))
+    assert plain != own
