@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, OverpaintError
+from overpaint.errors import OverpaintError
 from overpaint.recipes import Recipe, me
 from overpaint.registry.records import BaseRecord, Due, Found, PatchRecord, RecipeRecord, TagRecord
 from overpaint.registry.registry import Registry
@@ -33,8 +32,16 @@ if TYPE_CHECKING:
     from overpaint.solving.plans import Plan
     from overpaint.solving.running import Outcome
     from overpaint.solving.separation import Reseparated
-    from overpaint.transport.receiving import Received, Request
+    from overpaint.transport.receiving import Received
     from overpaint.transport.sending import Sent
+
+
+Report: TypeAlias = Callable[[int, int, str], None]
+"""Is told of progress: the step, of how many, and what is being done."""
+
+
+def _silent(step: int, of: int, text: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,9 @@ class Workshop:
 
         Raises AlreadyExists for a name that is taken, OverpaintError for a base that is missing, broken or unknown.
         """
-        from overpaint.bases.base import Base
+        from overpaint.opening import add_base
 
-        if any(known.name == name for known in self.registry.bases()):
-            raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
-        base = Base.open(source)
-        base.recall_digests(self._cache_of(base))
-        record = self.registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
-        self._bases[name] = base
-        base.keep_digests(self._cache_of(base))
+        record, self._bases[name] = add_base(self.registry, name, source)
         return record
 
     def bases(self) -> list[BaseRecord]:
@@ -94,19 +95,10 @@ class Workshop:
 
     def base(self, name: str) -> Base:
         """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone or broken."""
-        from overpaint.bases.base import Base
+        from overpaint.opening import open_base
 
-        record = self.registry.base(name)
         if name not in self._bases:
-            self._bases[name] = base = Base.open(record.source)
-            base.recall_digests(self._cache_of(base))
-            if base.fingerprint != record.fingerprint:
-                del self._bases[name]
-                raise OverpaintError(
-                    f"the base {name!r} at {record.source} changed since it was added: fingerprint {base.fingerprint[:12]} "
-                    f"instead of {record.fingerprint[:12]}; put its files back, or add it under another name"
-                )
-            base.keep_digests(self._cache_of(base))
+            self._bases[name] = open_base(self.registry, name)
         return self._bases[name]
 
     def prepare(
@@ -115,7 +107,7 @@ class Workshop:
         *,
         vocabulary: int = 0,
         device: str = "auto",
-        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+        report: Report = _silent,
     ) -> None:
         """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
 
@@ -129,15 +121,13 @@ class Workshop:
         prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=report)
 
     @property
-    def _vocabularies(self) -> Path:
+    def vocabularies(self) -> Path:
+        """The folder in which second moments of vocabularies are kept."""
         return self.registry.folder / "cache" / "vocabulary"
 
     def keep(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
         return self.registry.keep_prompts(base, prompts, who=me())
-
-    def _cache_of(self, base: Base) -> Path:
-        return self.registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
 
     def add_concept(
         self,
@@ -169,7 +159,7 @@ class Workshop:
         seed: int = 0,
         compress: str | None = None,
         device: str = "auto",
-        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+        report: Report = _silent,
     ) -> Solved:
         """Compute and store the patch that erases one concept from a base.
 
@@ -220,14 +210,14 @@ class Workshop:
         from overpaint.solving.orders import Surroundings
 
         kept = tuple(each.prompt for each in self.registry.kept_prompts(base))
-        return Surroundings(tuple(self.concepts()), kept, self._vocabularies)
+        return Surroundings(tuple(self.concepts()), kept, self.vocabularies)
 
     def carry_out(
         self,
         plan: Plan,
         *,
         device: str = "auto",
-        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+        report: Report = _silent,
         told: Callable[[Outcome], None] = lambda outcome: None,
     ) -> list[Outcome]:
         """Solve and store what a plan leaves open. See `overpaint.solving.running`."""
@@ -348,50 +338,22 @@ class Workshop:
         Without a recipe, the newest patch of each concept on `base` (or on the only base there is); with `everything`, also
         what moves the registry's concepts that have no patch here. Raises OverpaintError when there is no patch.
         """
-        from overpaint.bases.device import resolve_device
-        from overpaint.evaluation.crosstalk import crosstalk
+        from overpaint.disturbing import crosstalk_on
 
-        if recipe is not None:
-            record = self.registry.recipe(recipe)
-            base, ids = record.base, [patch_id for patch_id, _ in record.patches]
-        else:
-            base = base or self._only_base()
-            ids = list({record.concept: record.id for record in self.registry.patches(base=base)}.values())
-        if not ids:
-            place = f"the recipe {recipe!r}" if recipe is not None else f"the base {base!r}"
-            raise OverpaintError(f"there is no patch on {place}; solve one and add it first")
-        return crosstalk(
-            self.base(base),
-            [self.patch(patch_id) for patch_id in ids],
-            self.concepts() if everything else (),
-            cache=self.registry.folder / "cache" / "moments",
-            device=resolve_device(device),
-        )
+        return crosstalk_on(self, recipe, base, everything, device)
 
     def disturbances(self, recipe: str, patch_id: str) -> list[Pair]:
         """The strong cross-talk between one patch of a recipe and the others, both ways, where it has a closed form."""
-        from overpaint.evaluation.crosstalk import crosstalk, has_closed_form
+        from overpaint.disturbing import disturbances
 
-        record = self.registry.recipe(recipe)
-        base = self.base(record.base)
-        found = [self.patch(other) for other, _ in record.patches]
-        known = [patch for patch in found if has_closed_form(base, patch)]
-        name = self.patch(patch_id).concept.name
-        result = crosstalk(base, known, cache=self.registry.folder / "cache" / "moments")
-        return [pair for pair in result.above() if name in (pair.emitter, pair.receiver)]
-
-    def _only_base(self) -> str:
-        known = [record.name for record in self.registry.bases()]
-        if len(known) != 1:
-            raise OverpaintError(f"say which base is meant (known: {', '.join(known) or 'none; add one first'})")
-        return known[0]
+        return disturbances(self, recipe, patch_id)
 
     def evaluate(
         self,
         name: str,
         request: Evaluation | None = None,
         *,
-        report: Callable[[int, int, str], None] = lambda done, of, text: None,
+        report: Report = _silent,
     ) -> Evaluated:
         """Run a suite (`quick`, unless the request names another) on a recipe, or on a patch alone, and keep its numbers.
 
@@ -409,7 +371,7 @@ class Workshop:
 
     # Upkeep and sharing
 
-    def verify(self, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
+    def verify(self, *, report: Report = _silent) -> Verified:
         """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.verify`."""
         from overpaint.registry.verify import verify
 
@@ -419,12 +381,9 @@ class Workshop:
         self, file: str | Path, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), sign: Path | None = None
     ) -> Sent:
         """Write patches and recipes, or everything, to one new file; `sign` is a key file. See `transport.sending`."""
-        from overpaint.transport.sending import export
-        from overpaint.transport.signing import load_signer
+        from overpaint.sharing import export
 
-        signer = load_signer(sign) if sign else None
-        heard = self._vocabularies
-        return export(self.registry, Path(file), patches=patches, recipes=recipes, signer=signer, vocabularies=heard)
+        return export(self, Path(file), patches=patches, recipes=recipes, sign=sign)
 
     def push(
         self,
@@ -433,28 +392,18 @@ class Workshop:
         patches: Iterable[str] = (),
         recipes: Iterable[str] = (),
         sign: Path | None = None,
-        report: Callable[[int, int, str], None] = lambda step, of, text: None,
+        report: Report = _silent,
     ) -> Sent:
         """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.transport.sending`."""
-        from overpaint.transport.sending import push
-        from overpaint.transport.signing import load_signer
+        from overpaint.sharing import push
 
-        signer = load_signer(sign) if sign else None
-        return push(
-            self.registry,
-            destination,
-            patches=patches,
-            recipes=recipes,
-            signer=signer,
-            vocabularies=self._vocabularies,
-            report=report,
-        )
+        return push(self, destination, patches=patches, recipes=recipes, sign=sign, report=report)
 
     def import_file(self, file: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
-        from overpaint.transport.importing import import_file
+        from overpaint.sharing import import_file
 
-        return import_file(self.registry, Path(file), _request(vocabularies=self._vocabularies, **asked))
+        return import_file(self, Path(file), **asked)
 
     def pull(self, source: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a folder or a URL: everything, or the `patches` and `recipes` that are named.
@@ -462,9 +411,9 @@ class Workshop:
         `trust` names public key files, or folders of them: only what one of those keys has signed is taken. `name` is
         another name for the one recipe that is taken. See `overpaint.transport.receiving`.
         """
-        from overpaint.transport.receiving import pull
+        from overpaint.sharing import pull
 
-        return pull(self.registry, source, _request(vocabularies=self._vocabularies, **asked))
+        return pull(self, source, **asked)
 
     # Other tools' files
 
@@ -529,15 +478,3 @@ def _keeps(compress: str | None) -> tuple[Keep, ...]:
     from overpaint.solving.orders import Keep
 
     return () if compress is None else (Keep.parse(compress),)
-
-
-def _request(*, trust: Iterable[Path] = (), **asked: Any) -> Request:
-    """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
-    from overpaint.patches.patch import read_patch
-    from overpaint.solvers.vocabulary_file import read as read_vocabulary
-    from overpaint.transport.receiving import Request
-    from overpaint.transport.signing import load_keyring
-
-    keys = [Path(path) for path in trust]
-    trusted = load_keyring(keys) if keys else None
-    return Request(trusted=trusted, check=read_patch, check_vocabulary=read_vocabulary, **asked)

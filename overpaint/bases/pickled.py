@@ -20,8 +20,8 @@ from overpaint.bases.container import DTYPES, BrokenFile, is_key
 from overpaint.bases.gathered import DATA_START, GatheredContainer, laid_out
 
 SUFFIXES = (".ckpt", ".pt", ".pth")
-PICKLE_LIMIT = 4 << 20
-"""Bytes of names and shapes. Those of Stable Diffusion XL are 1.2 MB, and 4 MB take a second to read."""
+PICKLE_LIMIT = 3 << 20
+"""Bytes of names and shapes. Those of Stable Diffusion XL are 1.2 MB, and 3 MB take a second to read."""
 _DTYPES = frozenset(DTYPES.values())
 
 
