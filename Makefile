@@ -28,7 +28,7 @@ lint: venv
 
 # One process per core, each computing on one thread.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadscope
+	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope
 
 # What the tests need to start a PostgreSQL server of their own; without it they skip what needs one.
 postgres:
