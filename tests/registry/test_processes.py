@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,9 +17,7 @@ from .processes import CLEAN, run_until_killed
 from .shelf import add_patch, digest_of, stock
 from .workers import die_before_commit, die_between_blob_and_row, make, write_much
 
-WRITERS = 8
-# 1600 writes take a minute or two where a disk must confirm each, so a quick run makes fewer.
-WRITES = 200 if os.environ.get("OVERPAINT_FULL_TESTS") else 20
+WRITERS, WRITES = 8, 200
 
 
 @pytest.fixture(scope="module")
