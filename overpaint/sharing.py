@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overpaint.patches.patch import read_patch
-from overpaint.solvers.vocabulary_file import read as read_vocabulary
 from overpaint.transport import importing, receiving, sending
 from overpaint.transport.receiving import Received, Request
 from overpaint.transport.sending import Sent
@@ -41,6 +39,10 @@ def pull(shop: Workshop, source: str | Path, **asked: Any) -> Received:
 
 def _request(shop: Workshop, *, trust: Iterable[Path] = (), **asked: Any) -> Request:
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
+    # Whoever only sends waits for no torch.
+    from overpaint.patches.patch import read_patch
+    from overpaint.solvers.vocabulary_file import read as read_vocabulary
+
     keys = [Path(path) for path in trust]
     return Request(
         trusted=load_keyring(keys) if keys else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,21 +37,37 @@ class Talk:
 
 
 def show_table(title: str, columns: list[str], rows: list[list[Any]], as_json: bool) -> None:
-    """A table for people, or the same rows as JSON objects."""
+    """A table for people, or the same rows as JSON objects. People are spared columns in which nothing stands."""
     if as_json:
         import json
 
-        click.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1, ensure_ascii=False))
+        found = [dict(zip(columns, row, strict=True)) for row in rows]
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False, default=_moment))
         return
     from rich.console import Console
     from rich.table import Table
 
+    told = [[_told(cell) for cell in row] for row in rows]
+    filled = [j for j in range(len(columns)) if not told or any(row[j] for row in told)]
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    for j in filled:
+        table.add_column(columns[j], overflow="fold")
+    for row in told:
+        table.add_row(*(row[j] for j in filled))
     Console(markup=False, highlight=False).print(table)
+
+
+def _moment(value: Any) -> str:
+    """A moment as JSON has it."""
+    assert isinstance(value, datetime), f"{value!r} is no JSON"
+    return value.isoformat(timespec="seconds")
+
+
+def _told(cell: Any) -> str:
+    """A cell as people read it; moments to the minute."""
+    if isinstance(cell, datetime):
+        return f"{cell:%Y-%m-%d %H:%M}"
+    return "" if cell is None else str(cell)
 
 
 def say_if_more(shown: int, offset: int, total: int, what: str) -> None:

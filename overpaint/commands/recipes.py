@@ -30,7 +30,7 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
     """List recipes."""
     rows = [
         [r.name, r.base, len(r.laid), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
-        + ([_moment(r.deleted_at)] if deleted else [])
+        + ([r.deleted_at] if deleted else [])
         for r in workshop(ctx).registry.recipes(deleted=deleted)
     ]
     columns = ["recipe", "base", "patches", "revision", "tags", *(["deleted"] if deleted else [])]
@@ -170,7 +170,7 @@ def recipe_due(ctx: click.Context, name: str | None, on: datetime | None, as_jso
 def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
     did = line.action if line.source is None or as_json else f"{line.action} of {line.source}"
     after = line.digest_after if as_json else (line.digest_after or "")[:12]
-    row = [line.revision, _moment(line.at), line.who, did, line.concept, line.strength_after]
+    row = [line.revision, line.at, line.who, did, line.concept, line.strength_after]
     row += [_text(line.until_after), line.why, after]
     if as_json:
         row += [line.patch, line.source, line.strength_before, _text(line.until_before), line.digest_before]
@@ -187,7 +187,3 @@ def _day(laid: Laid) -> str | None:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
-
-
-def _moment(at: datetime | None) -> str | None:
-    return None if at is None else at.isoformat(timespec="seconds")
