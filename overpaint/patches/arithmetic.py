@@ -155,7 +155,8 @@ class Change:
         if self.factors:
             total.addmm_(self._up[rows], self._down)
         for array, strength in self.arrays:
-            total.add_(_widened(_matrix(array)[rows], "array", work), alpha=strength)
+            # Multiplied first: as one operation with the sum, it would round otherwise than a value times its strength.
+            total.add_(_widened(_matrix(array)[rows], "array", work).mul_(strength))
         for result, strength in self.results:
             difference = _widened(_matrix(result)[rows], "array", work).sub_(_widened(weight, "original", work))
             total.add_(difference, alpha=strength)
