@@ -37,15 +37,7 @@ TWELVE_TOO = ("separable", "sepme")
 """Solvers whose scenes are also played with twelve concepts."""
 SUITES = ("quick", "grid", "generality", "crosstalk", "scenes", "probes", "cost")
 SETTINGS: Mapping[str, Mapping[str, str]] = {
-    "sepme": {
-        "iterations": "60",
-        "beta": "0.02",
-        "batch": "8",
-        "tau": "-0.01",
-        "guidance": "3.0",
-        "sentences": "24",
-        "tolerance": "0.05",
-    },
+    "sepme": {"preset": "emoji"},
     "esd": {"steps": "150", "lr": "3e-4", "batch": "16"},
     "few_shot": {"steps": "10", "lr": "1e-3", "batch": "8", "guidance": "3.0"},
     "few_shot_lora": {"lr": "1e-3", "batch": "8", "guidance": "3.0"},

@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.build import resident
 from benchmarks.checkpoints import write_single_file
+from benchmarks.shapes import CONFIGS
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -33,21 +34,6 @@ from overpaint.patches.formats.importing import import_weights
 
 BAR_MEMORY = 1024.0
 MIB = 1 << 20
-CONFIGS: dict[str, dict[str, Any]] = {
-    "1.x": {"cross_attention_dim": 768},
-    "XL": {
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 # Of the other models only what says how wide a door is.
 Shapes = dict[str, tuple[int, ...]]
 ENCODERS: dict[str, Shapes] = {"text_encoder": {"final_layer_norm.weight": (768,)}}
@@ -60,7 +46,7 @@ STEPS = ("export kohya", "import that LoRA", "export full", "import edited weigh
 
 def main() -> None:
     parser = tables.arguments(__doc__ or "")
-    parser.add_argument("--architecture", choices=list(CONFIGS), default="XL")
+    parser.add_argument("--architecture", choices=["1.x", "XL"], default="XL")
     parser.add_argument("--patches", type=int, default=20, help="how many lie on the base")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)

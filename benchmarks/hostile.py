@@ -50,13 +50,15 @@ def keys(count: int, key: str = "model.diffusion_model.k{:07}") -> bytes:
     return ("{" + ",".join(one.format(number) for number in range(count)) + "}").encode()
 
 
-def saved(value: Any) -> bytes:
+def saved(value: Any, **options: Any) -> bytes:
+    """What torch.save writes."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer, **options)
     return buffer.getvalue()
 
 
 def archive(parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip file of these parts."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as writer:
         for name, content in parts.items():
@@ -69,6 +71,7 @@ def with_pickle(content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
     return archive({"x/data.pkl": content, "x/byteorder": b"little", "x/version": b"3\n"}, method)
 
 
+BIG = torch.zeros(1 << 20)
 FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "honest, as many tensors as SDXL": (".safetensors", lambda: packed(keys(TENSORS))),
     "header said to be 2^60 bytes long": (".safetensors", lambda: struct.pack("<Q", 1 << 60) + b"{}"),
@@ -91,7 +94,6 @@ FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "one number, expanded to 1 TiB": (".ckpt", lambda: saved({"a": torch.zeros(1).expand(1 << 38)})),
     "10^4 views of one tensor": (".ckpt", lambda: saved({f"k{i}": BIG.view(-1) for i in range(10_000)})),
 }
-BIG = torch.zeros(1 << 20)
 
 
 def main() -> None:

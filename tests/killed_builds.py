@@ -47,7 +47,7 @@ def die_at(step: int) -> None:
 
     streaming.write_all = dying(streaming.write_all, lambda to, data, at: (to, memoryview(data)[: len(data) // 2], at))
     streaming.copy_range = dying(streaming.copy_range, lambda of, to, start, at, size: (of, to, start, at, size // 2))
-    for name in ("_sync", "move_new"):
+    for name in ("sync", "move_new"):
         setattr(publish, name, dying(getattr(publish, name), lambda *given: ()))
 
 

@@ -44,7 +44,7 @@ def terms(base: Base) -> list[Term]:
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was made durable, in order; nothing waits for the disk, of which no test can pull the plug."""
     done: list[Path] = []
-    monkeypatch.setattr(publish, "_sync", done.append)
+    monkeypatch.setattr(publish, "sync", done.append)
     return done
 
 

@@ -8,33 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from PIL import Image
 
 from overpaint.cli import main
 
 from .registry.old import thaw
-
-
-class Shell:
-    """Runs commands on one registry."""
-
-    def __init__(self, registry: Path) -> None:
-        self.registry = registry
-
-    def __call__(self, *words: str) -> Result:
-        return CliRunner().invoke(main, ["--registry", str(self.registry), *words], catch_exceptions=False)
-
-    def ok(self, *words: str) -> str:
-        found = self(*words)
-        assert found.exit_code == 0, found.output
-        return found.stdout
-
-    def fails(self, *words: str) -> str:
-        found = self(*words)
-        assert found.exit_code in (1, 2), found.output
-        assert "Traceback" not in found.output
-        return found.stderr
+from .shell import Shell
 
 
 @pytest.fixture

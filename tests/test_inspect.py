@@ -33,7 +33,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "_sync", lambda path: None)
+    monkeypatch.setattr(publish, "sync", lambda path: None)
 
 
 @pytest.fixture

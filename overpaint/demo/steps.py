@@ -31,17 +31,6 @@ SEPARABLE = (
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 STRENGTHS = {"ink": 1.3}
 """A style is in every position of a prompt, and at strength 1 now and then shows through."""
-SEPME_SETTINGS = {
-    "iterations": "60",
-    "lr": "0.1",
-    "beta": "0.02",
-    "batch": "8",
-    "tau": "-0.01",
-    "guidance": "3.0",
-    "sentences": "24",
-    "tolerance": "0.05",
-}
-"""For this small base, whose text is 192 wide; the solver's defaults are the paper's, for Stable Diffusion."""
 PUT_BACK = ("cat", "ink")
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""
@@ -117,7 +106,7 @@ class Demo:
     def sepme_settings(self) -> dict[str, str]:
         """SepME preserves only what it is told of: here, all other objects."""
         kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
-        return {**SEPME_SETTINGS, "keep": "; ".join(kept)}
+        return {"preset": "emoji", "keep": "; ".join(kept)}
 
     def judge_all(self, pipe: Any, overlay: Any, recipe: Recipe) -> None:
         """Step 3: the base and the safe recipe on the same prompts and seeds."""

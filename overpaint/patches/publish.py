@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from overpaint.durable import sync
 from overpaint.errors import AlreadyExists, OverpaintError
 
 _HERE = -100
@@ -45,7 +46,7 @@ def appearing(out: Path) -> Iterator[Path]:
         move_new(scratch, out)
         made.clear()
         with suppress(OSError):  # some file systems cannot sync a folder; then its durability is not ours to promise
-            _sync(out.parent)
+            sync(out.parent)
     except OSError as error:
         raise _explained(out, error) from error
     finally:
@@ -99,15 +100,7 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
 
 def _sync_tree(path: Path) -> None:
     for inner in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        _sync(inner)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(inner)
 
 
 def _explained(out: Path, error: OSError) -> OverpaintError:

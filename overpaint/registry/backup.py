@@ -14,7 +14,7 @@ from overpaint.registry import models, schema
 from overpaint.registry.database import Database, database_at
 from overpaint.registry.faults import plain_database_errors, plain_disk_errors
 from overpaint.registry.schema import RegistryVersionError
-from overpaint.registry.sqlite import SqliteDatabase, copy_database
+from overpaint.registry.sqlite import SqliteDatabase, copy_database, free_name
 
 SIDECARS = ("-wal", "-shm", "-journal")
 
@@ -56,7 +56,7 @@ def restore(location: str | Path, source: Path) -> Restored:
     revision = _revision_of(source)
     database.make_room()
     with database.alone():
-        kept = _free(database.path.with_name(f"{database.path.name}.before-restore"))
+        kept = free_name(database.path.with_name(f"{database.path.name}.before-restore"))
         if not database.exists():
             copy_database(source, database.path)
             return Restored(revision, None)
@@ -143,11 +143,3 @@ def _moved_aside(path: Path, kept: Path) -> Iterator[None]:
         for old, new in reversed(moved):
             os.replace(new, old)
         raise
-
-
-def _free(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

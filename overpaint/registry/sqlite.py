@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.pool import NullPool
 
+from overpaint.durable import sync
 from overpaint.errors import OverpaintError
 from overpaint.registry.database import BUSY_SECONDS, Database
 from overpaint.registry.faults import plain_database_errors, plain_disk_errors
@@ -82,7 +83,7 @@ class SqliteDatabase(Database):
 
     def back_up(self, revision: str) -> None:
         """Beside the file, under a name that says from where the upgrade came; an earlier copy is kept too."""
-        copy_database(self.path, _free(self.path.with_name(f"{self.path.name}.before-upgrade-from-{revision}")))
+        copy_database(self.path, free_name(self.path.with_name(f"{self.path.name}.before-upgrade-from-{revision}")))
 
     def broken_reference(self, connection: Connection) -> str | None:
         broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
@@ -101,9 +102,9 @@ def copy_database(source: Path, target: Path) -> None:
         _remove(parts)  # what a killed process left
         try:
             _copy_pages(source, part)
-            _make_durable(part)
+            sync(part)
             os.replace(part, target)
-            _make_durable(target.parent)
+            sync(target.parent)
         finally:
             _remove(parts)
 
@@ -122,15 +123,8 @@ def _remove(paths: Iterable[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """The name itself, or with the first number behind it, at which there is nothing yet."""
     number, free = 1, path
     while free.exists():
         number += 1

@@ -71,7 +71,22 @@ class Weights:
         return Dense({name: now.detach() - self._before[name] for name, now in self._live.items()})
 
 
-class Factors:
+class _Beside:
+    """What stands beside a base's weights and can be left out."""
+
+    _active = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block, the models are the base's."""
+        self._active = False
+        try:
+            yield
+        finally:
+            self._active = True
+
+
+class Factors(_Beside):
     """Adapters beside linear layers and convolutions: `up down` is added to the weight, through the layer's output.
 
     `up` (out x r) is zero at first and `down` (r x in) random, as usual for low-rank adaptation (Hu et al., arXiv 2106.09685);
@@ -80,7 +95,6 @@ class Factors:
 
     def __init__(self, pipe: Any, base: Base, names: Sequence[str], rank: int, random: torch.Generator) -> None:
         modules = owners(pipe, base)
-        self._active = True
         self._factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name in sorted(names):
             module: Any = modules[name]
@@ -108,23 +122,15 @@ class Factors:
     def parameters(self) -> list[nn.Parameter]:
         return [side for pair in self._factors.values() for side in pair]
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        self._active = False
-        try:
-            yield
-        finally:
-            self._active = True
-
     def delta(self) -> Delta:
         return LowRank({name: (up, down) for name, (up, down) in self._factors.items()})
 
 
-class TextFactors:
+class TextFactors(_Beside):
     """A text map in training: embeddings h [..., d] become `h + U D^T h`; U is zero at first and D random."""
 
     def __init__(self, encoder: str, width: int, rank: int, random: torch.Generator, device: torch.device) -> None:
-        self._encoder, self._active = encoder, True
+        self._encoder = encoder
         down = torch.empty(min(rank, width), width)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=random)
         self._down = nn.Parameter(down.T.contiguous().to(device))
@@ -140,14 +146,6 @@ class TextFactors:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [self._up, self._down]
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        self._active = False
-        try:
-            yield
-        finally:
-            self._active = True
 
     def delta(self) -> Delta:
         return TextMap(self._encoder, self._up, self._down)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import struct
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.hostile import archive, saved, with_pickle
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.container import BrokenFile, Container
 from overpaint.bases.pickled import PICKLE_LIMIT, PickledContainer
@@ -39,25 +39,6 @@ class Runs:
 
 def note(text: str) -> None:
     ran.append(text)
-
-
-def saved(value: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
-def archive(parts: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as writer:
-        for name, content in parts.items():
-            writer.writestr(name, content)
-    return buffer.getvalue()
-
-
-def with_pickle(content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
-    """What torch.save writes, with another pickle in it."""
-    return archive({"x/data.pkl": content, "x/byteorder": b"little", "x/version": b"3\n"}, method)
 
 
 def packed(header: object, data: bytes = b"") -> bytes:

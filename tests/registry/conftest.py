@@ -12,7 +12,7 @@ import pytest
 from overpaint.registry import Registry, models
 
 from .postgres_server import Server, programs, running
-from .shelf import stock
+from .shelf import add_patch, stock
 
 REQUIRED = "OVERPAINT_POSTGRES"
 """Set to "required", a missing server fails the tests that need one instead of skipping them."""
@@ -93,3 +93,10 @@ def anywhere(request: pytest.FixtureRequest, folder: Path) -> str | Path:
 def either(anywhere: str | Path) -> Registry:
     """As `registry`, on each kind of database."""
     return Registry.open(anywhere, create=False)
+
+
+@pytest.fixture
+def patches(registry: Registry) -> list[str]:
+    """The ids of three patches, sorted; beside them the recipe "r"."""
+    registry.create_recipe("r", "small")
+    return sorted(add_patch(registry, label).id for label in ("one", "two", "three"))

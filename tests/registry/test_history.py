@@ -26,13 +26,6 @@ def registry(either: Registry) -> Registry:
     return either
 
 
-@pytest.fixture
-def patches(registry: Registry) -> list[str]:
-    """The ids of three patches, sorted; beside them the recipe "r"."""
-    registry.create_recipe("r", "small")
-    return sorted(add_patch(registry, label).id for label in ("one", "two", "three"))
-
-
 def change(registry: Registry, patch_id: str, strength: float | None, **more: object) -> int:
     return registry.change_recipe(
         "r",

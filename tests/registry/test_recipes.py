@@ -19,13 +19,6 @@ def registry(either: Registry) -> Registry:
     return either
 
 
-@pytest.fixture
-def patches(registry: Registry) -> list[str]:
-    """The ids of three patches, sorted; beside them the recipe "r"."""
-    registry.create_recipe("r", "small")
-    return sorted(add_patch(registry, label).id for label in ("one", "two", "three"))
-
-
 def test_patches_of_a_recipe_are_sorted_whatever_the_order_they_came_in(registry: Registry, patches: list[str]) -> None:
     for patch_id in reversed(patches):
         lay(registry, "r", patch_id, 1.0)

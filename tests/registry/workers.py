@@ -65,7 +65,7 @@ def die_before_commit(folder: Path) -> None:
 
 def die_while_copying(folder: Path) -> None:
     """In an upgrade, when the copy is written but not yet durable."""
-    sqlite._make_durable = lambda path: _die()
+    vars(sqlite)["sync"] = lambda path: _die()
     Registry.upgrade(folder)
 
 

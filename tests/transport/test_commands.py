@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import overpaint
 from overpaint.bases.base import Base
-from overpaint.cli import main
 from overpaint.concepts import Concept
 from overpaint.errors import OverpaintError
 from overpaint.patches.delta import TextMap
@@ -20,35 +18,15 @@ from overpaint.registry.store import open_files
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.manifest import canonical_json
 from overpaint.workshop import Workshop
+from tests.shell import Shell
 
 from .conftest import is_empty
 from .test_hostile import sent
 
 
-class Person:
-    """Somebody with a registry of their own."""
-
-    def __init__(self, registry: Path) -> None:
-        self.registry = registry
-
-    def __call__(self, *words: str) -> Result:
-        return CliRunner().invoke(main, ["--registry", str(self.registry), *words], catch_exceptions=False)
-
-    def ok(self, *words: str) -> str:
-        found = self(*words)
-        assert found.exit_code == 0, found.output
-        return found.stdout
-
-    def fails(self, *words: str) -> str:
-        found = self(*words)
-        assert found.exit_code in (1, 2), found.output
-        assert "Traceback" not in found.output
-        return found.stderr
-
-
 @pytest.fixture
-def alice(tmp_path: Path, base_folder: Path) -> Person:
-    alice = Person(tmp_path / "alice")
+def alice(tmp_path: Path, base_folder: Path) -> Shell:
+    alice = Shell(tmp_path / "alice")
     alice.ok("base", "add", "tiny", str(base_folder))
     alice.ok("solve", "cat", "dog", "--base", "tiny")
     alice.ok("patch", "add", "cat", "dog", "--recipe", "safe", "--why", "takedown of Monday")
@@ -57,18 +35,18 @@ def alice(tmp_path: Path, base_folder: Path) -> Person:
 
 
 @pytest.fixture
-def bob(tmp_path: Path, base_folder: Path) -> Person:
-    bob = Person(tmp_path / "bob")
+def bob(tmp_path: Path, base_folder: Path) -> Shell:
+    bob = Shell(tmp_path / "bob")
     bob.ok("base", "add", "my-tiny", str(base_folder))
     return bob
 
 
-def weights(person: Person) -> str:
+def weights(person: Shell) -> str:
     return overpaint.open(person.registry).known_recipe("safe").digest()
 
 
 def test_a_recipe_that_was_pushed_gives_the_same_weights_where_it_is_pulled(
-    alice: Person, bob: Person, tmp_path: Path
+    alice: Shell, bob: Shell, tmp_path: Path
 ) -> None:
     assert "2 patches, 1 recipes" in alice.ok("push", str(tmp_path / "shared"))
     taken = json.loads(bob.ok("pull", str(tmp_path / "shared"), "--json"))
@@ -81,7 +59,7 @@ def test_a_recipe_that_was_pushed_gives_the_same_weights_where_it_is_pulled(
     bob.ok("build", "safe", str(tmp_path / "built"))
 
 
-def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Person, bob: Person, tmp_path: Path) -> None:
+def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Shell, bob: Shell, tmp_path: Path) -> None:
     file = str(tmp_path / "safe.overpaint")
     alice.ok("export", "--recipe", "safe", "-o", file)
     assert "there already" in alice.fails("export", "--recipe", "safe", "-o", file)
@@ -90,7 +68,7 @@ def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Person, bob: Person,
     assert "known" in bob.ok("import", file, "cat")
 
 
-def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Person, bob: Person, tmp_path: Path) -> None:
+def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Shell, bob: Shell, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason='cryptography is not installed; pip install -e ".[dev]" does')
     shared, key = str(tmp_path / "shared"), str(tmp_path / "key")
     assert "give" in alice.ok("key", "new", key)
@@ -104,7 +82,7 @@ def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Person, bob: Pers
     assert "no .pub file" in bob.fails("pull", shared, "--trust", str(tmp_path / "alice"))
 
 
-def test_a_mistake_gets_one_sentence(alice: Person, bob: Person, tmp_path: Path) -> None:
+def test_a_mistake_gets_one_sentence(alice: Shell, bob: Shell, tmp_path: Path) -> None:
     alice.ok("push", str(tmp_path / "shared"), "cat")
     for words, message in (
         (("pull", str(tmp_path / "nowhere")), "nothing was ever pushed"),
@@ -119,13 +97,13 @@ def test_a_mistake_gets_one_sentence(alice: Person, bob: Person, tmp_path: Path)
         said = bob.fails(*words)
         assert message in said
         assert len(said.strip().splitlines()) <= 4
-    stranger = Person(tmp_path / "stranger")
+    stranger = Shell(tmp_path / "stranger")
     assert "overpaint init" in stranger.fails("pull", str(tmp_path / "shared"))
     stranger.ok("init")
     assert "overpaint base add" in stranger.fails("pull", str(tmp_path / "shared"))
 
 
-def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Person, base: Base, tmp_path: Path) -> None:
+def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Shell, base: Base, tmp_path: Path) -> None:
     """Every digest is right, but the values are not finite, or the kind is unknown."""
     delta = TextMap("text_encoder", torch.ones(64, 1), torch.ones(64, 1))
     good = make_patch(base, Concept("cat"), delta, {"name": "test", "settings": {}, "seed": 0})
@@ -144,7 +122,7 @@ def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Person,
 
 def test_a_registry_may_keep_its_blobs_behind_a_url(tmp_path: Path, base_folder: Path) -> None:
     url = f"memory://{tmp_path.name}/blobs"
-    person = Person(tmp_path / "registry")
+    person = Shell(tmp_path / "registry")
     person.ok("init", "--blobs", url)
     person.ok("base", "add", "tiny", str(base_folder))
     person.ok("solve", "cat", "--base", "tiny")

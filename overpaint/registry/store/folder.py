@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from overpaint.durable import sync
 from overpaint.registry.faults import plain_disk_errors
 from overpaint.registry.store.files import BadFile, FileInfo, Files, checked_parts, too_long
 
@@ -49,7 +50,7 @@ class FolderFiles(Files):
                 os.fsync(descriptor)
                 os.replace(temporary, path)
                 inode = os.fstat(descriptor).st_ino
-            _sync_folder(path.parent)
+            sync(path.parent)
         self._durable[name] = inode
 
     def info(self, name: str) -> FileInfo | None:
@@ -70,7 +71,7 @@ class FolderFiles(Files):
                     os.utime(path)
                 inode = path.stat().st_ino
                 if self._durable.get(name) != inode:
-                    _sync_folder(path.parent)  # whoever renamed it may not have got as far as this
+                    sync(path.parent)  # whoever renamed it may not have got as far as this
                     self._durable[name] = inode
             except FileNotFoundError:
                 return False
@@ -92,7 +93,7 @@ class FolderFiles(Files):
         with plain_disk_errors(self.root):
             _make_folder(target.parent)
             os.replace(self._path(name), target)
-            _sync_folder(target.parent)
+            sync(target.parent)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
@@ -135,7 +136,7 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 @contextmanager
@@ -163,11 +164,3 @@ def _write_all(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
     written = os.fstat(descriptor).st_size
     if written != given:
         raise OSError(f"{written} bytes arrived on the disk instead of {given}")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
