@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from overpaint.concepts import Concept
 from overpaint.errors import OverpaintError
 from overpaint.recipes import Recipe, me
-from overpaint.registry.records import BaseRecord, Due, Found, PatchRecord, RecipeRecord, TagRecord
+from overpaint.registry.records import Due, Found, PatchRecord, RecipeRecord, TagRecord
 from overpaint.registry.registry import Registry
+from overpaint.workbench import Report, Solved, Workbench, silent
+
+__all__ = ["Solved", "Workshop"]
 
 if TYPE_CHECKING:
-    from overpaint.bases.base import Base
     from overpaint.evaluating import Evaluated
     from overpaint.evaluating import Request as Evaluation
     from overpaint.evaluation.crosstalk import Crosstalk, Pair
@@ -24,266 +25,26 @@ if TYPE_CHECKING:
     from overpaint.patches.converting import Form
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.live import Overlay
-    from overpaint.patches.patch import Patch
     from overpaint.registry.verify import Verified
     from overpaint.reporting.page import Reported
-    from overpaint.solving.compression import Compressed
-    from overpaint.solving.orders import Keep, Order, Surroundings
-    from overpaint.solving.plans import Plan
-    from overpaint.solving.running import Outcome
     from overpaint.solving.separation import Reseparated
     from overpaint.transport.receiving import Received
     from overpaint.transport.sending import Sent
 
 
-Report: TypeAlias = Callable[[int, int, str], None]
-"""Is told of progress: the step, of how many, and what is being done."""
-
-
-def _silent(step: int, of: int, text: str) -> None:
-    """Tells nobody."""
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A patch that was solved and stored, what its solver said about it, and the seconds it took."""
-
-    record: PatchRecord
-    diagnostics: Mapping[str, Any]
-    seconds: float
-
-    @property
-    def id(self) -> str:
-        """The patch's id: the digest of its manifest."""
-        return self.record.id
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the patch's file, in bytes."""
-        return self.record.nbytes
-
-
-class Workshop:
+class Workshop(Workbench):
     """A registry with everything that can be done on it. Bases are opened once and kept."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self._bases: dict[str, Base] = {}
-        self._patches: dict[str, Patch] = {}
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = True) -> Workshop:
         """See `overpaint.open`."""
         return cls(Registry.open(location, create=create))
 
-    # Bases and concepts
-
-    def add_base(self, name: str, source: str | Path) -> BaseRecord:
-        """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
-        with its commit), or `emoji` for the embedded one.
-
-        Raises AlreadyExists for a name that is taken, OverpaintError for a base that is missing, broken or unknown.
-        """
-        from overpaint.opening import add_base
-
-        record, self._bases[name] = add_base(self.registry, name, source)
-        return record
-
-    def bases(self) -> list[BaseRecord]:
-        """All bases of the registry."""
-        return self.registry.bases()
-
-    def base(self, name: str) -> Base:
-        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone or broken."""
-        from overpaint.opening import open_base
-
-        if name not in self._bases:
-            self._bases[name] = open_base(self.registry, name)
-        return self._bases[name]
-
-    def prepare(
-        self,
-        base: str,
-        *,
-        vocabulary: int = 0,
-        device: str = "auto",
-        report: Report = _silent,
-    ) -> None:
-        """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
-
-        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all.
-        """
-        from overpaint.bases.device import resolve_device
-        from overpaint.solvers.universe import Preserved, prepare
-
-        around = self.surroundings(base)
-        preserved = Preserved(around.keep, vocabulary, around.cache)
-        prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=report)
-
-    @property
-    def vocabularies(self) -> Path:
-        """The folder in which second moments of vocabularies are kept."""
-        return self.registry.folder / "cache" / "vocabulary"
-
-    def keep(self, base: str, prompts: Iterable[str]) -> int:
-        """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
-        return self.registry.keep_prompts(base, prompts, who=me())
-
-    def add_concept(
-        self,
-        name: str,
-        *,
-        kind: str = "object",
-        synonyms: Iterable[str] = (),
-        anchor: str = "",
-        prompts: Iterable[str] = (),
-    ) -> Concept:
-        """Remember a concept. Raises AlreadyExists for a name that is taken, OverpaintError for one that is not valid."""
-        concept = Concept(name, kind, tuple(synonyms), anchor, tuple(prompts))
-        self.registry.add_concept(concept)
-        return concept
-
-    def concepts(self) -> list[Concept]:
-        """All concepts of the registry."""
-        return self.registry.concepts()
-
-    # Solving
-
-    def solve(
-        self,
-        concept: str | Concept,
-        *,
-        base: str,
-        solver: str = "separable",
-        settings: Mapping[str, str] | None = None,
-        seed: int = 0,
-        compress: str | None = None,
-        device: str = "auto",
-        report: Report = _silent,
-    ) -> Solved:
-        """Compute and store the patch that erases one concept from a base.
-
-        A name the registry does not know becomes an object of that name. Every other concept in the registry is the
-        universe: preserved, so that patches compose. `compress` keeps a rank ("4") or a share of energy ("0.99") of every
-        tensor's change. Raises OverpaintError before anything is stored.
-        """
-        from overpaint.bases.device import resolve_device
-        from overpaint.solving.inputs import provenance
-        from overpaint.solving.making import make, store
-        from overpaint.solving.orders import Order
-
-        wanted = concept if isinstance(concept, Concept) else self._concept(concept)
-        order = Order(wanted, solver, settings or {}, seed, _keeps(compress))
-        around, method = self.surroundings(base), order.method()
-        made = make(order, provenance(order, method, around), self.base(base), around, resolve_device(device), report)
-        self.registry.ensure_concept(wanted)
-        return Solved(store(self.registry, made, base), made.diagnostics, made.seconds)
-
-    def orders(
-        self,
-        names: Iterable[str] = (),
-        *,
-        file: Path | None = None,
-        solver: str | None = None,
-        settings: Mapping[str, str] | None = None,
-        seed: int | None = None,
-        compress: str | None = None,
-    ) -> list[Order]:
-        """What to solve for concepts by name, and for those of a file (see `overpaint.solving.concept_file`)."""
-        from overpaint.solving.concept_file import read_concepts
-        from overpaint.solving.orders import Defaults, completed
-
-        plain = Defaults().overridden(solver, settings or {}, seed)
-        found = [replace(plain.order(Concept(name)), described=False) for name in names]
-        if file is not None:
-            found += read_concepts(file, solver=solver, settings=settings, seed=seed)
-        return completed(found, self.concepts(), _keeps(compress))
-
-    def plan(self, orders: Iterable[Order], *, base: str, update: bool = False, again: bool = False) -> Plan:
-        """What orders come down to: what is solved already, which concepts are new. See `overpaint.solving.plans`."""
-        from overpaint.solving.plans import plan
-
-        return plan(self.registry, orders, self.surroundings(base), base=base, update=update, again=again)
-
-    def surroundings(self, base: str) -> Surroundings:
-        """What every solve on a base knows beside its order."""
-        from overpaint.solving.orders import Surroundings
-
-        kept = tuple(each.prompt for each in self.registry.kept_prompts(base))
-        return Surroundings(tuple(self.concepts()), kept, self.vocabularies)
-
-    def carry_out(
-        self,
-        plan: Plan,
-        *,
-        device: str = "auto",
-        report: Report = _silent,
-        told: Callable[[Outcome], None] = lambda outcome: None,
-    ) -> list[Outcome]:
-        """Solve and store what a plan leaves open. See `overpaint.solving.running`."""
-        from overpaint.bases.device import resolve_device
-        from overpaint.solving.running import carry_out
-
-        return carry_out(self.registry, plan, self.base, resolve_device(device), report=report, told=told)
-
-    def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
-        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.
-
-        Raises NothingSmaller when it would not be smaller.
-        """
-        from overpaint.solving.compression import compressed, refuse_if_not_smaller
-        from overpaint.solving.making import store_patch
-        from overpaint.solving.orders import Keep
-
-        record, asked = self.registry.patch(patch), Keep.parse(keep)
-        found = compressed(self.base(record.base), self.patch(record.id), asked)
-        refuse_if_not_smaller(found, asked)
-        return store_patch(self.registry, found.patch, record.base, 0.0), found
-
-    def reseparate(self, recipe: str, **how: Any) -> Reseparated:
-        """Solve a recipe's closed-form patches again for the registry's universe. See `overpaint.solving.separation`."""
-        from overpaint.solving.separation import reseparate
-
-        return reseparate(self, recipe, **how)
-
-    def mixture(self, recipe: str) -> str:
-        """One sentence when the closed-form patches of a recipe were solved for different universes, else nothing."""
-        from overpaint.solving.separation import mixture
-
-        return mixture(self.registry, recipe)
-
-    def learn(self, names: Iterable[str]) -> None:
-        """Make objects of the names the registry does not know, so that each preserves all the others when solved."""
-        known = {concept.name for concept in self.concepts()}
-        for name in names:
-            if name not in known:
-                self.registry.ensure_concept(Concept(name))
-
-    def _concept(self, name: str) -> Concept:
-        for known in self.concepts():
-            if known.name == name:
-                return known
-        return Concept(name)
-
     # Patches and recipes
 
     def patches(self, **where: Any) -> list[PatchRecord]:
         """All patches, or those of a `concept`, `base`, `solver` or `tag`; `limit` and `offset` give a page."""
         return self.registry.patches(**where)
-
-    def patch(self, key: str) -> Patch:
-        """A stored patch by id, unique beginning of an id, or concept; its bytes and digests checked."""
-        from overpaint.patches.patch import read_patch
-
-        record = self.registry.patch(key)
-        if record.id not in self._patches:
-            patch = read_patch(self.registry.blob(record))
-            if patch.id != record.id:
-                raise OverpaintError(
-                    f"the stored file of patch {record.id[:12]} is that of {patch.id[:12]}; solve it again"
-                )
-            self._patches[record.id] = patch
-        return self._patches[record.id]
 
     def recipe(self, name: str = "default", *, base: str | None = None) -> Recipe:
         """A recipe, made on `base` (or on the only base there is) when nothing has this name.
@@ -330,6 +91,18 @@ class Workshop:
         """Patches and recipes that mention every word of a text; see `Registry.search`."""
         return self.registry.search(text, **where)
 
+    def reseparate(self, recipe: str, **how: Any) -> Reseparated:
+        """Solve a recipe's closed-form patches again for the registry's universe. See `overpaint.solving.separation`."""
+        from overpaint.solving.separation import reseparate
+
+        return reseparate(self, recipe, **how)
+
+    def mixture(self, recipe: str) -> str:
+        """One sentence when the closed-form patches of a recipe were solved for different universes, else nothing."""
+        from overpaint.solving.separation import mixture
+
+        return mixture(self.registry, recipe)
+
     def crosstalk(
         self, recipe: str | None = None, *, base: str | None = None, everything: bool = False, device: str = "auto"
     ) -> Crosstalk:
@@ -353,7 +126,7 @@ class Workshop:
         name: str,
         request: Evaluation | None = None,
         *,
-        report: Report = _silent,
+        report: Report = silent,
     ) -> Evaluated:
         """Run a suite (`quick`, unless the request names another) on a recipe, or on a patch alone, and keep its numbers.
 
@@ -371,7 +144,7 @@ class Workshop:
 
     # Upkeep and sharing
 
-    def verify(self, *, report: Report = _silent) -> Verified:
+    def verify(self, *, report: Report = silent) -> Verified:
         """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.verify`."""
         from overpaint.registry.verify import verify
 
@@ -392,7 +165,7 @@ class Workshop:
         patches: Iterable[str] = (),
         recipes: Iterable[str] = (),
         sign: Path | None = None,
-        report: Report = _silent,
+        report: Report = silent,
     ) -> Sent:
         """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.transport.sending`."""
         from overpaint.sharing import push
@@ -472,9 +245,3 @@ class Workshop:
         wanted = self.known_recipe(recipe)
         about: dict[str, Any] = {"card": wanted.card(), "record": wanted.as_json()}
         return build(wanted.base, wanted.terms(), Path(out), **about, notice=notice, form=form)
-
-
-def _keeps(compress: str | None) -> tuple[Keep, ...]:
-    from overpaint.solving.orders import Keep
-
-    return () if compress is None else (Keep.parse(compress),)
