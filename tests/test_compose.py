@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import reduce
 from itertools import permutations
@@ -220,11 +220,56 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
     for term in terms:
         assert isinstance(term.delta, TextMap)
         wanted += 0.1 * weight @ term.delta.up.double() @ term.delta.down.double().T
-    change = whole._change(KEY, whole.pieces[KEY], base.tensor(KEY))
+    change = whole._change(KEY, whole.stacks[KEY], base.tensor(KEY))
     assert [type(text) for _, text in change.texts] == [arithmetic.Square]
     # One rounding to the base's dtype, on top of float32 products.
     found = whole.tensor(KEY)
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(found.dtype).eps, atol=1e-6)
+
+
+@FEW
+@given(seed=seeds, strength=st.floats(-4, 4).filter(bool))
+def test_a_float32_sum_of_text_maps_has_the_bits_of_a_float64_sum(base: Base, seed: int, strength: float) -> None:
+    terms = [Term(str(i), some_delta(base, "text-map", seed + i, 2), strength) for i in range(5)]
+    planned, original = plan(base, terms), base.tensor(KEY)
+    change = planned._change(KEY, planned.stacks[KEY], original)
+    assert change._precision(original.dtype) == torch.float32
+    wide = torch.empty_like(original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic.Change, "_precision", lambda self, stored: torch.float64)
+        change.write(original, wide, arithmetic.Workspace())
+    assert torch.equal(planned.tensor(KEY), wide)
+
+
+def test_in_company_and_on_a_float64_base_sums_stay_float64() -> None:
+    square = arithmetic.Square(torch.eye(4))
+    alone, apart = ((slice(0, 4), square),), ((slice(0, 4), square), (slice(4, 8), square))
+    array, thin = (torch.ones(2, 4), 1.0), arithmetic.Thin(torch.ones(1, 4).double(), torch.ones(1, 4).double())
+    for texts in (alone, apart):
+        assert arithmetic.Change(texts)._precision(torch.float16) == torch.float32
+        assert arithmetic.Change(texts)._precision(torch.float64) == torch.float64
+        assert arithmetic.Change(texts, arrays=(array,))._precision(torch.float16) == torch.float64
+    assert arithmetic.Change()._precision(torch.float32) == torch.float64
+    for other in (alone[0], (slice(4, 8), thin)):
+        assert arithmetic.Change((*alone, other))._precision(torch.float32) == torch.float64
+
+
+def test_what_lies_on_many_tensors_is_sorted_out_once(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something else lies on one of them."""
+    asked, real = list[int](), arithmetic.side_by_side
+
+    def counted(maps: Sequence[tuple[TextMap, float]]) -> arithmetic.Thin | arithmetic.Square:
+        asked.append(len(maps))
+        return real(maps)
+
+    monkeypatch.setattr("overpaint.patches.compose.side_by_side", counted)
+    terms = [Term(f"{i:03}", some_delta(base, "text-map", i)) for i in range(20)]
+    planned = plan(base, [*terms, Term("x", some_delta(base, "low-rank", 0, names=[KEY]))])
+    for name in planned.names:
+        planned.tensor(name)
+    assert len(planned.names) > 2
+    assert len({id(stack) for stack in planned.stacks.values()}) == 2
+    assert asked == [20]
 
 
 # Residual bits
@@ -338,7 +383,7 @@ def test_no_composed_value_exceeds_its_bound(base: Base, seed: int, kind: str) -
     planned = plan(base, [Term("a", some_delta(base, kind, seed, 3), 1.7), Term("b", some_delta(base, "dense", seed))])
     for name in planned.names:
         original = planned.original(name)
-        bound = planned._change(name, planned.pieces[name], original.values).bound(original.peak)
+        bound = planned._change(name, planned.stacks[name], original.values).bound(original.peak)
         assert planned.tensor(name).double().abs().max() <= bound * (1 + torch.finfo(original.values.dtype).eps)
 
 

@@ -442,9 +442,25 @@ def test_weights_from_inference_mode_are_patched(small: Base) -> None:
     overlay = Overlay(pipe, small)
     overlay.set([a_text_map()])
     assert torch.equal(pipe.unet.down.attn2.to_v.weight, compose(small, [a_text_map()])[VALUE])
+    overlay.verify()
     overlay.clear()
     with torch.inference_mode():
         assert equal(weights(pipe), pristine)
+
+
+@pytest.mark.parametrize("dtype", BASES, ids=str)
+def test_weights_from_inference_mode_and_others_take_turns(small: Base, dtype: torch.dtype) -> None:
+    """Memory that was made in inference mode may be written to in it only."""
+    pipe = small_pipeline(dtype)
+    with torch.inference_mode():
+        pipe.unet = small_pipeline(dtype).unet
+    terms = [a_text_map(), Term("b", some_delta(small, "dense", 1))]
+    overlay = Overlay(pipe, small)
+    for _ in range(2):
+        overlay.set(terms)
+        overlay.verify()
+        assert equal(weights(pipe), expected(small, weights(small_pipeline(dtype)), terms))
+        overlay.clear()
 
 
 def test_a_patch_may_be_laid_on_in_inference_mode(small: Base) -> None:

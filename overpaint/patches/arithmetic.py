@@ -4,7 +4,7 @@ The composed value is `round(W0 + W0 U D^T + up down + arrays + differences)`. E
 blocks of rows, so that memory does not grow with the tensor. U and D are the factors of all text maps side by side, as are
 `up` and `down`: one product each, however many patches there are. Where text maps together have more directions than a
 quarter of the text width d, their sum U D^T (d x d) is formed in float64 and applied in float32 instead, which from there
-on is faster.
+on is faster. Where nothing but that lies on a tensor, the sum with W0 is taken in float32 as well: the same bits, sooner.
 
 With eps = 2^-53, r the directions of `up` and n the number of patches, what is rounded is off from exact arithmetic by at
 most `(2 d + r + n + 4) eps (|W0| + |W0| |U| |D|^T + |up| |down| + |arrays| + |differences|)`, value by value; where text maps
@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Workspace:
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor that is valid until the same use is asked for again."""
+        """An uninitialised tensor, for use in inference mode, that is valid until the same use is asked for again."""
         size = shape.numel()
         memory = self._memory.get((use, dtype))
         if memory is None or memory.shape[0] < size:
@@ -91,22 +92,25 @@ class Square:
         return float(self.map.abs().sum(0).max())
 
     def read(self, weight: Tensor, work: Workspace) -> Tensor:
-        """`W U D^T` for rows W of a weight (float64), in float32."""
-        return torch.mm(work.take("narrow", weight.shape, torch.float32).copy_(weight), self.map)
+        """`W U D^T` for rows W of a weight (float64 or float32), in float32."""
+        single = weight.dtype == torch.float32
+        return torch.mm(weight if single else work.take("narrow", weight.shape, torch.float32).copy_(weight), self.map)
 
     def write(self, read: Tensor, total: Tensor, work: Workspace) -> None:
         """Add what was read."""
-        total.add_(work.take("wide", read.shape, torch.float64).copy_(read))
+        total.add_(read)
 
 
 def side_by_side(maps: Sequence[tuple[TextMap, float]]) -> Thin | Square:
     """Text maps of one door with their strengths, in the form that is cheaper to apply."""
-    strengths = torch.cat([torch.full((m.up.shape[1],), s, dtype=torch.float64) for m, s in maps])
-    up = torch.cat([m.up for m, _ in maps], 1).double() * strengths
-    down = torch.cat([m.down for m, _ in maps], 1).double()
-    if THIN * up.shape[1] > up.shape[0]:
-        return Square((up @ down.T).float())
-    return Thin(up.T.contiguous(), down.T.contiguous())
+    # Transposed first: to interleave the columns of a thousand single directions takes as long as their product.
+    up = torch.cat([m.up.T for m, _ in maps]).double()
+    down = torch.cat([m.down.T for m, _ in maps]).double()
+    strengths = [s for m, s in maps for _ in range(m.up.shape[1])]
+    up *= torch.tensor(strengths, dtype=torch.float64)[:, None]
+    if THIN * up.shape[0] > up.shape[1]:
+        return Square((up.T @ down).float())
+    return Thin(up, down)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,19 @@ class Change:
     def _down(self) -> Tensor:
         return torch.cat([down.double() for _, down, _ in self.factors], 0)
 
+    def _precision(self, stored: torch.dtype) -> torch.dtype:
+        """In which dtype to sum: float64, or float32 where that gives the same bits.
+
+        It does where each value is the original, no wider than float32, and one float32 product: their float32 sum is their
+        float64 sum, rounded, because rounding twice is rounding once where the wider format has twice the digits of the
+        narrower, and two more (S. Figueroa, When is double rounding innocuous?, 1995).
+        """
+        if stored == torch.float64 or self.factors or self.arrays or self.results or not self.texts:
+            return torch.float64
+        columns = sorted((c.start, c.stop) for c, _ in self.texts)
+        apart = all(stop <= start for (_, stop), (start, _) in pairwise(columns))
+        return torch.float32 if apart and all(isinstance(text, Square) for _, text in self.texts) else torch.float64
+
     def bound(self, peak: float) -> float:
         """No composed value is larger in magnitude than this, when no weight is larger than `peak`."""
         if self.results:
@@ -140,18 +157,20 @@ class Change:
 
     def write(self, original: Tensor, out: Tensor, work: Workspace) -> None:
         """Put the composed value into `out`: contiguous, of the original's shape and dtype, possibly the original itself."""
-        weight, target = _matrix(original), _matrix(out)
-        rows = max(1, BLOCK // weight.shape[1])
-        for start in range(0, weight.shape[0], rows):
-            some = slice(start, start + rows)
-            target[some].copy_(self._sum(weight[some], some, work))
+        with torch.inference_mode():
+            weight, target = _matrix(original), _matrix(out)
+            rows, precision = max(1, BLOCK // weight.shape[1]), self._precision(original.dtype)
+            for start in range(0, weight.shape[0], rows):
+                some = slice(start, start + rows)
+                target[some].copy_(self._sum(weight[some], some, precision, work))
 
-    def _sum(self, weight: Tensor, rows: slice, work: Workspace) -> Tensor:
+    def _sum(self, weight: Tensor, rows: slice, precision: torch.dtype, work: Workspace) -> Tensor:
         """The unrounded value of some rows, in scratch memory."""
-        total = _widened(weight, "total", work)
-        read = [text.read(total[:, columns], work) for columns, text in self.texts]
-        for (columns, text), found in zip(self.texts, read, strict=True):
-            text.write(found, total[:, columns], work)
+        total = _widened(weight, "total", work, precision)
+        parts = [total if total.shape[1] == c.stop - c.start else total[:, c] for c, _ in self.texts]
+        read = [text.read(part, work) for part, (_, text) in zip(parts, self.texts, strict=True)]
+        for part, (_, text), found in zip(parts, self.texts, read, strict=True):
+            text.write(found, part, work)
         if self.factors:
             total.addmm_(self._up[rows], self._down)
         for array, strength in self.arrays:
@@ -168,9 +187,9 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
 
 
-def _widened(values: Tensor, use: str, work: Workspace) -> Tensor:
-    """A float64 copy."""
-    if values.dtype == torch.float16:
+def _widened(values: Tensor, use: str, work: Workspace, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A copy in float64, or another wide dtype."""
+    if values.dtype == torch.float16 and dtype == torch.float64:
         # In two steps, because the direct conversion is not vectorised.
         values = work.take("half", values.shape, torch.float32).copy_(values)
-    return work.take(use, values.shape, torch.float64).copy_(values)
+    return work.take(use, values.shape, dtype).copy_(values)

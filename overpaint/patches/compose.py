@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,23 +42,74 @@ Piece = tuple[Term, Delta]
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """What lies on a tensor, by patch id. Tensors that carry the same share one: a thousand patches are sorted out once."""
+
+    pieces: tuple[Piece, ...]
+    known: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
+    """What text maps come to side by side; one for all the stacks of a plan."""
+
+    @cached_property
+    def with_bits(self) -> dict[str, Term]:
+        """The patches with residual bits; whatever else they hold is in neither `texts` nor `others`."""
+        return {term.id: term for term, part in self.pieces if isinstance(part, Xor)}
+
+    @cached_property
+    def texts(self) -> list[tuple[str, Thin | Square]]:
+        """Text maps side by side, by door, doors sorted."""
+        maps: dict[str, list[tuple[Term, TextMap]]] = {}
+        for term, part in self.pieces:
+            if isinstance(part, TextMap) and term.id not in self.with_bits:
+                maps.setdefault(part.encoder, []).append((term, part))
+        return [(door, self._text(door, maps[door])) for door in sorted(maps)]
+
+    @cached_property
+    def others(self) -> list[Piece]:
+        """Factors and arrays."""
+        return [(t, part) for t, part in self.pieces if t.id not in self.with_bits and not isinstance(part, TextMap)]
+
+    @cached_property
+    def is_alone_with_bits(self) -> bool:
+        """Whether all pieces are one patch's, at strength 1, with residual bits among them."""
+        first = self.pieces[0][0]
+        return first.strength == 1 and bool(self.with_bits) and all(term is first for term, _ in self.pieces)
+
+    def alone(self, term: Term) -> tuple[Xor, Stack]:
+        """A patch with residual bits by itself: the bits, and its other parts at strength 1."""
+        parts = [part for owner, part in self.pieces if owner is term]
+        (bits,) = (part for part in parts if isinstance(part, Xor))
+        others = tuple((replace(term, strength=1.0), part) for part in parts if part is not bits)
+        return bits, Stack(others, self.known)
+
+    def _text(self, door: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
+        key = (door, *((term.id, term.strength) for term, _ in maps))
+        if key not in self.known:
+            self.known[key] = side_by_side([(text_map, term.strength) for term, text_map in maps])
+        return self.known[key]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A composition that is checked but not yet computed: which tensors change, and each value on demand.
 
-    `terms` are all that was planned, sorted by patch id; `pieces` has, by canonical name, what lies on each tensor. Values
+    `terms` are all that was planned, sorted by patch id; `stacks` has, by canonical name, what lies on each tensor. Values
     take turns in one scratch memory: ask for them from one thread at a time.
     """
 
     base: Base
     terms: tuple[Term, ...]
-    pieces: Mapping[str, tuple[Piece, ...]]
+    stacks: Mapping[str, Stack]
     _work: Workspace = field(repr=False)
-    _texts: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[str]:
         """Canonical names of the tensors that change, sorted."""
-        return list(self.pieces)
+        return list(self.stacks)
+
+    @cached_property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """By canonical name, what lies on each tensor, by patch id."""
+        return {name: stack.pieces for name, stack in self.stacks.items()}
 
     def original(self, name: str) -> Original:
         """The base's own value of a tensor. Raises BrokenBase when it has NaN or infinite values."""
@@ -83,52 +135,35 @@ class Plan:
         `out` is contiguous, on the CPU, of the base's shape and dtype, and may be the original itself. Raises BadDelta when
         the sum overflows the dtype; `out` then holds what overflowed.
         """
-        pieces = self.pieces[name]
-        if _is_alone_with_bits(pieces):
-            out.copy_(self._result(name, pieces, original.values))
+        stack = self.stacks[name]
+        if stack.is_alone_with_bits:
+            out.copy_(self._result(name, stack, stack.pieces[0][0], original.values))
             bound = math.inf
         else:
-            change = self._change(name, pieces, original.values)
+            change = self._change(name, stack, original.values)
             change.write(original.values, out, self._work)
             bound = change.bound(original.peak)
         # Looking at every value would take a third of the time that composing takes.
         if bound > torch.finfo(out.dtype).max and not all_finite(out):
-            patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in pieces))
+            patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in stack.pieces))
             raise BadDelta(f"{name} overflows {dtype_name(out.dtype)} under patches {patches}; lower their strengths")
         return out
 
-    def _change(self, name: str, pieces: Sequence[Piece], original: Tensor) -> Change:
+    def _change(self, name: str, stack: Stack, original: Tensor) -> Change:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""
-        with_bits = {term.id: term for term, part in pieces if isinstance(part, Xor)}
-        plain = [(term, part) for term, part in pieces if term.id not in with_bits]
-        maps: dict[str, list[tuple[Term, TextMap]]] = {}
-        for term, part in plain:
-            if isinstance(part, TextMap):
-                maps.setdefault(part.encoder, []).append((term, part))
         return Change(
-            texts=tuple((self.base.columns(door, name), self._text(door, maps[door])) for door in sorted(maps)),
-            factors=tuple((*p.factors[name], t.strength) for t, p in plain if isinstance(p, LowRank)),
-            arrays=tuple((p.changes[name], t.strength) for t, p in plain if isinstance(p, Dense)),
-            results=tuple(
-                (self._result(name, [piece for piece in pieces if piece[0] is term], original), term.strength)
-                for term in with_bits.values()
-            ),
+            texts=tuple((self.base.columns(door, name), text) for door, text in stack.texts),
+            factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),
+            arrays=tuple((p.changes[name], t.strength) for t, p in stack.others if isinstance(p, Dense)),
+            results=tuple((self._result(name, stack, t, original), t.strength) for t in stack.with_bits.values()),
         )
 
-    def _result(self, name: str, pieces: Sequence[Piece], original: Tensor) -> Tensor:
+    def _result(self, name: str, stack: Stack, term: Term, original: Tensor) -> Tensor:
         """What one patch with residual bits makes of a tensor alone, at strength 1."""
-        others = [(replace(term, strength=1.0), part) for term, part in pieces if not isinstance(part, Xor)]
+        bits, others = stack.alone(term)
         rounded = torch.empty_like(original)
         self._change(name, others, original).write(original, rounded, self._work)
-        (bits,) = (part for _, part in pieces if isinstance(part, Xor))
         return bits.flipped(name, rounded)
-
-    def _text(self, door: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
-        """Text maps side by side: worked out once for all the tensors they change together."""
-        key = (door, *((term.id, term.strength) for term, _ in maps))
-        if key not in self._texts:
-            self._texts[key] = side_by_side([(text_map, term.strength) for term, text_map in maps])
-        return self._texts[key]
 
 
 def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Plan:
@@ -145,15 +180,22 @@ def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Pl
     pieces: dict[str, list[Piece]] = {}
     for term in ordered:
         for part in term.delta.parts:
-            targets = part.targets(base)
+            piece, targets = (term, part), part.targets(base)
             for name in targets if term.strength else ():
-                pieces.setdefault(name, []).append((term, part))
+                pieces.setdefault(name, []).append(piece)
     for name in pieces:
         if (dtype := DTYPES[base.places[name].entry.dtype]) not in FLOATS:
             raise BadDelta(
                 f"{name} is {dtype_name(dtype)} in the base, which has no room for a change; use another base"
             )
-    return Plan(base, tuple(ordered), {name: tuple(pieces[name]) for name in sorted(pieces)}, work or Workspace())
+    return Plan(base, tuple(ordered), _stacked(pieces), work or Workspace())
+
+
+def _stacked(pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Stack]:
+    """By name, sorted, what lies on each tensor; of one and the same pieces, one and the same stack."""
+    stacks: dict[tuple[int, ...], Stack] = {}
+    known: dict[Any, Thin | Square] = {}
+    return {n: stacks.setdefault(tuple(map(id, pieces[n])), Stack(tuple(pieces[n]), known)) for n in sorted(pieces)}
 
 
 def compose(base: Base, terms: Iterable[Term]) -> dict[str, Tensor]:
@@ -170,13 +212,3 @@ def composition_digest(base: Base, composed: dict[str, Tensor]) -> str:
     digests = base.digests(base.names)
     digests.update({name: tensor_digest(name, tensor) for name, tensor in composed.items()})
     return combined_digest(digests)
-
-
-def _is_alone_with_bits(pieces: Sequence[Piece]) -> bool:
-    """Whether all pieces are one patch's, at strength 1, with residual bits among them."""
-    first = pieces[0][0]
-    return (
-        first.strength == 1
-        and any(isinstance(part, Xor) for _, part in pieces)
-        and all(term is first for term, _ in pieces)
-    )

@@ -7,7 +7,7 @@ nothing is ever subtracted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -63,9 +63,12 @@ class Overlay:
     def set(self, terms: Iterable[Term]) -> None:
         """Make the pipeline carry exactly these patches. Only tensors on which something else lies are computed again."""
         wanted, before = plan(self.base, terms, self._work), self._plan
-        names = sorted(before.pieces.keys() | wanted.pieces.keys() | self._torn)
+        names = sorted(before.stacks.keys() | wanted.stacks.keys() | self._torn)
         parameters = self._check(names)
-        changed = [n for n in names if before.pieces.get(n) != wanted.pieces.get(n) or n in self._torn]
+        lies = {name: (before.stacks.get(name), wanted.stacks.get(name)) for name in names}
+        # Once for each pair of stacks: telling two thousand patches apart tensor by tensor would take longer than to write.
+        same = {(a, b): a is not None and b is not None and a.pieces == b.pieces for a, b in set(lies.values())}
+        changed = [name for name in names if name in self._torn or not same[lies[name]]]
         self._write({name: parameters[name] for name in changed}, wanted)
 
     def add(self, term: Term) -> None:
@@ -144,7 +147,7 @@ class Overlay:
 
     def _compare(self, name: str, parameter: nn.Parameter, original: Original) -> None:
         expected = original.values
-        if name in self._plan.pieces:
+        if name in self._plan.stacks:
             expected = self._plan.write(name, original, torch.empty_like(expected))
         if not identical(parameter.detach().cpu(), expected.to(parameter.dtype)):
             raise ForeignChange(
@@ -153,7 +156,8 @@ class Overlay:
                 "the recipe first"
             )
 
-    @torch.no_grad()
+    # Weights from inference mode may be written in inference mode only, and others in it as well.
+    @torch.inference_mode()
     def _write(self, parameters: dict[str, nn.Parameter], wanted: Plan) -> None:
         """Write all tensors or none."""
         try:
@@ -171,19 +175,14 @@ class Overlay:
 
     def _put(self, name: str, parameter: nn.Parameter, wanted: Plan) -> None:
         original = self._kept[name]
-        # Weights from inference mode may be written in inference mode only.
-        with torch.inference_mode() if parameter.is_inference() else nullcontext():
-            self._lay(parameter, wanted, name, original)
-        self._seals[name].renew(parameter)
-
-    def _lay(self, parameter: nn.Parameter, wanted: Plan, name: str, original: Original) -> None:
         values = original.values
-        if name not in wanted.pieces:
+        if name not in wanted.stacks:
             parameter.copy_(values)
         elif parameter.device == values.device and parameter.dtype == values.dtype and parameter.is_contiguous():
             wanted.write(name, original, parameter)
         else:
             parameter.copy_(wanted.write(name, original, self._stage(values)))
+        self._seals[name].renew(parameter)
 
     def _keep(self, original: Original, parameter: nn.Parameter) -> Original:
         return replace(original, values=original.values.pin_memory()) if parameter.is_cuda else original
