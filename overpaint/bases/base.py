@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.bases.container import Container, Entry
+from overpaint.bases.container import Container
 from overpaint.bases.digests import combined_digest
-from overpaint.bases.files import BrokenBase, Place, open_folder, open_single_file
+from overpaint.bases.files import BrokenBase, Place, open_folder, open_single_file, read_places
 from overpaint.bases.hashing import digests_of
 from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.layout import Door, Layout
@@ -96,13 +96,7 @@ class Base:
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors one at a time in their canonical shapes, file by file."""
-        by_file: dict[Path, dict[str, Entry]] = {}
-        for name in names:
-            place = self.places[name]
-            by_file.setdefault(place.file, {})[name] = place.entry
-        for file, wanted in by_file.items():
-            for name, tensor in self.containers[file].read(wanted):
-                yield name, self.places[name].canonical(tensor)
+        return read_places({name: self.places[name] for name in names}, self.containers)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """The digest of each named tensor; computed once per opened base."""

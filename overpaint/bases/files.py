@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,16 @@ class Place:
     def stored(self, value: Tensor) -> Tensor:
         """A canonical tensor in the form whose bytes the file has."""
         return value.T.contiguous() if self.transposed else value.reshape(self.entry.shape)
+
+
+def read_places(places: Mapping[str, Place], containers: Mapping[Path, Container]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors one at a time in their canonical shapes, file by file, under the names they are given here."""
+    by_file: dict[Path, dict[str, Entry]] = {}
+    for name, place in places.items():
+        by_file.setdefault(place.file, {})[name] = place.entry
+    for file, wanted in by_file.items():
+        for name, stored in containers[file].read(wanted):
+            yield name, places[name].canonical(stored)
 
 
 @dataclass(frozen=True)

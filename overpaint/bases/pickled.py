@@ -6,6 +6,7 @@ It is presented as the safetensors file that it would be, and a build of it is o
 from __future__ import annotations
 
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,15 @@ from overpaint.bases.container import DTYPES, BrokenFile, is_key
 from overpaint.bases.gathered import DATA_START, GatheredContainer, laid_out
 
 SUFFIXES = (".ckpt", ".pt", ".pth")
-PICKLE_LIMIT = 3 << 20
-"""Bytes of names and shapes. Those of Stable Diffusion XL are 1.2 MB, and 3 MB take a second to read."""
+PICKLE_LIMIT, PARTS_LIMIT = 3 << 20, 1 << 20
+"""Bytes of names and shapes, and of the archive's list of parts. Those of Stable Diffusion XL are 0.4 and 0.2 MB."""
+
+STEP_LIMIT, BUILT_LIMIT = 160_000, 15_000
+"""Steps of the program that a pickle is, and those of them that look something up or build it: of the latter a tensor takes
+three, of all some 32, and Stable Diffusion XL with averages has 4,200 tensors. A few bytes of it can ask for a tensor, so
+that its length says little."""
+
+_BUILDING = frozenset({"REDUCE", "BUILD", "NEWOBJ", "BINPERSID"})
 _DTYPES = frozenset(DTYPES.values())
 
 
@@ -52,17 +60,41 @@ class PickledContainer(GatheredContainer):
 def _refuse_bombs(path: Path, size: int) -> None:
     """Raise BrokenFile unless a file is a zip archive that holds its parts as they are, with a short list of them."""
     try:
-        if _directory_size(path, size) > PICKLE_LIMIT:
-            raise _refused(path, f"its list of parts is more than {PICKLE_LIMIT >> 20} MB long")
+        if _directory_size(path, size) > PARTS_LIMIT:
+            raise _refused(path, f"its list of parts is more than {PARTS_LIMIT >> 20} MB long")
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+            _refuse_parts(path, parts)
+            pickled = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         raise _refused(path, "it is not a zip archive as torch.save has written them since 2020") from error
+    _refuse_long_programs(path, pickled)
+
+
+def _refuse_parts(path: Path, parts: list[zipfile.ZipInfo]) -> None:
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
             raise _refused(path, f"its part {part.filename[:80]!r} is compressed")
-        if part.filename.endswith(".pkl") and part.file_size > PICKLE_LIMIT:
-            raise _refused(path, f"the names of its tensors take more than {PICKLE_LIMIT >> 20} MB")
+    if sum(part.file_size for part in parts if part.filename.endswith(".pkl")) > PICKLE_LIMIT:
+        raise _refused(path, f"the names of its tensors take more than {PICKLE_LIMIT >> 20} MB")
+
+
+def _refuse_long_programs(path: Path, pickled: list[bytes]) -> None:
+    """Raise BrokenFile for pickles that would take longer than the tensors of any base. They are read, and nothing is run."""
+    steps = built = 0
+    for content in pickled:
+        walk = pickletools.genops(content)
+        while True:
+            try:
+                operation, _, _ = next(walk)
+            except StopIteration:
+                break
+            # Whatever a hostile pickle makes the reader raise.
+            except Exception as error:
+                raise _refused(path, "the list of its tensors is cut short or damaged") from error
+            steps, built = steps + 1, built + (operation.name in _BUILDING)
+            if steps > STEP_LIMIT or built > BUILT_LIMIT:
+                raise _refused(path, "to list its tensors takes more steps than those of any base do")
 
 
 def _directory_size(path: Path, size: int) -> int:

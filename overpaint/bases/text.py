@@ -9,36 +9,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.base import Base
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, Door
 from overpaint.bases.quiet import quiet_loading
+from overpaint.bases.towers import layers_of, prompts_at_a_time, tower
 from overpaint.errors import OverpaintError
 
-BATCH = 128
-"""Prompts at a time for a text encoder of SD 1.x's size; fewer for larger ones, so that they need no more memory."""
-
-REMEMBERED = 4
-"""Batches of prompts whose embeddings are kept."""
-
-_MODELS: dict[str, Any] = {
-    "CLIPTextModel": CLIPTextModel,
-    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-}
+REMEMBERED = 64 << 20
+"""Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one."""
 
 
 class PromptTooLong(OverpaintError):
     """A concept whose tokens lie past the end of what the text encoder reads."""
 
 
+class _Answers:
+    """The newest answers of some text encoders, by encoder and prompts: as many as fit into `REMEMBERED`."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._size = 0
+
+    def recall(self, asked: tuple[str, ...]) -> dict[str, Tensor] | None:
+        if asked in self._kept:
+            self._kept.move_to_end(asked)
+        return self._kept.get(asked)
+
+    def keep(self, asked: tuple[str, ...], found: dict[str, Tensor]) -> None:
+        size = _nbytes(found)
+        if size > REMEMBERED:
+            return
+        self.make_room(size)
+        self._kept[asked] = found
+        self._size += size
+
+    def make_room(self, size: int) -> None:
+        """Forget the oldest until so many bytes fit: before they are computed, or both would be in memory."""
+        while self._kept and self._size + size > REMEMBERED:
+            self._size -= _nbytes(self._kept.popitem(last=False)[1])
+
+
+def _nbytes(answer: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in answer.values())
+
+
 @dataclass
 class _Memory:
-    """What the doors of one text encoder share: what each lets through, token ids by text, and the newest answers."""
+    """What the doors of one text encoder share: its name, what each lets through, token ids by text, the newest answers."""
 
+    encoder: str
     says: frozenset[str]
+    answers: _Answers
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    answers: OrderedDict[tuple[str, ...], dict[str, Tensor]] = field(default_factory=OrderedDict)
 
 
 @dataclass
@@ -86,8 +110,11 @@ class TextEncoder:
         A prompt that occurs several times is encoded once.
         """
         unique = list(dict.fromkeys(prompts))
+        found = self._answers(unique)[self.says]
+        if len(unique) == len(prompts):
+            return found
         place = {prompt: i for i, prompt in enumerate(unique)}
-        return self._answers(unique)[self.says][[place[prompt] for prompt in prompts]]
+        return found[[place[prompt] for prompt in prompts]]
 
     @torch.no_grad()
     def _answers(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -95,31 +122,38 @@ class TextEncoder:
 
         The newest answers are kept: doors are asked in turn, and concepts are sent to the same sentences without them.
         """
-        answers, asked = self._memory.answers, tuple(prompts)
-        if asked in answers:
-            answers.move_to_end(asked)
-            return answers[asked]
-        config = self.model.config
-        batch = max(1, min(BATCH, BATCH * 768 * 12 // (config.hidden_size * config.num_hidden_layers)))
-        parts = [self._forward(prompts[start : start + batch]) for start in range(0, len(prompts), batch)]
-        found = {says: torch.cat([part[says] for part in parts]) for says in parts[0]}
-        if len(prompts) <= BATCH:
-            answers[asked] = found
-            while len(answers) > REMEMBERED:
-                answers.popitem(last=False)
+        answers, asked = self._memory.answers, (self._memory.encoder, *prompts)
+        recalled = answers.recall(asked)
+        if recalled is not None:
+            return recalled
+        batch = prompts_at_a_time(self.model)
+        found: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), batch):
+            for says, part in self._forward(prompts[start : start + batch]).items():
+                if says not in found:
+                    found[says] = part.new_empty((len(prompts), *part.shape[1:]))
+                    answers.make_room(_nbytes(found))
+                found[says][start : start + batch] = part
+        answers.keep(asked, found)
         return found
 
     def _forward(self, prompts: list[str]) -> dict[str, Tensor]:
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids
-        wanted = self._memory.says
-        found = self.model(ids.to(self.model.device), output_hidden_states=PENULTIMATE in wanted)
+        wanted, before = self._memory.says, []
+        # Asked for hidden states, the model would keep those of every layer.
+        last = layers_of(self.model)[-1]
+        hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+        try:
+            found = self.model(ids.to(self.model.device))
+        finally:
+            hook.remove()
         answers = {}
         if LAST in wanted:
             answers[LAST] = found.last_hidden_state
         if PENULTIMATE in wanted:
-            answers[PENULTIMATE] = found.hidden_states[-2]
+            answers[PENULTIMATE] = before[0]
         if POOLED in wanted:
             answers[POOLED] = found.text_embeds[:, None]
         return answers
@@ -152,31 +186,21 @@ def encoders(
     """
     chosen = {name: base.door(name) for name in (base.doors if doors is None else doors)}
     found: dict[str, TextEncoder] = {}
+    answers = _Answers()
     for name, door in chosen.items():
         same = [other for other, spec in chosen.items() if spec.encoder == door.encoder]
         if same[0] in found:
             first = found[same[0]]
             found[name] = TextEncoder(first.tokenizer, first.model, door.says, first._memory)
         else:
-            memory = _Memory(frozenset(chosen[other].says for other in same))
-            found[name] = TextEncoder(*_loaded(base, door, device), door.says, memory)
+            memory = _Memory(door.encoder, frozenset(chosen[other].says for other in same), answers)
+            found[name] = TextEncoder(_tokenizer(base, door), tower(base, door.encoder, device), door.says, memory)
     return found
 
 
-def _loaded(base: Base, door: Door, device: torch.device | str) -> tuple[CLIPTokenizer, Any]:
-    """The tokenizer and the model behind a door, with the weights that the base has, whatever files they lie in."""
-    rules, folder = base.layout.components[door.encoder], base.config_folder
-    kind = _MODELS[rules.model]
+def _tokenizer(base: Base, door: Door) -> CLIPTokenizer:
     with quiet_loading():
-        tokenizer = CLIPTokenizer.from_pretrained(folder / door.tokenizer, local_files_only=True)
-        config = CLIPTextConfig.from_pretrained(folder / door.encoder, local_files_only=True)
-        with torch.device("meta"):
-            names = {key: f"{door.encoder}/{rules.canonical(key)}" for key in kind(config).state_dict()}
-        if lacking := sorted(set(names.values()) - base.places.keys()):
-            raise BrokenBase(
-                f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again"
-            )
-        weights = base.tensors(names.values())
-        state = {key: weights[name] for key, name in names.items()}
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    return tokenizer, model.to(device).eval()
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+            base.config_folder / door.tokenizer, local_files_only=True
+        )
+    return tokenizer

@@ -106,5 +106,9 @@ def _weights(encoder: TextEncoder, template: str, word: str, *, from_begin: bool
 
 def _weighted(hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The last embeddings of each sentence, as many as it has weights, scaled by their roots: float64 [d, m]."""
-    found = [h[len(h) - len(w) :] * w.sqrt()[:, None].to(h.device) for h, w in zip(hidden, weights, strict=True)]
-    return torch.cat(found).T
+    # Written in place: lists of parts and their sum would take twice what a large text encoder leaves room for.
+    found = hidden.new_empty((sum(map(len, weights)), hidden.shape[-1]), dtype=torch.float64)
+    rows = found.split([len(w) for w in weights])
+    for h, w, row in zip(hidden, weights, rows, strict=True):
+        torch.mul(h[len(h) - len(w) :], w.sqrt()[:, None].to(h.device), out=row)
+    return found.T

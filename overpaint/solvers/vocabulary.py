@@ -24,8 +24,8 @@ from overpaint.solvers.keys import PADDING, keys_of, neutral_sentences
 from overpaint.solvers.vocabulary_file import BadVocabulary, Heard, keep, place, read
 
 SENTENCES_PER_WORD = 3
-CHUNK = 256
-"""Words that are asked about at once."""
+CHUNK, CHUNK_BYTES = 256, 128 << 20
+"""Words that are asked about at once, and what their keys may take: half of them, or less, on a wide text encoder."""
 SAVE_EVERY = 20.0
 """Seconds of work that an interruption may cost."""
 
@@ -55,6 +55,7 @@ class Task:
     widths: Mapping[str, int]
     words: tuple[tuple[str, ...], ...]
     templates: tuple[str, ...]
+    at_once: int = CHUNK
 
     @classmethod
     def of(cls, base: Base, encoders: Mapping[str, TextEncoder], limit: int) -> Task:
@@ -65,6 +66,7 @@ class Task:
         chosen = [known[i * len(known) // count] for i in range(count)]
         turns = max(1, len(templates) // SENTENCES_PER_WORD)
         words = tuple(tuple(chosen[j % turns :: turns]) for j in range(len(templates)))
+        at_once = _at_once(max(encoder.width for encoder in encoders.values()), first.length)
         identity = {
             "encoder": base.component_digest(base.door(next(iter(encoders))).encoder),
             "tokenizer": hashlib.sha256(canonical_json(first.tokenizer.get_vocab())).hexdigest(),
@@ -74,14 +76,16 @@ class Task:
             "sentences": list(templates),
             "words": hashlib.sha256(canonical_json(words)).hexdigest(),
             "count": count,
+            # Not named where it is what it always was: what was kept then is still true.
+            **({} if at_once == CHUNK else {"at once": at_once}),
         }
-        return cls(identity, {door: encoder.width for door, encoder in encoders.items()}, words, templates)
+        return cls(identity, {door: encoder.width for door, encoder in encoders.items()}, words, templates, at_once)
 
     def pieces(self) -> Iterator[tuple[int, Sequence[str]]]:
         """The number of a sentence and some words to ask it with, in order."""
         for j, words in enumerate(self.words):
-            for start in range(0, len(words), CHUNK):
-                yield j, words[start : start + CHUNK]
+            for start in range(0, len(words), self.at_once):
+                yield j, words[start : start + self.at_once]
 
     @property
     def size(self) -> int:
@@ -104,6 +108,14 @@ class Task:
             )
             for door in self.widths
         }
+
+
+def _at_once(width: int, length: int) -> int:
+    """How many words' keys, float64 [length, width] each, fit into what they may take."""
+    found = CHUNK
+    while found > 1 and found * length * width * 8 > CHUNK_BYTES:
+        found //= 2
+    return found
 
 
 def vocabularies(

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.hostile import archive, saved, with_pickle
+from benchmarks.hostile import archive, built_again, saved, with_pickle
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.container import BrokenFile, Container
-from overpaint.bases.pickled import PICKLE_LIMIT, PickledContainer
+from overpaint.bases.pickled import BUILT_LIMIT, PICKLE_LIMIT, STEP_LIMIT, PickledContainer
 from overpaint.errors import OverpaintError
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
@@ -74,9 +74,15 @@ PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a cut tensor": (lambda: saved({"a": torch.zeros(1000)}).replace(b"\0" * 3000, b"\0" * 30, 1), "not a zip archive"),
     "compressed": (lambda: with_pickle(pickle.dumps({}), zipfile.ZIP_DEFLATED), "is compressed"),
     "many names": (lambda: with_pickle(bytes(PICKLE_LIMIT + 1)), "names of its tensors take more than 3 MB"),
-    "many parts": (lambda: archive({f"{i:065000}": b"" for i in range(70)}), "list of parts is more than 3 MB"),
+    "many parts": (lambda: archive({f"{i:065000}": b"" for i in range(70)}), "list of parts is more than 1 MB"),
     "one number expanded": (lambda: saved({"a": torch.zeros(1).expand(1 << 38)}), "fewer bytes than its shape"),
     "many views of one tensor": (lambda: saved({f"k{i}": BIG.view(-1) for i in range(9)}), "more bytes than it has"),
+    "more views than any base has": (lambda: saved({i: BIG.view(-1) for i in range(6000)}), "more steps than"),
+    "a tensor built again and again": (lambda: built_again(BUILT_LIMIT), "more steps than"),
+    "many steps": (lambda: with_pickle(b"\x80\x02](" + b"N" * STEP_LIMIT + b"e."), "more steps than"),
+    "steps without an end": (lambda: with_pickle(b"\x80\x02](" + b"N" * 9), "is cut short or damaged"),
+    "no steps": (lambda: with_pickle(b"\xff" * 9), "is cut short or damaged"),
+    "a tensor built ten times": (lambda: built_again(10), "no map of tensors"),
     "a sparse tensor": (lambda: saved({"a": torch.eye(3).to_sparse()}), "not a plain tensor"),
     "an unknown dtype": (lambda: saved({"a": torch.zeros(3, dtype=torch.complex128)}), "not a plain tensor"),
     "a list": (lambda: saved([torch.zeros(2)]), "no map of tensors"),

@@ -134,8 +134,6 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: lora(f / "x.safetensors", lora_up__weight=torch.zeros(8, 2)),
         "changes nothing",
     ),
-    "DoRA": (lambda f: lora(f / "x.safetensors", dora_scale=torch.ones(8, 1)), "DoRA file, which is not read"),
-    "LoHa": (lambda f: lora(f / "x.safetensors", hada_w1_a=torch.ones(8, 1)), "LoHa file"),
     "an empty file": (lambda f: raw(f / "x.safetensors", {}), "none of its 0 keys"),
     "text": (lambda f: _text(f / "x.safetensors", b"hello"), "cannot be read as safetensors"),
     "an unknown kind of file": (lambda f: _text(f / "x.gguf", b"GGUF"), "none of the files known here"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -38,6 +40,23 @@ def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ran.append(kind)
     assert (ran.count("sh"), ran.count("python")) == (3, 3)
     shutil.rmtree(tmp_path)
+
+
+def test_every_option_that_the_page_names_is_one_that_a_command_has() -> None:
+    text = re.sub(r"^```text\n.*?^```$", "", PAGE.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    known = {option for command in _commands(main) for param in command.params for option in param.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert len(named) > 5
+    assert named - known == set()
+
+
+def _commands(group: click.Command) -> Iterator[click.Command]:
+    yield group
+    if isinstance(group, click.Group):
+        for name in group.list_commands(click.Context(group)):
+            found = group.get_command(click.Context(group), name)
+            assert found is not None
+            yield from _commands(found)
 
 
 def test_the_page_has_every_format() -> None:

@@ -63,21 +63,31 @@ class Reading:
     matched: int
 
 
-_ALGORITHMS = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_magnitude_vector.weight": "DoRA",
-    ".hada_w1_a": "LoHa",
-    ".lokr_w1": "LoKr",
-    ".lokr_w1_a": "LoKr",
-    ".oft_blocks": "OFT",
-    ".oft_diag": "OFT",
-    ".a1.weight": "GLoRA",
-    ".on_input": "IA3",
-    ".set_weight": "whole-parameter",
-    ".reshape_weight": "reshaped",
+UNREAD: Mapping[str, tuple[str, ...]] = {
+    "DoRA": (
+        "dora_scale",
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.weight",
+        "lora_magnitude_vector.default.weight",
+    ),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "OFT or BOFT": ("oft_blocks", "oft_diag"),
+    "OFT": ("oft_r", "oft_s", "oft_R.weight"),
+    "BOFT": ("boft_R", "boft_s"),
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+    "IA3": ("on_input", "ia3_l"),
+    "VeRA": ("vera_lambda_b", "vera_lambda_d"),
+    "AdaLoRA": ("lora_E", "ranknum"),
+    "FourierFT": ("fourierft_spectrum",),
+    "HRA": ("hra_u",),
+    "ComfyUI's set_weight": ("set_weight",),
+    "ComfyUI's reshape_weight": ("reshape_weight",),
 }
-"""Endings of what is known and yet not read."""
+"""What is known and yet not read, by what its keys end in."""
+
+_ALGORITHMS = {f".{ending}": algorithm for algorithm, endings in UNREAD.items() for ending in endings}
+_UNREAD_ENDINGS = tuple(_ALGORITHMS)
 
 
 def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Reading:
@@ -86,11 +96,11 @@ def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Re
     Raises ForeignFile when none explains any, or for an algorithm whose change is not read.
     """
     for key in keys:
-        algorithm = next((name for ending, name in _ALGORITHMS.items() if key.endswith(ending)), None)
-        if algorithm is not None:
+        if key.endswith(_UNREAD_ENDINGS):
+            algorithm = next(name for ending, name in _ALGORITHMS.items() if key.endswith(ending))
             raise ForeignFile(
-                f"{_short(key)} belongs to a {algorithm} file, which is not read; merge it into a checkpoint with the tool it "
-                "comes from, and import the checkpoint"
+                f"{_short(key)} is a tensor as {algorithm} names them, and {algorithm} is not read; merge the file into a "
+                "checkpoint with the tool it comes from, and import the checkpoint"
             )
     best = max((dialect.read(base, keys) for dialect in dialects), key=lambda reading: reading.matched)
     if not best.matched:

@@ -1,0 +1,153 @@
+"""Text encoders that are too large to hold: read layer by layer, with the same bits."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from overpaint.bases import text, towers
+from overpaint.bases.base import Base
+from overpaint.bases.container import BrokenFile
+from overpaint.bases.text import TextEncoder, encoders
+from overpaint.concepts import Concept
+from overpaint.solvers import vocabulary
+from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.separable import Separable
+from tests.bases.containers import single_file_tensors
+from tests.bases.tiny_xl import tiny_xl_base
+
+PROMPTS = ["a photo of a cat", "", "the moon in the style of a fox", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_xl_base(tmp_path_factory.mktemp("xl") / "xl").path
+
+
+@pytest.fixture
+def xl(xl_folder: Path) -> Base:
+    return Base.open(xl_folder)
+
+
+def numbers_held(model: Any) -> int:
+    """How many numbers a model has in memory."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() for tensor in tensors if not tensor.is_meta)
+
+
+def heard(base: Base) -> dict[str, torch.Tensor]:
+    return {door: encoder.hidden(PROMPTS) for door, encoder in encoders(base).items()}
+
+
+@pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt"])
+def test_layers_that_are_read_when_needed_say_the_same_bit_for_bit(
+    xl: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Also from a single file, which keeps some of their weights stacked and the other way round."""
+    base = xl
+    if form != "folder":
+        file = tmp_path / f"model.{form}"
+        save_file(single_file_tensors(xl), file) if form == "safetensors" else torch.save(single_file_tensors(xl), file)
+        (tmp_path / "model").symlink_to(xl.path)
+        base = Base.open(file)
+    whole = heard(base)
+    monkeypatch.setattr(towers, "HELD", 0)
+    parts = heard(base)
+    assert list(parts) == list(whole)
+    assert all(torch.equal(parts[door], whole[door]) for door in whole)
+
+
+def test_layers_are_not_held_between_batches(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "HELD", 0)
+    found = encoders(xl)["text_encoder_2"]
+    config, before = found.model.config, numbers_held(found.model)
+    outside = (config.max_position_embeddings + 2 + config.projection_dim) * config.hidden_size
+    assert before == outside + config.max_position_embeddings  # and the numbers of positions
+    found.hidden(PROMPTS)
+    assert numbers_held(found.model) == before
+
+
+def test_what_reads_layers_does_not_keep_the_base(xl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "HELD", 0)
+    opened = Base.open(xl_folder)
+    found, kept = encoders(opened), weakref.ref(opened)
+    del opened
+    gc.collect()
+    assert kept() is None
+    assert found["text_encoder"].hidden(PROMPTS).shape == (4, 16, 32)
+
+
+def test_a_solve_does_not_depend_on_what_is_held(xl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def solved() -> list[torch.Tensor]:
+        solution = Separable(vocabulary=20).solve(EditProblem(Base.open(xl_folder), Concept("cat")))
+        return [tensor for _, tensor in sorted(solution.delta.tensors().items())]
+
+    whole = solved()
+    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(towers, "READ_BATCH", towers.BATCH)
+    monkeypatch.setattr(text, "REMEMBERED", 0)
+    assert all(torch.equal(one, other) for one, other in zip(solved(), whole, strict=True))
+
+
+def test_what_is_held_follows_from_all_text_encoders_of_a_base_together(
+    xl: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {}
+    for component in ("text_encoder", "text_encoder_2"):
+        model = towers.tower(xl, component, "cpu")
+        sizes[component] = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(towers, "HELD", sum(sizes.values()))
+    assert numbers_held(towers.tower(xl, "text_encoder", "cpu")) > sizes["text_encoder"] // 4
+    monkeypatch.setattr(towers, "HELD", sum(sizes.values()) - 1)
+    assert numbers_held(towers.tower(xl, "text_encoder", "cpu")) < sizes["text_encoder"] // 4
+
+
+def test_a_file_that_is_cut_after_opening_is_noticed_by_the_layer_that_lay_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_xl_base(tmp_path / "xl")
+    monkeypatch.setattr(towers, "HELD", 0)
+    found = TextEncoder.of(base)
+    file = base.path / "text_encoder" / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.truncate(base.containers[file].data_start + 64)
+    with pytest.raises(BrokenFile, match="it ends early"):
+        found.hidden(PROMPTS)
+
+
+def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [f"a photo of {number}" for number in range(40)]
+    whole = TextEncoder.of(xl).hidden(many)
+    monkeypatch.setattr(towers, "HELD", 0)
+    found = TextEncoder.of(xl)
+    sizes: list[int] = []
+    towers.layers_of(found.model)[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    torch.testing.assert_close(found.hidden(many), whole)
+    assert sizes == [16, 16, 8]
+
+
+def test_answers_are_kept_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doors of one model share even many prompts; what is too much is computed again."""
+    found = encoders(xl)["text_encoder"]
+    many = [f"a photo of {number}" for number in range(towers.BATCH + 1)]
+    first = found.hidden(many)
+    assert found.hidden(many).data_ptr() == first.data_ptr()
+    monkeypatch.setattr(text, "REMEMBERED", first.nbytes - 1)
+    few = found.hidden(PROMPTS)
+    assert found.hidden(PROMPTS).data_ptr() == few.data_ptr()
+    again = found.hidden(many)
+    assert again.data_ptr() != first.data_ptr()
+    assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize(("width", "words"), [(768, 256), (1024, 128), (1280, 128), (4096, 32)])
+def test_as_many_words_are_heard_at_once_as_their_keys_leave_room_for(width: int, words: int) -> None:
+    """As many as ever on Stable Diffusion 1.x: sums of other pieces would have other last bits."""
+    assert vocabulary._at_once(width, 77) == words
+    assert words * 77 * width * 8 <= vocabulary.CHUNK_BYTES
