@@ -1,15 +1,17 @@
-"""The published comparison: every suite on the embedded base, for every solver, as JSON and as `docs/results.md`.
+"""The published comparison: the suites on the embedded base, for every solver, as JSON and as `docs/results.md`.
 
-The registry, its patches and all pictures are kept in a folder (`--work`); a run that is interrupted, or asked for more, goes on
-where it was. `--only` and `--suites` narrow it down; `--pages` writes the page again from what is there. In full it takes
-hours on two cores, most of them for the solvers that train.
+The registry, its patches and all pictures are kept in a folder (`--work`); a run that is interrupted, or asked for more, goes
+on where it was. `--only` and `--suites` narrow it down. Several processes may share a folder: with `--shard 0/2` and
+`--shard 1/2`, or with `--only` and `--no-page`, they write no page; `--pages` then writes it from what is there. In full it
+takes most of an hour on two cores, the greater part for the solvers that train.
 """
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from typing import Any
 import click
 
 import overpaint
+from benchmarks.cells import Shard, write
+from benchmarks.protocol import tuned
 from benchmarks.results_page import results_page
 from benchmarks.tables import arguments, save, show
 from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
+from overpaint.errors import AlreadyExists, OverpaintError
 from overpaint.evaluating import Request
 from overpaint.registry.evaluations import EvaluationRecord
-from overpaint.solvers import SOLVERS
+from overpaint.solvers import SOLVERS, solver_class
+from overpaint.solvers.problem import configure, settings_of
 from overpaint.workshop import Workshop
 
 ROOT = Path(__file__).parent.parent
@@ -33,20 +38,25 @@ SIX = ("cat", "car", "sun", "pistol", "rose", "ink")
 TWELVE = (*SIX, "bomb", "pizza", "robot", "boat", "skull", "neon")
 STYLES = {"ink": "flat", "neon": "flat"}
 """Concepts that are styles, with what they should become."""
-TWELVE_TOO = ("separable", "sepme")
+TWELVE_TOO = ("separable",)
 """Solvers whose scenes are also played with twelve concepts."""
-SUITES = ("quick", "grid", "generality", "crosstalk", "scenes", "probes", "cost")
-SETTINGS: Mapping[str, Mapping[str, str]] = {
-    "sepme": {"preset": "emoji"},
-    "esd": {"steps": "150", "lr": "3e-4", "batch": "16"},
-    "few_shot": {"steps": "10", "lr": "1e-3", "batch": "8", "guidance": "3.0"},
-    "few_shot_lora": {"lr": "1e-3", "batch": "8", "guidance": "3.0"},
-    "surgical": {"steps": "100", "lr": "3e-4", "batch": "8"},
-    "ablation": {"steps": "150", "lr": "3e-4", "batch": "8", "guidance": "3.0", "pictures": "64"},
-    "sdd": {"steps": "150", "lr": "3e-4", "batch": "8"},
-    "spm": {"steps": "300", "lr": "1e-3", "warm_up": "50"},
+COMMON = ("quick", "generality", "crosstalk", "cost")
+"""What every solver goes through."""
+LONGER = ("grid", "scenes", "probes")
+LONGER_FOR = ("separable", "uce", "rece", "nullspace", "few_shot", "esd")
+"""Suites that draw hundreds of pictures for every patch, and the solvers that go through them: one of each kind that trains."""
+SUITES = (*COMMON, *LONGER)
+SCALED = ("separable", "uce", "rece", "nullspace")
+"""Solvers of the suite `scale`, which belongs to no recipe in particular and is run with `separable`."""
+FEWER: Mapping[str, Mapping[str, str]] = {
+    "generality": {"erased": "8", "synonyms": "4", "others": "2"},
+    "crosstalk": {"pictures": "4", "unlisted": "2"},
+    "grid": {"objects": "10"},
+    "scenes": {"pictures": "3", "regular": "2"},
+    "probes": {"pictures": "4", "inversion": "60", "revival": "40"},
+    "scale": {"solvers": ",".join(SCALED), "most": "32", "pictures": "40"},
 }
-"""For a base whose text is 192 wide and whose pictures are 64 pixels; the solvers' defaults are for Stable Diffusion."""
+"""Settings of suites, so that all solvers fit into an hour; the numbers of pictures stand beside the results."""
 
 
 def main() -> None:
@@ -54,15 +64,22 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "evaluation", help="registry and pictures")
     parser.add_argument("--only", default=",".join(SOLVERS), help="solvers, with commas between")
-    parser.add_argument("--suites", default=",".join((*SUITES, "scale")), help="suites, with commas between")
+    parser.add_argument("--suites", default=",".join(SUITES), help="suites, with commas between; scale is one more")
+    parser.add_argument("--everything", action="store_true", help="run the longer suites for every solver")
+    parser.add_argument(
+        "--shard", default="0/1", help="which part of the solvers is run here, such as 0/2; no page then"
+    )
+    parser.add_argument("--no-page", action="store_true", help="keep what was found and write no page")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pages", action="store_true", help="run nothing; write the results from what is there")
     asked = parser.parse_args()
-    shop = _shop(asked.work)
-    failed = {} if asked.pages else _run(shop, asked)
-    records = [record for record in _records(shop) if record.suite in asked.suites.split(",")]
-    _write(records, failed)
+    shop, shard = _shop(asked.work), Shard.parse(asked.shard)
+    if not asked.pages:
+        _run(shop, asked, shard)
+    records = _records(shop)
+    if asked.pages or not (asked.no_page or shard.of > 1):
+        _write(records, _refused(asked.work))
     rows = [[r.recipe, r.suite, r.seconds, len(r.results), r.judge] for r in records]
     save(asked.json, show("Evaluated", ["recipe", "suite", "seconds", "numbers", "judge"], rows))
 
@@ -70,35 +87,59 @@ def main() -> None:
 def _shop(work: Path) -> Workshop:
     shop = overpaint.open(work)
     if not shop.bases():
-        shop.add_base(BASE, "emoji")
+        # Another process may have been faster.
+        with suppress(AlreadyExists):
+            shop.add_base(BASE, "emoji")
     for name in TWELVE:
         kind = "style" if name in STYLES else "object"
         shop.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
     return shop
 
 
-def _run(shop: Workshop, asked: Namespace) -> dict[str, str]:
-    """Solve and evaluate; what a solver or a suite refuses is written down with its reason and does not stop the rest."""
-    failed: dict[str, str] = {}
-    suites = [suite for suite in asked.suites.split(",") if suite in SUITES]
-    for solver in asked.only.split(","):
-        for count, names in ((6, SIX), (12, TWELVE)):
-            recipe = f"{solver}-{count}"
-            # Twelve are beyond what SepME can hold on Stable Diffusion; for the others, six say enough.
-            wanted = suites if count == 6 else [s for s in suites if s == "scenes" and solver in TWELVE_TOO]
+def wanted(solver: str, count: int, suites: Sequence[str], everything: bool = False) -> list[str]:
+    """The suites, of those asked for, that a solver's recipe of `count` concepts goes through."""
+    if count == len(TWELVE):
+        # Twelve are beyond what SepME can hold on Stable Diffusion; for the others, six say enough.
+        return [suite for suite in suites if suite == "scenes" and solver in TWELVE_TOO]
+    longer = LONGER if everything or solver in LONGER_FOR else ()
+    own = (*COMMON, *longer, *(("scale",) if solver == SCALED[0] else ()))
+    return [suite for suite in suites if suite in own]
+
+
+def _run(shop: Workshop, asked: Namespace, shard: Shard) -> None:
+    """Solve and evaluate; what a solver or a suite refuses is kept with its reason and does not stop the rest."""
+    for solver in shard.part(asked.only.split(",")):
+        for names in (SIX, TWELVE):
+            recipe = f"{solver}-{len(names)}"
+            suites = wanted(solver, len(names), asked.suites.split(","), asked.everything)
+            reasons = []
             try:
-                if wanted:
+                if suites:
                     _lay(shop, recipe, solver, names, asked.device)
-                for suite in wanted:
-                    _evaluate(shop, recipe, Request(suite, steps=asked.steps, device=asked.device))
             except OverpaintError as error:
-                failed[recipe] = str(error)
-                click.echo(f"{recipe}: {error}", err=True)
-    if "scale" in asked.suites.split(",") and "separable" in asked.only.split(","):
-        scaled = ",".join(["separable", *(s for s in ("uce", "rece", "nullspace") if s in SOLVERS)])
-        settings = {"solvers": scaled, "most": "32", "pictures": "64"}
-        _evaluate(shop, "separable-6", Request("scale", settings, steps=asked.steps, device=asked.device))
-    return failed
+                reasons, suites = [str(error)], []
+            for suite in suites:
+                try:
+                    request = Request(suite, FEWER.get(suite, {}), steps=asked.steps, device=asked.device)
+                    _evaluate(shop, recipe, request)
+                except OverpaintError as error:
+                    reasons.append(f"{suite}: {error}")
+            _keep_reasons(asked.work, recipe, reasons)
+
+
+def _keep_reasons(work: Path, recipe: str, reasons: Sequence[str]) -> None:
+    """In a file for each recipe, so that a page can be written without running anything."""
+    for reason in reasons:
+        click.echo(f"{recipe}: {reason}", err=True)
+    place = work / "refused" / f"{recipe}.txt"
+    if reasons:
+        write(place, "; ".join(reasons).encode())
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _refused(work: Path) -> dict[str, str]:
+    return {place.stem: place.read_text("utf-8") for place in sorted((work / "refused").glob("*.txt"))}
 
 
 def _lay(shop: Workshop, recipe: str, solver: str, names: tuple[str, ...], device: str) -> None:
@@ -113,9 +154,13 @@ def _lay(shop: Workshop, recipe: str, solver: str, names: tuple[str, ...], devic
 
 
 def _solved(shop: Workshop, concept: Concept, solver: str, device: str) -> str:
+    """The patch of a concept with today's settings, as it is or solved now."""
+    settings = tuned(solver)
+    same = settings_of(configure(solver_class(solver), settings))
     for record in shop.patches(concept=concept.name, solver=solver):
-        return record.id
-    return shop.solve(concept, base=BASE, solver=solver, settings=SETTINGS.get(solver, {}), device=device).id
+        if record.settings == same:
+            return record.id
+    return shop.solve(concept, base=BASE, solver=solver, settings=settings, device=device).id
 
 
 def _evaluate(shop: Workshop, recipe: str, request: Request) -> None:
@@ -132,21 +177,28 @@ def _progress(done: int, of: int, text: str) -> None:
 
 
 def _records(shop: Workshop) -> list[EvaluationRecord]:
-    names = [record.name for record in shop.recipes()]
+    """Of every recipe, solver by solver as the package lists them."""
+    order = [f"{solver}-{len(names)}" for names in (SIX, TWELVE) for solver in SOLVERS]
+    names = sorted((record.name for record in shop.recipes()), key=lambda name: (_place(order, name), name))
     return [record for name in names for record in shop.known_recipe(name).evaluations()]
 
 
-def _write(records: list[EvaluationRecord], failed: Mapping[str, str]) -> None:
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _write(records: Sequence[EvaluationRecord], refused: Mapping[str, str]) -> None:
     """One JSON file for each recipe and suite instead of those that were there, and the page over all of them."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for old in RESULTS.glob("*.json"):
-        old.unlink()
+    kept = set()
     for record in records:
         said: dict[str, Any] = {**asdict(record), "at": record.at.isoformat(timespec="seconds")}
         del said["who"]
         file = RESULTS / f"{record.recipe}-{record.suite}.json"
-        file.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    PAGE.write_text(results_page(records, failed), "utf-8")
+        write(file, (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode())
+        kept.add(file)
+    for old in set(RESULTS.glob("*.json")) - kept:
+        old.unlink()
+    write(PAGE, results_page(records, refused).encode())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str])
     ):
         found = {record.recipe or "": Numbers(record) for record in records if record.suite == suite}
         if found:
-            blocks += [f"## {heading}", *(_markdown(table) for table in (*tables(found), *published(suite)))]
+            blocks += [f"## {heading}", *(markdown(table) for table in (*tables(found), *published(suite)))]
     run = {record.suite for record in records}
     missing = {f"suite `{suite}`": "no solver was run through it yet" for suite in SUITES if suite not in run}
     if left_out := {**missing, **failed}:
@@ -159,7 +159,8 @@ _EACH = ("seconds to solve", "bytes", "seconds to lay on", "seconds to take off"
 _PEAK = "peak memory of solving, MB"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """A table with its caption above it."""
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     return f"{table.caption}\n\n{body}"

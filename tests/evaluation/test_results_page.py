@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -55,10 +56,67 @@ def test_the_benchmark_asks_for_concepts_that_the_embedded_base_knows() -> None:
     assert evaluation.TWELVE[:6] == evaluation.SIX
 
 
-def test_the_benchmark_sets_what_solvers_have() -> None:
+def test_the_benchmark_sets_what_suites_have() -> None:
+    from benchmarks import evaluation
+    from overpaint.evaluation.suites import SUITES, configured
+
+    assert set(evaluation.SUITES) | {"scale"} == set(SUITES)
+    for suite, settings in evaluation.FEWER.items():
+        assert configured(suite, settings) != configured(suite, {})
+
+
+def test_every_solver_goes_through_the_common_suites() -> None:
+    from benchmarks.evaluation import COMMON, LONGER_FOR, SUITES, wanted
+    from overpaint.solvers import SOLVERS
+
+    every = (*SUITES, "scale")
+    for solver in SOLVERS:
+        assert set(COMMON) <= set(wanted(solver, 6, every))
+        assert ("grid" in wanted(solver, 6, every)) == (solver in LONGER_FOR)
+        assert set(SUITES) <= set(wanted(solver, 6, every, everything=True))
+    assert [solver for solver in SOLVERS if "scale" in wanted(solver, 6, every)] == ["separable"]
+    assert wanted("separable", 12, every) == ["scenes"]
+    assert wanted("esd", 12, every) == []
+    assert wanted("esd", 6, ["quick"]) == ["quick"]
+
+
+def test_what_was_refused_is_on_the_page_of_another_run(tmp_path: Path) -> None:
+    from benchmarks.evaluation import _keep_reasons, _refused
+
+    _keep_reasons(tmp_path, "mace-6", ["grid: too few", "probes: none"])
+    _keep_reasons(tmp_path, "esd-6", ["no luck"])
+    assert _refused(tmp_path) == {"esd-6": "no luck", "mace-6": "grid: too few; probes: none"}
+    _keep_reasons(tmp_path, "esd-6", [])
+    assert _refused(tmp_path) == {"mace-6": "grid: too few; probes: none"}
+
+
+def test_results_of_another_day_give_way_to_todays(
+    records: list[EvaluationRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import evaluation
+
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evaluation, "PAGE", tmp_path / "results.md")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "old-6-quick.json").write_text("{}")
+    evaluation._write(records, {})
+    written = {file.stem for file in (tmp_path / "results").iterdir()}
+    assert written == {f"{record.recipe}-{record.suite}" for record in records}
+    assert "## Provenance" in (tmp_path / "results.md").read_text("utf-8")
+
+
+def test_a_patch_of_other_settings_is_not_taken_for_todays(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import evaluation
     from overpaint.solvers import solver_class
-    from overpaint.solvers.problem import configure
+    from overpaint.solvers.problem import configure, settings_of
 
-    for solver, settings in evaluation.SETTINGS.items():
-        configure(solver_class(solver), settings)
+    class Solved:
+        id = "solved now"
+
+    monkeypatch.setattr(shop, "solve", lambda *given, **named: Solved)
+    record = next(record for record in shop.patches() if record.solver == "separable")
+    (concept,) = [concept for concept in shop.concepts() if concept.name == record.concept]
+    assert evaluation._solved(shop, concept, "esd", "cpu") == "solved now"
+    same = evaluation._solved(shop, concept, "separable", "cpu")
+    kept = settings_of(configure(solver_class("separable"), {}))
+    assert (same == record.id) == (record.settings == kept)

@@ -46,8 +46,8 @@ class Scale:
         solvers = [name.strip() for name in self.solvers.split(",") if name.strip()]
         for name in solvers:
             solver_class(name)
-        counts = [2**i for i in range(len(concepts).bit_length()) if 2**i <= len(concepts)]
-        alone = [name for name in solvers if name not in TOLD]
+        counts = self._counts(len(concepts))
+        alone = self._merged(solvers)
         ways = len(solvers) + (3 if alone else 0)
         bench.studio.expect(2 * self.pictures * (1 + ways * len(counts)))
         kept = self._kept(bench, concepts)
@@ -59,6 +59,14 @@ class Scale:
             for label, terms in self._compositions(bench, solved, alone, concepts[:n]):
                 rows += self._judged(bench, f"{label}, N={n}", terms, asked, kept)
         return rows
+
+    def _counts(self, most: int) -> list[int]:
+        """How many concepts are erased at once, in turn."""
+        return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+    def _merged(self, solvers: list[str]) -> list[str]:
+        """The solvers of which the first has its patches merged in other ways, too."""
+        return [name for name in solvers if name not in TOLD]
 
     def _concepts(self, bench: Bench) -> list[Concept]:
         """The objects of the recipe first, and then others spread over the world."""

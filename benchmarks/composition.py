@@ -1,0 +1,162 @@
+"""More and more concepts at once on the embedded base: H_c(N) of several solvers, by the code of the suite `scale`.
+
+The first N of the objects that the table of solvers lists are erased; kept are those that nobody was told of. `separable` and
+`sepme` are told of all that is listed, and their patches are those of `python -m benchmarks.solvers`, as are those of solvers
+that listen to nothing; `uce` works alone, and is also merged by task arithmetic and TIES and solved for all N at once.
+Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, and `--shard 0/2` and
+`--shard 1/2` share the solving and the drawing between two processes. `python -m benchmarks.solvers --page` writes the page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.cells import Shard, write
+from benchmarks.protocol import concept_of, listed, universe
+from benchmarks.solvers import WORK, Asked
+from benchmarks.solvers import Bench as Solving
+from benchmarks.tables import arguments, save, show
+from overpaint.concepts import Concept
+from overpaint.errors import OverpaintError
+from overpaint.evaluation.bench import Bench, Held
+from overpaint.evaluation.estimates import Finding
+from overpaint.evaluation.suites.scale import TOLD, Scale
+from overpaint.patches.compose import Term
+from overpaint.patches.patch import Patch
+
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 100)
+"""As far as there are listed objects."""
+SOLVERS = ("separable", "uce", "sepme", "esd")
+MERGED = ("uce",)
+"""Solvers whose patches are also merged in other ways, and that also solve for all concepts at once."""
+PLAIN = "plain sum"
+"""How the suite calls patches that are laid side by side."""
+
+
+@dataclass(frozen=True)
+class Curve(Scale):
+    """The suite over the listed objects, with patches from a work folder."""
+
+    solving: Solving | None = field(default=None, compare=False)
+    merges: bool = False
+    """Whether patches are merged in other ways and all concepts solved for at once, instead of summed."""
+
+    def _concepts(self, bench: Bench) -> list[Concept]:
+        return [concept_of(name) for name in listed()[: self.most]]
+
+    def _counts(self, most: int) -> list[int]:
+        return [count for count in COUNTS if count <= most]
+
+    def _merged(self, solvers: list[str]) -> list[str]:
+        return solvers if self.merges else []
+
+    def _compositions(
+        self, bench: Bench, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]
+    ) -> Iterable[tuple[str, list[Term]]]:
+        for label, terms in super()._compositions(bench, solved, alone, concepts):
+            if label.endswith(PLAIN) != self.merges:
+                yield label, terms
+
+    def _solve(self, bench: Bench, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
+        patch = self.patch(solver, concept)
+        return Term(patch.id, patch.delta)
+
+    def patch(self, solver: str, concept: Concept) -> Patch:
+        """The kept patch of a solver and a concept, or a new one."""
+        assert self.solving is not None
+        return self.solving.solved(Asked.parse(solver), concept, told(solver))[0]
+
+    def bench(self) -> Bench:
+        """The suite's surroundings: the first listed object stands for the others, which the suite chooses itself."""
+        assert self.solving is not None
+        held = (Held(self.patch("separable", concept_of(listed()[0]))),)
+        world, judge, studio = self.solving.world, self.solving.judge, self.solving.studio
+        return Bench(self.solving.base, world, judge, studio, held, device=self.solving.device)
+
+
+def told(solver: str) -> tuple[Concept, ...]:
+    """What a solver is told of on the curve."""
+    return universe(solver) if solver in TOLD else ()
+
+
+def parts(solvers: Sequence[str]) -> list[tuple[str, bool]]:
+    """What is drawn and kept one by one: (solver, False) for plain sums, (solver, True) for its other ways to compose."""
+    return [(solver, merges) for solver in solvers for merges in (True, False) if solver in MERGED or not merges]
+
+
+def curves(work: Path) -> dict[str, list[Finding]]:
+    """What was found of each solver, by its name, in the order of `SOLVERS`."""
+    found: dict[str, list[Finding]] = {}
+    for solver in SOLVERS:
+        for place in (_place(work, solver, merges) for merges in (False, True)):
+            if place.is_file():
+                rows = [Finding(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
+                found.setdefault(solver, []).extend(rows)
+    return found
+
+
+def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict[str, str]:
+    """Solve this shard's patches, then draw its curves, each kept when it is done; what was refused, and why."""
+    refused: dict[str, str] = {}
+    for solver, name in shard.part((solver, name) for solver in solvers for name in listed()[: curve.most]):
+        try:
+            curve.patch(solver, concept_of(name))
+        except OverpaintError as error:
+            refused[solver] = str(error)
+    for solver, merges in shard.part(parts(solvers)):
+        about = {"most": curve.most, "pictures": curve.pictures, "settings": Asked.parse(solver).origin(())["settings"]}
+        place = _place(work, solver, merges)
+        if solver in refused or (place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about):
+            continue
+        one = replace(curve, solvers=solver, merges=merges)
+        print(f"drawing the curve of {solver}", file=sys.stderr, flush=True)
+        try:
+            rows = one.run(one.bench())
+        except OverpaintError as error:
+            refused[solver] = str(error)
+            continue
+        write(place, json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1).encode())
+    return refused
+
+
+def _place(work: Path, solver: str, merges: bool) -> Path:
+    return work / "curves" / f"{solver}{'-merged' if merges else ''}.json"
+
+
+def table(found: Mapping[str, Sequence[Finding]]) -> list[list[str]]:
+    """A row for each way and N: H_c, and the accuracies that it is made of."""
+    metrics = ("H_c", "accuracy on erased", "accuracy on kept")
+    numbers = {(row.subject, row.metric): row for rows in found.values() for row in rows}
+    subjects = dict.fromkeys(subject for subject, metric in numbers if metric == "H_c")
+    return [
+        [subject, *(f"{numbers[subject, metric].value:.1%} of {numbers[subject, metric].n}" for metric in metrics)]
+        for subject in subjects
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--only", default=",".join(SOLVERS), help="solvers, with commas between")
+    parser.add_argument("--most", type=int, default=32, help="the most concepts at once")
+    parser.add_argument(
+        "--pictures", type=int, default=54, help="pictures of erased objects, and as many of kept ones, at every N"
+    )
+    parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, default=WORK, help="patches, pictures and curves")
+    asked = parser.parse_args()
+    solving = Solving(asked.work, asked.device, asked.steps)
+    curve = Curve(asked.most, "", "", asked.pictures, solving)
+    for solver, why in draw(curve, asked.work, asked.only.split(","), Shard.parse(asked.shard)).items():
+        print(f"{solver}: {why}", file=sys.stderr)
+    columns = ["way to compose", "H_c", "accuracy on erased", "accuracy on kept"]
+    save(asked.json, show("Many concepts at once", columns, table(curves(asked.work))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What the table of solvers asks of the embedded base: which concepts are erased, who is listed, which sentences are drawn.
+
+Every solver is told of the same `listed()` objects and styles, if it listens at all; the other objects are in no universe and
+nobody is told of them. All questions follow from the concept and the counts alone. More of them begin with the same ones, so that
+a run that asks for more has the old answers already.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
+from overpaint.concepts import Concept
+from overpaint.errors import NotFound
+from overpaint.evaluation.prompts import EvalPrompt, object_scenes, style_scenes
+from overpaint.evaluation.worlds import OBJECT, STYLE, Question
+from overpaint.solvers import solver_class
+
+OBJECTS = ("cat", "car", "sun", "pistol", "rose", "bomb", "robot", "boat")
+STYLES = {"ink": "flat", "neon": "flat", "sepia": "flat"}
+"""Styles that are erased, with what they should become."""
+PAIRS = {
+    f"{name} in {style} style": (name, style) for name, style in (("cat", "ink"), ("car", "neon"), ("rose", "sepia"))
+}
+"""Objects that are erased in one style, and should stay in all others: they become the object in the style's anchor."""
+LISTED = 32
+"""Objects that solvers are told of, the erased ones among them."""
+HEARS_NOTHING = ("few_shot", "surgical", "esd", "ablation", "sdd")
+"""Solvers that look at the erased concept alone. They are handed no universe, so that their patches are the same for any."""
+
+SEEN, SYNONYMS, HELD_OUT = "templates seen", "synonyms", "held-out templates"
+ERASED = (SEEN, SYNONYMS, HELD_OUT)
+OTHERS, NEVER, OTHER_STYLES = "listed objects", "objects never listed", "other styles"
+KEPT = (OTHERS, NEVER, OTHER_STYLES)
+ELSEWHERE, ON_OTHERS = "the object in other styles", "the style on other objects"
+NEAR = (ELSEWHERE, ON_OTHERS)
+
+_STRIDE, _VARIANTS = 7, 12
+"""Neighbours in the catalogue are alike, so others are asked about with gaps; each in so many sentences in turn."""
+_SYNONYM_SEEDS, _PAIR_SEEDS = 20_000_000, 30_000_000
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pictures for each concept: of each way to ask for it, of listed and of never listed objects each, of other styles."""
+
+    own: int = 8
+    others: int = 12
+    styles: int = 4
+
+
+def listed() -> tuple[str, ...]:
+    """The objects that solvers are told of: the erased ones first, then others spread over the catalogue."""
+    rest = [name for name in catalogue().objects if name not in OBJECTS]
+    wanted = LISTED - len(OBJECTS)
+    return (*OBJECTS, *(rest[i * len(rest) // wanted] for i in range(wanted)))
+
+
+def never_listed() -> tuple[str, ...]:
+    """The objects that no universe lists and no solver is told of."""
+    told = listed()
+    return tuple(name for name in catalogue().objects if name not in told)
+
+
+def concept_of(name: str) -> Concept:
+    """The concept of an object with its synonyms, of a style, or of an object in a style. Raises NotFound."""
+    words = catalogue()
+    if name in words.styles:
+        return Concept(name, "style", anchor=STYLES.get(name, next(style for style in words.styles if style != name)))
+    if name in words.names:
+        return Concept(name, "object", words.names[name][1:])
+    if name in PAIRS:
+        thing, style = PAIRS[name]
+        said, other = words.templates[STYLE], STYLES[style]
+        synonyms = tuple(
+            template.format(x=thing, s=style) for template in said if template.format(x=thing, s=style) != name
+        )
+        return Concept(name, "object", synonyms, anchor=said[0].format(x=thing, s=other))
+    known = ", ".join((*words.objects, *words.styles, *PAIRS))
+    raise NotFound(f"the embedded base knows nothing called {name!r}; choose from {known}")
+
+
+def universe(solver: str) -> tuple[Concept, ...]:
+    """What a solver is told of beside the concept that it erases."""
+    if solver in HEARS_NOTHING:
+        return ()
+    return tuple(concept_of(name) for name in (*listed(), *STYLES))
+
+
+def tuned(solver: str) -> dict[str, str]:
+    """Settings for a base of the embedded one's size: the preset `emoji` of a solver that has one."""
+    return {"preset": "emoji"} if "emoji" in getattr(solver_class(solver), "PRESETS", {}) else {}
+
+
+def questions(name: str, counts: Counts) -> dict[str, list[Question]]:
+    """What is asked when a concept is erased, by group: itself in several ways, and everything that should stay."""
+    kind = concept_of(name).kind
+    thing, style = PAIRS.get(name, (None, name) if kind == STYLE else (name, None))
+    turn = (*OBJECTS, *STYLES, *PAIRS, *catalogue().objects, *catalogue().styles).index(name)
+    own = (_about_pair if name in PAIRS else _about_style if kind == STYLE else _about_object)(name, counts)
+    avoid = catalogue().names.get(name, (name,))
+    objects, styles = _in_turn(object_scenes, OBJECT, turn, avoid), _in_turn(style_scenes, STYLE, turn, avoid)
+    return own | {
+        OTHERS: objects([other for other in listed() if other != thing], counts.others),
+        NEVER: objects([other for other in never_listed() if other != thing], counts.others),
+        OTHER_STYLES: styles([other for other in catalogue().styles if other != style], counts.styles),
+    }
+
+
+def _about_object(name: str, counts: Counts) -> dict[str, list[Question]]:
+    found = {
+        group: [_question(each, OBJECT) for each in object_scenes([name], counts.own, held_out=group == HELD_OUT)]
+        for group in (SEEN, HELD_OUT)
+    }
+    words = catalogue()
+    called = [
+        template.format(a=article(word), o=word)
+        for template in words.templates[OBJECT]
+        for word in words.names[name][1:]
+    ]
+    first = _SYNONYM_SEEDS + 1000 * words.objects.index(name)
+    asked = [called[(_STRIDE * i) % len(called)] for i in range(counts.own)] if called else []
+    return found | {SYNONYMS: [Question(each, first + i, {OBJECT: name}) for i, each in enumerate(asked)]}
+
+
+def _about_style(name: str, counts: Counts) -> dict[str, list[Question]]:
+    return {
+        group: [_question(each, STYLE) for each in style_scenes([name], counts.own, held_out=group == HELD_OUT)]
+        for group in (SEEN, HELD_OUT)
+    }
+
+
+def _about_pair(name: str, counts: Counts) -> dict[str, list[Question]]:
+    """A picture shows the pair when the judge finds both in it."""
+    thing, style = PAIRS[name]
+    first, both = _PAIR_SEEDS + 10_000 * list(PAIRS).index(name), {OBJECT: thing, STYLE: style}
+    words, found = catalogue(), {}
+    for group, held_out, offset in ((SEEN, False, 0), (HELD_OUT, True, 1000)):
+        said = captions(Scene(thing, style), held_out=held_out)
+        # Synonyms of the object come after its own name.
+        said = said if held_out else said[: len(said) // len(words.names[thing])]
+        turns = ((i, said[(_STRIDE * i) % len(said)]) for i in range(counts.own))
+        found[group] = [Question(each, first + offset + i, both) for i, each in turns]
+    others = [other for other in words.styles if other != style]
+    said = [captions(Scene(thing, other), held_out=True)[i % 4] for i, other in enumerate(others * counts.own)]
+    found[ELSEWHERE] = [Question(said[i], first + 2000 + i, {OBJECT: thing}) for i in range(counts.own)]
+    clear = [each for each in style_scenes([style], 3 * counts.own, held_out=True) if each.scene.object != thing]
+    found[ON_OTHERS] = [_question(each, STYLE) for each in clear[: counts.own]]
+    return found
+
+
+def _in_turn(
+    scenes: Callable[..., list[EvalPrompt]], head: str, turn: int, avoid: Sequence[str]
+) -> Callable[[Sequence[str], int], list[Question]]:
+    """Questions about `count` of some names in turn, beginning elsewhere for every concept, in sentences clear of it."""
+
+    def asked(names: Sequence[str], count: int) -> list[Question]:
+        found = []
+        for i in range(count):
+            name = names[(turn + _STRIDE * i) % len(names)]
+            clear = [each for each in scenes([name], _VARIANTS, held_out=True) if not says(each.prompt, avoid)]
+            found.append(_question(clear[(turn + i) % len(clear)], head))
+        return found
+
+    return asked
+
+
+def says(prompt: str, words: Iterable[str]) -> bool:
+    """Whether a sentence has one of the words."""
+    return any(re.search(rf"\b{re.escape(word)}\b", prompt) for word in words)
+
+
+def _question(asked: EvalPrompt, head: str) -> Question:
+    shown: Mapping[str, str | None] = {OBJECT: asked.scene.object, STYLE: asked.scene.style}
+    name = shown[head]
+    assert name is not None
+    return Question(asked.prompt, asked.seed, {head: name})

@@ -1,0 +1,123 @@
+"""The curve over N: by the suite's own code, over the listed objects, kept solver by solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import composition
+from benchmarks.cells import Costs, Shard
+from benchmarks.composition import Curve, curves, draw, parts, table, told
+from benchmarks.protocol import listed, never_listed
+from benchmarks.solvers import Asked
+from overpaint.bases.base import Base
+from overpaint.concepts import Concept
+from overpaint.errors import OverpaintError
+from overpaint.evaluation.worlds import OBJECT, EmojiWorld
+from overpaint.patches.delta import TextMap
+from overpaint.patches.patch import Patch, make_patch
+
+from .scripted import Reader, Script, faithful
+
+ALL = Shard(0, 1)
+
+
+class Fake:
+    """Solves in no time, and draws by script; `stops` is the solver at whose patches the process ends."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, base: Base, stops: str = "", refuses: str = "") -> None:
+        self.base, self.world, self.stops, self.refuses = base, EmojiWorld(), stops, refuses
+        self.judge = Reader(self.world)
+        self.studio = Script(base, self.world, faithful, {})
+        self.solved_for: dict[tuple[str, str], int] = {}
+
+    def solved(self, asked: Asked, concept: Concept, known: Sequence[Concept]) -> tuple[Patch, Costs]:
+        if asked.name == self.stops:
+            raise KeyboardInterrupt
+        if asked.name == self.refuses:
+            raise OverpaintError("no null space is left")
+        self.solved_for[asked.name, concept.name] = len(known)
+        rng = torch.Generator().manual_seed(len(self.solved_for))
+        delta = TextMap("text_encoder", *torch.randn(2, 64, 1, generator=rng) / 8)
+        patch = make_patch(self.base, concept, delta, {"name": asked.name, "settings": {}, "seed": 0})
+        self.studio.erases[patch.id] = {word for word in concept.words if word in self.world.names(OBJECT)}
+        return patch, Costs(1.0, 1.0, patch.nbytes)
+
+
+def curve(fake: Any, most: int = 4, pictures: int = 18) -> Curve:
+    return Curve(most, "", "", pictures, fake)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "COUNTS", (1, 2, 3, 4, 100))
+
+
+def test_the_curve_erases_listed_objects_and_keeps_what_nobody_was_told_of(base: Base, tmp_path: Path) -> None:
+    fake = Fake(base)
+    assert draw(curve(fake), tmp_path, ["separable", "uce"], ALL) == {}
+    found = curves(tmp_path)
+    assert [*found] == ["separable", "uce"]
+    for way in ("separable, plain sum", "uce, plain sum", "uce, task arithmetic", "uce, joint"):
+        for n in (1, 2, 3, 4):
+            rows = {r.metric: r for some in found.values() for r in some if r.subject == f"{way}, N={n}"}
+            assert rows["H_c"].value == 1
+            assert rows["accuracy on kept"].n == 18
+    assert not [r for r in found["separable"] if "joint" in r.subject or "N=100" in r.subject]
+    assert {name for solver, name in fake.solved_for if solver == "separable"} == set(listed()[:4])
+    assert len(table(found)) == 4 * (1 + 4)
+
+
+def test_kept_objects_are_those_that_are_never_listed(base: Base) -> None:
+    fake = Fake(base)
+    whole = curve(fake, most=32, pictures=2 * len(never_listed()))
+    bench = whole.bench()
+    kept = whole._kept(bench, whole._concepts(bench))
+    assert {question.shows[OBJECT] for question in kept} == set(never_listed())
+    assert len(kept) == 2 * len(never_listed())
+
+
+def test_solvers_are_told_what_the_suite_tells_them() -> None:
+    assert told("uce") == told("esd") == ()
+    assert set(listed()) <= {concept.name for concept in told("separable")}
+    assert told("separable") == told("sepme")
+
+
+def test_a_killed_curve_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:
+    draw(curve(Fake(base)), tmp_path, ["separable"], ALL)
+    with pytest.raises(KeyboardInterrupt):
+        draw(curve(Fake(base, stops="esd")), tmp_path, ["esd"], ALL)
+    assert [*curves(tmp_path)] == ["separable"]
+    again = Fake(base)
+    draw(curve(again), tmp_path, ["separable", "esd"], ALL)
+    assert [*curves(tmp_path)] == ["separable", "esd"]
+    drawn = again.studio.drawn
+    draw(curve(again), tmp_path, ["separable", "esd"], ALL)
+    assert again.studio.drawn == drawn
+    draw(curve(again, pictures=36), tmp_path, ["separable"], ALL)
+    assert again.studio.drawn > drawn
+
+
+def test_two_shards_draw_every_curve(base: Base, tmp_path: Path) -> None:
+    for number in (0, 1):
+        draw(curve(Fake(base)), tmp_path, ["separable", "uce"], Shard(number, 2))
+    assert [*curves(tmp_path)] == ["separable", "uce"]
+
+
+def test_what_is_drawn_apart_is_every_way_once(base: Base, tmp_path: Path) -> None:
+    assert parts(["separable", "uce", "esd"]) == [("separable", False), ("uce", True), ("uce", False), ("esd", False)]
+    draw(curve(Fake(base)), tmp_path, ["uce"], ALL)
+    subjects = [row.subject for row in curves(tmp_path)["uce"] if row.metric == "H_c"]
+    assert len(subjects) == len(set(subjects)) == 4 * 4
+
+
+def test_a_solver_that_refuses_is_named_and_the_others_are_drawn(base: Base, tmp_path: Path) -> None:
+    refused = draw(curve(Fake(base, refuses="sepme")), tmp_path, ["sepme", "esd"], ALL)
+    assert refused == {"sepme": "no null space is left"}
+    assert [*curves(tmp_path)] == ["esd"]
