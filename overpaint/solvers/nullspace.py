@@ -43,7 +43,16 @@ from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable,
 class NullSpace(Solver):
     """Edit only in the directions that nothing retained uses; defaults are the paper's for few concepts."""
 
-    PRESETS = {"emoji": {"projections": "kv", "spoken": True, "rank": 16}}  # noqa: RUF012
+    PRESETS = {  # noqa: RUF012
+        "emoji": {
+            "projections": "kv",
+            "spoken": True,
+            "positions": ALL,
+            "threshold": 1.0,
+            "retain": 0.01,
+            "rank": 16,
+        }
+    }
 
     projections: str = setting("v", "what is edited: values, or keys and values", choices=("v", "kv"))
     threshold: float = setting(
