@@ -36,7 +36,7 @@ class FewShot(Training):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "steps": 10,
+                "steps": 7,
                 "lr": 1e-3,
                 "batch": 8,
                 "pictures": 8,

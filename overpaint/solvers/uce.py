@@ -41,7 +41,14 @@ class UCE(Solver):
     """Move a concept's embeddings to its anchor's in closed form, and hold what is listed; defaults are the paper's."""
 
     PRESETS = {  # noqa: RUF012
-        "emoji": {"positions": "all", "spoken": True, "vocabulary": 0.1, "ridge": 0.01, "rank": 8},
+        "emoji": {
+            "erase_scale": 10.0,
+            "positions": "all",
+            "spoken": True,
+            "vocabulary": 0.1,
+            "ridge": 0.01,
+            "rank": 8,
+        },
     }
 
     erase_scale: float = setting(1.0, "a_e, weight of the erased concepts' keys", low=0.0)
