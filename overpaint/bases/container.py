@@ -26,7 +26,7 @@ from overpaint.errors import OverpaintError
 HEADER_LIMIT = 16 << 20
 """Bytes. The header of a whole Stable Diffusion is 0.2 MB; the format's own limit would let a file ask for gigabytes."""
 
-TENSOR_LIMIT, KEY_LIMIT = 50_000, 500
+TENSOR_LIMIT, KEY_LIMIT = 30_000, 500
 """Tensors in a file and letters in a key, so that nothing takes long to refuse. Stable Diffusion XL has 2,500 and 120."""
 
 WINDOW = 16 << 20
