@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
+from overpaint.evaluation.metrics import rank_correlation
 from overpaint.evaluation.report import Table
 from overpaint.evaluation.suites import SUITES
+from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.evaluations import EvaluationRecord
 from overpaint.reporting.numbers import Numbers, percent, plain, published, spelled
 
@@ -131,11 +133,35 @@ def _scale(found: NAMED) -> Iterable[Table]:
 def _crosstalk(found: NAMED) -> Iterable[Table]:
     correlations = list(dict.fromkeys(r.metric for n in found.values() for r in n.record.results if "rank" in r.metric))
     metrics = ("pairs that lost accuracy", *correlations)
-    rows = [(name, *(spelled(n.get("all pairs", metric)) for metric in metrics)) for name, n in found.items()]
+    rows = [
+        (name, *("—" if (value := n.value("all pairs", metric)) is None else plain(value) for metric in metrics))
+        for name, n in found.items()
+    ]
     pairs = next(iter(found.values())).get("all pairs", metrics[0])
-    yield Table(
-        ("recipe", *metrics), tuple(rows), f"Of {pairs.n if pairs else 0} pairs; a dash where nothing was lost."
+    says = (
+        f"Of {pairs.n if pairs else 0} pairs of a recipe; a dash where nothing was lost. Where no patch moves another "
+        "concept, as with `separable`, there is nothing to rank but noise: the last row ranks all recipes' pairs together."
     )
+    yield Table(("recipe", *metrics), (*rows, _all_pairs(found, metrics)), says)
+
+
+def _all_pairs(found: NAMED, metrics: Sequence[str]) -> tuple[str, ...]:
+    """The same over every recipe's pairs: does the prediction tell where there is cross-talk from where there is none?"""
+    cells = []
+    for metric in metrics:
+        measured = next((m for m in (MOVED, LOST) if metric.endswith(f" {m}")), None)
+        if measured is None:
+            cells.append(plain(sum(n.value("all pairs", metric) or 0.0 for n in found.values())))
+            continue
+        ranked = [
+            (numbers.value(subject, PREDICTED) or 0.0, numbers.value(subject, measured) or 0.0)
+            for numbers in found.values()
+            for subject in numbers.subjects()
+            if " -> " in subject
+        ]
+        correlation = rank_correlation(*map(list, zip(*ranked, strict=True)))
+        cells.append("—" if correlation is None else f"{plain(correlation)} (n={len(ranked)})")
+    return ("all of them", *cells)
 
 
 def _probes(found: NAMED) -> Iterable[Table]:

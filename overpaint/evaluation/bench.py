@@ -32,6 +32,8 @@ DISTANCE = "distance in the judge's features"
 CHANGE = "change of the pictures"
 """The root mean square difference to the base's pictures for the same seeds, in grey levels; 0 is no change at all."""
 WRONG = "tensors that differ in any bit"
+_SPARE = 4
+"""Times as many questions as are wanted, so that enough are left without those that name something else."""
 
 
 class BlindJudge(OverpaintError):
@@ -142,18 +144,25 @@ class Bench:
         """Questions about one class, without those whose sentence names what is erased."""
         return [question for question in self.ask(head, name, count) if not self.names_erased(question)]
 
+    def alone(self, head: str, name: str, count: int) -> list[Question]:
+        """Questions about one class that name nothing else which is erased: its patch alone decides about their pictures."""
+        asked = self.ask(head, name, _SPARE * count)
+        clear = [each for each in asked if not self.names_erased(each, (head, name))]
+        return (clear or asked)[:count]
+
     def ask_others(self, head: str, count: int) -> list[Question]:
         """Neutral questions about every other class of a head."""
         return [question for name in self.others(head) for question in self.neutral(head, name, count)]
 
-    def names_erased(self, question: Question) -> bool:
-        """Whether a sentence has a word of an erased concept."""
+    def names_erased(self, question: Question, but: tuple[str, str] | None = None) -> bool:
+        """Whether a sentence has a word of an erased concept, other than those of the class `but`."""
         words = set(re.findall(r"\w+", question.prompt.casefold()))
-        return any(set(re.findall(r"\w+", word.casefold())) <= words for word in self._erased_words())
+        return any(set(re.findall(r"\w+", word.casefold())) <= words for word in self._erased_words(but))
 
-    def _erased_words(self) -> set[str]:
-        classes = (self.world.classes[head][name] + (name,) for head, name in self.erased())
-        return {word for words in (*classes, *(each.concept.words for each in self.held)) for word in words}
+    def _erased_words(self, but: tuple[str, str] | None) -> set[str]:
+        erased = {key: concept for key, concept in self.erased().items() if key != but}
+        classes = (self.world.classes[head][name] + (name,) for head, name in erased)
+        return {word for words in (*classes, *(concept.words for concept in erased.values())) for word in words}
 
     # What is seen
 

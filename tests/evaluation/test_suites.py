@@ -162,6 +162,7 @@ def test_scenes_find_nothing_wrong_with_patches_that_work(base: Base) -> None:
     assert worst(rows, "restored", CHANGE) == 0
     assert worst(rows, "regular", SHARE) == 1
     assert worst(rows, "weights", WRONG) == 0
+    assert value(rows, "scene 1, all restored: weights", WRONG) == 0
     assert value(rows, "scene 1, t1: restored", DISTANCE) == 0
     assert value(rows, "scene 1, t1: restored", "PSNR, dB") == 100
     assert {row.subject.partition(":")[0] for row in rows} >= {"scene 3, t6", "scene 4, t5"}
@@ -177,6 +178,16 @@ def test_scenes_catch_planted_defects(base: Base) -> None:
 
 def test_scenes_catch_a_restore_that_is_off_by_one_bit(base: Base, one_bit_off: None) -> None:
     assert worst(Scenes().run(bench(base, faithful)), "weights", WRONG) >= 1
+
+
+def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(base: Base) -> None:
+    surroundings = bench(base, faithful)
+    for key in surroundings.erased():
+        others = [name for _, name in surroundings.erased() if name != key[1]]
+        asked = surroundings.alone(*key, 6)
+        assert len(asked) == 6
+        assert not [each.prompt for each in asked if set(others) & set(each.prompt.split())]
+        assert all(each.shows[key[0]] == key[1] for each in asked)
 
 
 def test_scenes_need_six_patches(base: Base) -> None:

@@ -3,7 +3,9 @@
 In Scene 1 all six are erased, then c0 and c1 restored, then c2; Scene 2 does the same with c3, c4 and c5; in Scene 3 concepts
 are restored and erased in turn; Scene 4 erases three and goes on. After every step the erased, the restored and the regular
 concepts (never erased) are judged, their pictures compared with the base's for the same seeds, and every weight of the live
-pipeline compared bit for bit with a composition of the patches that are on. With twelve patches or more, each c is two.
+pipeline compared bit for bit with a composition of the patches that are on, as if the restored ones had never been erased; at
+the end of a scene all are restored, and the weights must be the base's. A concept is asked about in sentences that name no other
+erased one, so that its own patch decides about its pictures. With twelve patches or more, each c is two.
 
 Differences to the paper: pictures per concept are fewer, distances are in the judge's features and not Inception's, and
 pictures are compared by their difference and PSNR instead of LPIPS.
@@ -44,7 +46,7 @@ class Scenes:
     def run(self, bench: Bench) -> list[Finding]:
         groups = _groups(bench.held)
         asked: Asked = {
-            key: bench.ask(*key, self.pictures) for key in bench.erased(held for group in groups for held in group)
+            key: bench.alone(*key, self.pictures) for key in bench.erased(held for group in groups for held in group)
         }
         regular = self._regular(bench)
         bench.studio.expect(
@@ -66,6 +68,7 @@ class Scenes:
                 ):
                     if wanted:
                         rows += _judged(bench, on, wanted, f"{where}: {label}")
+            rows.append(_bits(bench, (), f"scene {number}, all restored"))
         return [*rows, *_worst(rows)]
 
     def _regular(self, bench: Bench) -> Asked:
