@@ -4,7 +4,8 @@ Each concept is erased alone, by every solver in turn: `--solver uce --solver es
 with its preset `emoji`, where it has one; `NAME:preset=` takes the paper's values. What every (solver, concept) showed is kept
 in a file of the work folder at once, beside the patch and the pictures: a run that is killed, or asked for more pictures,
 goes on where it was, and `--shard 0/2` and `--shard 1/2` share the work between two processes. `--page` runs nothing and
-writes `docs/solvers.md` from what is there, with the curve of `python -m benchmarks.composition`.
+writes `docs/solvers.md` from what is there, with the curve of `python -m benchmarks.composition`, and the table in
+`docs/choosing-a-solver.md`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, 
 from overpaint.solvers.universe import prepare
 
 ROOT = Path(__file__).parent.parent
-WORK, PAGE = ROOT / "build" / "solvers", ROOT / "docs" / "solvers.md"
+WORK, PAGE, CHOOSING = ROOT / "build" / "solvers", ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
 PAIRED = ("separable",)
 """Solvers that are also asked to erase an object in one style alone."""
 
@@ -205,12 +206,14 @@ def _work(chosen: Namespace, cells: Cells) -> tuple[Bench, Cells, list[tuple[str
 
 def _write(chosen: Namespace, cells: Cells) -> None:
     """The page where it was asked for, and a short table for whoever waits."""
+    from benchmarks.choosing_page import filled, short_table
     from benchmarks.composition import curves
     from benchmarks.solvers_page import short_rows, solvers_page
 
     found = cells.all()
     if chosen.page:
         write(PAGE, solvers_page(found, curves(chosen.work)).encode())
+        write(CHOOSING, filled(CHOOSING.read_text("utf-8"), short_table(found)).encode())
     columns, rows = short_rows(found)
     title = "Judged right, per cent: erased concepts (low is good), others (high is good)"
     save(chosen.json, show(title, columns, rows))

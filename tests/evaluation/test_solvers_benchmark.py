@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks import solvers
 from benchmarks.cells import BASE, Cell, Cells, Costs, Patches, Shard, Verdict, write
+from benchmarks.choosing_page import short_table
 from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import (
     HEARS_NOTHING,
@@ -378,6 +379,16 @@ def test_the_page_has_a_table_for_each_question() -> None:
     assert "- mace, cat: nothing is left" in page
     for table in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_the_short_table_has_a_row_for_each_solver_with_objects_and_styles() -> None:
+    base, after = measured()
+    styles = [Cell(**{**each.__dict__, "kind": "style"}) for each in (base, after)]
+    table = short_table([base, after, *styles])
+    assert "(base)" not in table
+    assert "| `uce` | 25.0% (5 to 70) | " in table
+    assert table.splitlines()[-1].count("|") == table.splitlines()[2].count("|")
+    assert "`uce`" not in short_table([base, after])
 
 
 def test_a_curve_without_an_error_is_still_in_doubt() -> None:
