@@ -48,6 +48,7 @@ class Stack:
     pieces: tuple[Piece, ...]
     known: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
     """What text maps come to side by side; one for all the stacks of a plan."""
+    _changes: dict[Any, Change] = field(default_factory=dict, repr=False)
 
     @cached_property
     def with_bits(self) -> dict[str, Term]:
@@ -73,6 +74,13 @@ class Stack:
         """Whether all pieces are one patch's, at strength 1, with residual bits among them."""
         first = self.pieces[0][0]
         return first.strength == 1 and bool(self.with_bits) and all(term is first for term, _ in self.pieces)
+
+    def change(self, texts: tuple[tuple[slice, Thin | Square], ...]) -> Change:
+        """What text maps alone add, by the columns that they read: the same for all tensors of a U-Net that read alike."""
+        key = tuple((columns.start, columns.stop) for columns, _ in texts)
+        if key not in self._changes:
+            self._changes[key] = Change(texts=texts)
+        return self._changes[key]
 
     def alone(self, term: Term) -> tuple[Xor, Stack]:
         """A patch with residual bits by itself: the bits, and its other parts at strength 1."""
@@ -151,8 +159,11 @@ class Plan:
 
     def _change(self, name: str, stack: Stack, original: Tensor) -> Change:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""
+        texts = tuple((self.base.columns(door, name), text) for door, text in stack.texts)
+        if not stack.others and not stack.with_bits:
+            return stack.change(texts)
         return Change(
-            texts=tuple((self.base.columns(door, name), text) for door, text in stack.texts),
+            texts=texts,
             factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),
             arrays=tuple((p.changes[name], t.strength) for t, p in stack.others if isinstance(p, Dense)),
             results=tuple((self._result(name, stack, t, original), t.strength) for t in stack.with_bits.values()),

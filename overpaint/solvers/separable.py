@@ -27,7 +27,7 @@ from overpaint.patches.doors import open_doors
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
 from overpaint.solvers.universe import Preserved, Universe, universe
 
-SPARE, ITERATIONS = 8, 12
+SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
 

@@ -157,7 +157,7 @@ def _build(
     names = {concept.name: concept for concept in concepts}
     moment = VOCABULARY * _spoken(memory, door, heard, {w for c in concepts for w in c.words}).to(encoder.model.device)
     for concept in concepts:
-        keys, _ = _pair(memory, base, door, concept)
+        keys = _pair(memory, base, door, concept)[0].double()
         moment += weight * keys @ keys.T
     for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
@@ -190,7 +190,7 @@ def _without_begin(moment: Tensor, begin: Tensor | None) -> tuple[Tensor, float]
 
 
 def _pair(memory: _Memory, base: Base, door: str, concept: Concept) -> tuple[Tensor, Tensor]:
-    """K and V of a concept. Encoded by itself: in a batch with others, its last bits would depend on them."""
+    """K and V of a concept, float32. Encoded by itself: in a batch with others, its last bits would depend on them."""
     key = (door, canonical_json(concept.as_json()))
     if key not in memory.pairs:
         keys, values = keys_and_values(memory.encoders[door], base, concept)
@@ -200,7 +200,7 @@ def _pair(memory: _Memory, base: Base, door: str, concept: Concept) -> tuple[Ten
     keys, values = memory.pairs[key]
     while memory.nbytes > PAIRS_BYTES and len(memory.pairs) > 1:
         memory.nbytes -= 2 * memory.pairs.popitem(last=False)[1][0].nbytes
-    return keys.double(), values.double()
+    return keys, values
 
 
 class _Half(Mapping[str, Tensor]):
@@ -223,9 +223,11 @@ class _Half(Mapping[str, Tensor]):
         base = self._base()
         assert base is not None, "a universe is asked while its base is open"
         pair = _pair(self._memory, base, self._door, self._concepts[name])
+        found = pair[self._half].double()
         if self._begin is None:
-            return pair[self._half]
-        return pair[self._half] - torch.outer(self._begin, self._begin @ pair[0])
+            return found
+        share = self._begin @ (found if self._half == 0 else pair[0].double())
+        return found.addr_(self._begin, share, alpha=-1.0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._concepts)
