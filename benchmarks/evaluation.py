@@ -71,7 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--no-page", action="store_true", help="keep what was found and write no page")
     parser.add_argument(
-        "--steps", type=int, default=12, help="denoising steps; the base is judged alike with 12 and 20"
+        "--steps", type=int, default=12, help="denoising steps; the card takes 20"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pages", action="store_true", help="run nothing; write the results from what is there")
