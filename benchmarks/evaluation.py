@@ -70,9 +70,7 @@ def main() -> None:
         "--shard", default="0/1", help="which part of the solvers is run here, such as 0/2; no page then"
     )
     parser.add_argument("--no-page", action="store_true", help="keep what was found and write no page")
-    parser.add_argument(
-        "--steps", type=int, default=12, help="denoising steps; the card takes 20"
-    )
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps; the card takes 20")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pages", action="store_true", help="run nothing; write the results from what is there")
     asked = parser.parse_args()

@@ -11,6 +11,7 @@ from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.evaluations import EvaluationRecord
 from overpaint.reporting.numbers import Numbers, percent, plain, published, spelled
+from overpaint.solvers import SOLVERS
 
 INTRO = """# Results on the embedded base
 
@@ -43,7 +44,13 @@ def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str])
             blocks += [f"## {heading}", *(markdown(table) for table in (*tables(found), *published(suite)))]
     run = {record.suite for record in records}
     missing = {f"suite `{suite}`": "no solver was run through it yet" for suite in SUITES if suite not in run}
-    if left_out := {**missing, **failed}:
+    judged = {(record.recipe or "").rpartition("-")[0] for record in records}
+    absent = {
+        f"solver `{name}`": "in no suite yet; see solvers.md for what it does alone"
+        for name in SOLVERS
+        if name not in judged
+    }
+    if left_out := {**missing, **absent, **failed}:
         blocks += ["## Not run", "\n".join(f"- {name}: {why}" for name, why in left_out.items())]
     return "\n\n".join([*blocks, _provenance(records)]) + "\n"
 

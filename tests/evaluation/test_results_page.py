@@ -36,6 +36,15 @@ def test_every_suite_has_a_table_of_whole_rows(records: list[EvaluationRecord]) 
     assert "| safe | 0.0% | 0.0% | 100.0% (100.0% to 100.0%, n=10) |" in page
     assert "| separable, plain sum | 100.0% (90.0% to 100.0%, n=64) |" in page
     assert "- esd-6: no luck" in page
+    assert "- solver `spm`: in no suite yet" in page
+
+
+def test_cross_talk_is_also_ranked_over_all_recipes(records: list[EvaluationRecord]) -> None:
+    page = results_page(records, {})
+    section = page.partition("## Cross-talk")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([\w ]+) \| (\d+) \|", section, re.MULTILINE)
+    assert rows[-1][0] == "all of them"
+    assert int(rows[-1][1]) == sum(int(count) for _, count in rows[:-1])
 
 
 def test_the_papers_numbers_stand_beside_ours(records: list[EvaluationRecord]) -> None:
