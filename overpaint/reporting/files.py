@@ -15,8 +15,9 @@ from overpaint.errors import OverpaintError
 from overpaint.evaluation.figures import heat_map, line_chart
 from overpaint.evaluation.suites.crosstalk import LOST, PREDICTED
 from overpaint.registry.evaluations import EvaluationRecord
+from overpaint.reporting.crosstalk import matrix
 from overpaint.reporting.numbers import Numbers
-from overpaint.reporting.sections import curve, matrix
+from overpaint.reporting.sections import curve
 
 
 def save_numbers(out: Path, records: Sequence[EvaluationRecord]) -> tuple[Path, ...]:

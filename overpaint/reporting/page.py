@@ -20,6 +20,7 @@ from overpaint.patches.compose import Term
 from overpaint.recipes import Recipe
 from overpaint.registry.evaluations import EvaluationRecord
 from overpaint.reporting import sections
+from overpaint.reporting.crosstalk import crosstalk
 from overpaint.reporting.files import save_figures, save_numbers
 from overpaint.reporting.numbers import Numbers
 
@@ -129,7 +130,7 @@ def _page(recipe: Recipe, found: dict[str, Numbers], drawn: _Drawn) -> Report:
         sections.restored(found, (), drawn.restored),
     ]
     if "crosstalk" in found:
-        parts.append(sections.crosstalk(found["crosstalk"]))
+        parts.append(crosstalk(found["crosstalk"]))
     if "scale" in found:
         parts.append(sections.scale(found["scale"]))
     if "probes" in found:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG
-from overpaint.evaluation.graphics import Chart, HeatMap, Line
+from overpaint.evaluation.graphics import Chart, Line
 from overpaint.evaluation.report import PictureRow, Section, Table
-from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.reporting.numbers import Numbers, percent, plain, published, spelled, worst
 
 ERASED_BAR, KEPT_BAR = 0.05, 0.97
@@ -164,37 +163,6 @@ def _scenes(numbers: Numbers) -> Table:
         f"of the pictures in grey levels of 255; {DISTANCE}"
     )
     return Table(("", *columns), rows, caption)
-
-
-def matrix(numbers: Numbers, metric: str, caption: str) -> HeatMap:
-    """A matrix of the pairs "emitter -> receiver" of the crosstalk suite."""
-    pairs = [tuple(subject.split(" -> ")) for subject in numbers.subjects() if " -> " in subject]
-    rows = tuple(dict.fromkeys(pair[0] for pair in pairs))
-    columns = tuple(dict.fromkeys([*(row for row in rows), *(pair[1] for pair in pairs)]))
-    values = tuple(tuple(numbers.value(f"{row} -> {column}", metric) for column in columns) for row in rows)
-    return HeatMap(rows, columns, values, caption, "patch")
-
-
-def crosstalk(numbers: Numbers) -> Section:
-    """What each patch does to every other concept."""
-    correlations = [
-        f"{r.metric}: {r.value:.2f} over {r.n} pairs"
-        for r in numbers.record.results
-        if r.subject == "all pairs" and "rank" in r.metric
-    ]
-    lost = numbers.get("all pairs", "pairs that lost accuracy")
-    text = (
-        "Rows are patches, each alone on the base; columns are concepts that it should leave alone. 0 is no effect.\n\n"
-    )
-    if lost is not None:
-        text += f"{plain(lost.value)} of {lost.n} pairs lost accuracy. "
-    text += "; ".join(correlations) or "No pair differs from another, so that there is no order to compare."
-    heats = (
-        matrix(numbers, LOST, "Share of the base's accuracy that is lost"),
-        matrix(numbers, MOVED, "Change of the pictures, relative to the patch's own concept"),
-        matrix(numbers, PREDICTED, "Predicted in closed form, relative to the patch's own concept"),
-    )
-    return Section("Cross-talk", text, heats=heats)
 
 
 def curve(numbers: Numbers) -> Chart:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from overpaint.cli import main
 from overpaint.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation import figures
 from overpaint.evaluation.graphics import Chart, HeatMap, Line, heat_map, line_chart
-from overpaint.registry.evaluations import ResultRecord
-from overpaint.reporting.numbers import percent, plain, spelled
+from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
+from overpaint.registry.evaluations import EvaluationRecord, ResultRecord
+from overpaint.reporting.crosstalk import crosstalk
+from overpaint.reporting.numbers import Numbers, percent, plain, spelled
 from overpaint.workshop import Workshop
 
 from .pages import chromium, measured
@@ -185,3 +188,26 @@ def test_numbers_are_spelled_by_what_they_measure() -> None:
     assert spelled(ResultRecord("x", "PSNR, dB", 31.2345, None, None, 8)) == "31.23"
     assert spelled(None) == "—"
     assert (percent(1.0), plain(12345.0), plain(0.000123456)) == ("100.0%", "12,345", "0.0001235")
+
+
+@pytest.mark.parametrize(
+    ("agreement", "predicted", "says"),
+    [
+        (0.9, 0.5, ""),
+        (0.2, 0.06, "The largest predicted effect is 6.0% of what a patch does to its own concept: so small a change"),
+        (0.2, 0.5, "and not what the model makes of it"),
+    ],
+)
+def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: float, says: str) -> None:
+    results = (
+        ResultRecord("a -> b", MOVED, 0.1, None, None, 6),
+        ResultRecord("a -> b", PREDICTED, predicted, None, None, 6),
+        ResultRecord("all pairs", f"rank correlation of prediction and {MOVED}", agreement, None, None, 2),
+    )
+    record = EvaluationRecord(
+        None, "safe", 1, "d" * 64, "crosstalk", "reader", 0, {}, {}, 1.0, "tester", datetime(2026, 1, 1), results
+    )
+    text = crosstalk(Numbers(record)).text
+    assert f"{agreement:.2f} over 2 pairs" in text
+    assert says in text
+    assert ("largest predicted" in text) == bool(says)
