@@ -40,8 +40,8 @@ def short_table(cells: Sequence[Cell]) -> str:
     heads = ("objects: still seen", "others left", "styles: still seen", "others left")
     says = (
         "In brackets, the 95% interval. Still seen: in sentences of training and others, and under synonyms. Others left: all "
-        "other objects and styles, as a share of the base's own accuracy. Seconds on one processor core and KB are medians, MB "
-        "the most."
+        "other objects and styles, as a share of the base's own accuracy. Seconds (one thread, beside other work: compare them "
+        "with each other) and KB are medians, MB the most."
     )
     return markdown(Table(("solver", *heads, "s", "MB", "KB"), tuple(rows), says))
 
