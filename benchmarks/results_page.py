@@ -42,18 +42,30 @@ def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str])
         found = {record.recipe or "": Numbers(record) for record in records if record.suite == suite}
         if found:
             blocks += [f"## {heading}", *(markdown(table) for table in (*tables(found), *published(suite)))]
-    run = {record.suite for record in records}
-    why = {"scale": "the curve over 32 concepts, with the patches of the table of solvers, is in solvers.md"}
-    missing = {f"suite `{s}`": why.get(s, "no solver was run through it yet") for s in SUITES if s not in run}
-    judged = {(record.recipe or "").rpartition("-")[0] for record in records}
-    absent = {
-        f"solver `{name}`": "in no suite yet; see solvers.md for what it does alone"
-        for name in SOLVERS
-        if name not in judged
-    }
-    if left_out := {**missing, **absent, **failed}:
+    if left_out := {**_missing(records), **failed}:
         blocks += ["## Not run", "\n".join(f"- {name}: {why}" for name, why in left_out.items())]
     return "\n\n".join([*blocks, _provenance(records)]) + "\n"
+
+
+def _missing(records: Sequence[EvaluationRecord]) -> dict[str, str]:
+    """What no number stands for: suites, solvers, and solvers within a suite."""
+    ran: dict[str, set[str]] = {suite: set() for suite in SUITES}
+    for record in records:
+        ran.setdefault(record.suite, set()).add((record.recipe or "").rpartition("-")[0])
+    missing = {
+        f"solver `{s}`": "in no suite yet; see solvers.md" for s in SOLVERS if not any(s in k for k in ran.values())
+    }
+    for suite, solvers in ran.items():
+        absent = [solver for solver in SOLVERS if solver not in solvers]
+        if suite == "scale" and not solvers:
+            missing[f"suite `{suite}`"] = (
+                "its curve, over 32 concepts and with the patches of that table, is in solvers.md"
+            )
+        elif not solvers:
+            missing[f"suite `{suite}`"] = "no solver was run through it yet"
+        elif absent and suite != "scale":
+            missing[f"suite `{suite}`"] = f"not yet with {', '.join(absent)}"
+    return missing
 
 
 def _quick(found: NAMED) -> Iterable[Table]:
