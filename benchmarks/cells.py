@@ -112,7 +112,7 @@ class Patches:
         """A kept patch with its costs; or what `solve` finds, with its seconds and megabytes, kept from now on."""
         place = self._place(concept, origin)
         about = place.with_suffix(".json")
-        if about.is_file():
+        if self.has(concept, origin):
             return read_patch(place.read_bytes()), Costs(**json.loads(about.read_text("utf-8")))
         solution, seconds, megabytes = solve()
         patch = make_patch(self.base, concept, solution.delta, dict(origin))

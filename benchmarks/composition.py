@@ -108,7 +108,9 @@ def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict
         except OverpaintError as error:
             refused[solver] = str(error)
     for solver, merges in shard.part(parts(solvers)):
-        about = {"most": curve.most, "pictures": curve.pictures, "settings": Asked.parse(solver).origin(())["settings"]}
+        settings = Asked.parse(solver).origin(())["settings"]
+        drawn = curve.solving.drawn if curve.solving else ""
+        about = {"most": curve.most, "pictures": curve.pictures, "drawn": drawn, "settings": settings}
         place = _place(work, solver, merges)
         if solver in refused or (place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about):
             continue

@@ -160,9 +160,9 @@ class Bench:
         return any(set(re.findall(r"\w+", word.casefold())) <= words for word in self._erased_words(but))
 
     def _erased_words(self, but: tuple[str, str] | None) -> set[str]:
-        erased = {key: concept for key, concept in self.erased().items() if key != but}
-        classes = (self.world.classes[head][name] + (name,) for head, name in erased)
-        return {word for words in (*classes, *(concept.words for concept in erased.values())) for word in words}
+        erased = [(key, each.concept) for each in self.held if (key := self.class_of(each.concept)) != but]
+        known = ((*self.world.classes[head][name], name, *concept.words) for (head, name), concept in erased)
+        return {word for words in known for word in words}
 
     # What is seen
 

@@ -30,6 +30,7 @@ class Fake:
     """Solves in no time, and draws by script; `stops` is the solver at whose patches the process ends."""
 
     device = torch.device("cpu")
+    drawn = "1 step"
 
     def __init__(self, base: Base, stops: str = "", refuses: str = "") -> None:
         self.base, self.world, self.stops, self.refuses = base, EmojiWorld(), stops, refuses
@@ -121,3 +122,15 @@ def test_a_solver_that_refuses_is_named_and_the_others_are_drawn(base: Base, tmp
     refused = draw(curve(Fake(base, refuses="sepme")), tmp_path, ["sepme", "esd"], ALL)
     assert refused == {"sepme": "no null space is left"}
     assert [*curves(tmp_path)] == ["esd"]
+
+
+def test_a_curve_of_other_steps_is_drawn_again(base: Base, tmp_path: Path) -> None:
+    fake = Fake(base)
+    place = tmp_path / "curves" / "uce.json"
+    draw(curve(fake), tmp_path, ["separable", "uce"], ALL)
+    first = place.stat().st_mtime_ns
+    draw(curve(fake), tmp_path, ["separable", "uce"], ALL)
+    assert place.stat().st_mtime_ns == first
+    fake.drawn = "2 steps"
+    draw(curve(fake), tmp_path, ["separable", "uce"], ALL)
+    assert place.stat().st_mtime_ns > first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from overpaint.evaluation.suites.grid import Grid
 from overpaint.evaluation.suites.quick import Quick
 from overpaint.evaluation.suites.scale import Scale
 from overpaint.evaluation.suites.scenes import Scenes
+from overpaint.evaluation.worlds import Question
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay
@@ -188,6 +190,16 @@ def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(b
         assert len(asked) == 6
         assert not [each.prompt for each in asked if set(others) & set(each.prompt.split())]
         assert all(each.shows[key[0]] == key[1] for each in asked)
+
+
+def test_every_patch_of_a_class_counts_for_what_a_sentence_names(base: Base) -> None:
+    surroundings = bench(base, faithful)
+    first = surroundings.held[0]
+    twin = replace(first.concept, synonyms=("wordofmine",))
+    patch = replace(first.patch, manifest={**first.patch.manifest, "concept": twin.as_json()})
+    both = replace(surroundings, held=(replace(first, patch=patch), *surroundings.held))
+    assert both.names_erased(Question("a wordofmine", 0, {}))
+    assert not both.names_erased(Question("a wordofmine", 0, {}), both.class_of(first.concept))
 
 
 def test_scenes_need_six_patches(base: Base) -> None:
