@@ -19,7 +19,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.errors import OverpaintError
-from overpaint.patches import arithmetic
+from overpaint.patches import arithmetic, blocks
 from overpaint.patches.compose import Term, compose, composition_digest, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
 from overpaint.patches.residual import exactly
@@ -129,7 +129,7 @@ def test_tensors_may_be_asked_for_in_any_order(base: Base) -> None:
 def test_blocks_of_rows_only_save_memory(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     terms = [Term(kind, some_delta(base, kind, 5)) for kind in ("dense", "xor")]
     whole = compose(base, terms)
-    monkeypatch.setattr(arithmetic, "BLOCK", 2 * WIDTH)
+    monkeypatch.setattr(blocks, "BLOCK", 2 * WIDTH)
     assert equal(compose(base, terms), whole)
 
 
@@ -220,7 +220,7 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
     for term in terms:
         assert isinstance(term.delta, TextMap)
         wanted += 0.1 * weight @ term.delta.up.double() @ term.delta.down.double().T
-    change = whole._change(KEY, whole.stacks[KEY], base.tensor(KEY))
+    change = whole._change(KEY, whole.stacks[KEY], whole.original(KEY))
     assert [type(text) for _, text in change.texts] == [arithmetic.Square]
     # One rounding to the base's dtype, on top of float32 products.
     found = whole.tensor(KEY)
@@ -231,13 +231,13 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
 @given(seed=seeds, strength=st.floats(-4, 4).filter(bool))
 def test_a_float32_sum_of_text_maps_has_the_bits_of_a_float64_sum(base: Base, seed: int, strength: float) -> None:
     terms = [Term(str(i), some_delta(base, "text-map", seed + i, 2), strength) for i in range(5)]
-    planned, original = plan(base, terms), base.tensor(KEY)
+    planned, original = plan(base, terms), plan(base, terms).original(KEY)
     change = planned._change(KEY, planned.stacks[KEY], original)
-    assert change._precision(original.dtype) == torch.float32
-    wide = torch.empty_like(original)
-    with pytest.MonkeyPatch.context() as patch:
+    assert change._precision(original.values.dtype) == torch.float32
+    wide = torch.empty_like(original.values)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(arithmetic.Change, "_precision", lambda self, stored: torch.float64)
-        change.write(original, wide, arithmetic.Workspace())
+        change.write(blocks.Target(original, wide, blocks.Workspace()))
     assert torch.equal(planned.tensor(KEY), wide)
 
 
@@ -383,7 +383,7 @@ def test_no_composed_value_exceeds_its_bound(base: Base, seed: int, kind: str) -
     planned = plan(base, [Term("a", some_delta(base, kind, seed, 3), 1.7), Term("b", some_delta(base, "dense", seed))])
     for name in planned.names:
         original = planned.original(name)
-        bound = planned._change(name, planned.stacks[name], original.values).bound(original.peak)
+        bound = planned._change(name, planned.stacks[name], original).bound(original.peak)
         assert planned.tensor(name).double().abs().max() <= bound * (1 + torch.finfo(original.values.dtype).eps)
 
 

@@ -21,9 +21,9 @@ def unequal(pipe: Any, base: Base, terms: Sequence[Term], names: Iterable[str]) 
     parameters, planned = Parameters(pipe, base), plan(base, terms)
     changed = set(planned.names)
     found = []
-    for name in names:
+    for name, parameter in parameters.of(names).items():
         wanted = planned.tensor(name) if name in changed else base.tensor(name)
-        carried = parameters[name].detach().cpu()
+        carried = parameter.detach().cpu()
         if not identical(carried, wanted.to(carried.dtype)):
             found.append(name)
     return found

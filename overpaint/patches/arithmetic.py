@@ -23,41 +23,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from overpaint.patches.blocks import PARTS, Block, Part, Target, Workspace, matrix
 from overpaint.patches.text_map import TextMap
 
-BLOCK = 1 << 20
-"""Values per block of rows: 8 MB in float64, which stays in a processor's last cache."""
 THIN = 4
 """Text maps are applied factor by factor while their directions are at most the width over this."""
-
-
-class Workspace:
-    """Scratch memory, taken again and again for one tensor after the other; never two at a time."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
-
-    def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, for use in inference mode, that is valid until the same use is asked for again."""
-        # Kept, because making two views takes as long as a small product.
-        view = self._views.get((use, shape, dtype))
-        if view is None:
-            size = shape.numel()
-            memory = self._memory.get((use, dtype))
-            if memory is None or memory.shape[0] < size:
-                memory = self._memory[use, dtype] = torch.empty(size, dtype=dtype)
-                self._views = {key: kept for key, kept in self._views.items() if key[::2] != (use, dtype)}
-            view = self._views[use, shape, dtype] = memory[:size].view(shape)
-        return view
-
-
-@dataclass(frozen=True)
-class Original:
-    """A base's value of one tensor, and the largest magnitude in it."""
-
-    values: Tensor
-    peak: float
 
 
 @dataclass(frozen=True)
@@ -74,19 +44,26 @@ class Thin:
     def gain(self) -> float:
         return float(self.up.abs().sum(1) @ self.down.abs().amax(1))
 
-    def read(self, weight: Tensor, work: Workspace) -> Tensor:
-        """`(W U)^T` for rows W of a weight (float64)."""
-        if len(self.up) == 1:
-            return torch.mv(weight, self.up[0])[None]
-        # The long side last: BLAS is up to five times faster for (k x d)(d x rows) than for (rows x d)(d x k).
-        return torch.mm(self.up, weight.T)
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Both factors, once for each part of a block."""
+        return self.up.expand(PARTS, -1, -1), self.down.expand(PARTS, -1, -1)
 
-    def write(self, read: Tensor, total: Tensor, work: Workspace) -> None:
+    def read(self, weight: Part, work: Workspace) -> Tensor:
+        """`(W U)^T` for rows W of a weight (float64), k x rows or divided as the rows are."""
+        # With the long side last, because BLAS is up to five times faster for (k x d)(d x rows) than for (rows x d)(d x k).
+        if weight.parts is None:
+            return torch.mm(self.up, weight.whole.T)
+        return torch.bmm(self._parts[0], weight.parts.mT)
+
+    def write(self, read: Tensor, total: Part) -> None:
         """Add `W U D^T`."""
-        if len(read) == 1:  # BLAS takes twice as long for a single direction
-            torch.addcmul(total, read.T, self.down, out=total)
+        if self.up.shape[0] == 1:  # BLAS takes longer for a single direction
+            torch.addcmul(total.whole, read.view(-1, 1), self.down, out=total.whole)
+        elif total.parts is None:
+            total.whole.addmm_(read.T, self.down)
         else:
-            total.addmm_(read.T, self.down)
+            torch.baddbmm(total.parts, read.mT, self._parts[1], out=total.parts)
 
 
 @dataclass(frozen=True)
@@ -99,14 +76,16 @@ class Square:
     def gain(self) -> float:
         return float(self.map.abs().sum(0).max())
 
-    def read(self, weight: Tensor, work: Workspace) -> Tensor:
+    def read(self, weight: Part, work: Workspace) -> Tensor:
         """`W U D^T` for rows W of a weight (float64 or float32), in float32."""
-        single = weight.dtype == torch.float32
-        return torch.mm(weight if single else work.take("narrow", weight.shape, torch.float32).copy_(weight), self.map)
+        rows = weight.whole
+        if rows.dtype != torch.float32:
+            rows = work.take("narrow", rows.shape, torch.float32).copy_(rows)
+        return torch.mm(rows, self.map)
 
-    def write(self, read: Tensor, total: Tensor, work: Workspace) -> None:
+    def write(self, read: Tensor, total: Part) -> None:
         """Add what was read."""
-        total.add_(read)
+        total.whole.add_(read)
 
 
 def side_by_side(maps: Sequence[tuple[TextMap, float]]) -> Thin | Square:
@@ -159,53 +138,44 @@ class Change:
     def _precision(self, stored: torch.dtype) -> torch.dtype:
         return torch.float32 if stored != torch.float64 and self._is_single else torch.float64
 
-    def bound(self, peak: float) -> float:
-        """No composed value is larger in magnitude than this, when no weight is larger than `peak`."""
-        if self.results:
-            return math.inf
+    @cached_property
+    def _gain(self) -> float:
+        return 1 + sum(text.gain for _, text in self.texts)
+
+    @cached_property
+    def _added(self) -> float:
         thin = [float(up.abs().amax(0).double() @ down.abs().amax(1).double()) * abs(s) for up, down, s in self.factors]
         full = [float(array.abs().max()) * abs(s) for array, s in self.arrays]
-        return peak * (1 + sum(text.gain for _, text in self.texts)) + sum(thin) + sum(full)
+        return math.inf if self.results else sum(thin) + sum(full)
 
-    def write(self, original: Tensor, out: Tensor, work: Workspace) -> None:
-        """Put the composed value into `out`: contiguous, of the original's shape and dtype, possibly the original itself."""
-        with torch.inference_mode():
-            weight, target = _matrix(original), _matrix(out)
-            rows = max(1, BLOCK // weight.shape[1])
-            precision = self._precision(original.dtype)
-            if rows >= weight.shape[0]:
-                target.copy_(self._sum(weight, slice(None), precision, work))
-                return
-            for start in range(0, weight.shape[0], rows):
-                some = slice(start, start + rows)
-                target[some].copy_(self._sum(weight[some], some, precision, work))
+    def bound(self, peak: float) -> float:
+        """No composed value is larger in magnitude than this, when no weight is larger than `peak`."""
+        return peak * self._gain + self._added
 
-    def _sum(self, weight: Tensor, rows: slice, precision: torch.dtype, work: Workspace) -> Tensor:
-        """The unrounded value of some rows, in scratch memory."""
-        total = _widened(weight, "total", work, precision)
-        parts = [total if total.shape[1] == c.stop - c.start else total[:, c] for c, _ in self.texts]
-        read = [text.read(part, work) for part, (_, text) in zip(parts, self.texts, strict=True)]
-        for part, (_, text), found in zip(parts, self.texts, read, strict=True):
-            text.write(found, part, work)
+    def write(self, target: Target) -> None:
+        """Put the composed value where it belongs; in inference mode."""
+        for block in target.blocks(self._precision(target.out.dtype)):
+            block.widen()
+            self._add(block)
+            block.out.copy_(block.total)
+
+    def _add(self, block: Block) -> None:
+        """Add all of this to the sum of a block."""
+        total, work = block.total, block.work
+        # All are read before one is written, for doors may share columns.
+        reads = [(text, part := block.part(columns), text.read(part, work)) for columns, text in self.texts]
+        for text, part, read in reads:
+            text.write(read, part)
         if self.factors:
-            total.addmm_(self._up[rows], self._down)
+            total.addmm_(self._up[block.rows], self._down)
         for array, strength in self.arrays:
             # Multiplied first: as one operation with the sum, it would round otherwise than a value times its strength.
-            total.add_(_widened(_matrix(array)[rows], "array", work).mul_(strength))
+            total.add_(_widened(matrix(array)[block.rows], "array", work).mul_(strength))
         for result, strength in self.results:
-            difference = _widened(_matrix(result)[rows], "array", work).sub_(_widened(weight, "original", work))
-            total.add_(difference, alpha=strength)
-        return total
+            original = _widened(block.weight, "original", work)
+            total.add_(_widened(matrix(result)[block.rows], "array", work).sub_(original), alpha=strength)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """A tensor as rows; a kernel's rows are its output channels, a vector's its values."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-
-
-def _widened(values: Tensor, use: str, work: Workspace, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A copy in float64, or another wide dtype."""
-    if values.dtype == torch.float16 and dtype == torch.float64:
-        # In two steps, because the direct conversion is not vectorised.
-        values = work.take("half", values.shape, torch.float32).copy_(values)
-    return work.take(use, values.shape, dtype).copy_(values)
+def _widened(values: Tensor, use: str, work: Workspace) -> Tensor:
+    """A copy in float64."""
+    return work.take(use, values.shape, torch.float64).copy_(values)

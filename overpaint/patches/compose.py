@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.container import DTYPES
 from overpaint.bases.digests import combined_digest, dtype_name, tensor_digest
 from overpaint.errors import OverpaintError
-from overpaint.patches.arithmetic import Change, Original, Square, Thin, Workspace, side_by_side
+from overpaint.patches.arithmetic import Change, Square, Thin, side_by_side
 from overpaint.patches.arrays import FLOATS, all_finite
+from overpaint.patches.blocks import Original, Target, Workspace
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, TextMap, Xor
 
 
@@ -48,7 +50,8 @@ class Stack:
     pieces: tuple[Piece, ...]
     known: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
     """What text maps come to side by side; one for all the stacks of a plan."""
-    _changes: dict[Any, Change] = field(default_factory=dict, repr=False)
+    changes: dict[int, Change] = field(default_factory=dict, repr=False)
+    """What text maps alone add to tensors that are so wide; the columns of a door depend on nothing else."""
 
     @cached_property
     def with_bits(self) -> dict[str, Term]:
@@ -74,13 +77,6 @@ class Stack:
         """Whether all pieces are one patch's, at strength 1, with residual bits among them."""
         first = self.pieces[0][0]
         return first.strength == 1 and bool(self.with_bits) and all(term is first for term, _ in self.pieces)
-
-    def change(self, texts: tuple[tuple[slice, Thin | Square], ...]) -> Change:
-        """What text maps alone add, by the columns that they read: the same for all tensors of a U-Net that read alike."""
-        key = tuple((columns.start, columns.stop) for columns, _ in texts)
-        if key not in self._changes:
-            self._changes[key] = Change(texts=texts)
-        return self._changes[key]
 
     def alone(self, term: Term) -> tuple[Xor, Stack]:
         """A patch with residual bits by itself: the bits, and its other parts at strength 1."""
@@ -135,33 +131,36 @@ class Plan:
         Raises BadDelta when the sum overflows the dtype.
         """
         original = self.original(name)
-        return self.write(name, original, original.values)
+        with torch.inference_mode():
+            self.write(name, Target(original, original.values, self._work))
+        return original.values
 
-    def write(self, name: str, original: Original, out: Tensor) -> Tensor:
-        """Put the composed value of one tensor into `out` and return it.
+    def write(self, name: str, target: Target) -> None:
+        """Put the composed value of one tensor where it belongs; in inference mode.
 
-        `out` is contiguous, on the CPU, of the base's shape and dtype, and may be the original itself. Raises BadDelta when
-        the sum overflows the dtype; `out` then holds what overflowed.
+        Raises BadDelta when the sum overflows the dtype; what overflowed has then been written.
         """
-        stack = self.stacks[name]
+        stack, original, out = self.stacks[name], target.original, target.out
         if stack.is_alone_with_bits:
-            out.copy_(self._result(name, stack, stack.pieces[0][0], original.values))
+            out.copy_(self._result(name, stack, stack.pieces[0][0], original))
             bound = math.inf
         else:
-            change = self._change(name, stack, original.values)
-            change.write(original.values, out, self._work)
+            change = self._change(name, stack, original)
+            change.write(target)
             bound = change.bound(original.peak)
         # Looking at every value would take a third of the time that composing takes.
         if bound > torch.finfo(out.dtype).max and not all_finite(out):
             patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in stack.pieces))
             raise BadDelta(f"{name} overflows {dtype_name(out.dtype)} under patches {patches}; lower their strengths")
-        return out
 
-    def _change(self, name: str, stack: Stack, original: Tensor) -> Change:
+    def _change(self, name: str, stack: Stack, original: Original) -> Change:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""
+        width = original.values.shape[-1] if original.values.ndim else 1
+        if width in stack.changes:
+            return stack.changes[width]
         texts = tuple((self.base.columns(door, name), text) for door, text in stack.texts)
         if not stack.others and not stack.with_bits:
-            return stack.change(texts)
+            return stack.changes.setdefault(width, Change(texts))
         return Change(
             texts=texts,
             factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),
@@ -169,11 +168,11 @@ class Plan:
             results=tuple((self._result(name, stack, t, original), t.strength) for t in stack.with_bits.values()),
         )
 
-    def _result(self, name: str, stack: Stack, term: Term, original: Tensor) -> Tensor:
+    def _result(self, name: str, stack: Stack, term: Term, original: Original) -> Tensor:
         """What one patch with residual bits makes of a tensor alone, at strength 1."""
         bits, others = stack.alone(term)
-        rounded = torch.empty_like(original)
-        self._change(name, others, original).write(original, rounded, self._work)
+        rounded = torch.empty_like(original.values)
+        self._change(name, others, original).write(Target(original, rounded, self._work))
         return bits.flipped(name, rounded)
 
 
@@ -188,25 +187,32 @@ def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Pl
     ordered = sorted(terms, key=lambda term: term.id)
     if len({term.id for term in ordered}) != len(ordered):
         raise OverpaintError("a composition holds each patch once; change its strength instead of adding it again")
-    pieces: dict[str, list[Piece]] = {}
-    for term in ordered:
-        for part in term.delta.parts:
-            piece, targets = (term, part), part.targets(base)
-            for name in targets if term.strength else ():
-                pieces.setdefault(name, []).append(piece)
-    for name in pieces:
+    stacks = _stacked(base, ordered)
+    for name in stacks:
         if (dtype := DTYPES[base.places[name].entry.dtype]) not in FLOATS:
             raise BadDelta(
                 f"{name} is {dtype_name(dtype)} in the base, which has no room for a change; use another base"
             )
-    return Plan(base, tuple(ordered), _stacked(pieces), work or Workspace())
+    return Plan(base, tuple(ordered), stacks, work or Workspace())
 
 
-def _stacked(pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Stack]:
+def _stacked(base: Base, terms: Sequence[Term]) -> dict[str, Stack]:
     """By name, sorted, what lies on each tensor; of one and the same pieces, one and the same stack."""
-    stacks: dict[tuple[int, ...], Stack] = {}
+    # Pieces that reach the same tensors are kept together: a thousand text maps are not sorted tensor by tensor.
+    alike: dict[tuple[str, ...], list[tuple[int, Piece]]] = {}
+    for at, piece in enumerate((term, part) for term in terms for part in term.delta.parts):
+        targets = tuple(piece[1].targets(base))
+        if piece[0].strength:
+            alike.setdefault(targets, []).append((at, piece))
+    lie: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for targets in alike:
+        lie.update({name: (*lie.get(name, ()), targets) for name in targets})
     known: dict[Any, Thin | Square] = {}
-    return {n: stacks.setdefault(tuple(map(id, pieces[n])), Stack(tuple(pieces[n]), known)) for n in sorted(pieces)}
+    stacks: dict[tuple[tuple[str, ...], ...], Stack] = {}
+    for several in set(lie.values()):
+        pieces = sorted((each for targets in several for each in alike[targets]), key=itemgetter(0))
+        stacks[several] = Stack(tuple(piece for _, piece in pieces), known)
+    return {name: stacks[lie[name]] for name in sorted(lie)}
 
 
 def compose(base: Base, terms: Iterable[Term]) -> dict[str, Tensor]:

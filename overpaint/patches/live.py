@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.errors import NotFound, OverpaintError
-from overpaint.patches.arithmetic import Original, Workspace
 from overpaint.patches.arrays import identical
+from overpaint.patches.blocks import Original, Target, Workspace
 from overpaint.patches.compose import Plan, Term, plan
-from overpaint.patches.parameters import Parameters, Seal
+from overpaint.patches.parameters import Parameters
+from overpaint.patches.seals import Seals
 
 
 class ForeignChange(OverpaintError):
@@ -46,7 +47,8 @@ class Overlay:
         self._work = Workspace()
         self._plan = plan(base, (), self._work)
         self._kept: dict[str, Original] = {}
-        self._seals: dict[str, Seal] = {}
+        self._targets: dict[str, Target] = {}
+        self._seals = Seals()
         self._torn: set[str] = set()
         self._staged: dict[torch.dtype, Tensor] = {}
 
@@ -112,7 +114,7 @@ class Overlay:
         finally:
             self._parameters, self._work = None, Workspace()
             self._plan = plan(self.base, (), self._work)
-            for held in (self._kept, self._seals, self._torn, self._staged):
+            for held in (self._kept, self._targets, self._seals, self._torn, self._staged):
                 held.clear()
 
     def __enter__(self) -> Overlay:
@@ -128,27 +130,28 @@ class Overlay:
         if self._parameters is None:
             raise OverpaintError("this overlay is closed; make a new one")
         self._parameters.check_components()
-        parameters = {name: self._parameters[name] for name in names}
+        parameters = self._parameters.of(names)
+        changed = {name: parameters[name] for name in self._seals.broken(parameters)}
         fresh: dict[str, Original] = {}
-        seals: dict[str, Seal] = {}
-        for name, parameter in parameters.items():
-            seal = self._seals.get(name)
-            if seal and seal.holds(parameter):
-                continue
+        for name, parameter in changed.items():
             original = self._kept.get(name)
             if original is None:
                 fresh[name] = original = self._keep(self._plan.original(name), parameter)
             if name not in self._torn:
                 self._compare(name, parameter, original)
-            seals[name] = Seal(parameter)
         self._kept.update(fresh)
-        self._seals.update(seals)
+        if changed:
+            self._seals.put(changed)
+            for name in changed:
+                self._targets.pop(name, None)
         return parameters
 
+    @torch.inference_mode()
     def _compare(self, name: str, parameter: nn.Parameter, original: Original) -> None:
         expected = original.values
         if name in self._plan.stacks:
-            expected = self._plan.write(name, original, torch.empty_like(expected))
+            expected = torch.empty_like(expected)
+            self._plan.write(name, Target(original, expected, self._work))
         if not identical(parameter.detach().cpu(), expected.to(parameter.dtype)):
             raise ForeignChange(
                 f"{name} is not what {'Overpaint left there' if name in self._kept else 'the base has there'}: something "
@@ -160,29 +163,37 @@ class Overlay:
     @torch.inference_mode()
     def _write(self, parameters: dict[str, nn.Parameter], wanted: Plan) -> None:
         """Write all tensors or none."""
+        self._torn.update(parameters)
         try:
-            for name, parameter in parameters.items():
-                self._torn.add(name)
-                self._put(name, parameter, wanted)
+            self._put(parameters, wanted)
             self._plan = wanted
         except BaseException:
             # What was there is composed again rather than remembered: the same bits, and no second copy of every weight.
-            for name in sorted(self._torn):
-                self._put(name, parameters[name], self._plan)
-                self._torn.discard(name)
+            self._put(parameters, self._plan)
+            self._torn.clear()
             raise
         self._torn.clear()
 
-    def _put(self, name: str, parameter: nn.Parameter, wanted: Plan) -> None:
+    def _put(self, parameters: dict[str, nn.Parameter], wanted: Plan) -> None:
+        for name, parameter in parameters.items():
+            if name not in wanted.stacks:
+                parameter.copy_(self._kept[name].values)
+                continue
+            target = self._target(name, parameter)
+            wanted.write(name, target)
+            if target.out is not parameter:
+                parameter.copy_(target.out)
+        self._seals.renew(parameters)
+
+    def _target(self, name: str, parameter: nn.Parameter) -> Target:
+        """The parameter itself, where composed values can be written to it as they are, or memory on the way to it."""
+        if name in self._targets:
+            return self._targets[name]
         original = self._kept[name]
         values = original.values
-        if name not in wanted.stacks:
-            parameter.copy_(values)
-        elif parameter.device == values.device and parameter.dtype == values.dtype and parameter.is_contiguous():
-            wanted.write(name, original, parameter)
-        else:
-            parameter.copy_(wanted.write(name, original, self._stage(values)))
-        self._seals[name].renew(parameter)
+        if parameter.device == values.device and parameter.dtype == values.dtype and parameter.is_contiguous():
+            return self._targets.setdefault(name, Target(original, parameter, self._work))
+        return Target(original, self._stage(values), self._work)
 
     def _keep(self, original: Original, parameter: nn.Parameter) -> Original:
         return replace(original, values=original.values.pin_memory()) if parameter.is_cuda else original

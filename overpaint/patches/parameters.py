@@ -1,20 +1,16 @@
-"""A loaded pipeline's parameters by canonical name, and how one notices that somebody else wrote to them."""
+"""A loaded pipeline's parameters by canonical name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from overpaint.bases.base import Base
 from overpaint.bases.digests import dtype_name
 from overpaint.errors import OverpaintError
-
-PLACES, RUN = 32, 16
-"""Where a tensor is looked at to see whether it changed: so many runs of so many values."""
 
 
 class BadPipeline(OverpaintError):
@@ -25,23 +21,47 @@ _WRAPPERS = ("_orig_mod", "base_layer")
 """Under which name `torch.compile` and PEFT keep the module that they stand in front of."""
 
 
+Step = tuple[nn.Module, str, nn.Module]
+"""From a module to one that it holds, and under which name."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where a parameter lives: the module that holds it, its name there, and the way to the module from its component."""
 
     module: nn.Module
     attribute: str
-    way: tuple[tuple[nn.Module, str, nn.Module], ...]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the component still computes with this module."""
-        return all(parent._modules.get(key) is child for parent, key, child in self.way)
+    way: tuple[Step, ...]
 
     @property
     def is_fused(self) -> bool:
         """Whether an attention block on the way computes with a copy (diffusers' `fuse_qkv_projections`)."""
         return any(parent.__dict__.get("fused_projections") for parent, _, _ in self.way[-3:])
+
+
+class Slots:
+    """Some slots, by canonical name, and the steps on the way to them, each once however many slots lie beyond it."""
+
+    def __init__(self, found: Mapping[str, Slot], names: Sequence[str]) -> None:
+        self.names = names
+        self.slots = {name: found.get(name) for name in names}
+        there = [slot for slot in self.slots.values() if slot]
+        self._steps = tuple(dict.fromkeys(step for slot in there for step in slot.way))
+        self._is_whole = len(there) == len(names)
+
+    @property
+    def are_current(self) -> bool:
+        """Whether all are there and the components still compute with their modules."""
+        # This is asked at every change; a plain loop takes half the time of `all`.
+        for parent, key, child in self._steps:
+            if parent._modules.get(key) is not child:
+                return False
+        return self._is_whole
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether a module on the way to one of them says that it computes with copies of some weights."""
+        return any(parent.__dict__.get("fused_projections") for parent, _, _ in self._steps)
 
 
 class Parameters:
@@ -56,7 +76,8 @@ class Parameters:
         self._components = {
             name: module for name in base.layout.components if (module := _component(pipe, name)) is not None
         }
-        self._slots = self._found()
+        self._all = self._found()
+        self._asked = Slots(self._all, ())
 
     def _found(self) -> dict[str, Slot]:
         found = {}
@@ -74,12 +95,18 @@ class Parameters:
                     "close the overlay and make a new one"
                 )
 
-    def __getitem__(self, name: str) -> nn.Parameter:
-        """The parameter of a canonical name. Raises BadPipeline when it is missing, elsewhere, or not what is computed with."""
-        slot = self._slots.get(name)
-        if slot is None or not slot.is_current:
-            self._slots = self._found()
-            slot = self._slots.get(name)
+    def of(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Parameters by canonical name. Raises BadPipeline when one is missing, elsewhere, or not what is computed with."""
+        names = tuple(names)
+        if names != self._asked.names:
+            self._asked = Slots(self._all, names)
+        if not self._asked.are_current:
+            self._all = self._found()
+            self._asked = Slots(self._all, names)
+        may_be_fused = self._asked.may_be_fused
+        return {name: self._checked(name, slot, may_be_fused) for name, slot in self._asked.slots.items()}
+
+    def _checked(self, name: str, slot: Slot | None, may_be_fused: bool) -> nn.Parameter:
         parameter = slot.module._parameters.get(slot.attribute) if slot else None
         if slot is None or parameter is None:
             raise BadPipeline(
@@ -90,7 +117,7 @@ class Parameters:
                 f"{name} is offloaded, so that there is nothing to write to; lay patches on before the pipeline is "
                 "set to offload layer by layer"
             )
-        if slot.is_fused:
+        if may_be_fused and slot.is_fused:
             raise BadPipeline(
                 f"the pipeline computes with a fused copy of {name}; undo the fusing (unfuse_qkv_projections) first"
             )
@@ -102,9 +129,7 @@ class Parameters:
         return parameter
 
 
-def _slots(
-    module: nn.Module, local: tuple[str, ...] = (), way: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
-) -> Iterator[tuple[str, Slot]]:
+def _slots(module: nn.Module, local: tuple[str, ...] = (), way: tuple[Step, ...] = ()) -> Iterator[tuple[str, Slot]]:
     """Every parameter of a module and its children, by its name without wrappers."""
     for attribute in module._parameters:
         yield ".".join((*local, attribute)), Slot(module, attribute, way)
@@ -112,40 +137,6 @@ def _slots(
         if child is not None:
             inner = local if key in _WRAPPERS else (*local, key)
             yield from _slots(child, inner, (*way, (module, key, child)))
-
-
-class Seal:
-    """How a parameter looked when its values were last known.
-
-    Whoever writes to a tensor in the usual ways moves its version counter; whoever replaces or moves it changes its
-    address. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some sampled values are
-    for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
-    """
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._sample = _sample(parameter)
-        self.renew(parameter)
-
-    def renew(self, parameter: nn.Parameter) -> None:
-        """Seal the same parameter again, after it was written to in place."""
-        self._look, self._values = _look(parameter), self._sample.clone()
-
-    def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether nothing speaks for a change since."""
-        return self._look == _look(parameter) and torch.equal(self._values, self._sample)
-
-
-def _look(parameter: nn.Parameter) -> tuple[int, ...]:
-    return id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
-
-
-def _sample(parameter: nn.Parameter) -> Tensor:
-    """A view of short runs of values, spread over the whole tensor; each costs one access to distant memory."""
-    whole = parameter.detach()
-    dense = whole.is_contiguous() or (whole.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last))
-    if not dense or whole.numel() < PLACES * RUN:
-        return whole
-    return whole.as_strided((PLACES, RUN), (whole.numel() // PLACES, 1))
 
 
 def _component(pipe: Any, name: str) -> nn.Module | None:

@@ -40,7 +40,7 @@ def one_bit_off(monkeypatch: pytest.MonkeyPatch) -> None:
         name = next(iter(args[0]), None)
         if name is not None:
             assert self._parameters is not None
-            bits = self._parameters[name].data.view(torch.int32)
+            bits = self._parameters.of([name])[name].data.view(torch.int32)
             bits.view(-1)[0] ^= 1
             self._seals.clear()
         self._compare = lambda *ignored: None  # type: ignore[method-assign]

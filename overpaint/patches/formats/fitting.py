@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from overpaint.patches.arithmetic import Change, Workspace
+from overpaint.patches.arithmetic import Change
+from overpaint.patches.blocks import Original, Target, Workspace
 from overpaint.patches.xor import residual
 
 WIDEST = 128
@@ -39,10 +40,12 @@ class Fitted:
     def laid_on(self, original: Tensor) -> Tensor:
         """A tensor with factors or array added, rounded to its dtype; without the bits."""
         found = torch.empty_like(original)
-        Change(
+        change = Change(
             factors=() if self.factors is None else ((*self.factors, 1.0),),
             arrays=() if self.array is None else ((self.array, 1.0),),
-        ).write(original, found, Workspace())
+        )
+        with torch.inference_mode():
+            change.write(Target(Original(original, math.inf), found, Workspace()))
         return found
 
 

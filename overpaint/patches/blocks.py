@@ -1,0 +1,118 @@
+"""The blocks of rows in which a composed tensor is computed, and the scratch memory for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 19
+"""Values per block of rows: 4 MB in float64, which stays in a processor's last cache."""
+PARTS = 8
+"""Into how many parts a block is divided for products: PyTorch shares out many among its threads, and one badly."""
+
+
+class Workspace:
+    """Scratch memory, taken again and again for one tensor after the other; never two at a time."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, for use in inference mode, that is valid until the same use is asked for again."""
+        # Kept, because making two views takes as long as a small product.
+        view = self._views.get((use, shape, dtype))
+        if view is None:
+            size = shape.numel()
+            memory = self._memory.get((use, dtype))
+            if memory is None or memory.shape[0] < size:
+                # Never less than a block: views of earlier memory are kept, and would keep it.
+                memory = self._memory[use, dtype] = torch.empty(max(size, BLOCK), dtype=dtype)
+                self._views = {key: kept for key, kept in self._views.items() if key[::2] != (use, dtype)}
+            view = self._views[use, shape, dtype] = memory[:size].view(shape)
+        return view
+
+
+@dataclass(frozen=True)
+class Original:
+    """A base's value of one tensor, and the largest magnitude in it."""
+
+    values: Tensor
+    peak: float
+
+
+class Part(NamedTuple):
+    """Some columns of a block: as they are, and with the rows in parts where they can be divided."""
+
+    whole: Tensor
+    parts: Tensor | None
+
+
+@dataclass
+class Block:
+    """Some rows: the original's, scratch memory for their sum, and where it goes once it is rounded."""
+
+    rows: slice
+    weight: Tensor
+    total: Tensor
+    out: Tensor
+    work: Workspace
+    _half: Tensor | None = None
+    _parts: dict[tuple[int, int], Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weight.dtype == torch.float16 and self.total.dtype == torch.float64:
+            # Converted in two steps, because the direct conversion is not vectorised.
+            self._half = self.work.take("half", self.weight.shape, torch.float32)
+
+    def widen(self) -> None:
+        """Begin the sum with the original."""
+        if self._half is None:
+            self.total.copy_(self.weight)
+        else:
+            self._half.copy_(self.weight)
+            self.total.copy_(self._half)
+
+    def part(self, columns: slice) -> Part:
+        """Some columns of the sum."""
+        key = columns.start, columns.stop
+        if key not in self._parts:
+            whole = self.total if self.total.shape[1] == columns.stop - columns.start else self.total[:, columns]
+            parts = None if whole.shape[0] % PARTS else whole.unflatten(0, (PARTS, -1))
+            self._parts[key] = Part(whole, parts)
+        return self._parts[key]
+
+
+class Target:
+    """A tensor whose composed value is wanted, and where to put it.
+
+    `out` is contiguous, on the CPU, of the original's shape and dtype, and may be the original itself. To be made and used in
+    inference mode; what it keeps saves time when it is written to again.
+    """
+
+    def __init__(self, original: Original, out: Tensor, work: Workspace) -> None:
+        self.original, self.out, self._work = original, out, work
+        self._blocks: dict[torch.dtype, list[Block]] = {}
+
+    def blocks(self, precision: torch.dtype) -> list[Block]:
+        """Its blocks; sums are computed in `precision`. They share scratch memory: finish one before the next."""
+        if precision not in self._blocks:
+            weight, out = matrix(self.original.values), matrix(self.out)
+            count = -(-weight.numel() // BLOCK) or 1
+            # Of one size, and one that can be divided.
+            rows = -(-weight.shape[0] // (count * PARTS)) * PARTS
+            starts = range(0, weight.shape[0], rows) if rows else ()
+            self._blocks[precision] = [self._block(weight, out, slice(at, at + rows), precision) for at in starts]
+        return self._blocks[precision]
+
+    def _block(self, weight: Tensor, out: Tensor, rows: slice, precision: torch.dtype) -> Block:
+        some = weight[rows]
+        return Block(rows, some, self._work.take("total", some.shape, precision), out[rows], self._work)
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A tensor as rows; a kernel's rows are its output channels, a vector's its values."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)

@@ -1,0 +1,110 @@
+"""Blocks: a tensor's rows are summed some at a time, and nobody can tell from the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from overpaint.patches import blocks
+from overpaint.patches.arithmetic import Change, Square, Thin
+from overpaint.patches.blocks import PARTS, Original, Target, Workspace
+
+WIDTH = 24
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=[1, 5 * WIDTH, 16 * WIDTH, 1 << 19], ids=lambda b: f"{b} values a block")
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
+    return int(request.param)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def a_change(rank: int, doors: int, seed: int = 0) -> Change:
+    """Text maps of so many directions through doors side by side."""
+    rng, width = torch.Generator().manual_seed(seed), WIDTH // doors
+    factors = [torch.randn(2, rank, width, generator=rng, dtype=torch.float64) for _ in range(doors)]
+    return Change(tuple((slice(i * width, (i + 1) * width), Thin(*pair)) for i, pair in enumerate(factors)))
+
+
+def plainly(change: Change, original: Tensor) -> Tensor:
+    """The sum in float64, all rows at once."""
+    weight = original.double()
+    total = weight.clone()
+    for columns, text in change.texts:
+        assert isinstance(text, Thin)
+        total[:, columns] += weight[:, columns] @ text.up.T @ text.down
+    return total
+
+
+def written(change: Change, original: Tensor, work: Workspace | None = None) -> Tensor:
+    out = torch.empty_like(original)
+    change.write(Target(Original(original, 0.0), out, work or Workspace()))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("doors", [1, 2], ids=lambda n: f"{n} doors")
+@pytest.mark.parametrize("rank", [1, 2, 5], ids=lambda k: f"{k} directions")
+def test_any_number_of_rows_is_summed_as_if_at_once(dtype: torch.dtype, rank: int, doors: int, block: int) -> None:
+    change = a_change(rank, doors)
+    for rows in (1, PARTS - 1, PARTS, 2 * PARTS, 3 * PARTS + 1, 67, 128):
+        original = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        wanted = plainly(change, original)
+        room = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-13
+        assert torch.allclose(written(change, original).double(), wanted, rtol=room, atol=room / 10)
+
+
+@pytest.mark.parametrize("doors", [1, 2], ids=lambda n: f"{n} doors")
+@given(rows=st.integers(1, 70), rank=st.integers(1, 4))
+def test_a_target_that_is_written_again_gets_the_same_bits(doors: int, rows: int, rank: int) -> None:
+    """Also after others had the scratch memory, and where the original lies."""
+    with torch.inference_mode():
+        change, work = a_change(rank, doors), Workspace()
+        original = torch.randn(rows, WIDTH)
+        target = Target(Original(original, 0.0), torch.empty_like(original), work)
+        change.write(target)
+        once = target.out.clone()
+        written(a_change(3, doors, 1), torch.randn(40 * blocks.PARTS, 50 * WIDTH)[:, :WIDTH].contiguous(), work)
+        change.write(target)
+        assert torch.equal(target.out, once)
+        change.write(Target(Original(original, 0.0), original, work))
+        assert torch.equal(original, once)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 64, 100])
+def test_every_row_is_in_one_block_and_most_blocks_can_be_divided(rows: int, block: int) -> None:
+    values = torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH)
+    found = Target(Original(values, 0.0), values, Workspace()).blocks(torch.float64)
+    assert torch.equal(torch.cat([each.weight for each in found]), values)
+    assert all(each.weight.shape[0] % PARTS == 0 for each in found[:-1])
+    assert all(each.weight.shape[0] <= max(PARTS, block // WIDTH + PARTS) for each in found)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (6, 2, 3, 3)], ids=str)
+def test_a_tensor_of_any_shape_is_written(shape: tuple[int, ...]) -> None:
+    original, array = torch.randn(shape), torch.randn(shape)
+    out = torch.empty_like(original)
+    Change(arrays=((array, 0.5),)).write(Target(Original(original, 0.0), out, Workspace()))
+    assert torch.equal(out, (original.double() + array.double() * 0.5).float())
+
+
+def test_doors_that_share_columns_read_what_was_there_before_either_wrote() -> None:
+    whole, original = slice(0, WIDTH), torch.randn(16, WIDTH)
+    maps = [a_change(2, 1, seed).texts[0][1] for seed in range(2)]
+    squares = [Square((text.up.T @ text.down).float()) for text in maps if isinstance(text, Thin)]
+    weight = original.double()
+    wanted = weight + sum(weight @ text.up.T @ text.down for text in maps if isinstance(text, Thin))
+    for texts in (maps, squares):
+        found = written(Change(tuple((whole, text) for text in texts)), original)
+        assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
