@@ -3,7 +3,7 @@
 The registry, its patches and all pictures are kept in a folder (`--work`); a run that is interrupted, or asked for more, goes
 on where it was. `--only` and `--suites` narrow it down. Several processes may share a folder: with `--shard 0/2` and
 `--shard 1/2`, or with `--only` and `--no-page`, they write no page; `--pages` then writes it from what is there. In full it
-takes most of an hour on two cores, the greater part for the solvers that train.
+takes one to two hours on two cores, the greater part for the solvers that train.
 """
 
 from __future__ import annotations
@@ -40,12 +40,8 @@ STYLES = {"ink": "flat", "neon": "flat"}
 """Concepts that are styles, with what they should become."""
 TWELVE_TOO = ("separable",)
 """Solvers whose scenes are also played with twelve concepts."""
-COMMON = ("quick", "generality", "crosstalk", "cost")
+SUITES = ("quick", "generality", "grid", "scenes", "crosstalk", "probes", "cost")
 """What every solver goes through."""
-LONGER = ("grid", "scenes", "probes")
-LONGER_FOR = ("separable", "uce", "rece", "nullspace", "few_shot", "esd")
-"""Suites that draw hundreds of pictures for every patch, and the solvers that go through them: one of each kind that trains."""
-SUITES = (*COMMON, *LONGER)
 SCALED = ("separable", "uce", "rece", "nullspace")
 """Solvers of the suite `scale`, which belongs to no recipe in particular and is run with `separable`."""
 FEWER: Mapping[str, Mapping[str, str]] = {
@@ -56,7 +52,7 @@ FEWER: Mapping[str, Mapping[str, str]] = {
     "probes": {"pictures": "4", "inversion": "60", "revival": "40"},
     "scale": {"solvers": ",".join(SCALED), "most": "32", "pictures": "40"},
 }
-"""Settings of suites, so that all solvers fit into an hour; the numbers of pictures stand beside the results."""
+"""Settings of suites, so that all solvers fit into two hours; the numbers of pictures stand beside the results."""
 
 
 def main() -> None:
@@ -65,7 +61,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "evaluation", help="registry and pictures")
     parser.add_argument("--only", default=",".join(SOLVERS), help="solvers, with commas between")
     parser.add_argument("--suites", default=",".join(SUITES), help="suites, with commas between; scale is one more")
-    parser.add_argument("--everything", action="store_true", help="run the longer suites for every solver")
     parser.add_argument(
         "--shard", default="0/1", help="which part of the solvers is run here, such as 0/2; no page then"
     )
@@ -96,13 +91,12 @@ def _shop(work: Path) -> Workshop:
     return shop
 
 
-def wanted(solver: str, count: int, suites: Sequence[str], everything: bool = False) -> list[str]:
+def wanted(solver: str, count: int, suites: Sequence[str]) -> list[str]:
     """The suites, of those asked for, that a solver's recipe of `count` concepts goes through."""
     if count == len(TWELVE):
         # Twelve are beyond what SepME can hold on Stable Diffusion; for the others, six say enough.
         return [suite for suite in suites if suite == "scenes" and solver in TWELVE_TOO]
-    longer = LONGER if everything or solver in LONGER_FOR else ()
-    own = (*COMMON, *longer, *(("scale",) if solver == SCALED[0] else ()))
+    own = (*SUITES, *(("scale",) if solver == SCALED[0] else ()))
     return [suite for suite in suites if suite in own]
 
 
@@ -111,7 +105,7 @@ def _run(shop: Workshop, asked: Namespace, shard: Shard) -> None:
     for solver in shard.part(asked.only.split(",")):
         for names in (SIX, TWELVE):
             recipe = f"{solver}-{len(names)}"
-            suites = wanted(solver, len(names), asked.suites.split(","), asked.everything)
+            suites = wanted(solver, len(names), asked.suites.split(","))
             reasons = []
             try:
                 if suites:

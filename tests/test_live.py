@@ -313,6 +313,19 @@ def test_a_parameter_that_was_replaced_is_not_written_in_vain(small: Base) -> No
         overlay.set([a_text_map()])
 
 
+def test_a_parameter_that_was_turned_in_memory_is_written_as_it_lies_now(small: Base) -> None:
+    """Where neither its address nor its values show it."""
+    pipe, overlay = (p := small_pipeline()), Overlay(p, small)
+    pristine, projection = weights(pipe), pipe.unet.down.attn2.to_v
+    overlay.set([a_text_map()])
+    turned = projection.weight.detach().clone().T.contiguous()
+    projection.weight.data = turned.T
+    overlay.set([a_text_map(2)])
+    assert torch.equal(projection.weight, compose(small, [a_text_map(2)])[VALUE])
+    overlay.clear()
+    assert equal(weights(pipe), pristine)
+
+
 class Wrapped(nn.Module):
     """As PEFT wraps a layer, with an adapter beside it."""
 

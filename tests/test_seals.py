@@ -82,6 +82,14 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def test_a_parameter_that_was_turned_where_it_lies_is_named() -> None:
+    values = torch.ones(40, 40)
+    found = {"a": nn.Parameter(values)}
+    seals = sealed(found)
+    found["a"].data = values.T
+    assert seals.broken(found) == ["a"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_order_in_memory_does_not_matter(layout: str) -> None:
     found = {name: nn.Parameter(LAYOUTS[layout]()) for name in "ab"}

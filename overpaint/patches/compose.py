@@ -204,15 +204,16 @@ def _stacked(base: Base, terms: Sequence[Term]) -> dict[str, Stack]:
         targets = tuple(piece[1].targets(base))
         if piece[0].strength:
             alike.setdefault(targets, []).append((at, piece))
-    lie: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for targets in alike:
-        lie.update({name: (*lie.get(name, ()), targets) for name in targets})
+    groups, lying = list(alike.values()), dict[str, list[int]]()
+    for number, targets in enumerate(alike):
+        for name in targets:
+            lying.setdefault(name, []).append(number)
     known: dict[Any, Thin | Square] = {}
-    stacks: dict[tuple[tuple[str, ...], ...], Stack] = {}
-    for several in set(lie.values()):
-        pieces = sorted((each for targets in several for each in alike[targets]), key=itemgetter(0))
-        stacks[several] = Stack(tuple(piece for _, piece in pieces), known)
-    return {name: stacks[lie[name]] for name in sorted(lie)}
+    stacks: dict[tuple[int, ...], Stack] = {}
+    for numbers in {tuple(numbers) for numbers in lying.values()}:
+        pieces = sorted((each for number in numbers for each in groups[number]), key=itemgetter(0))
+        stacks[numbers] = Stack(tuple(piece for _, piece in pieces), known)
+    return {name: stacks[tuple(lying[name])] for name in sorted(lying)}
 
 
 def compose(base: Base, terms: Iterable[Term]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class _Sealed:
 
     names: tuple[str, ...]
     views: list[View]
-    looks: list[tuple[int, ...]]
+    looks: list[tuple[object, ...]]
     samples: bytes
 
     def hold(self, parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -42,7 +42,7 @@ class Seals:
     """How parameters looked when their values were last known, by name.
 
     Whoever writes to a tensor in the usual ways moves its version counter; whoever replaces or moves it changes its
-    address. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some sampled values are
+    address or its order in memory. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some sampled values are
     for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
     """
 
@@ -89,8 +89,9 @@ def _sample(views: Sequence[View]) -> bytes:
     return torch.stack(tensors).flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
-def _look(parameter: nn.Parameter) -> tuple[int, ...]:
-    return id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+def _look(parameter: nn.Parameter) -> tuple[object, ...]:
+    version = 0 if parameter.is_inference() else parameter._version
+    return id(parameter), parameter.data_ptr(), parameter.stride(), version
 
 
 def _view(parameter: nn.Parameter) -> View:
