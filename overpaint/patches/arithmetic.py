@@ -45,16 +45,16 @@ class Thin:
         return float(self.up.abs().sum(1) @ self.down.abs().amax(1))
 
     @cached_property
-    def _parts(self) -> tuple[Tensor, Tensor]:
+    def parts(self) -> tuple[Tensor, Tensor]:
         """Both factors, once for each part of a block."""
         return self.up.expand(PARTS, -1, -1), self.down.expand(PARTS, -1, -1)
 
     def read(self, weight: Part, work: Workspace) -> Tensor:
         """`(W U)^T` for rows W of a weight (float64), k x rows or divided as the rows are."""
         # With the long side last, because BLAS is up to five times faster for (k x d)(d x rows) than for (rows x d)(d x k).
-        if weight.parts is None:
+        if weight.turned is None:
             return torch.mm(self.up, weight.whole.T)
-        return torch.bmm(self._parts[0], weight.parts.mT)
+        return torch.bmm(self.parts[0], weight.turned)
 
     def write(self, read: Tensor, total: Part) -> None:
         """Add `W U D^T`."""
@@ -63,7 +63,7 @@ class Thin:
         elif total.parts is None:
             total.whole.addmm_(read.T, self.down)
         else:
-            torch.baddbmm(total.parts, read.mT, self._parts[1], out=total.parts)
+            torch.baddbmm(total.parts, read.mT, self.parts[1], out=total.parts)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,35 @@ class Change:
         """No composed value is larger in magnitude than this, when no weight is larger than `peak`."""
         return peak * self._gain + self._added
 
+    @cached_property
+    def _only(self) -> tuple[int, Tensor, Tensor] | None:
+        """Width and factors of a text map of one direction that is all that is added."""
+        if len(self.texts) != 1 or self.factors or self.arrays or self.results:
+            return None
+        ((columns, text),) = self.texts
+        if not isinstance(text, Thin) or text.up.shape[0] != 1:
+            return None
+        return columns.stop - columns.start, text.parts[0], text.down
+
     def write(self, target: Target) -> None:
         """Put the composed value where it belongs; in inference mode."""
-        for block in target.blocks(self._precision(target.out.dtype)):
-            block.widen()
-            self._add(block)
-            block.out.copy_(block.total)
+        only = self._only
+        for block in target.blocks(torch.float64 if only else self._precision(target.out.dtype)):
+            if only is None or only[0] != block.width or block.all.turned is None:
+                block.widen()
+                self._add(block)
+                block.out.copy_(block.total)
+                continue
+            # The very same calls without the way to them. After each pass the nearest caches hold a block and no program
+            # any more, so that fetching a dozen functions again would be a tenth of the time of a swap.
+            total = block.total
+            if block.half is None:
+                total.copy_(block.weight)
+            else:
+                block.half.copy_(block.weight)
+                total.copy_(block.half)
+            torch.addcmul(total, torch.bmm(only[1], block.all.turned).view(-1, 1), only[2], out=total)
+            block.out.copy_(total)
 
     def _add(self, block: Block) -> None:
         """Add all of this to the sum of a block."""

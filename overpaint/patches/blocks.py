@@ -45,45 +45,57 @@ class Original:
 
 
 class Part(NamedTuple):
-    """Some columns of a block: as they are, and with the rows in parts where they can be divided."""
+    """Some columns of a block: as they are, and with the rows in parts where they can be divided, also turned."""
 
     whole: Tensor
     parts: Tensor | None
+    turned: Tensor | None
 
 
 @dataclass
 class Block:
-    """Some rows: the original's, scratch memory for their sum, and where it goes once it is rounded."""
+    """Some rows: the original's, scratch memory for their sum, and where it goes once it is rounded.
+
+    `half` is scratch memory for converting float16 in two steps, because PyTorch converts it to float64 at a third of the
+    speed. `all` are all columns of the sum.
+    """
 
     rows: slice
     weight: Tensor
     total: Tensor
     out: Tensor
     work: Workspace
-    _half: Tensor | None = None
+    half: Tensor | None = None
     _parts: dict[tuple[int, int], Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight.dtype == torch.float16 and self.total.dtype == torch.float64:
-            # Converted in two steps, because the direct conversion is not vectorised.
-            self._half = self.work.take("half", self.weight.shape, torch.float32)
+            self.half = self.work.take("half", self.weight.shape, torch.float32)
+        self.all, self.width = _divided(self.total), self.total.shape[1]
 
     def widen(self) -> None:
         """Begin the sum with the original."""
-        if self._half is None:
+        if self.half is None:
             self.total.copy_(self.weight)
         else:
-            self._half.copy_(self.weight)
-            self.total.copy_(self._half)
+            self.half.copy_(self.weight)
+            self.total.copy_(self.half)
 
     def part(self, columns: slice) -> Part:
         """Some columns of the sum."""
+        if columns.stop - columns.start == self.total.shape[1]:
+            return self.all
         key = columns.start, columns.stop
         if key not in self._parts:
-            whole = self.total if self.total.shape[1] == columns.stop - columns.start else self.total[:, columns]
-            parts = None if whole.shape[0] % PARTS else whole.unflatten(0, (PARTS, -1))
-            self._parts[key] = Part(whole, parts)
+            self._parts[key] = _divided(self.total[:, columns])
         return self._parts[key]
+
+
+def _divided(whole: Tensor) -> Part:
+    if whole.shape[0] % PARTS:
+        return Part(whole, None, None)
+    parts = whole.unflatten(0, (PARTS, -1))
+    return Part(whole, parts, parts.mT)
 
 
 class Target:
@@ -95,6 +107,7 @@ class Target:
 
     def __init__(self, original: Original, out: Tensor, work: Workspace) -> None:
         self.original, self.out, self._work = original, out, work
+        self.width, self.largest = out.shape[-1] if out.ndim else 1, torch.finfo(out.dtype).max
         self._blocks: dict[torch.dtype, list[Block]] = {}
 
     def blocks(self, precision: torch.dtype) -> list[Block]:

@@ -140,27 +140,26 @@ class Plan:
 
         Raises BadDelta when the sum overflows the dtype; what overflowed has then been written.
         """
-        stack, original, out = self.stacks[name], target.original, target.out
+        stack = self.stacks[name]
         if stack.is_alone_with_bits:
-            out.copy_(self._result(name, stack, stack.pieces[0][0], original))
+            target.out.copy_(self._result(name, stack, stack.pieces[0][0], target.original))
             bound = math.inf
         else:
-            change = self._change(name, stack, original)
+            change = stack.changes.get(target.width) or self._change(name, stack, target.original)
             change.write(target)
-            bound = change.bound(original.peak)
+            bound = change.bound(target.original.peak)
         # Looking at every value would take a third of the time that composing takes.
-        if bound > torch.finfo(out.dtype).max and not all_finite(out):
+        if bound > target.largest and not all_finite(target.out):
             patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in stack.pieces))
-            raise BadDelta(f"{name} overflows {dtype_name(out.dtype)} under patches {patches}; lower their strengths")
+            raise BadDelta(
+                f"{name} overflows {dtype_name(target.out.dtype)} under patches {patches}; lower their strengths"
+            )
 
     def _change(self, name: str, stack: Stack, original: Original) -> Change:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""
-        width = original.values.shape[-1] if original.values.ndim else 1
-        if width in stack.changes:
-            return stack.changes[width]
         texts = tuple((self.base.columns(door, name), text) for door, text in stack.texts)
-        if not stack.others and not stack.with_bits:
-            return stack.changes.setdefault(width, Change(texts))
+        if texts and not stack.others and not stack.with_bits:
+            return stack.changes.setdefault(original.values.shape[-1], Change(texts))
         return Change(
             texts=texts,
             factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),

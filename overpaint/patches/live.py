@@ -179,7 +179,7 @@ class Overlay:
             if name not in wanted.stacks:
                 parameter.copy_(self._kept[name].values)
                 continue
-            target = self._target(name, parameter)
+            target = self._targets.get(name) or self._target(name, parameter)
             wanted.write(name, target)
             if target.out is not parameter:
                 parameter.copy_(target.out)
@@ -187,8 +187,6 @@ class Overlay:
 
     def _target(self, name: str, parameter: nn.Parameter) -> Target:
         """The parameter itself, where composed values can be written to it as they are, or memory on the way to it."""
-        if name in self._targets:
-            return self._targets[name]
         original = self._kept[name]
         values = original.values
         if parameter.device == values.device and parameter.dtype == values.dtype and parameter.is_contiguous():

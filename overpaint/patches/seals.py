@@ -42,8 +42,8 @@ class Seals:
     """How parameters looked when their values were last known, by name.
 
     Whoever writes to a tensor in the usual ways moves its version counter; whoever replaces or moves it changes its
-    address or its order in memory. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some sampled values are
-    for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
+    address or its order in memory. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some
+    sampled values are for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
     """
 
     def __init__(self) -> None:
