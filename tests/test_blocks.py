@@ -75,7 +75,7 @@ def test_a_target_that_is_written_again_gets_the_same_bits(doors: int, rows: int
         target = Target(Original(original, 0.0), torch.empty_like(original), work)
         change.write(target)
         once = target.out.clone()
-        written(a_change(3, doors, 1), torch.randn(40 * blocks.PARTS, 50 * WIDTH)[:, :WIDTH].contiguous(), work)
+        written(a_change(3, doors, 1), torch.randn(40 * PARTS, WIDTH), work)
         change.write(target)
         assert torch.equal(target.out, once)
         change.write(Target(Original(original, 0.0), original, work))

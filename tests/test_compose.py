@@ -231,7 +231,8 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
 @given(seed=seeds, strength=st.floats(-4, 4).filter(bool))
 def test_a_float32_sum_of_text_maps_has_the_bits_of_a_float64_sum(base: Base, seed: int, strength: float) -> None:
     terms = [Term(str(i), some_delta(base, "text-map", seed + i, 2), strength) for i in range(5)]
-    planned, original = plan(base, terms), plan(base, terms).original(KEY)
+    planned = plan(base, terms)
+    original = planned.original(KEY)
     change = planned._change(KEY, planned.stacks[KEY], original)
     assert change._precision(original.values.dtype) == torch.float32
     wide = torch.empty_like(original.values)

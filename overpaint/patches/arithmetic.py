@@ -122,6 +122,11 @@ class Change:
         return torch.cat([down.double() for _, down, _ in self.factors], 0)
 
     @cached_property
+    def _is_text(self) -> bool:
+        """Whether text maps are all that is added."""
+        return bool(self.texts) and not (self.factors or self.arrays or self.results)
+
+    @cached_property
     def _is_single(self) -> bool:
         """Whether sums with originals no wider than float32 may be float32, because that gives the same bits as float64.
 
@@ -129,7 +134,7 @@ class Change:
         because rounding twice is rounding once where the wider format has twice the digits of the narrower, and two more
         (S. Figueroa, When is double rounding innocuous?, 1995).
         """
-        if self.factors or self.arrays or self.results or not self.texts:
+        if not self._is_text:
             return False
         columns = sorted((c.start, c.stop) for c, _ in self.texts)
         apart = all(stop <= start for (_, stop), (start, _) in pairwise(columns))
@@ -155,7 +160,7 @@ class Change:
     @cached_property
     def _only(self) -> tuple[int, Tensor, Tensor] | None:
         """Width and factors of a text map of one direction that is all that is added."""
-        if len(self.texts) != 1 or self.factors or self.arrays or self.results:
+        if not self._is_text or len(self.texts) > 1:
             return None
         ((columns, text),) = self.texts
         if not isinstance(text, Thin) or text.up.shape[0] != 1:
@@ -165,21 +170,19 @@ class Change:
     def write(self, target: Target) -> None:
         """Put the composed value where it belongs; in inference mode."""
         only = self._only
-        for block in target.blocks(torch.float64 if only else self._precision(target.out.dtype)):
-            if only is None or only[0] != block.width or block.all.turned is None:
-                block.widen()
-                self._add(block)
-                block.out.copy_(block.total)
-                continue
-            # The very same calls without the way to them. After each pass the nearest caches hold a block and no program
-            # any more, so that fetching a dozen functions again would be a tenth of the time of a swap.
+        for block in target.blocks(self._precision(target.out.dtype)):
             total = block.total
             if block.half is None:
                 total.copy_(block.weight)
             else:
                 block.half.copy_(block.weight)
                 total.copy_(block.half)
-            torch.addcmul(total, torch.bmm(only[1], block.all.turned).view(-1, 1), only[2], out=total)
+            if only is None or only[0] != block.width or block.all.turned is None:
+                self._add(block)
+            else:
+                # The calls of `_add` without the way to them: after each pass the nearest caches hold a block and no program
+                # any more, so that fetching a dozen functions again would be nearly a tenth of the time of a swap.
+                torch.addcmul(total, torch.bmm(only[1], block.all.turned).view(-1, 1), only[2], out=total)
             block.out.copy_(total)
 
     def _add(self, block: Block) -> None:

@@ -56,8 +56,8 @@ class Part(NamedTuple):
 class Block:
     """Some rows: the original's, scratch memory for their sum, and where it goes once it is rounded.
 
-    `half` is scratch memory for converting float16 in two steps, because PyTorch converts it to float64 at a third of the
-    speed. `all` are all columns of the sum.
+    `half` is scratch memory for converting float16 to float64 by way of float32, because PyTorch's direct conversion is not
+    vectorised. `all` are all columns of the sum.
     """
 
     rows: slice
@@ -73,17 +73,9 @@ class Block:
             self.half = self.work.take("half", self.weight.shape, torch.float32)
         self.all, self.width = _divided(self.total), self.total.shape[1]
 
-    def widen(self) -> None:
-        """Begin the sum with the original."""
-        if self.half is None:
-            self.total.copy_(self.weight)
-        else:
-            self.half.copy_(self.weight)
-            self.total.copy_(self.half)
-
     def part(self, columns: slice) -> Part:
         """Some columns of the sum."""
-        if columns.stop - columns.start == self.total.shape[1]:
+        if columns.stop - columns.start == self.width:
             return self.all
         key = columns.start, columns.stop
         if key not in self._parts:
