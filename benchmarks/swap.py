@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
 from overpaint.concepts import Concept
-from overpaint.patches.compose import Term
+from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, LowRank, TextMap
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch
@@ -112,7 +112,7 @@ def measure(unet: Any, base: Base, rounds: int, device: torch.device, lora: bool
     overlay = Overlay(SimpleNamespace(unet=unet), base)
     with steps.time("first patch (reads and compares the base's file)"):
         overlay.set(one)
-    for number in range(rounds):
+    for _ in range(rounds):
         overlay.clear()
         with steps.time("copy"), torch.no_grad():
             for name, parameter in live.items():
@@ -122,11 +122,13 @@ def measure(unet: Any, base: Base, rounds: int, device: torch.device, lora: bool
                 overlay.set(terms)
             with steps.time(f"remove it, {step}"):
                 overlay.clear()
-        if number % 5 == 0:
-            with steps.time("add 1,000 patches"):
-                overlay.set(many)
-            with steps.time("remove 1,000 patches"):
-                overlay.clear()
+        with steps.time("add 1,000 patches"):
+            overlay.set(many)
+        with steps.time("remove 1,000 patches"):
+            overlay.clear()
+        for step, terms in (("one", one), ("1,000", many)):
+            with steps.time(f"compose {step}, from the base's file"):
+                compose(base, terms)
         if lora:
             with fused(unet, one[0], steps):
                 pass
@@ -134,6 +136,8 @@ def measure(unet: Any, base: Base, rounds: int, device: torch.device, lora: bool
             with torch.no_grad():
                 for name, parameter in live.items():
                     parameter.copy_(back[name])
+        # What somebody else wrote is compared with the base first, whichever change comes next; that is not what is timed.
+        overlay.set(many)
         overlay.set(one)
     overlay.close()
     return steps
@@ -182,6 +186,10 @@ def speed_rows(dtype: str, steps: Rounds, bar: float) -> Iterator[Sequence[Any]]
     yield row("remove it, 8 directions", "copy", copy, 1.3)
     yield row("add 1,000 patches", "add one", one, 15.0)
     yield row("remove 1,000 patches", "copy", copy, 1.3)
+    yield row("compose one, from the base's file", "copy", copy)
+    yield row(
+        "compose 1,000, from the base's file", "compose one", steps.median("compose one, from the base's file"), 15.0
+    )
     yield row("first patch (reads and compares the base's file)", "copy", copy)
     for step, ours in (("diffusers: load and fuse", one), ("diffusers: unfuse and unload", gone)):
         if step in steps.seconds:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overpaint.patches import blocks
-from overpaint.patches.arithmetic import Change, Square, Thin
+from overpaint.patches.arithmetic import Change, Square, Thin, side_by_side
 from overpaint.patches.blocks import PARTS, Original, Target, Workspace
+from overpaint.patches.text_map import TextMap
 
 WIDTH = 24
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -35,6 +36,11 @@ def a_change(rank: int, doors: int, seed: int = 0) -> Change:
     rng, width = torch.Generator().manual_seed(seed), WIDTH // doors
     factors = [torch.randn(2, rank, width, generator=rng, dtype=torch.float64) for _ in range(doors)]
     return Change(tuple((slice(i * width, (i + 1) * width), Thin(*pair)) for i, pair in enumerate(factors)))
+
+
+def squared(change: Change) -> Change:
+    """The same text maps, as their sums."""
+    return Change(tuple((c, Square((t.up.T @ t.down).float())) for c, t in change.texts if isinstance(t, Thin)))
 
 
 def plainly(change: Change, original: Tensor) -> Tensor:
@@ -65,13 +71,19 @@ def test_any_number_of_rows_is_summed_as_if_at_once(dtype: torch.dtype, rank: in
         assert torch.allclose(written(change, original).double(), wanted, rtol=room, atol=room / 10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [Thin, Square])
 @pytest.mark.parametrize("doors", [1, 2], ids=lambda n: f"{n} doors")
 @given(rows=st.integers(1, 70), rank=st.integers(1, 4))
-def test_a_target_that_is_written_again_gets_the_same_bits(doors: int, rows: int, rank: int) -> None:
+def test_a_target_that_is_written_again_gets_the_same_bits(
+    doors: int, form: type[Thin] | type[Square], dtype: torch.dtype, rows: int, rank: int
+) -> None:
     """Also after others had the scratch memory, and where the original lies."""
     with torch.inference_mode():
         change, work = a_change(rank, doors), Workspace()
-        original = torch.randn(rows, WIDTH)
+        if form is Square:
+            change = squared(change)
+        original = torch.randn(rows, WIDTH).to(dtype)
         target = Target(Original(original, 0.0), torch.empty_like(original), work)
         change.write(target)
         once = target.out.clone()
@@ -101,10 +113,27 @@ def test_a_tensor_of_any_shape_is_written(shape: tuple[int, ...]) -> None:
 
 def test_doors_that_share_columns_read_what_was_there_before_either_wrote() -> None:
     whole, original = slice(0, WIDTH), torch.randn(16, WIDTH)
-    maps = [a_change(2, 1, seed).texts[0][1] for seed in range(2)]
-    squares = [Square((text.up.T @ text.down).float()) for text in maps if isinstance(text, Thin)]
-    weight = original.double()
-    wanted = weight + sum(weight @ text.up.T @ text.down for text in maps if isinstance(text, Thin))
-    for texts in (maps, squares):
-        found = written(Change(tuple((whole, text) for text in texts)), original)
+    both = Change(tuple((whole, a_change(2, 1, seed).texts[0][1]) for seed in range(2)))
+    wanted = plainly(both, original)
+    for change in (both, squared(both)):
+        found = written(change, original)
         assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float16, torch.float64]], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 9], ids=lambda n: f"{n} maps")
+def test_maps_side_by_side_are_the_sum_of_their_products(count: int, dtypes: list[torch.dtype]) -> None:
+    """Whatever their dtypes and directions, and also once the scratch memory has served others."""
+    rng, work = torch.Generator().manual_seed(count), Workspace()
+
+    def a_map(number: int) -> TextMap:
+        factors = torch.randn(2, WIDTH, 1 + number % 2, generator=rng).to(dtypes[number % len(dtypes)])
+        return TextMap("text_encoder", *factors)
+
+    maps = [(a_map(number), 0.5 - number) for number in range(count)]
+    found = side_by_side(maps, work)
+    side_by_side([(a_map(0), 1.0) for _ in range(20)], work)
+    assert isinstance(found, Thin if count < 4 else Square)
+    wanted = torch.stack([strength * m.up.double() @ m.down.double().T for m, strength in maps]).sum(0)
+    exactly = found.up.T @ found.down if isinstance(found, Thin) else found.map.double()
+    assert torch.allclose(exactly, wanted, rtol=2**-23, atol=1e-12)

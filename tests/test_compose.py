@@ -259,9 +259,9 @@ def test_what_lies_on_many_tensors_is_sorted_out_once(base: Base, monkeypatch: p
     """Also where something else lies on one of them."""
     asked, real = list[int](), arithmetic.side_by_side
 
-    def counted(maps: Sequence[tuple[TextMap, float]]) -> arithmetic.Thin | arithmetic.Square:
+    def counted(maps: Sequence[tuple[TextMap, float]], work: blocks.Workspace) -> arithmetic.Thin | arithmetic.Square:
         asked.append(len(maps))
-        return real(maps)
+        return real(maps, work)
 
     monkeypatch.setattr("overpaint.patches.compose.side_by_side", counted)
     terms = [Term(f"{i:03}", some_delta(base, "text-map", i)) for i in range(20)]

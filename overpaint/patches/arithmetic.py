@@ -88,16 +88,17 @@ class Square:
         total.whole.add_(read)
 
 
-def side_by_side(maps: Sequence[tuple[TextMap, float]]) -> Thin | Square:
-    """Text maps of one door with their strengths, in the form that is cheaper to apply."""
+def side_by_side(maps: Sequence[tuple[TextMap, float]], work: Workspace) -> Thin | Square:
+    """Text maps of one door with their strengths, in the form that is cheaper to apply; in inference mode."""
     # Transposed first: to interleave the columns of a thousand single directions takes as long as their product.
-    up = torch.cat([m.up.T for m, _ in maps]).double()
-    down = torch.cat([m.down.T for m, _ in maps]).double()
-    strengths = [s for m, s in maps for _ in range(m.up.shape[1])]
-    up *= torch.tensor(strengths, dtype=torch.float64)[:, None]
-    if THIN * up.shape[0] > up.shape[1]:
-        return Square((up.T @ down).float())
-    return Thin(up, down)
+    up = torch.cat([text_map.turned[0] for text_map, _ in maps])
+    down = torch.cat([text_map.turned[1] for text_map, _ in maps])
+    strengths = torch.tensor([s for m, s in maps for _ in range(m.directions)], dtype=torch.float64)[:, None]
+    if THIN * up.shape[0] <= up.shape[1]:
+        return Thin(up.double() * strengths, down.double())
+    wide = _widened(up, "up", work).mul_(strengths)
+    total = work.take("square", torch.Size((up.shape[1], up.shape[1])), torch.float64)
+    return Square(torch.mm(wide.T, _widened(down, "down", work), out=total).float())
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class Change:
                 # The calls of `_add` without the way to them: after each pass the nearest caches hold a block and no program
                 # any more, so that fetching a dozen functions again would be nearly a tenth of the time of a swap.
                 torch.addcmul(total, torch.bmm(only[1], block.all.turned).view(-1, 1), only[2], out=total)
-            block.out.copy_(total)
+            if total is not block.out:
+                block.out.copy_(total)
 
     def _add(self, block: Block) -> None:
         """Add all of this to the sum of a block."""

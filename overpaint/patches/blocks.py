@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,17 +44,25 @@ class Original:
     peak: float
 
 
-class Part(NamedTuple):
+class Part:
     """Some columns of a block: as they are, and with the rows in parts where they can be divided, also turned."""
 
-    whole: Tensor
-    parts: Tensor | None
-    turned: Tensor | None
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    @cached_property
+    def parts(self) -> Tensor | None:
+        rows, width = self.whole.shape
+        return None if rows % PARTS else self.whole.view(PARTS, rows // PARTS, width)
+
+    @cached_property
+    def turned(self) -> Tensor | None:
+        return None if self.parts is None else self.parts.mT
 
 
 @dataclass
 class Block:
-    """Some rows: the original's, scratch memory for their sum, and where it goes once it is rounded.
+    """Some rows: the original's, memory for their sum, and where it goes once it is rounded, which may be that memory.
 
     `half` is scratch memory for converting float16 to float64 by way of float32, because PyTorch's direct conversion is not
     vectorised. `all` are all columns of the sum.
@@ -71,7 +79,7 @@ class Block:
     def __post_init__(self) -> None:
         if self.weight.dtype == torch.float16 and self.total.dtype == torch.float64:
             self.half = self.work.take("half", self.weight.shape, torch.float32)
-        self.all, self.width = _divided(self.total), self.total.shape[1]
+        self.all, self.width = Part(self.total), self.total.shape[1]
 
     def part(self, columns: slice) -> Part:
         """Some columns of the sum."""
@@ -79,15 +87,8 @@ class Block:
             return self.all
         key = columns.start, columns.stop
         if key not in self._parts:
-            self._parts[key] = _divided(self.total[:, columns])
+            self._parts[key] = Part(self.total[:, columns])
         return self._parts[key]
-
-
-def _divided(whole: Tensor) -> Part:
-    if whole.shape[0] % PARTS:
-        return Part(whole, None, None)
-    parts = whole.unflatten(0, (PARTS, -1))
-    return Part(whole, parts, parts.mT)
 
 
 class Target:
@@ -114,8 +115,10 @@ class Target:
         return self._blocks[precision]
 
     def _block(self, weight: Tensor, out: Tensor, rows: slice, precision: torch.dtype) -> Block:
-        some = weight[rows]
-        return Block(rows, some, self._work.take("total", some.shape, precision), out[rows], self._work)
+        some, written = weight[rows], out[rows]
+        if written.dtype == precision == torch.float32:  # not for float64, where the original may be read after a sum
+            return Block(rows, some, written, written, self._work)
+        return Block(rows, some, self._work.take("total", some.shape, precision), written, self._work)
 
 
 def matrix(tensor: Tensor) -> Tensor:

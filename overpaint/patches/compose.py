@@ -48,6 +48,7 @@ class Stack:
     """What lies on a tensor, by patch id. Tensors that carry the same share one: a thousand patches are sorted out once."""
 
     pieces: tuple[Piece, ...]
+    work: Workspace = field(repr=False)
     known: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
     """What text maps come to side by side; one for all the stacks of a plan."""
     changes: dict[int, Change] = field(default_factory=dict, repr=False)
@@ -83,12 +84,12 @@ class Stack:
         parts = [part for owner, part in self.pieces if owner is term]
         (bits,) = (part for part in parts if isinstance(part, Xor))
         others = tuple((replace(term, strength=1.0), part) for part in parts if part is not bits)
-        return bits, Stack(others, self.known)
+        return bits, Stack(others, self.work, self.known)
 
     def _text(self, door: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
         key = (door, *((term.id, term.strength) for term, _ in maps))
         if key not in self.known:
-            self.known[key] = side_by_side([(text_map, term.strength) for term, text_map in maps])
+            self.known[key] = side_by_side([(text_map, term.strength) for term, text_map in maps], self.work)
         return self.known[key]
 
 
@@ -186,16 +187,17 @@ def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Pl
     ordered = sorted(terms, key=lambda term: term.id)
     if len({term.id for term in ordered}) != len(ordered):
         raise OverpaintError("a composition holds each patch once; change its strength instead of adding it again")
-    stacks = _stacked(base, ordered)
+    work = work or Workspace()
+    stacks = _stacked(base, ordered, work)
     for name in stacks:
         if (dtype := DTYPES[base.places[name].entry.dtype]) not in FLOATS:
             raise BadDelta(
                 f"{name} is {dtype_name(dtype)} in the base, which has no room for a change; use another base"
             )
-    return Plan(base, tuple(ordered), stacks, work or Workspace())
+    return Plan(base, tuple(ordered), stacks, work)
 
 
-def _stacked(base: Base, terms: Sequence[Term]) -> dict[str, Stack]:
+def _stacked(base: Base, terms: Sequence[Term], work: Workspace) -> dict[str, Stack]:
     """By name, sorted, what lies on each tensor; of one and the same pieces, one and the same stack."""
     # Pieces that reach the same tensors are kept together: a thousand text maps are not sorted tensor by tensor.
     alike: dict[tuple[str, ...], list[tuple[int, Piece]]] = {}
@@ -211,7 +213,7 @@ def _stacked(base: Base, terms: Sequence[Term]) -> dict[str, Stack]:
     stacks: dict[tuple[int, ...], Stack] = {}
     for numbers in {tuple(numbers) for numbers in lying.values()}:
         pieces = sorted((each for number in numbers for each in groups[number]), key=itemgetter(0))
-        stacks[numbers] = Stack(tuple(piece for _, piece in pieces), known)
+        stacks[numbers] = Stack(tuple(piece for _, piece in pieces), work, known)
     return {name: stacks[tuple(lying[name])] for name in sorted(lying)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -37,10 +38,20 @@ class TextMap(Delta):
         for side in ("up", "down"):
             object.__setattr__(self, side, kept(f"{self.encoder}/{side}", getattr(self, side)))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """d, the width of what comes through the door."""
         return self.up.shape[0]
+
+    @cached_property
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """U^T and D^T, k x d; views that are kept, since making them for a thousand maps takes milliseconds."""
+        return self.up.T, self.down.T
+
+    @cached_property
+    def directions(self) -> int:
+        """k."""
+        return self.up.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{self.encoder}/up": self.up, f"{self.encoder}/down": self.down}
@@ -52,10 +63,13 @@ class TextMap(Delta):
 
     def targets(self, base: Base) -> list[str]:
         # Matching a thousand names against patterns takes longer than laying a patch on: once per opened base.
-        known = _READERS.setdefault(base, {})
-        if (self.encoder, self.width) not in known:
-            known[self.encoder, self.width] = _readers(base, self.encoder, self.width)
-        return known[self.encoder, self.width]
+        known = _READERS.get(base)
+        if known is None:
+            known = _READERS[base] = {}
+        key = self.encoder, self.width
+        if key not in known:
+            known[key] = _readers(base, *key)
+        return known[key]
 
     def _scaled(self, strength: float) -> Delta:
         return TextMap(self.encoder, scaled(self.up, strength), self.down)
