@@ -24,6 +24,8 @@ Published numbers stand below each table. They come from other bases, concepts, 
 the pattern, not for the digits. Distances are Frechet distances in the judge's own features, not FID. A patch hides a concept and
 does not destroy it; how far attacks bring it back stands below as it was measured."""
 NAMED = Mapping[str, Numbers]
+ELSEWHERE = {"scale": "its curve, over 32 concepts and with the patches of that table, is in solvers.md"}
+"""Suites that are run for several solvers at once, and where their numbers stand."""
 
 
 def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str]) -> str:
@@ -57,13 +59,9 @@ def _missing(records: Sequence[EvaluationRecord]) -> dict[str, str]:
     }
     for suite, solvers in ran.items():
         absent = [solver for solver in SOLVERS if solver not in solvers]
-        if suite == "scale" and not solvers:
-            missing[f"suite `{suite}`"] = (
-                "its curve, over 32 concepts and with the patches of that table, is in solvers.md"
-            )
-        elif not solvers:
-            missing[f"suite `{suite}`"] = "no solver was run through it yet"
-        elif absent and suite != "scale":
+        if not solvers:
+            missing[f"suite `{suite}`"] = ELSEWHERE.get(suite, "no solver was run through it yet")
+        elif absent and suite not in ELSEWHERE:
             missing[f"suite `{suite}`"] = f"not yet with {', '.join(absent)}"
     return missing
 
