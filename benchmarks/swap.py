@@ -176,7 +176,7 @@ def lora_of(unet: Any, term: Term) -> dict[str, Tensor]:
 def speed_rows(dtype: str, steps: Rounds, bar: float) -> Iterator[Sequence[Any]]:
     """One row per step: milliseconds, what it is compared with, the ratio, the bar."""
     copy, one = steps.median("copy"), steps.median("add one patch, 1 direction")
-    gone = steps.median("remove it, 1 direction")
+    gone, composed = steps.median("remove it, 1 direction"), steps.median("compose one, from the base's file")
 
     def row(step: str, other: str = "", by: float = 0.0, most: float | None = None) -> Sequence[Any]:
         seconds = steps.median(step)
@@ -190,9 +190,7 @@ def speed_rows(dtype: str, steps: Rounds, bar: float) -> Iterator[Sequence[Any]]
     yield row("add 1,000 patches", "add one", one, 15.0)
     yield row("remove 1,000 patches", "copy", copy, 1.3)
     yield row("compose one, from the base's file", "copy", copy)
-    yield row(
-        "compose 1,000, from the base's file", "compose one", steps.median("compose one, from the base's file"), 15.0
-    )
+    yield row("compose 1,000, from the base's file", "compose one", composed, 15.0)
     yield row("first patch (reads and compares the base's file)", "copy", copy)
     for step, ours in (("diffusers: load and fuse", one), ("diffusers: unfuse and unload", gone)):
         if step in steps.seconds:

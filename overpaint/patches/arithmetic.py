@@ -93,7 +93,7 @@ def side_by_side(maps: Sequence[tuple[TextMap, float]], work: Workspace) -> Thin
     # Transposed first: to interleave the columns of a thousand single directions takes as long as their product.
     up = torch.cat([text_map.turned[0] for text_map, _ in maps])
     down = torch.cat([text_map.turned[1] for text_map, _ in maps])
-    strengths = torch.tensor([s for m, s in maps for _ in range(m.directions)], dtype=torch.float64)[:, None]
+    strengths = torch.tensor([s for m, s in maps for _ in range(m.up.shape[1])], dtype=torch.float64)[:, None]
     if THIN * up.shape[0] <= up.shape[1]:
         return Thin(up.double() * strengths, down.double())
     wide = _widened(up, "up", work).mul_(strengths)

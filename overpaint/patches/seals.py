@@ -26,7 +26,7 @@ class _Sealed:
     looks: list[tuple[object, ...]]
     samples: bytes
 
-    def hold(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+    def all_hold(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether all of them are among `parameters`, and nothing speaks for a change of any."""
         now = [_look(parameters[name]) for name in self.names if name in parameters]
         return now == self.looks and _sample(self.views) == self.samples
@@ -69,7 +69,7 @@ class Seals:
         """Those of the parameters that have no seal, or for which something speaks for a change since."""
         # What was sealed at once is looked at at once: sampling so few values is all overhead.
         sealed = {self._sealed[name] for name in parameters if name in self._sealed}
-        whole = {name for some in sealed if some.hold(parameters) for name in some.names}
+        whole = {name for some in sealed if some.all_hold(parameters) for name in some.names}
         return [name for name in parameters if name not in whole and not self._holds(name, parameters[name])]
 
     def _holds(self, name: str, parameter: nn.Parameter) -> bool:

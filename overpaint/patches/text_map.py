@@ -48,11 +48,6 @@ class TextMap(Delta):
         """U^T and D^T, k x d; views that are kept, since making them for a thousand maps takes milliseconds."""
         return self.up.T, self.down.T
 
-    @cached_property
-    def directions(self) -> int:
-        """k."""
-        return self.up.shape[1]
-
     def tensors(self) -> dict[str, Tensor]:
         return {f"{self.encoder}/up": self.up, f"{self.encoder}/down": self.down}
 
@@ -63,13 +58,10 @@ class TextMap(Delta):
 
     def targets(self, base: Base) -> list[str]:
         # Matching a thousand names against patterns takes longer than laying a patch on: once per opened base.
-        known = _READERS.get(base)
-        if known is None:
-            known = _READERS[base] = {}
-        key = self.encoder, self.width
-        if key not in known:
-            known[key] = _readers(base, *key)
-        return known[key]
+        known = _READERS.setdefault(base, {})
+        if (self.encoder, self.width) not in known:
+            known[self.encoder, self.width] = _readers(base, self.encoder, self.width)
+        return known[self.encoder, self.width]
 
     def _scaled(self, strength: float) -> Delta:
         return TextMap(self.encoder, scaled(self.up, strength), self.down)
