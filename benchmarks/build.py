@@ -67,7 +67,7 @@ def measure(folder: Path, gib: float, rounds: int) -> list[list[Any]]:
     ratios = [ours / theirs for ours, theirs in zip(built, copied, strict=True)]
     return [
         ["size, GiB", source.stat().st_size / GIB, None],
-        ["tensors that change, MiB", sum(base.places[n].entry.size for n in base.readers()) / (1 << 20), None],
+        ["tensors that change, MiB", sum(base.places[n].entry.size for n in base.projections()) / (1 << 20), None],
         ["cp and sync, median of rounds, s", statistics.median(copied), None],
         ["build, median of rounds, s", statistics.median(built), None],
         ["build / cp, median of rounds", statistics.median(ratios), f"<= {BAR_TIME}"],

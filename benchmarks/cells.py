@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.worlds import Question
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.solvers.problem import Solution
 
@@ -59,7 +59,7 @@ class Cell:
     costs: Costs | None = None
     refused: str = ""
 
-    def answers(self, asked: Mapping[str, Sequence[Question]], settings: Mapping[str, Any], drawn: str) -> bool:
+    def answers(self, asked: Mapping[str, Sequence[EvalPrompt]], settings: Mapping[str, Any], drawn: str) -> bool:
         """Whether this cell has a verdict on everything that is asked, by a solver and a sampler of these settings."""
         had = {group: {(each.prompt, each.seed) for each in verdicts} for group, verdicts in self.verdicts.items()}
         return (

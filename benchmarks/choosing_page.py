@@ -10,10 +10,10 @@ from benchmarks.cells import BASE, Cell, Verdict
 from benchmarks.protocol import ERASED, KEPT
 from benchmarks.rates import Base, by_solver, pooled, rate
 from benchmarks.results_page import markdown
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.judging import Score
-from overpaint.evaluation.report import Table
-from overpaint.reporting.numbers import percent, plain
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.metrics import Score
+from overpaint.evaluation.reports.html import Table
+from overpaint.evaluation.reports.sections import percent, plain
 
 BEGIN, END = "<!-- measured: python -m benchmarks.solvers --page -->", "<!-- end -->"
 
@@ -38,12 +38,12 @@ def short_table(cells: Sequence[Cell]) -> str:
             size = median(c.nbytes for c in costs) / 1000
             rows.append((f"`{name}`", *shares, *map(plain, spent), plain(size)))
     heads = ("objects: still seen", "others left", "styles: still seen", "others left")
-    says = (
+    output = (
         "In brackets, the 95% interval. Still seen: in sentences of training and others, and under synonyms. Others left: all "
         "other objects and styles, as a share of the base's own accuracy. Seconds (one thread, beside other work: compare them "
         "with each other) and KB are medians, MB the most."
     )
-    return markdown(Table(("solver", *heads, "s", "MB", "KB"), tuple(rows), says))
+    return markdown(Table(("solver", *heads, "s", "MB", "KB"), tuple(rows), output))
 
 
 def _seen(cells: Sequence[Cell]) -> str:

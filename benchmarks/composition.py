@@ -20,10 +20,10 @@ from benchmarks.protocol import concept_of, listed, universe
 from benchmarks.solvers import WORK, Asked
 from benchmarks.solvers import Bench as Solving
 from benchmarks.tables import arguments, save, show
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.bench import Bench, Held
-from overpaint.evaluation.estimates import Finding
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import EvalContext, EvaluatedPatch
+from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.suites.scale import TOLD, Scale
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
@@ -45,7 +45,7 @@ class Curve(Scale):
     merges: bool = False
     """Whether patches are merged in other ways and all concepts solved for at once, instead of summed."""
 
-    def _concepts(self, bench: Bench) -> list[Concept]:
+    def _concepts(self, context: EvalContext) -> list[Concept]:
         return [concept_of(name) for name in listed()[: self.most]]
 
     def _counts(self, most: int) -> list[int]:
@@ -55,13 +55,13 @@ class Curve(Scale):
         return solvers if self.merges else []
 
     def _compositions(
-        self, bench: Bench, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]
+        self, context: EvalContext, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]
     ) -> Iterable[tuple[str, list[Term]]]:
-        for label, terms in super()._compositions(bench, solved, alone, concepts):
+        for label, terms in super()._compositions(context, solved, alone, concepts):
             if label.endswith(PLAIN) != self.merges:
                 yield label, terms
 
-    def _solve(self, bench: Bench, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
+    def _solve(self, context: EvalContext, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
         patch = self.patch(solver, concept)
         return Term(patch.id, patch.delta)
 
@@ -70,12 +70,12 @@ class Curve(Scale):
         assert self.solving is not None
         return self.solving.solved(Asked.parse(solver), concept, told(solver))[0]
 
-    def bench(self) -> Bench:
+    def context(self) -> EvalContext:
         """The suite's surroundings: the first listed object stands for the others, which the suite chooses itself."""
         assert self.solving is not None
-        held = (Held(self.patch("separable", concept_of(listed()[0]))),)
-        world, judge, studio = self.solving.world, self.solving.judge, self.solving.studio
-        return Bench(self.solving.base, world, judge, studio, held, device=self.solving.device)
+        held = (EvaluatedPatch(self.patch("separable", concept_of(listed()[0]))),)
+        prompt_set, judge, image_generator = self.solving.prompt_set, self.solving.judge, self.solving.image_generator
+        return EvalContext(self.solving.base, prompt_set, judge, image_generator, held, device=self.solving.device)
 
 
 def told(solver: str) -> tuple[Concept, ...]:
@@ -88,13 +88,13 @@ def parts(solvers: Sequence[str]) -> list[tuple[str, bool]]:
     return [(solver, merges) for solver in solvers for merges in (True, False) if solver in MERGED or not merges]
 
 
-def curves(work: Path) -> dict[str, list[Finding]]:
+def curves(work: Path) -> dict[str, list[Measurement]]:
     """What was found of each solver, by its name, in the order of `SOLVERS`."""
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, list[Measurement]] = {}
     for solver in SOLVERS:
         for place in (_place(work, solver, merges) for merges in (False, True)):
             if place.is_file():
-                rows = [Finding(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
+                rows = [Measurement(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
                 found.setdefault(solver, []).extend(rows)
     return found
 
@@ -117,7 +117,7 @@ def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict
         one = replace(curve, solvers=solver, merges=merges)
         print(f"drawing the curve of {solver}", file=sys.stderr, flush=True)
         try:
-            rows = one.run(one.bench())
+            rows = one.run(one.context())
         except OverpaintError as error:
             refused[solver] = str(error)
             continue
@@ -129,7 +129,7 @@ def _place(work: Path, solver: str, merges: bool) -> Path:
     return work / "curves" / f"{solver}{'-merged' if merges else ''}.json"
 
 
-def table(found: Mapping[str, Sequence[Finding]]) -> list[list[str]]:
+def table(found: Mapping[str, Sequence[Measurement]]) -> list[list[str]]:
     """A row for each way and N: H_c, and the accuracies that it is made of."""
     metrics = ("H_c", "accuracy on erased", "accuracy on kept")
     numbers = {(row.subject, row.metric): row for rows in found.values() for row in rows}

@@ -23,13 +23,13 @@ from benchmarks.cells import Shard, write
 from benchmarks.protocol import tuned
 from benchmarks.results_page import results_page
 from benchmarks.tables import arguments, save, show
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.evaluating import Request
-from overpaint.registry.evaluations import EvaluationRecord
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.registry.registry import EvaluationRecord
 from overpaint.solvers import SOLVERS, solver_class
 from overpaint.solvers.problem import configure, settings_of
-from overpaint.workshop import Workshop
+from overpaint.workspace.evaluating import EvaluationRequest
+from overpaint.workspace.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
@@ -69,26 +69,26 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pages", action="store_true", help="run nothing; write the results from what is there")
     asked = parser.parse_args()
-    shop, shard = _shop(asked.work), Shard.parse(asked.shard)
+    workspace, shard = _shop(asked.work), Shard.parse(asked.shard)
     if not asked.pages:
-        _run(shop, asked, shard)
-    records = _records(shop)
+        _run(workspace, asked, shard)
+    records = _records(workspace)
     if asked.pages or not (asked.no_page or shard.of > 1):
         _write(records, _refused(asked.work))
     rows = [[r.recipe, r.suite, r.seconds, len(r.results), r.judge] for r in records]
     save(asked.json, show("Evaluated", ["recipe", "suite", "seconds", "numbers", "judge"], rows))
 
 
-def _shop(work: Path) -> Workshop:
-    shop = overpaint.open(work)
-    if not shop.bases():
+def _shop(work: Path) -> Workspace:
+    workspace = overpaint.open(work)
+    if not workspace.bases():
         # Another process may have been faster.
         with suppress(AlreadyExists):
-            shop.add_base(BASE, "emoji")
+            workspace.add_base(BASE, "emoji")
     for name in TWELVE:
         kind = "style" if name in STYLES else "object"
-        shop.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
-    return shop
+        workspace.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
+    return workspace
 
 
 def wanted(solver: str, count: int, suites: Sequence[str]) -> list[str]:
@@ -100,7 +100,7 @@ def wanted(solver: str, count: int, suites: Sequence[str]) -> list[str]:
     return [suite for suite in suites if suite in own]
 
 
-def _run(shop: Workshop, asked: Namespace, shard: Shard) -> None:
+def _run(workspace: Workspace, asked: Namespace, shard: Shard) -> None:
     """Solve and evaluate; what a solver or a suite refuses is kept with its reason and does not stop the rest."""
     for solver in shard.part(asked.only.split(",")):
         for names in (SIX, TWELVE):
@@ -109,13 +109,13 @@ def _run(shop: Workshop, asked: Namespace, shard: Shard) -> None:
             reasons = []
             try:
                 if suites:
-                    _lay(shop, recipe, solver, names, asked.device)
+                    _lay(workspace, recipe, solver, names, asked.device)
             except OverpaintError as error:
                 reasons, suites = [str(error)], []
             for suite in suites:
                 try:
-                    request = Request(suite, FEWER.get(suite, {}), steps=asked.steps, device=asked.device)
-                    _evaluate(shop, recipe, request)
+                    request = EvaluationRequest(suite, FEWER.get(suite, {}), steps=asked.steps, device=asked.device)
+                    _evaluate(workspace, recipe, request)
                 except OverpaintError as error:
                     reasons.append(f"{suite}: {error}")
             _keep_reasons(asked.work, recipe, reasons)
@@ -136,33 +136,33 @@ def _refused(work: Path) -> dict[str, str]:
     return {place.stem: place.read_text("utf-8") for place in sorted((work / "refused").glob("*.txt"))}
 
 
-def _lay(shop: Workshop, recipe: str, solver: str, names: tuple[str, ...], device: str) -> None:
+def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str) -> None:
     """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
-    laid = shop.recipe(recipe, base=BASE)
+    laid = workspace.recipe(recipe, base=BASE)
     there = {record.concept for record, _ in laid.patches()}
     for name in names:
         if name not in there:
             click.echo(f"{recipe}: solving {name}", err=True)
-            concept = next(concept for concept in shop.concepts() if concept.name == name)
-            laid.add(_solved(shop, concept, solver, device), why="the published comparison")
+            concept = next(concept for concept in workspace.concepts() if concept.name == name)
+            laid.add(_solved(workspace, concept, solver, device), why="the published comparison")
 
 
-def _solved(shop: Workshop, concept: Concept, solver: str, device: str) -> str:
+def _solved(workspace: Workspace, concept: Concept, solver: str, device: str) -> str:
     """The patch of a concept with today's settings, as it is or solved now."""
     settings = tuned(solver)
     same = settings_of(configure(solver_class(solver), settings))
-    for record in shop.patches(concept=concept.name, solver=solver):
+    for record in workspace.patches(concept=concept.name, solver=solver):
         if record.settings == same:
             return record.id
-    return shop.solve(concept, base=BASE, solver=solver, settings=settings, device=device).id
+    return workspace.solve(concept, base=BASE, solver=solver, settings=settings, device=device).id
 
 
-def _evaluate(shop: Workshop, recipe: str, request: Request) -> None:
+def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest) -> None:
     """Run a suite unless the recipe, as it is, has its numbers."""
-    if any(record.suite == request.suite for record in shop.known_recipe(recipe).evaluations()):
+    if any(record.suite == request.suite for record in workspace.known_recipe(recipe).evaluations()):
         return
     click.echo(f"{recipe}: {request.suite}", err=True)
-    shop.evaluate(recipe, request, report=_progress)
+    workspace.evaluate(recipe, request, report=_progress)
     click.echo("", err=True)
 
 
@@ -170,11 +170,11 @@ def _progress(done: int, of: int, text: str) -> None:
     click.echo(f"\r  {done}/{of} {text}    ", nl=False, err=True)
 
 
-def _records(shop: Workshop) -> list[EvaluationRecord]:
+def _records(workspace: Workspace) -> list[EvaluationRecord]:
     """Of every recipe, solver by solver as the package lists them."""
     order = [f"{solver}-{len(names)}" for names in (SIX, TWELVE) for solver in SOLVERS]
-    names = sorted((record.name for record in shop.recipes()), key=lambda name: (_place(order, name), name))
-    return [record for name in names for record in shop.known_recipe(name).evaluations()]
+    names = sorted((record.name for record in workspace.recipes()), key=lambda name: (_place(order, name), name))
+    return [record for name in names for record in workspace.known_recipe(name).evaluations()]
 
 
 def _place(order: Sequence[str], name: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.build import GIB, resident, write_random
 from overpaint.bases.base import Base
-from overpaint.bases.hashing import digests_of
+from overpaint.bases.checkpoint import digests_of
 
 BAR, BAR_TWO = 0.9, 1.7
 

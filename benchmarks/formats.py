@@ -28,8 +28,7 @@ from benchmarks.shapes import CONFIGS
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
-from overpaint.patches.formats.exporting import export
-from overpaint.patches.formats.headers import About
+from overpaint.patches.formats.exporting import About, export
 from overpaint.patches.formats.importing import import_weights
 
 BAR_MEMORY = 1024.0
@@ -110,11 +109,11 @@ def some_terms(base: Base, patches: int) -> Iterator[Term]:
     generator = torch.Generator().manual_seed(0)
     for number in range(patches):
         maps = []
-        for door in base.doors:
-            columns = base.columns(door, base.readers(door)[0])
+        for text_input in base.text_inputs:
+            columns = base.columns(text_input, base.projections(text_input)[0])
             width = columns.stop - columns.start
             up, down = torch.randn(2, width, 1, generator=generator) / width**0.5
-            maps.append(TextMap(door, up, down))
+            maps.append(TextMap(text_input, up, down))
         yield Term(f"{number:04}", sum(maps[1:], start=maps[0]))
 
 

@@ -28,7 +28,7 @@ import torch
 from benchmarks import tables
 from benchmarks.build import resident
 from overpaint.bases.base import Base
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 
 BAR_SECONDS, BAR_MEMORY = 1.0, 256.0
 TENSORS = 2516

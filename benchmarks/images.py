@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.device import resolve_device
 from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.loading import resolve_device
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.prompts import object_prompts
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
-from overpaint.evaluation.prompts import EvalPrompt, object_scenes, style_scenes
-from overpaint.evaluation.worlds import OBJECT, STYLE, Question
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
+from overpaint.evaluation.prompts import OBJECT, STYLE, CatalogueScene, EvalPrompt, object_scenes, style_scenes
 from overpaint.solvers import solver_class
 
 OBJECTS = ("cat", "car", "sun", "pistol", "rose", "bomb", "robot", "boat")
@@ -94,7 +93,7 @@ def tuned(solver: str) -> dict[str, str]:
     return {"preset": "emoji"} if "emoji" in getattr(solver_class(solver), "PRESETS", {}) else {}
 
 
-def questions(name: str, counts: Counts) -> dict[str, list[Question]]:
+def questions(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     """What is asked when a concept is erased, by group: itself in several ways, and everything that should stay."""
     kind = concept_of(name).kind
     thing, style = PAIRS.get(name, (None, name) if kind == STYLE else (name, None))
@@ -109,7 +108,7 @@ def questions(name: str, counts: Counts) -> dict[str, list[Question]]:
     }
 
 
-def _about_object(name: str, counts: Counts) -> dict[str, list[Question]]:
+def _about_object(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     found = {
         group: [_question(each, OBJECT) for each in object_scenes([name], counts.own, held_out=group == HELD_OUT)]
         for group in (SEEN, HELD_OUT)
@@ -122,17 +121,17 @@ def _about_object(name: str, counts: Counts) -> dict[str, list[Question]]:
     ]
     first = _SYNONYM_SEEDS + 1000 * words.objects.index(name)
     asked = [called[(_STRIDE * i) % len(called)] for i in range(counts.own)] if called else []
-    return found | {SYNONYMS: [Question(each, first + i, {OBJECT: name}) for i, each in enumerate(asked)]}
+    return found | {SYNONYMS: [EvalPrompt(each, first + i, {OBJECT: name}) for i, each in enumerate(asked)]}
 
 
-def _about_style(name: str, counts: Counts) -> dict[str, list[Question]]:
+def _about_style(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     return {
         group: [_question(each, STYLE) for each in style_scenes([name], counts.own, held_out=group == HELD_OUT)]
         for group in (SEEN, HELD_OUT)
     }
 
 
-def _about_pair(name: str, counts: Counts) -> dict[str, list[Question]]:
+def _about_pair(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     """A picture shows the pair when the judge finds both in it."""
     thing, style = PAIRS[name]
     first, both = _PAIR_SEEDS + 10_000 * list(PAIRS).index(name), {OBJECT: thing, STYLE: style}
@@ -142,38 +141,38 @@ def _about_pair(name: str, counts: Counts) -> dict[str, list[Question]]:
         # Synonyms of the object come after its own name.
         said = said if held_out else said[: len(said) // len(words.names[thing])]
         turns = ((i, said[(_STRIDE * i) % len(said)]) for i in range(counts.own))
-        found[group] = [Question(each, first + offset + i, both) for i, each in turns]
+        found[group] = [EvalPrompt(each, first + offset + i, both) for i, each in turns]
     others = [other for other in words.styles if other != style]
     said = [captions(Scene(thing, other), held_out=True)[i % 4] for i, other in enumerate(others * counts.own)]
-    found[ELSEWHERE] = [Question(said[i], first + 2000 + i, {OBJECT: thing}) for i in range(counts.own)]
+    found[ELSEWHERE] = [EvalPrompt(said[i], first + 2000 + i, {OBJECT: thing}) for i in range(counts.own)]
     clear = [each for each in style_scenes([style], 3 * counts.own, held_out=True) if each.scene.object != thing]
     found[ON_OTHERS] = [_question(each, STYLE) for each in clear[: counts.own]]
     return found
 
 
 def _in_turn(
-    scenes: Callable[..., list[EvalPrompt]], head: str, turn: int, avoid: Sequence[str]
-) -> Callable[[Sequence[str], int], list[Question]]:
+    scenes: Callable[..., list[CatalogueScene]], head: str, turn: int, avoid: Sequence[str]
+) -> Callable[[Sequence[str], int], list[EvalPrompt]]:
     """Questions about `count` of some names in turn, beginning elsewhere for every concept, in sentences clear of it."""
 
-    def asked(names: Sequence[str], count: int) -> list[Question]:
+    def asked(names: Sequence[str], count: int) -> list[EvalPrompt]:
         found = []
         for i in range(count):
             name = names[(turn + _STRIDE * i) % len(names)]
-            clear = [each for each in scenes([name], _VARIANTS, held_out=True) if not says(each.prompt, avoid)]
+            clear = [each for each in scenes([name], _VARIANTS, held_out=True) if not output(each.prompt, avoid)]
             found.append(_question(clear[(turn + i) % len(clear)], head))
         return found
 
     return asked
 
 
-def says(prompt: str, words: Iterable[str]) -> bool:
+def output(prompt: str, words: Iterable[str]) -> bool:
     """Whether a sentence has one of the words."""
     return any(re.search(rf"\b{re.escape(word)}\b", prompt) for word in words)
 
 
-def _question(asked: EvalPrompt, head: str) -> Question:
+def _question(asked: CatalogueScene, head: str) -> EvalPrompt:
     shown: Mapping[str, str | None] = {OBJECT: asked.scene.object, STYLE: asked.scene.style}
     name = shown[head]
     assert name is not None
-    return Question(asked.prompt, asked.seed, {head: name})
+    return EvalPrompt(asked.prompt, asked.seed, {head: name})

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 
 from benchmarks.cells import BASE, Cell, Verdict
 from benchmarks.protocol import NEVER, OTHERS
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.bench import SHARE
-from overpaint.evaluation.estimates import Finding, Mean, found, mean
-from overpaint.evaluation.judging import Score
-from overpaint.evaluation.metrics import h_composed
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import SHARE
+from overpaint.evaluation.metrics import Mean, Measurement, Score, found, h_composed, mean
 from overpaint.solvers import SOLVERS
 
 Cells = Sequence[Cell]
@@ -61,7 +59,7 @@ def rate(verdicts: Sequence[Verdict]) -> Mean | None:
     return mean([float(v.right) for v in verdicts], [v.prompt for v in verdicts]) if verdicts else None
 
 
-def share(cells: Cells, group: str, base: Base) -> Finding | None:
+def share(cells: Cells, group: str, base: Base) -> Measurement | None:
     """Accuracy over that of the base on the same pictures; None where the base has nothing right either."""
     verdicts = pooled(cells, group)
     now, before = rate(verdicts), rate(base.same(group, verdicts))
@@ -75,7 +73,7 @@ def share(cells: Cells, group: str, base: Base) -> Finding | None:
     return replace(ratio, low=low, high=high)
 
 
-def gap(cells: Cells, base: Base) -> Finding | None:
+def gap(cells: Cells, base: Base) -> Measurement | None:
     """By how much never listed objects are kept worse than listed ones, each over the base's accuracy; 0 to 1.
 
     The interval is put together from those of the two shares (Newcombe, 1998): both may be at their ends, where nothing
@@ -88,14 +86,14 @@ def gap(cells: Cells, base: Base) -> Finding | None:
     less = hypot(told.value - told_low, untold_high - untold.value)
     more = hypot(told_high - told.value, untold.value - untold_low)
     value = told.value - untold.value
-    return Finding("gap", "difference", value, told.n + untold.n, value - less, value + more)
+    return Measurement("gap", "difference", value, told.n + untold.n, value - less, value + more)
 
 
 def _ratio(now: Mean, before: Mean) -> NDArray[np.float64]:
     return np.asarray(now.draws / np.maximum(before.draws, 1e-9), np.float64)
 
 
-def doubted(h: Finding, numbers: Mapping[tuple[str, str], Finding]) -> Finding:
+def doubted(h: Measurement, numbers: Mapping[tuple[str, str], Measurement]) -> Measurement:
     """H_c with an interval also where all pictures were judged alike: from the ends of the accuracies it is made of."""
     gone, left = (numbers.get((h.subject, f"accuracy on {what}")) for what in ("erased", "kept"))
     if h.low != h.high or gone is None or left is None:
@@ -105,6 +103,6 @@ def doubted(h: Finding, numbers: Mapping[tuple[str, str], Finding]) -> Finding:
     return replace(h, low=float(low), high=float(high))
 
 
-def ends(row: Finding) -> tuple[float, float]:
+def ends(row: Measurement) -> tuple[float, float]:
     """The interval; the value twice where it was counted and not sampled."""
     return (row.value if row.low is None else row.low), (row.value if row.high is None else row.high)

@@ -28,11 +28,11 @@ from typing import Any
 from sqlalchemy import insert
 
 from benchmarks import tables
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
-from overpaint.registry import Registry, models, texts
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
+from overpaint.core.names import checked_json
+from overpaint.registry import Registry, models, queries
 from overpaint.registry.database import connect
-from overpaint.registry.names import checked_json
 
 SMALL = 1000
 RARE = "quagga"
@@ -85,12 +85,12 @@ def fill(folder: Path, patches: int, *, batch: int = 5000) -> None:
         concepts = [concept_of(number, words, draw) for number in numbers]
         with connect(folder, create=False).writing() as session:
             session.execute(
-                insert(models.Concept), [concept_row(*each) for each in zip(numbers, concepts, strict=True)]
+                insert(models.ConceptRow), [concept_row(*each) for each in zip(numbers, concepts, strict=True)]
             )
-            session.execute(insert(models.Patch), [patch_row(number) for number in numbers])
-            found_by = (texts.of_patch(concept, "text map", "separable", "small", 1) for concept in concepts)
+            session.execute(insert(models.PatchRow), [patch_row(number) for number in numbers])
+            found_by = (queries.of_patch(concept, "text map", "separable", "small", 1) for concept in concepts)
             rows = [{"patch_id": id_of(each), "text": text} for each, text in zip(numbers, found_by, strict=True)]
-            session.execute(insert(models.PatchText), rows)
+            session.execute(insert(models.PatchTextRow), rows)
     for number in range(20):
         lay(registry, number, 1.0)
 

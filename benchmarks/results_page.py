@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
+from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
 from overpaint.evaluation.metrics import rank_correlation
-from overpaint.evaluation.report import Table
+from overpaint.evaluation.reports.html import Table
+from overpaint.evaluation.reports.sections import Numbers, percent, plain, published, spelled
 from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
-from overpaint.registry.evaluations import EvaluationRecord
-from overpaint.reporting.numbers import Numbers, percent, plain, published, spelled
+from overpaint.registry.registry import EvaluationRecord
 from overpaint.solvers import SOLVERS
 
 INTRO = """# Results on the embedded base
@@ -142,10 +142,10 @@ def _scale(found: NAMED) -> Iterable[Table]:
         rows = [(way, *(spelled(numbers.get(f"{way}, N={n}", "H_c")) for n in counts)) for way in ways]
         spread = max(numbers.value(s, "order spread") or 0.0 for s in numbers.subjects() if ", N=" in s)
         kept = spelled(numbers.get("base: kept", ACCURACY))
-        says = (
+        output = (
             f"H_c over N. The judge on the base: {kept}. Tensors that depend on the order of patches: {plain(spread)}."
         )
-        yield Table(("way to compose", *(f"N={n}" for n in counts)), tuple(rows), says)
+        yield Table(("way to compose", *(f"N={n}" for n in counts)), tuple(rows), output)
 
 
 def _crosstalk(found: NAMED) -> Iterable[Table]:
@@ -156,11 +156,11 @@ def _crosstalk(found: NAMED) -> Iterable[Table]:
         for name, n in found.items()
     ]
     pairs = next(iter(found.values())).get("all pairs", metrics[0])
-    says = (
+    output = (
         f"Of {pairs.n if pairs else 0} pairs of a recipe; a dash where nothing was lost. Where no patch moves another "
         "concept, as with `separable`, there is nothing to rank but noise: the last row ranks all recipes' pairs together."
     )
-    yield Table(("recipe", *metrics), (*rows, _all_pairs(found, metrics)), says)
+    yield Table(("recipe", *metrics), (*rows, _all_pairs(found, metrics)), output)
 
 
 def _all_pairs(found: NAMED, metrics: Sequence[str]) -> tuple[str, ...]:

@@ -33,18 +33,22 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.build import GIB, resident
 from benchmarks.checkpoints import write_single_file
-from overpaint.interchange import export_recipe
-from overpaint.workshop import Workshop
+from overpaint.workspace.exchange import export_recipe
+from overpaint.workspace.workspace import Workspace
 
 BAR_MEMORY = 1024.0
 STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
-STEPS: dict[str, Callable[[Workshop, Path], object]] = {
-    "add, with the fingerprint": lambda shop, folder: shop.add_base("xl", folder / "base"),
-    "solve separable, one concept": lambda shop, folder: shop.solve("cat", base="xl"),
-    "add the patch to a recipe": lambda shop, folder: shop.recipe("r", base="xl").add(shop.patches()[0].id),
-    "export a LoRA": lambda shop, folder: export_recipe(shop, "r", folder / "built.safetensors", "kohya"),
-    "build a folder": lambda shop, folder: shop.build("r", folder / "built"),
-    "build a single file": lambda shop, folder: shop.build("r", folder / "built.safetensors", form="single-file"),
+STEPS: dict[str, Callable[[Workspace, Path], object]] = {
+    "add, with the fingerprint": lambda workspace, folder: workspace.add_base("xl", folder / "base"),
+    "solve separable, one concept": lambda workspace, folder: workspace.solve("cat", base="xl"),
+    "add the patch to a recipe": lambda workspace, folder: workspace.recipe("r", base="xl").add(
+        workspace.patches()[0].id
+    ),
+    "export a LoRA": lambda workspace, folder: export_recipe(workspace, "r", folder / "built.safetensors", "kohya"),
+    "build a folder": lambda workspace, folder: workspace.build("r", folder / "built"),
+    "build a single file": lambda workspace, folder: workspace.build(
+        "r", folder / "built.safetensors", form="single-file"
+    ),
 }
 
 
@@ -97,13 +101,13 @@ def one(step: str, folder: Path) -> tuple[float, float, float]:
     from diffusers import StableDiffusionXLPipeline  # noqa: F401
     from transformers import CLIPTextModelWithProjection  # noqa: F401
 
-    from overpaint.patches import build as _build  # noqa: F401
+    from overpaint.patches import build  # noqa: F401
 
-    shop = Workshop.open(folder / "registry")
+    workspace = Workspace.open(folder / "registry")
     os.sync()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     imported, started = resident("VmRSS"), time.perf_counter()
-    STEPS[step](shop, folder)
+    STEPS[step](workspace, folder)
     return time.perf_counter() - started, imported, resident("VmHWM")
 
 
@@ -144,7 +148,7 @@ def models(scale: float) -> Iterator[tuple[str, Any]]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     width = max(32, round(320 * math.sqrt(scale) / 32) * 32)
-    tower = {
+    text_encoder = {
         "vocab_size": 49408,
         "max_position_embeddings": 77,
         "bos_token_id": 52,
@@ -155,10 +159,10 @@ def models(scale: float) -> Iterator[tuple[str, Any]]:
     second = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
     layers = {name: max(2, round(count * scale)) for name, count in (("first", 12), ("second", 32))}
     with torch.device("meta"):
-        yield "text_encoder", CLIPTextModel(CLIPTextConfig(num_hidden_layers=layers["first"], **first, **tower))
+        yield "text_encoder", CLIPTextModel(CLIPTextConfig(num_hidden_layers=layers["first"], **first, **text_encoder))
         yield (
             "text_encoder_2",
-            CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=layers["second"], **second, **tower)),
+            CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=layers["second"], **second, **text_encoder)),
         )
         yield (
             "unet",

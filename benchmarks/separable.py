@@ -17,15 +17,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.device import resolve_device
 from overpaint.bases.emoji.catalogue import catalogue
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.loading import resolve_device
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.patch import make_patch
-from overpaint.solvers.keys import sentences
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem, settings_of
-from overpaint.solvers.separable import Separable
-from overpaint.solvers.universe import Preserved, prepare
+from overpaint.solvers.sentences import sentences
+from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import SENTENCES_PER_WORD
 from overpaint.testing.tiny import tiny_pipeline
 
@@ -70,7 +70,7 @@ def main() -> None:
 def measured(base: Base, concepts: list[Concept], method: Separable, device: torch.device) -> Row:
     """Seconds for what is done once and for each of the concepts, and the largest patch in bytes."""
     TextEncoder.of(base, device).hidden(["warm"])
-    preserved = Preserved(words=method.vocabulary)
+    preserved = PreservedPrompts(words=method.vocabulary)
     vocabulary = timed(lambda: prepare(base, (), device, preserved=preserved))
     encoding = timed(lambda: prepare(base, concepts, device, preserved=preserved))
     problems = [EditProblem(base, concept, tuple(concepts), device=device) for concept in concepts]

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import overpaint
 from benchmarks.tables import arguments, save, show
-from overpaint.bases.text import TextEncoder
-from overpaint.solving.orders import Order
-from overpaint.workshop import Solved, Workshop
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.workspace.planning import SolveRequest
+from overpaint.workspace.workspace import Solved, Workspace
 
 T = TypeVar("T")
 
@@ -41,27 +41,29 @@ class Stages:
         return [[*row, row[1] / of] for row in self.rows]
 
 
-def measured(shop: Workshop, orders: Callable[[], list[Order]]) -> Stages:
+def measured(workspace: Workspace, orders: Callable[[], list[SolveRequest]]) -> Stages:
     """Every stage of a first run, and of a second that finds everything solved."""
     stage = Stages()
-    stage("encode the vocabulary, once per base", lambda: shop.prepare("emoji", device="cpu"))
+    stage("encode the vocabulary, once per base", lambda: workspace.prepare("emoji", device="cpu"))
     listed = stage("read the file", orders)
-    plan = stage("plan", lambda: shop.plan(listed, base="emoji"))
+    plan = stage("plan", lambda: workspace.plan(listed, base="emoji"))
     first: list[float] = []
     began = time.process_time()
-    stage("carry out", lambda: shop.carry_out(plan, device="cpu", told=lambda o: first.append(time.process_time())))
+    stage(
+        "carry out", lambda: workspace.carry_out(plan, device="cpu", told=lambda o: first.append(time.process_time()))
+    )
     stage.rows.append(["of that, the first concept, with all embeddings", first[0] - began, None])
-    again = stage("plan once more", lambda: shop.plan(listed, base="emoji"))
-    stage("carry out once more: nothing is open", lambda: shop.carry_out(again, device="cpu"))
+    again = stage("plan once more", lambda: workspace.plan(listed, base="emoji"))
+    stage("carry out once more: nothing is open", lambda: workspace.carry_out(again, device="cpu"))
     return stage
 
 
-def compressed(shop: Workshop, patches: list[Solved], keep: str) -> list[Any]:
+def compressed(workspace: Workspace, patches: list[Solved], keep: str) -> list[Any]:
     """Bytes of a patch before and after, and the largest relative error of a tensor, at most over some patches."""
     before, after, error, seconds = 0, 0, 0.0, 0.0
     for whole in patches:
         began = time.process_time()
-        record, found = shop.compress(whole.id, keep)
+        record, found = workspace.compress(whole.id, keep)
         seconds = max(seconds, time.process_time() - began)
         before, after = max(before, whole.nbytes), max(after, record.nbytes)
         error = max(error, max(found.errors.values()))
@@ -74,14 +76,14 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        shop, few = (overpaint.open(folder / name) for name in ("many", "few"))
-        for each in (shop, few):
+        workspace, few = (overpaint.open(folder / name) for name in ("many", "few"))
+        for each in (workspace, few):
             each.add_base("emoji", "emoji")
-        words = [word for word in TextEncoder.of(shop.base("emoji")).words() if len(word) > 3]
+        words = [word for word in TextEncoder.of(workspace.base("emoji")).words() if len(word) > 3]
         names = random.Random(0).sample(words, asked.count)
         file = folder / "concepts.yaml"
         file.write_text("\n".join(f"- {name!r}" for name in names))
-        stages = measured(shop, lambda: shop.orders(file=file))
+        stages = measured(workspace, lambda: workspace.orders(file=file))
         first = show(f"{asked.count} concepts", ["stage", "processor s", "s", "ratio"], stages.table("carry out"))
         few.learn(names[:4])
         whole = {"positions": "all", "spoken": "true"}

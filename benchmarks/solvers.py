@@ -28,20 +28,18 @@ from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.device import resolve_device
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.evaluating import versions
-from overpaint.evaluation.gallery import Gallery
-from overpaint.evaluation.images import Sampler
+from overpaint.bases.loading import resolve_device
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import Judge, open_judge
-from overpaint.evaluation.studio import Studio
-from overpaint.evaluation.worlds import EmojiWorld, Question
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.solvers import SOLVERS, solver_class
 from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settings_of
 from overpaint.solvers.universe import prepare
+from overpaint.workspace.evaluating import versions
 
 ROOT = Path(__file__).parent.parent
 WORK, PAGE, CHOOSING = ROOT / "build" / "solvers", ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
@@ -76,10 +74,10 @@ class Bench:
 
     def __init__(self, work: Path, device: str, steps: int) -> None:
         self.base, self.device = Base.open("emoji"), resolve_device(device)
-        self.world = EmojiWorld()
-        self.judge: Judge = open_judge("", self.base, self.world, self.device)
+        self.prompt_set = EmojiPrompts()
+        self.judge: Judge = open_judge("", self.base, self.prompt_set, self.device)
         sampler = Sampler(steps=steps, guidance=float(self.base.extras.get("guidance", 4.0)))
-        self.studio = Studio(self.base, sampler, Gallery(work / "pictures"), self.device)
+        self.image_generator = ImageGenerator(self.base, sampler, ImageCache(work / "pictures"), self.device)
         self.patches = Patches(work / "patches", self.base)
         self._ready = False
 
@@ -100,22 +98,22 @@ class Bench:
     def _prepare(self) -> None:
         """What is computed of the base once counts for no solver: the pipeline's imports, vocabulary and listed concepts."""
         if not self._ready:
-            assert self.studio.overlay is not None
+            assert self.image_generator.overlay is not None
             prepare(self.base, universe("separable"), self.device)
             self._ready = True
 
     def verdicts(
-        self, terms: Sequence[Term], asked: Mapping[str, Sequence[Question]]
+        self, terms: Sequence[Term], asked: Mapping[str, Sequence[EvalPrompt]]
     ) -> dict[str, tuple[Verdict, ...]]:
         """By group, whether the pictures show what they should under some terms."""
         every = [question for some in asked.values() for question in some]
-        right = iter(seen_right(self.judge, self.studio.draw(terms, every), every))
+        right = iter(seen_right(self.judge, self.image_generator.draw(terms, every), every))
         return {group: tuple(Verdict(q.prompt, q.seed, next(right)) for q in some) for group, some in asked.items()}
 
     @property
     def drawn(self) -> str:
         """How pictures are drawn; cells of other ways do not compare."""
-        return self.studio.how
+        return self.image_generator.how
 
     def made(self) -> dict[str, Any]:
         """What one must know to measure a cell again."""
@@ -125,7 +123,7 @@ class Bench:
         )
 
 
-def seen_right(judge: Judge, pictures: NDArray[np.uint8], asked: Sequence[Question]) -> list[bool]:
+def seen_right(judge: Judge, pictures: NDArray[np.uint8], asked: Sequence[EvalPrompt]) -> list[bool]:
     """Whether each picture (uint8 [n, h, w, 3]) shows, by every head that its question is about, what it should."""
     seen = {
         head: [judge.heads[head][i] for i in judge.probabilities(pictures, head).argmax(1)]
@@ -134,19 +132,19 @@ def seen_right(judge: Judge, pictures: NDArray[np.uint8], asked: Sequence[Questi
     return [all(seen[head][i] == name for head, name in question.shows.items()) for i, question in enumerate(asked)]
 
 
-def measured(bench: Bench, solver: str, name: str, asked: Mapping[str, Sequence[Question]]) -> Cell:
+def measured(context: Bench, solver: str, name: str, asked: Mapping[str, Sequence[EvalPrompt]]) -> Cell:
     """A cell: the concept solved for, everything drawn and judged. What a solver refuses is a cell that says why."""
     concept = concept_of(name)
     if solver == BASE:
-        return Cell(BASE, name, _kind(concept), {}, bench.made(), bench.verdicts((), asked))
+        return Cell(BASE, name, _kind(concept), {}, context.made(), context.verdicts((), asked))
     method = Asked.parse(solver)
     settings = settings_of(method.solver)
     try:
-        patch, costs = bench.solved(method, concept, universe(method.name))
+        patch, costs = context.solved(method, concept, universe(method.name))
     except OverpaintError as error:
-        return Cell(solver, name, _kind(concept), settings, bench.made(), refused=str(error))
-    verdicts = bench.verdicts([Term(patch.id, patch.delta)], asked)
-    return Cell(solver, name, _kind(concept), settings, bench.made() | {"patch": patch.id}, verdicts, costs)
+        return Cell(solver, name, _kind(concept), settings, context.made(), refused=str(error))
+    verdicts = context.verdicts([Term(patch.id, patch.delta)], asked)
+    return Cell(solver, name, _kind(concept), settings, context.made() | {"patch": patch.id}, verdicts, costs)
 
 
 def _kind(concept: Concept) -> str:
@@ -161,16 +159,16 @@ def jobs(solvers: Sequence[str], concepts: Sequence[str], pairs: Sequence[str]) 
     return found + [(solver, name) for solver in (BASE, *paired) for name in pairs if paired]
 
 
-def run(bench: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: Counts) -> None:
+def run(context: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: Counts) -> None:
     """Measure what is missing, one cell after the other, each kept at once."""
     for number, (solver, name) in enumerate(work, 1):
         asked = questions(name, counts)
         settings = {} if solver == BASE else settings_of(Asked.parse(solver).solver)
         cell = cells.find(solver, name)
-        if cell is not None and cell.answers(asked, settings, bench.drawn):
+        if cell is not None and cell.answers(asked, settings, context.drawn):
             continue
         started = time.monotonic()
-        cell = measured(bench, solver, name, asked)
+        cell = measured(context, solver, name, asked)
         cells.save(cell)
         said = cell.refused or f"{time.monotonic() - started:.0f} s"
         print(f"{number}/{len(work)} {solver}, {name}: {said}", file=sys.stderr, flush=True)

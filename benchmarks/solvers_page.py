@@ -10,11 +10,11 @@ from benchmarks.cells import BASE
 from benchmarks.protocol import ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, STYLES
 from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share
 from benchmarks.results_page import markdown
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.bench import ACCURACY
-from overpaint.evaluation.estimates import Finding
-from overpaint.evaluation.report import Table
-from overpaint.reporting.numbers import percent, plain
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import ACCURACY
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.reports.html import Table
+from overpaint.evaluation.reports.sections import percent, plain
 
 INTRO = """# Solvers, measured
 
@@ -32,7 +32,7 @@ PAIR = """A pair is erased when the judge no longer finds both its object and it
 DASH = "—"
 
 
-def solvers_page(cells: Cells, curves: Mapping[str, Sequence[Finding]]) -> str:
+def solvers_page(cells: Cells, curves: Mapping[str, Sequence[Measurement]]) -> str:
     """The page, Markdown. Raises OverpaintError when nothing was measured, or the base not on the same pictures."""
     seen = [cell for cell in cells if cell.verdicts]
     if not seen:
@@ -104,20 +104,20 @@ def _costs(cells: Cells) -> Table:
             kinds = ([c.seconds for c in costs], [c.megabytes for c in costs], [float(c.nbytes) for c in costs])
             each = (f(values) for values, which in zip(kinds, _SHOWN, strict=True) for f in which)
             rows.append((name, str(len(costs)), *map(plain, each)))
-    says = (
+    output = (
         "Solving one concept, after the vocabulary was heard once. Seconds are the clock's, in one of several processes with a "
         "thread each: for comparing solvers with each other. MB is the most memory in use beyond what was in use before; bytes "
         "are those of the patch's file."
     )
     heads = ("seconds, median", "MB, median", "MB, most", "bytes, median", "bytes, most")
-    return Table(("solver", "concepts", *heads), tuple(rows), says)
+    return Table(("solver", "concepts", *heads), tuple(rows), output)
 
 
 _SHOWN: tuple[tuple[Callable[[list[float]], float], ...], ...] = ((median,), (median, max), (median, max))
 """Of seconds, memory and bytes. The longest solve says more about what else ran then."""
 
 
-def _composed(curves: Mapping[str, Sequence[Finding]]) -> Iterable[str]:
+def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     """H_c over N, and the two accuracies that it is made of."""
     rows = [row for some in curves.values() for row in some if ", N=" in row.subject]
     if not rows:
@@ -134,18 +134,18 @@ def _composed(curves: Mapping[str, Sequence[Finding]]) -> Iterable[str]:
         "and TIES merge them, and `joint` is one solve "
         f"for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )
-    for metric, says in (
+    for metric, output in (
         ("H_c", "H_c, the harmonic mean of what is erased and what is kept."),
         ("accuracy on erased", "Accuracy on the N erased objects."),
         ("accuracy on kept", "Accuracy on the objects that are kept."),
     ):
         body = [(way, *(_spelled(numbers.get((f"{way}, N={n}", metric))) for n in counts)) for way in ways]
-        yield markdown(Table(("way to compose", *(f"N={n}" for n in counts)), tuple(body), says))
+        yield markdown(Table(("way to compose", *(f"N={n}" for n in counts)), tuple(body), output))
     spread = max(row.value for row in rows if row.metric == "order spread")
     yield f"Tensors that depend on the order in which patches are laid on: {plain(spread)}."
 
 
-def _spelled(row: Finding | None) -> str:
+def _spelled(row: Measurement | None) -> str:
     """A share with its interval and n."""
     if row is None:
         return DASH
@@ -153,7 +153,7 @@ def _spelled(row: Finding | None) -> str:
     return f"{percent(row.value)} ({percent(low)} to {percent(high)}, n={row.n})"
 
 
-def _points(row: Finding | None) -> str:
+def _points(row: Measurement | None) -> str:
     """A difference of shares."""
     if row is None:
         return DASH

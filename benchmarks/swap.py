@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, LowRank, TextMap
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch
-from overpaint.solvers.separable import Separable
+from overpaint.solvers.closed_form.separable import Separable
 
 WIDTH = 768
 CONFIG = {"cross_attention_dim": WIDTH, "attention_head_dim": 8, "sample_size": 64}
@@ -246,7 +246,7 @@ def size_rows(base: Base) -> Iterator[Sequence[Any]]:
             step = f"text map, {rank} direction{'s' if rank > 1 else ''}"
             arrays = str(dtype).removeprefix("torch.")
             yield step, arrays, size(TextMap("text_encoder", *factors)), 8.0 * rank
-    thin = {n: (torch.randn(base.places[n].shape[0], 1), torch.randn(1, WIDTH)) for n in base.readers()}
+    thin = {n: (torch.randn(base.places[n].shape[0], 1), torch.randn(1, WIDTH)) for n in base.projections()}
     yield "low rank, 1 direction, 32 tensors", "float32", size(LowRank(thin)), 210.0
 
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import arguments, save, show
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
 from overpaint.registry import Registry
 from overpaint.registry.gc import plan
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.manifest import canonical_json, read_manifest
-from overpaint.registry.store.patch_files import Parts, joined
-from overpaint.registry.verify import verify
-from overpaint.transport.importing import import_file
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.sending import export, push
+from overpaint.registry.store.patch_files import Parts, joined, read_manifest
 
 WIDTH, RANK = 768, 8
 FINGERPRINT = hashlib.sha256(b"a base").hexdigest()
@@ -62,10 +61,10 @@ def measure(folder: Path, count: int, alike: int) -> list[dict[str, Any]]:
     rows.append(["copy the folder of blobs", copied, 1.0])
     row("push to an empty folder", lambda: push(ours, folder / "shared"), copied)
     row("push again: nothing is missing", lambda: push(ours, folder / "shared"), copied)
-    row("pull into an empty registry", lambda: pull(theirs, folder / "shared", Request()), copied)
-    row("pull again: everything is there", lambda: pull(theirs, folder / "shared", Request()), copied)
+    row("pull into an empty registry", lambda: pull(theirs, folder / "shared", PullRequest()), copied)
+    row("pull again: everything is there", lambda: pull(theirs, folder / "shared", PullRequest()), copied)
     row("export to one file", lambda: export(ours, folder / "file"), copied)
-    row("import it", lambda: import_file(third, folder / "file", Request()), copied)
+    row("import it", lambda: import_file(third, folder / "file", PullRequest()), copied)
     assert {each.id for each in theirs.patches()} == {each.id for each in third.patches()}
     return [
         show(f"{count} patches", ["", "seconds", "ratio"], rows),

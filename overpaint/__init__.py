@@ -9,22 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core import __version__
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 
 if TYPE_CHECKING:
-    from overpaint.workshop import Workshop
-
-__all__ = ["AlreadyExists", "Concept", "NotFound", "OverpaintError", "open"]
-__version__ = "0.1.0"
+    from overpaint.workspace.workspace import Workspace
 
 
-def open(location: str | Path, *, create: bool = True) -> Workshop:
+__all__ = ["AlreadyExists", "Concept", "NotFound", "OverpaintError", "__version__", "open"]
+
+
+def open(location: str | Path, *, create: bool = True) -> Workspace:
     """Open the registry at `location` (a folder, or an sqlite:/// URL), made if nothing is there.
 
     Raises OverpaintError when there is no registry and `create` is False, when its schema is of another version, or
     when nothing can be written there.
     """
-    from overpaint.workshop import Workshop
+    from overpaint.workspace.workspace import Workspace
 
-    return Workshop.open(location, create=create)
+    return Workspace.open(location, create=create)

@@ -10,27 +10,20 @@ from typing import Any
 
 import click
 
-from overpaint import __version__
-from overpaint.commands.bases import base
-from overpaint.commands.common import workshop
-from overpaint.commands.compressing import patch_compress
+from overpaint.commands.bases import base, base_keep, base_prepare
+from overpaint.commands.common import open_workspace
 from overpaint.commands.concepts import concept
-from overpaint.commands.crosstalk import crosstalk
-from overpaint.commands.evaluating import evaluate, report
-from overpaint.commands.inspecting import inspect
+from overpaint.commands.evaluating import crosstalk, evaluate, report
 from overpaint.commands.interchange import patch_export, patch_import, recipe_export
-from overpaint.commands.keeping import base_keep, base_prepare
 from overpaint.commands.maintenance import gc, verify
-from overpaint.commands.patches import patch
-from overpaint.commands.recipes import recipe
-from overpaint.commands.reseparating import recipe_reseparate
-from overpaint.commands.searching import search
+from overpaint.commands.patches import patch, patch_compress
+from overpaint.commands.recipes import recipe, recipe_reseparate
+from overpaint.commands.searching import search, tag
 from overpaint.commands.sharing import export_, import_, key, pull, push
-from overpaint.commands.solvers import solvers
-from overpaint.commands.solving import solve
-from overpaint.commands.tags import tag
-from overpaint.commands.using import build, db, demo, generate
-from overpaint.errors import OverpaintError
+from overpaint.commands.solving import solve, solvers
+from overpaint.commands.using import build, db, demo, generate, inspect
+from overpaint.core import __version__
+from overpaint.core.errors import OverpaintError
 
 
 class _Commands(click.Group):
@@ -66,7 +59,7 @@ def main(ctx: click.Context, registry: str | None) -> None:
 @click.pass_context
 def init(ctx: click.Context, blobs: str | None) -> None:
     """Make a registry."""
-    folder = workshop(ctx, create=True).registry.folder
+    folder = open_workspace(ctx, create=True).registry.folder
     if blobs is not None:
         from overpaint.registry.store import place_store
 

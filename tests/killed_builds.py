@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.patches import publish, streaming
+from overpaint.core import atomic
+from overpaint.patches import build as build_module
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -45,10 +46,14 @@ def die_at(step: int) -> None:
 
         return last
 
-    streaming.write_all = dying(streaming.write_all, lambda to, data, at: (to, memoryview(data)[: len(data) // 2], at))
-    streaming.copy_range = dying(streaming.copy_range, lambda of, to, start, at, size: (of, to, start, at, size // 2))
+    build_module.write_all = dying(
+        build_module.write_all, lambda to, data, at: (to, memoryview(data)[: len(data) // 2], at)
+    )
+    build_module.copy_range = dying(
+        build_module.copy_range, lambda of, to, start, at, size: (of, to, start, at, size // 2)
+    )
     for name in ("sync", "move_new"):
-        setattr(publish, name, dying(getattr(publish, name), lambda *given: ()))
+        setattr(atomic, name, dying(getattr(atomic, name), lambda *given: ()))
 
 
 def forked(base: Base, out: Path, prepare: Callable[[], None], wait: float | None) -> bool:

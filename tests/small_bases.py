@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap, Xor
-from overpaint.patches.xor import WORDS
+from overpaint.patches.delta import WORDS, Delta, Dense, LowRank, Sum, TextMap, Xor
 
 WIDTH = 8
 KINDS = ("text-map", "low-rank", "dense", "xor", "sum")

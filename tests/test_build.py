@@ -18,14 +18,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.container import Container
-from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.patches import build as building
-from overpaint.patches import publish
+from overpaint.bases.safetensors_file import SafetensorsFile
+from overpaint.core import atomic
+from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.patches import build as build_module
 from overpaint.patches.build import build
+from overpaint.patches.build_record import read_record
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import LowRank, TextMap
-from overpaint.patches.record import read_record
 from tests.checkpoints import extras, rename_weights, shard, single_file
 
 
@@ -44,7 +44,7 @@ def terms(base: Base) -> list[Term]:
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """What was made durable, in order; nothing waits for the disk, of which no test can pull the plug."""
     done: list[Path] = []
-    monkeypatch.setattr(publish, "sync", done.append)
+    monkeypatch.setattr(atomic, "sync", done.append)
     return done
 
 
@@ -104,7 +104,7 @@ def test_plain_diffusers_loads_the_composition(base: Base, terms: list[Term], tm
     wanted = compose(base, terms)
     pipe: Any = StableDiffusionPipeline.from_pretrained(built.folder)
     loaded = dict(pipe.unet.named_parameters())
-    for name in base.readers():
+    for name in base.projections():
         assert torch.equal(loaded[name.removeprefix("unet/")].detach(), wanted[name].float())
 
 
@@ -115,7 +115,7 @@ def test_plain_diffusers_loads_a_single_file(base: Base, base_folder: Path, term
         str(built.path), config=str(base_folder), safety_checker=None, local_files_only=True
     )
     loaded = dict(pipe.unet.named_parameters())
-    for name in base.readers():
+    for name in base.projections():
         assert torch.equal(loaded[name.removeprefix("unet/")].detach(), wanted[name].float())
 
 
@@ -130,7 +130,7 @@ def test_files_and_tensors_that_no_patch_touches_keep_their_bytes(form: Base, tm
             assert (after[name] == blob) == (form.path / name not in changed), name
     for file in changed:
         twin = built.path if form.is_single_file else built.path / file.relative_to(form.path)
-        old, new = Container.open(file), Container.open(twin)
+        old, new = SafetensorsFile.open(file), SafetensorsFile.open(twin)
         assert (new.data_start - old.data_start) % 4096 == 0  # so that whole blocks stay whole
         touched = {form.places[name].key for name in compose(form, change)}
         for key in set(old.entries) - touched:
@@ -186,7 +186,7 @@ def test_hashes_of_the_old_bytes_leave_the_header(base: Base, terms: list[Term],
     head = blob[8 : 8 + length].replace(b'"format": "pt"', b'"format": "pt", "sshs_model_hash": "1", "kept": "2"')
     file.write_bytes(struct.pack("<Q", len(head)) + head + blob[8 + length :])
     built = build(Base.open(file), terms, tmp_path / "safe.safetensors")
-    assert {"format", "kept", "overpaint"} == set(Container.open(built.path).metadata)
+    assert {"format", "kept", "overpaint"} == set(SafetensorsFile.open(built.path).metadata)
 
 
 def test_the_card_of_a_single_file_lies_beside_it(base: Base, terms: list[Term], tmp_path: Path) -> None:
@@ -241,15 +241,15 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
     form: Base, terms: list[Term], tmp_path: Path, kind: str, with_the_call: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on systems whose rename always replaces."""
-    out, real = tmp_path / name_for(form, "mine"), building._refuse_changed
+    out, real = tmp_path / name_for(form, "mine"), build_module._refuse_changed
 
     def somebody_is_faster(base: Base) -> None:
         real(base)
         occupy(out, kind)
 
-    monkeypatch.setattr(building, "_refuse_changed", somebody_is_faster)
+    monkeypatch.setattr(build_module, "_refuse_changed", somebody_is_faster)
     if not with_the_call:
-        monkeypatch.setattr(publish, "_rename_no_replace", lambda source, target: False)
+        monkeypatch.setattr(atomic, "_rename_no_replace", lambda source, target: False)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(AlreadyExists):
         build(form, terms, out)
@@ -261,7 +261,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
 def test_a_build_needs_no_modern_rename(
     form: Base, terms: list[Term], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "_rename_no_replace", lambda source, target: False)
+    monkeypatch.setattr(atomic, "_rename_no_replace", lambda source, target: False)
     out = build(form, terms, tmp_path / "new" / name_for(form, "safe")).path
     assert list((tmp_path / "new").iterdir()) == [out]
     assert Base.open(out).fingerprint == composition_digest(form, compose(form, terms))
@@ -271,13 +271,13 @@ def test_a_build_needs_no_modern_rename(
 def test_everything_is_durable_before_it_appears(
     form: Base, terms: list[Term], tmp_path: Path, synced: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = publish.move_new, []
+    real, before = atomic.move_new, []
 
     def moved(source: Path, target: Path) -> None:
         before.extend(synced)
         real(source, target)
 
-    monkeypatch.setattr(publish, "move_new", moved)
+    monkeypatch.setattr(atomic, "move_new", moved)
     built = build(form, terms, tmp_path / name_for(form, "safe"))
     scratch = before[-1]
     assert {p.relative_to(scratch) for p in before} == {
@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"overpaint.patches.streaming.{where}", full)
+    monkeypatch.setattr(f"overpaint.patches.build.{where}", full)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OverpaintError, match="No space left"):
         build(form, terms, tmp_path / name_for(form, "safe"))
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_a_patch_that_does_not_fit_leaves_nothing_behind(form: Base, tmp_path: Path) -> None:
     """The last tensor of all overflows when most is written already."""
-    name = form.readers()[-1]
+    name = form.projections()[-1]
     out, width = form.tensor(name).shape
     wild = Term("a", LowRank({name: (torch.full((out, 1), 1e30), torch.full((1, width), 1e30))}))
     before = sorted(tmp_path.iterdir())
@@ -347,7 +347,7 @@ def test_modes_follow_the_umask(form: Base, terms: list[Term], tmp_path: Path) -
 
 
 def test_a_base_that_changes_meanwhile_stops_the_build(form: Base, terms: list[Term], tmp_path: Path) -> None:
-    file = form.places[form.readers()[0]].file
+    file = form.places[form.projections()[0]].file
     os.utime(file, ns=(1, 1))
     with pytest.raises(BrokenBase, match="changed since the base was opened"):
         build(form, terms, tmp_path / name_for(form, "safe"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.container import Container
+from overpaint.bases.safetensors_file import SafetensorsFile
 from overpaint.patches.build import Built, build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import LowRank, TextMap
@@ -162,7 +162,7 @@ def rebuilt(base: Base, terms: list[Term], tmp_path: Path, extra: dict[str, Tens
 def test_moving_averages_in_a_single_file_are_left_out(base: Base, terms: list[Term], tmp_path: Path) -> None:
     extra = {**averages(base), "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
     built, told = rebuilt(base, terms, tmp_path, extra)
-    again = Container.open(built.path)
+    again = SafetensorsFile.open(built.path)
     assert set(built.left_out) == set(extra)
     assert not any(key.startswith("model_ema.") for key in again.entries)
     assert set(extras(base)) <= set(again.entries)
@@ -177,14 +177,14 @@ def test_moving_averages_stay_when_only_the_text_encoder_changes(base: Base, tmp
     change = Term("a", LowRank({name: (torch.ones(out, 1), torch.ones(1, width))}))
     built, told = rebuilt(base, [change], tmp_path, averages(base))
     assert (built.left_out, told) == ((), [])
-    assert set(averages(base)) <= set(Container.open(built.path).entries)
+    assert set(averages(base)) <= set(SafetensorsFile.open(built.path).entries)
 
 
 @pytest.mark.parametrize("change", ["same", "rounded", "averaged", "convolution"])
 def test_a_copy_under_a_name_nobody_knows_is_left_out(
     base: Base, terms: list[Term], tmp_path: Path, change: str
 ) -> None:
-    weight = base.tensor(base.readers()[0])
+    weight = base.tensor(base.projections()[0])
     copy = {
         "same": weight,
         "rounded": weight.to(torch.bfloat16),
@@ -193,8 +193,8 @@ def test_a_copy_under_a_name_nobody_knows_is_left_out(
     }[change]
     built, told = rebuilt(base, terms, tmp_path, {"teacher.k": copy.contiguous(), "stranger": torch.randn_like(weight)})
     assert built.left_out == ("teacher.k",)
-    assert base.readers()[0] in told[0]
-    assert "stranger" in Container.open(built.path).entries
+    assert base.projections()[0] in told[0]
+    assert "stranger" in SafetensorsFile.open(built.path).entries
 
 
 def test_without_a_change_nothing_is_left_out(base: Base, source: Path, tmp_path: Path) -> None:

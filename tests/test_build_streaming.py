@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from overpaint.bases.container import BrokenFile, Container
-from overpaint.bases.files import Place
-from overpaint.patches import streaming
-from overpaint.patches.streaming import BLOCK, Rewrite, copy_file, copy_range, write_all
+from overpaint.bases.checkpoint import TensorLocation
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
+from overpaint.patches import build
+from overpaint.patches.build import BLOCK, Rewrite, copy_file, copy_range, write_all
 
 RECORD = {"tensors": {}, "digest": "0" * 64}
 
@@ -55,7 +55,7 @@ def test_where_the_kernel_cannot_copy_it_is_done_by_hand(
         return real(given[0], given[1], min(given[2], 100), *given[3:])
 
     monkeypatch.setattr(os, "copy_file_range", refusing)
-    monkeypatch.setattr(streaming, "CHUNK", 1000)
+    monkeypatch.setattr(build, "CHUNK", 1000)
     copy_file(source, tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == source.read_bytes()
     assert len(calls) == after + 1
@@ -108,11 +108,11 @@ def test_any_choice_of_tensors_is_replaced_and_left_out(source: Path, data: st.D
     fates = {key: data.draw(st.sampled_from(["kept", "replaced", "dropped"])) for key in tensors}
     save_file(tensors, folder / "old.safetensors", metadata={"about": "this"})
     values = {key: torch.ones_like(tensor) for key, tensor in tensors.items()}
-    old = Container.open(folder / "old.safetensors")
+    old = SafetensorsFile.open(folder / "old.safetensors")
     rewrite = Rewrite(
         old,
         {
-            f"unet/{key}": Place(old.path, key, old.entries[key], old.entries[key].shape)
+            f"unet/{key}": TensorLocation(old.path, key, old.entries[key], old.entries[key].shape)
             for key, fate in fates.items()
             if fate == "replaced"
         },
@@ -123,7 +123,7 @@ def test_any_choice_of_tensors_is_replaced_and_left_out(source: Path, data: st.D
     digests = rewrite.write(target, RECORD, lambda name: values[name.removeprefix("unet/")])
     rewrite.seal(target, {**RECORD, "digest": "1" * 64})
     assert set(digests) == set(rewrite.replaced)
-    new = Container.open(target)
+    new = SafetensorsFile.open(target)
     assert list(new.entries) == [key for key in old.entries if fates[key] != "dropped"]
     assert new.metadata == {"about": "this", "overpaint": '{"digest":"' + "1" * 64 + '","tensors":{}}'}
     for key, tensor in load_file(target).items():

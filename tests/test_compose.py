@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.errors import OverpaintError
-from overpaint.patches import arithmetic, blocks
-from overpaint.patches.compose import Term, compose, composition_digest, plan
+from overpaint.core.errors import OverpaintError
+from overpaint.patches import arithmetic
+from overpaint.patches.compose import Term, compose, composition_digest, exactly, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
-from overpaint.patches.residual import exactly
 from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta, some_terms
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -129,7 +128,7 @@ def test_tensors_may_be_asked_for_in_any_order(base: Base) -> None:
 def test_blocks_of_rows_only_save_memory(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     terms = [Term(kind, some_delta(base, kind, 5)) for kind in ("dense", "xor")]
     whole = compose(base, terms)
-    monkeypatch.setattr(blocks, "BLOCK", 2 * WIDTH)
+    monkeypatch.setattr(arithmetic, "BLOCK", 2 * WIDTH)
     assert equal(compose(base, terms), whole)
 
 
@@ -221,7 +220,7 @@ def test_many_text_maps_agree_with_the_same_applied_one_by_one(base: Base) -> No
         assert isinstance(term.delta, TextMap)
         wanted += 0.1 * weight @ term.delta.up.double() @ term.delta.down.double().T
     change = whole._change(KEY, whole.stacks[KEY], whole.original(KEY))
-    assert [type(text) for _, text in change.texts] == [arithmetic.Square]
+    assert [type(text) for _, text in change.texts] == [arithmetic.DenseMap]
     # One rounding to the base's dtype, on top of float32 products.
     found = whole.tensor(KEY)
     assert torch.allclose(found.double(), wanted, rtol=torch.finfo(found.dtype).eps, atol=1e-6)
@@ -237,29 +236,31 @@ def test_a_float32_sum_of_text_maps_has_the_bits_of_a_float64_sum(base: Base, se
     assert change._precision(original.values.dtype) == torch.float32
     wide = torch.empty_like(original.values)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(arithmetic.Change, "_precision", lambda self, stored: torch.float64)
-        change.write(blocks.Target(original, wide, blocks.Workspace()))
+        patch.setattr(arithmetic.TensorUpdate, "_precision", lambda self, stored: torch.float64)
+        change.write(arithmetic.Target(original, wide, arithmetic.ScratchBuffers()))
     assert torch.equal(planned.tensor(KEY), wide)
 
 
 def test_in_company_and_on_a_float64_base_sums_stay_float64() -> None:
-    square = arithmetic.Square(torch.eye(4))
+    square = arithmetic.DenseMap(torch.eye(4))
     alone, apart = ((slice(0, 4), square),), ((slice(0, 4), square), (slice(4, 8), square))
-    array, thin = (torch.ones(2, 4), 1.0), arithmetic.Thin(torch.ones(1, 4).double(), torch.ones(1, 4).double())
+    array, thin = (torch.ones(2, 4), 1.0), arithmetic.FactoredMap(torch.ones(1, 4).double(), torch.ones(1, 4).double())
     for texts in (alone, apart):
-        assert arithmetic.Change(texts)._precision(torch.float16) == torch.float32
-        assert arithmetic.Change(texts)._precision(torch.float64) == torch.float64
-        assert arithmetic.Change(texts, arrays=(array,))._precision(torch.float16) == torch.float64
-    assert arithmetic.Change()._precision(torch.float32) == torch.float64
+        assert arithmetic.TensorUpdate(texts)._precision(torch.float16) == torch.float32
+        assert arithmetic.TensorUpdate(texts)._precision(torch.float64) == torch.float64
+        assert arithmetic.TensorUpdate(texts, arrays=(array,))._precision(torch.float16) == torch.float64
+    assert arithmetic.TensorUpdate()._precision(torch.float32) == torch.float64
     for other in (alone[0], (slice(4, 8), thin)):
-        assert arithmetic.Change((*alone, other))._precision(torch.float32) == torch.float64
+        assert arithmetic.TensorUpdate((*alone, other))._precision(torch.float32) == torch.float64
 
 
 def test_what_lies_on_many_tensors_is_sorted_out_once(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where something else lies on one of them."""
     asked, real = list[int](), arithmetic.side_by_side
 
-    def counted(maps: Sequence[tuple[TextMap, float]], work: blocks.Workspace) -> arithmetic.Thin | arithmetic.Square:
+    def counted(
+        maps: Sequence[tuple[TextMap, float]], work: arithmetic.ScratchBuffers
+    ) -> arithmetic.FactoredMap | arithmetic.DenseMap:
         asked.append(len(maps))
         return real(maps, work)
 

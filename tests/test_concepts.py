@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from overpaint.bases.digests import canonical_json
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
 
 
 def test_without_prompts_the_spelling_is_what_it_always_was() -> None:
@@ -23,7 +23,7 @@ def test_prompts_are_read_back() -> None:
 
 def test_a_prompt_is_a_sentence_with_a_word_in_it() -> None:
     concept = Concept("cat", synonyms=("black cat",), prompts=("A Black Cat sleeps, the cat dreams", "a {} by night"))
-    assert concept.spoken == (
+    assert concept.phrases == (
         ("A {} sleeps, the cat dreams", "Black Cat"),
         ("a {} by night", "cat"),
         ("a {} by night", "black cat"),

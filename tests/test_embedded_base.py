@@ -9,9 +9,9 @@ import pytest
 
 from overpaint.bases.base import EMBEDDED, Base
 from overpaint.bases.emoji.catalogue import Scene, captions, catalogue
-from overpaint.bases.text import TextEncoder
+from overpaint.bases.text_encoder import TextEncoder
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.judging import load_judge
+from overpaint.evaluation.metrics import load_judge
 
 
 @pytest.fixture(scope="module")

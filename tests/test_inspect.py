@@ -15,17 +15,17 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from overpaint.bases.base import Base
-from overpaint.bases.container import HEADER_LIMIT, BrokenFile, Container
+from overpaint.bases.safetensors_file import HEADER_LIMIT, BrokenFile, SafetensorsFile
 from overpaint.cli import main
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
-from overpaint.patches import publish
+from overpaint.core import atomic
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
 from overpaint.patches.build import Built, build
+from overpaint.patches.build_record import BadRecord
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.inspect import inspect
 from overpaint.patches.patch import Patch, make_patch
-from overpaint.patches.record import BadRecord
 from tests.checkpoints import shard, single_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -33,7 +33,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "sync", lambda path: None)
+    monkeypatch.setattr(atomic, "sync", lambda path: None)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def run(*words: object) -> Result:
 
 def spoil(file: Path, key: str) -> None:
     """Change the last bit of one tensor's first value."""
-    entry = Container.open(file).entries[key]
+    entry = SafetensorsFile.open(file).entries[key]
     blob = bytearray(file.read_bytes())
     blob[entry.start] ^= 1
     file.write_bytes(blob)
@@ -81,7 +81,7 @@ def test_a_built_checkpoint_says_what_is_erased_and_matches(form: Base, built: B
     assert found.what == "built checkpoint"
     assert (found.facts["recipe"], found.facts["base"]) == ("safe", "tiny")
     assert (found.facts["base fingerprint"], found.facts["weights"]) == (form.fingerprint, built.digest)
-    assert found.facts["patched tensors"] == len(form.readers())
+    assert found.facts["patched tensors"] == len(form.projections())
     assert [dict(p) for p in found.patches] == [
         {"id": patch.id, "concept": "Käse \x1b[31m", "solver": "test", "strength": -1.5}
     ]
@@ -94,7 +94,7 @@ def test_a_built_checkpoint_says_what_is_erased_and_matches(form: Base, built: B
 
 
 def test_a_patched_tensor_that_differs_is_named(form: Base, built: Built) -> None:
-    name = form.readers()[1]
+    name = form.projections()[1]
     place = Base.open(built.path).places[name]
     spoil(place.file, place.key)
     assert inspect(built.path).problems == (f"{name} is not what was built: its digest differs",)
@@ -113,13 +113,13 @@ def test_another_tensor_that_differs_is_noticed_too(built: Built) -> None:
 def test_the_unpatched_weights_put_back_are_noticed(form: Base, built: Built) -> None:
     """All of them: the composition undone under a header that claims it."""
     again = Base.open(built.path)
-    for name in form.readers():
+    for name in form.projections():
         place, original = again.places[name], form.tensor(name)
         with place.file.open("r+b") as file:
             file.seek(place.entry.start)
             file.write(original.view(torch.uint8).numpy().tobytes())
     found = inspect(built.path)
-    assert len(found.problems) == len(form.readers())
+    assert len(found.problems) == len(form.projections())
 
 
 def test_a_twin_put_beside_the_patched_weights_is_noticed(
@@ -137,8 +137,10 @@ def test_one_weight_file_of_a_build_is_checked_alone(base: Base, patch: Patch, t
     found = inspect(built.path / UNET)
     assert found.sound
     assert found.facts["patched tensors"] == len(compose(base, [Term(patch.id, patch.delta)]))
-    spoil(built.path / UNET, base.readers()[0].removeprefix("unet/"))
-    assert inspect(built.path / UNET).problems == (f"{base.readers()[0]} is not what was built: its digest differs",)
+    spoil(built.path / UNET, base.projections()[0].removeprefix("unet/"))
+    assert inspect(built.path / UNET).problems == (
+        f"{base.projections()[0]} is not what was built: its digest differs",
+    )
 
 
 def test_files_of_two_builds_are_not_one(base: Base, patch: Patch, tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def packed(header: object, data: bytes = b"\0" * 8) -> bytes:
 def test_a_hostile_header_is_refused_in_one_sentence(tmp_path: Path, blob: bytes, message: str) -> None:
     (tmp_path / "f.safetensors").write_bytes(blob)
     with pytest.raises(BrokenFile, match="cut short or damaged") as caught:
-        Container.open(tmp_path / "f.safetensors")
+        SafetensorsFile.open(tmp_path / "f.safetensors")
     assert message in str(caught.value)
     shown = run(tmp_path / "f.safetensors")
     assert (shown.exit_code, shown.stdout, shown.stderr.count("\n")) == (1, "", 1)
@@ -271,7 +273,7 @@ def test_a_damaged_record_is_refused(
     base: Base, patch: Patch, tmp_path: Path, damage: Callable[[dict[str, Any]], str], message: str
 ) -> None:
     file = build(base, [Term(patch.id, patch.delta)], tmp_path / "built").path / UNET
-    record = json.loads(Container.open(file).metadata["overpaint"])
+    record = json.loads(SafetensorsFile.open(file).metadata["overpaint"])
     save_file(load_file(file), file, metadata={"overpaint": damage(record)})
     with pytest.raises(BadRecord, match=message):
         inspect(file)
@@ -280,7 +282,7 @@ def test_a_damaged_record_is_refused(
 
 def test_a_tensor_that_a_record_names_and_the_file_lacks_is_said(base: Base, patch: Patch, tmp_path: Path) -> None:
     file = build(base, [Term(patch.id, patch.delta)], tmp_path / "built").path / UNET
-    record = json.loads(Container.open(file).metadata["overpaint"])
+    record = json.loads(SafetensorsFile.open(file).metadata["overpaint"])
     record["tensors"]["unet/nowhere"] = "0" * 64
     save_file(load_file(file), file, metadata={"overpaint": json.dumps(record)})
     assert inspect(file).problems == ("unet/nowhere is not there",)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.patches.compose import Plan, Term, compose
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.patches.compose import CompositionPlan, Term, compose
 from overpaint.patches.delta import BadDelta, Dense, TextMap
-from overpaint.patches.live import ForeignChange, Overlay
-from overpaint.patches.parameters import BadPipeline
+from overpaint.patches.live import BadPipeline, ForeignChange, Overlay
 from tests.conftest import tiny_pipeline
 from tests.small_bases import WIDTH, equal, small_base, small_pipeline, some_delta, some_terms, weights
 
@@ -184,9 +183,9 @@ class Interrupting:
     """A `Plan.write` that is interrupted at some of its calls."""
 
     def __init__(self, *at: int) -> None:
-        self.at, self.calls, self.real = at, 0, Plan.write
+        self.at, self.calls, self.real = at, 0, CompositionPlan.write
 
-    def __call__(self, plan: Plan, *args: Any) -> None:
+    def __call__(self, plan: CompositionPlan, *args: Any) -> None:
         self.calls += 1
         if self.calls in self.at:
             raise KeyboardInterrupt
@@ -198,7 +197,7 @@ def test_an_interrupt_at_any_tensor_changes_nothing(small: Base, at: int, monkey
     pipe, overlay = (p := small_pipeline()), Overlay(p, small)
     overlay.set([a_text_map()])
     kept, interrupting = weights(pipe), Interrupting(at)
-    monkeypatch.setattr(Plan, "write", lambda *args: interrupting(*args))
+    monkeypatch.setattr(CompositionPlan, "write", lambda *args: interrupting(*args))
     with pytest.raises(KeyboardInterrupt):
         overlay.set([a_text_map(2)])
     assert equal(weights(pipe), kept)
@@ -211,7 +210,7 @@ def test_an_interrupt_while_taking_back_is_mended_by_the_next_change(
     pristine = weights(pipe)
     overlay.set([a_text_map()])
     interrupting = Interrupting(3, 4)
-    monkeypatch.setattr(Plan, "write", lambda *args: interrupting(*args))
+    monkeypatch.setattr(CompositionPlan, "write", lambda *args: interrupting(*args))
     with pytest.raises(KeyboardInterrupt):
         overlay.set([a_text_map(2)])
     monkeypatch.undo()
@@ -293,7 +292,7 @@ def test_a_single_value_changed_behind_all_counters_is_found_by_looking_at_all(t
     overlay = Overlay(pipe, base)
     overlay.set([Term("a", TextMap("text_encoder", torch.ones(256, 1), torch.ones(256, 1)))])
     overlay.verify()
-    name = base.readers()[0]
+    name = base.projections()[0]
     pipe.unet.get_parameter(name.removeprefix("unet/")).detach().numpy()[3, 77] += 1
     with pytest.raises(ForeignChange, match=name):
         overlay.verify()

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import BadDelta, Dense, LowRank, TextMap
-from overpaint.patches.patch import BadPatch, Patch, WrongBase, make_patch, read_patch
-from overpaint.patches.patch_file import described, file_of
+from overpaint.patches.patch import BadPatch, Patch, WrongBase, described, file_of, make_patch, read_patch
 from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta
 
 KEY = "unet/down.attn2.to_k.weight"

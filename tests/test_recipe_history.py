@@ -13,9 +13,9 @@ from typing import NoReturn
 import pytest
 
 import overpaint
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.recipes import Recipe, me
-from overpaint.workshop import Workshop
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.workspace.recipe import Recipe, current_user
+from overpaint.workspace.workspace import Workspace
 
 TODAY = datetime.now(timezone.utc).date()
 
@@ -23,23 +23,23 @@ TODAY = datetime.now(timezone.utc).date()
 @pytest.fixture(scope="module")
 def solved(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """A registry with the tiny base and patches of three things."""
-    shop = overpaint.open(tmp_path_factory.mktemp("solved"))
-    shop.add_base("tiny", base_folder)
+    workspace = overpaint.open(tmp_path_factory.mktemp("solved"))
+    workspace.add_base("tiny", base_folder)
     for thing in ("cat", "dog", "fox"):
-        shop.solve(thing, base="tiny")
-    return shop.registry.folder
+        workspace.solve(thing, base="tiny")
+    return workspace.registry.folder
 
 
 @pytest.fixture
-def shop(tmp_path: Path, solved: Path) -> Workshop:
+def workspace(tmp_path: Path, solved: Path) -> Workspace:
     """A copy of that registry for each test."""
     return overpaint.open(shutil.copytree(solved, tmp_path / "registry"))
 
 
 @pytest.fixture
-def recipe(shop: Workshop) -> Recipe:
+def recipe(workspace: Workspace) -> Recipe:
     """Cat on, dog on, cat stronger, cat off: revisions 1 to 4."""
-    recipe = shop.recipe("safe")
+    recipe = workspace.recipe("safe")
     recipe.add("cat")
     recipe.add("dog", why="takedown")
     recipe.add("cat", 0.5)
@@ -47,23 +47,23 @@ def recipe(shop: Workshop) -> Recipe:
     return recipe
 
 
-def test_a_checkout_gives_the_very_weights_of_the_revision(shop: Workshop, recipe: Recipe) -> None:
-    digests = [shop.base("tiny").fingerprint, *(line.digest_after for line in recipe.log())]
+def test_a_checkout_gives_the_very_weights_of_the_revision(workspace: Workspace, recipe: Recipe) -> None:
+    digests = [workspace.base("tiny").fingerprint, *(line.digest_after for line in recipe.log())]
     for revision in (2, 0, 3, 1, 4):
         lines = recipe.checkout(revision, why="looking back", who="Ada")
         assert {(line.source, line.why, line.who) for line in lines} == {(f"safe@{revision}", "looking back", "Ada")}
         assert recipe.digest() == lines[0].digest_after == digests[revision]
-        assert shop.known_recipe(f"safe@{revision}").digest() == digests[revision]
+        assert workspace.known_recipe(f"safe@{revision}").digest() == digests[revision]
     assert [line.revision for line in recipe.log()][-1] == 9
     with pytest.raises(AlreadyExists):
         recipe.checkout(9)
 
 
-def test_a_tag_is_as_good_as_a_number(shop: Workshop, recipe: Recipe) -> None:
+def test_a_tag_is_as_good_as_a_number(workspace: Workspace, recipe: Recipe) -> None:
     digest = recipe.digest()
     assert recipe.tag("safe-2026-11").revision == 4
     recipe.add("fox")
-    assert shop.known_recipe("safe@safe-2026-11").digest() == digest
+    assert workspace.known_recipe("safe@safe-2026-11").digest() == digest
     recipe.checkout("safe-2026-11")
     assert recipe.digest() == digest
     assert [found.concept for found in recipe.diff("safe@5")] == ["fox"]
@@ -72,22 +72,24 @@ def test_a_tag_is_as_good_as_a_number(shop: Workshop, recipe: Recipe) -> None:
         recipe.checkout("safe-2026-11")
 
 
-def test_an_earlier_revision_can_be_built_but_not_changed(shop: Workshop, recipe: Recipe, tmp_path: Path) -> None:
-    built = shop.build("safe@2", tmp_path / "out")
+def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, recipe: Recipe, tmp_path: Path) -> None:
+    built = workspace.build("safe@2", tmp_path / "out")
     assert built.digest == recipe.log()[1].digest_after
     before = len(recipe.log())
-    then = shop.known_recipe("safe@2")
+    then = workspace.known_recipe("safe@2")
     attempts: list[Callable[[], object]] = [lambda: then.add("fox"), lambda: then.remove("dog"), then.delete]
     for attempt in attempts:
         with pytest.raises(NotFound, match="'safe@2'"):
             attempt()
     with pytest.raises(OverpaintError, match="'safe@2' means the recipe 'safe' at revision '2'"):
-        shop.recipe("safe@2").add("fox")
+        workspace.recipe("safe@2").add("fox")
     assert len(recipe.log()) == before
-    assert [record.name for record in shop.recipes()] == ["safe"]
+    assert [record.name for record in workspace.recipes()] == ["safe"]
 
 
-def test_a_checkout_whose_patch_is_damaged_changes_nothing(shop: Workshop, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_checkout_whose_patch_is_damaged_changes_nothing(
+    workspace: Workspace, recipe: Recipe, tmp_path: Path
+) -> None:
     for path in (tmp_path / "registry" / "blobs").rglob("*"):
         if path.is_file():
             path.chmod(0o644)
@@ -98,33 +100,33 @@ def test_a_checkout_whose_patch_is_damaged_changes_nothing(shop: Workshop, recip
     assert again.record.revision == 4
 
 
-def test_a_copy_has_the_same_weights_and_a_history_of_its_own(shop: Workshop, recipe: Recipe) -> None:
+def test_a_copy_has_the_same_weights_and_a_history_of_its_own(workspace: Workspace, recipe: Recipe) -> None:
     copy = recipe.copy("for Bob", why="he asked")
     assert copy.digest() == copy.record.digest == recipe.digest()
     copy.remove("dog")
     assert [line.action for line in copy.log()] == ["copy", "remove"]
-    assert recipe.digest() != copy.digest() == shop.base("tiny").fingerprint
-    assert shop.known_recipe("safe@1").copy("early").digest() == recipe.log()[0].digest_after
+    assert recipe.digest() != copy.digest() == workspace.base("tiny").fingerprint
+    assert workspace.known_recipe("safe@1").copy("early").digest() == recipe.log()[0].digest_after
 
 
-def test_a_deleted_recipe_comes_back_with_its_weights(shop: Workshop, recipe: Recipe) -> None:
+def test_a_deleted_recipe_comes_back_with_its_weights(workspace: Workspace, recipe: Recipe) -> None:
     digest = recipe.digest()
     recipe.delete(why="obsolete")
     with pytest.raises(NotFound):
-        shop.known_recipe("safe")
-    assert shop.recipe("safe").digest() == shop.base("tiny").fingerprint, "the name is free again"
-    shop.known_recipe("safe").delete()
-    assert shop.undelete_recipe("safe").digest() == shop.base("tiny").fingerprint
-    shop.known_recipe("safe").copy("kept").delete()
-    shop.known_recipe("safe").delete()
-    assert [found.name for found in shop.registry.recipes(deleted=True)] == ["safe", "safe", "kept"]
-    assert {line.digest_after for line in shop.registry.log("safe", deleted=True) if line.action == "delete"} == {
+        workspace.known_recipe("safe")
+    assert workspace.recipe("safe").digest() == workspace.base("tiny").fingerprint, "the name is free again"
+    workspace.known_recipe("safe").delete()
+    assert workspace.undelete_recipe("safe").digest() == workspace.base("tiny").fingerprint
+    workspace.known_recipe("safe").copy("kept").delete()
+    workspace.known_recipe("safe").delete()
+    assert [found.name for found in workspace.registry.recipes(deleted=True)] == ["safe", "safe", "kept"]
+    assert {line.digest_after for line in workspace.registry.log("safe", deleted=True) if line.action == "delete"} == {
         digest,
-        shop.base("tiny").fingerprint,
+        workspace.base("tiny").fingerprint,
     }
 
 
-def test_a_day_stays_when_the_strength_changes_and_goes_when_told_so(shop: Workshop, recipe: Recipe) -> None:
+def test_a_day_stays_when_the_strength_changes_and_goes_when_told_so(workspace: Workspace, recipe: Recipe) -> None:
     line = recipe.add("fox", until=date(2027, 1, 31))
     assert (line.action, line.until_after) == ("add", date(2027, 1, 31))
     assert recipe.add("fox", 2.0).until_after == date(2027, 1, 31)
@@ -135,30 +137,33 @@ def test_a_day_stays_when_the_strength_changes_and_goes_when_told_so(shop: Works
         recipe.add("fox", 2.0, until="never")
 
 
-def test_what_has_lapsed_is_listed_and_stays(shop: Workshop, recipe: Recipe) -> None:
+def test_what_has_lapsed_is_listed_and_stays(workspace: Workspace, recipe: Recipe) -> None:
     recipe.add("fox", until=TODAY)
     recipe.add("cat", until=TODAY + timedelta(days=7))
     digest = recipe.digest()
-    assert [due.concept for due in recipe.due()] == [due.concept for due in shop.due()] == ["fox"]
-    assert [due.concept for due in shop.due(TODAY + timedelta(days=7))] == ["fox", "cat"]
+    assert [due.concept for due in recipe.due()] == [due.concept for due in workspace.due()] == ["fox"]
+    assert [due.concept for due in workspace.due(TODAY + timedelta(days=7))] == ["fox", "cat"]
     assert recipe.digest() == digest
 
 
-def test_tags_and_search_are_on_the_facade(shop: Workshop, recipe: Recipe) -> None:
-    assert [tag.who for tag in shop.tag("reviewed", patches=["cat"], recipes=["safe"])] == [me(), me()]
-    found = shop.search(tag="reviewed")
+def test_tags_and_search_are_on_the_facade(workspace: Workspace, recipe: Recipe) -> None:
+    assert [tag.who for tag in workspace.tag("reviewed", patches=["cat"], recipes=["safe"])] == [
+        current_user(),
+        current_user(),
+    ]
+    found = workspace.search(tag="reviewed")
     assert [patch.concept for patch in found.patches] == ["cat"]
     assert [each.name for each in found.recipes] == ["safe"]
-    assert [each.name for each in shop.search("takedown").recipes] == ["safe"]
-    shop.untag("reviewed", patches=["cat"])
-    assert shop.search(tag="reviewed").patches == ()
-    assert [patch.concept for patch in shop.patches(solver="separable", limit=2)] == ["cat", "dog"]
+    assert [each.name for each in workspace.search("takedown").recipes] == ["safe"]
+    workspace.untag("reviewed", patches=["cat"])
+    assert workspace.search(tag="reviewed").patches == ()
+    assert [patch.concept for patch in workspace.patches(solver="separable", limit=2)] == ["cat", "dog"]
 
 
 def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(uid: int) -> NoReturn:
         raise KeyError(uid)
 
-    assert me() == pwd.getpwuid(os.getuid()).pw_name
+    assert current_user() == pwd.getpwuid(os.getuid()).pw_name
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert me() == str(os.getuid())
+    assert current_user() == str(os.getuid())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from overpaint.patches.seals import PLACES, RUN, Seals
+from overpaint.patches.live import PLACES, RUN, ChangeDetector
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SHAPES = {
@@ -29,8 +29,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for name, shape in SHAPES.items()}
 
 
-def sealed(found: dict[str, nn.Parameter]) -> Seals:
-    seals = Seals()
+def sealed(found: dict[str, nn.Parameter]) -> ChangeDetector:
+    seals = ChangeDetector()
     seals.put(found)
     return seals
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoints import single_file_keys, single_file_shape, stable_diffusion_shapes
 from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.key_mapping import Template
 from overpaint.bases.layout import Layout, UnknownLayout, layouts
-from overpaint.bases.spelling import Template
-from overpaint.errors import NotFound
+from overpaint.core.errors import NotFound
 from tests.checkpoints import extras, rename_weights, shard, single_file
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import solver_class
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.separable import Separable
 from overpaint.solvers.universe import universe
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")

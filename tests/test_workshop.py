@@ -12,66 +12,68 @@ import torch
 
 import overpaint
 from overpaint.bases.base import Base
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.workshop import Workshop
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.workspace.workspace import Workspace
 
 
 @pytest.fixture
-def shop(tmp_path: Path, base_folder: Path) -> Workshop:
-    shop = overpaint.open(tmp_path / "registry")
-    shop.add_base("tiny", base_folder)
-    return shop
+def workspace(tmp_path: Path, base_folder: Path) -> Workspace:
+    workspace = overpaint.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
+    return workspace
 
 
-def test_the_example_of_the_readme(shop: Workshop) -> None:
-    patch = shop.solve("cat", base="tiny", solver="separable")
+def test_the_example_of_the_readme(workspace: Workspace) -> None:
+    patch = workspace.solve("cat", base="tiny", solver="separable")
     assert len(patch.id) == 64
     assert patch.nbytes < 16 << 10
-    recipe = shop.recipe("default")
+    recipe = workspace.recipe("default")
     recipe.add(patch, strength=1.0)
-    touched = shop.pipeline("default", device="cpu")
-    plain = shop.base("tiny").pipeline()
+    touched = workspace.pipeline("default", device="cpu")
+    plain = workspace.base("tiny").pipeline()
     recipe.remove(patch)
-    restored = shop.pipeline("default", device="cpu")
+    restored = workspace.pipeline("default", device="cpu")
     weights = [dict(p.unet.state_dict()) for p in (touched, plain, restored)]
     assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[1])
     assert all(torch.equal(weights[2][k], weights[1][k]) for k in weights[1])
 
 
-def test_restore_is_shown_by_digests(shop: Workshop) -> None:
-    recipe = shop.recipe("safe")
+def test_restore_is_shown_by_digests(workspace: Workspace) -> None:
+    recipe = workspace.recipe("safe")
     for name in ("cat", "dog"):
-        recipe.add(shop.solve(name, base="tiny"), why="takedown")
+        recipe.add(workspace.solve(name, base="tiny"), why="takedown")
     recipe.remove("cat", why="licence")
     lines = recipe.log()
     assert [line.action for line in lines] == ["add", "add", "remove"]
     assert [line.why for line in lines] == ["takedown", "takedown", "licence"]
-    assert lines[0].digest_before == shop.base("tiny").fingerprint
-    only_dog = shop.recipe("only dog", base="tiny")
+    assert lines[0].digest_before == workspace.base("tiny").fingerprint
+    only_dog = workspace.recipe("only dog", base="tiny")
     only_dog.add("dog")
     assert only_dog.digest() == recipe.digest() == lines[-1].digest_after
     recipe.remove("dog")
-    assert recipe.digest() == shop.base("tiny").fingerprint
+    assert recipe.digest() == workspace.base("tiny").fingerprint
 
 
-def test_solving_the_same_twice_keeps_one_patch(shop: Workshop) -> None:
-    assert shop.solve("cat", base="tiny").id == shop.solve("cat", base="tiny").id
-    assert len(shop.patches()) == 1
+def test_solving_the_same_twice_keeps_one_patch(workspace: Workspace) -> None:
+    assert workspace.solve("cat", base="tiny").id == workspace.solve("cat", base="tiny").id
+    assert len(workspace.patches()) == 1
 
 
-def test_a_failed_solve_stores_nothing(shop: Workshop) -> None:
+def test_a_failed_solve_stores_nothing(workspace: Workspace) -> None:
     with pytest.raises(OverpaintError):
-        shop.solve("cat", base="tiny", solver="nothing")
+        workspace.solve("cat", base="tiny", solver="nothing")
     with pytest.raises(OverpaintError):
-        shop.solve("cat", base="tiny", settings={"rank": "-1"})
-    assert shop.patches() == []
-    assert shop.concepts() == []
+        workspace.solve("cat", base="tiny", settings={"rank": "-1"})
+    assert workspace.patches() == []
+    assert workspace.concepts() == []
 
 
-def test_a_base_that_changed_since_it_was_added_is_noticed(shop: Workshop, tmp_path: Path, base_folder: Path) -> None:
+def test_a_base_that_changed_since_it_was_added_is_noticed(
+    workspace: Workspace, tmp_path: Path, base_folder: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(base_folder, copy)
-    shop.add_base("copy", copy)
+    workspace.add_base("copy", copy)
     file = copy / "unet/diffusion_pytorch_model.safetensors"
     blob = bytearray(file.read_bytes())
     blob[-1] ^= 1
@@ -80,10 +82,10 @@ def test_a_base_that_changed_since_it_was_added_is_noticed(shop: Workshop, tmp_p
         overpaint.open(tmp_path / "registry").base("copy")
 
 
-def test_names_are_free_text(shop: Workshop) -> None:
-    recipe = shop.recipe("Montag, früh / spät'; DROP TABLE patches", base="tiny")
-    recipe.add(shop.solve("kä 'x' /", base="tiny"))
-    again = shop.known_recipe("Montag, früh / spät'; DROP TABLE patches")
+def test_names_are_free_text(workspace: Workspace) -> None:
+    recipe = workspace.recipe("Montag, früh / spät'; DROP TABLE patches", base="tiny")
+    recipe.add(workspace.solve("kä 'x' /", base="tiny"))
+    again = workspace.known_recipe("Montag, früh / spät'; DROP TABLE patches")
     assert again.patches()[0][0].concept == "kä 'x' /"
 
 
@@ -105,40 +107,40 @@ def test_a_broken_base_is_refused_and_nothing_is_stored(
     copy = tmp_path / "copy"
     shutil.copytree(base_folder, copy)
     spoil(copy)
-    shop = overpaint.open(tmp_path / "registry")
+    workspace = overpaint.open(tmp_path / "registry")
     with pytest.raises(OverpaintError, match=message):
-        shop.add_base("copy", copy)
-    assert shop.bases() == []
+        workspace.add_base("copy", copy)
+    assert workspace.bases() == []
 
 
-def test_a_name_that_is_taken_or_unknown_is_refused(shop: Workshop, base_folder: Path) -> None:
+def test_a_name_that_is_taken_or_unknown_is_refused(workspace: Workspace, base_folder: Path) -> None:
     with pytest.raises(AlreadyExists, match="tiny"):
-        shop.add_base("tiny", base_folder)
-    shop.add_concept("cat")
+        workspace.add_base("tiny", base_folder)
+    workspace.add_concept("cat")
     with pytest.raises(AlreadyExists, match="cat"):
-        shop.add_concept("cat", kind="style")
+        workspace.add_concept("cat", kind="style")
     with pytest.raises(NotFound, match="tiny"):
-        shop.solve("cat", base="tinny")
+        workspace.solve("cat", base="tinny")
     with pytest.raises(NotFound):
-        shop.known_recipe("nothing")
+        workspace.known_recipe("nothing")
 
 
-def test_a_new_recipe_needs_a_base_when_there_are_several(shop: Workshop, base_folder: Path) -> None:
-    shop.add_base("second", base_folder)
+def test_a_new_recipe_needs_a_base_when_there_are_several(workspace: Workspace, base_folder: Path) -> None:
+    workspace.add_base("second", base_folder)
     with pytest.raises(OverpaintError, match="on which base"):
-        shop.recipe("new")
+        workspace.recipe("new")
 
 
-def test_a_build_is_the_recipe(shop: Workshop, tmp_path: Path) -> None:
-    recipe = shop.recipe("safe")
-    recipe.add(shop.solve("cat", base="tiny"))
-    built = shop.build("safe", tmp_path / "out")
+def test_a_build_is_the_recipe(workspace: Workspace, tmp_path: Path) -> None:
+    recipe = workspace.recipe("safe")
+    recipe.add(workspace.solve("cat", base="tiny"))
+    built = workspace.build("safe", tmp_path / "out")
     assert Base.open(built.folder).fingerprint == recipe.digest() == built.digest
     assert "cat" in (built.folder / "README.md").read_text("utf-8")
 
 
 def test_digests_are_remembered_between_openings(
-    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -152,18 +154,18 @@ def test_digests_are_remembered_between_openings(
 
 
 def test_a_change_by_somebody_else_in_between_is_taken_into_account(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The digests in the history are those of what the recipe really held."""
-    recipe = shop.recipe("safe")
-    cat, dog = (shop.solve(name, base="tiny") for name in ("cat", "dog"))
+    recipe = workspace.recipe("safe")
+    cat, dog = (workspace.solve(name, base="tiny") for name in ("cat", "dog"))
     real = recipe._digest
     once: list[int] = []
 
     def interrupted(strengths: dict[str, float]) -> str:
         if not once:
             once.append(1)
-            shop.recipe("safe").add(dog)
+            workspace.recipe("safe").add(dog)
         return real(strengths)
 
     monkeypatch.setattr(recipe, "_digest", interrupted)

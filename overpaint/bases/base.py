@@ -14,17 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.bases.container import Container
-from overpaint.bases.digests import combined_digest
-from overpaint.bases.files import BrokenBase, Place, open_folder, open_single_file, read_places
-from overpaint.bases.hashing import digests_of
+from overpaint.bases.checkpoint import (
+    BrokenBase,
+    TensorLocation,
+    digests_of,
+    open_folder,
+    open_single_file,
+    read_tensors,
+)
 from overpaint.bases.hub import HubId, cached, snapshot
-from overpaint.bases.layout import Door, Layout
-from overpaint.bases.quiet import quiet_loading
-from overpaint.bases.spelling import SingleFile
-from overpaint.errors import NotFound
+from overpaint.bases.key_mapping import SingleFile
+from overpaint.bases.layout import Layout, TextInput
+from overpaint.bases.loading import quiet_loading
+from overpaint.bases.safetensors_file import SafetensorsFile
+from overpaint.core.digests import combined_digest
+from overpaint.core.errors import NotFound
 
-__all__ = ["EMBEDDED", "Base", "BrokenBase", "Place"]
+__all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
 
 EMBEDDED = Path(__file__).parent / "emoji" / "model"
 
@@ -40,8 +46,8 @@ class Base:
 
     path: Path
     layout: Layout
-    places: dict[str, Place] = field(repr=False)
-    containers: dict[Path, Container] = field(repr=False)
+    places: dict[str, TensorLocation] = field(repr=False)
+    containers: dict[Path, SafetensorsFile] = field(repr=False)
     variant: str | None = None
     form: SingleFile | None = field(default=None, repr=False)
     hub: HubId | None = None
@@ -96,7 +102,7 @@ class Base:
 
     def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors one at a time in their canonical shapes, file by file."""
-        return read_places({name: self.places[name] for name in names}, self.containers)
+        return read_tensors({name: self.places[name] for name in names}, self.containers)
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         """The digest of each named tensor; computed once per opened base."""
@@ -142,35 +148,35 @@ class Base:
         return combined_digest(self.digests(self.names))
 
     @property
-    def doors(self) -> tuple[str, ...]:
+    def text_inputs(self) -> tuple[str, ...]:
         """The ways by which a prompt enters the U-Net, in the layout's order: for SD 1.x just `text_encoder`."""
-        return tuple(self.layout.doors)
+        return tuple(self.layout.text_inputs)
 
-    def readers(self, door: str | None = None) -> list[str]:
+    def projections(self, text_input: str | None = None) -> list[str]:
         """The tensors that read what comes through a door, or through any: cross-attention keys and values first of all.
 
         Raises NotFound for a door the base lacks.
         """
-        if door is None:
-            return sorted({name for each in self.doors for name in self.readers(each)})
-        self.door(door)
-        if door not in self._readers:
-            self._readers[door] = self.layout.readers(door, self.names)
-        return list(self._readers[door])
+        if text_input is None:
+            return sorted({name for each in self.text_inputs for name in self.projections(each)})
+        self.text_input(text_input)
+        if text_input not in self._readers:
+            self._readers[text_input] = self.layout.projections(text_input, self.names)
+        return list(self._readers[text_input])
 
-    def columns(self, door: str, reader: str) -> slice:
+    def columns(self, text_input: str, reader: str) -> slice:
         """The input columns of one of a door's readers that belong to the door."""
-        spec = self.door(door)
-        start = sum(self._length(self.layout.doors[other].width) for other in spec.after)
+        spec = self.text_input(text_input)
+        start = sum(self._length(self.layout.text_inputs[other].width) for other in spec.after)
         return slice(start, start + self._length(spec.width) if spec.width else self.places[reader].shape[-1])
 
-    def door(self, name: str) -> Door:
+    def text_input(self, name: str) -> TextInput:
         """What the layout says about a door. Raises NotFound for one the base lacks."""
-        if name not in self.layout.doors:
+        if name not in self.layout.text_inputs:
             raise NotFound(
-                f"{self.layout.name} bases have no door {name!r} for a prompt; known: {', '.join(self.doors)}"
+                f"{self.layout.name} bases have no door {name!r} for a prompt; known: {', '.join(self.text_inputs)}"
             )
-        return self.layout.doors[name]
+        return self.layout.text_inputs[name]
 
     def _length(self, name: str) -> int:
         if name not in self.places:

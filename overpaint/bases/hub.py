@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.bases.files import BrokenBase, open_folder, weight_variants
+from overpaint.bases.checkpoint import BrokenBase, open_folder, weight_variants
 from overpaint.bases.layout import Layout, layout_of
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

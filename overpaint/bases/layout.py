@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from overpaint.bases.spelling import SingleFile, frozen
-from overpaint.errors import OverpaintError
+from overpaint.bases.key_mapping import SingleFile, frozen
+from overpaint.core.errors import OverpaintError
 
 
 class UnknownLayout(OverpaintError):
@@ -57,7 +57,7 @@ LAST, PENULTIMATE, POOLED = "last", "penultimate", "pooled"
 
 
 @dataclass(frozen=True)
-class Door:
+class TextInput:
     """One way by which a prompt enters the U-Net: what a text encoder says, and the tensors that read it.
 
     `encoder` is a component, `tokenizer` a folder of the pipeline; `says` is the last hidden state, the one before it, or
@@ -67,9 +67,9 @@ class Door:
     """
 
     encoder: str
-    readers: tuple[str, ...]
+    projections: tuple[str, ...]
     tokenizer: str = "tokenizer"
-    says: str = LAST
+    output: str = LAST
     width: str = ""
     after: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ class Layout:
     name: str
     pipelines: tuple[str, ...]
     components: dict[str, Component]
-    doors: dict[str, Door]
+    text_inputs: dict[str, TextInput]
     single_files: tuple[SingleFile, ...] = ()
 
     @classmethod
@@ -95,13 +95,13 @@ class Layout:
             name=whole["name"],
             pipelines=whole["pipelines"],
             components={name: Component(**rules) for name, rules in whole["components"].items()},
-            doors={name: Door(**rules) for name, rules in whole["doors"].items()},
+            text_inputs={name: TextInput(**rules) for name, rules in whole["text_inputs"].items()},
             single_files=tuple(SingleFile.from_json(form) for form in whole.get("single_files", ())),
         )
 
-    def readers(self, door: str, names: Iterable[str]) -> list[str]:
+    def projections(self, text_input: str, names: Iterable[str]) -> list[str]:
         """The canonical names among `names` that read a door, sorted."""
-        patterns = self.doors[door].readers
+        patterns = self.text_inputs[text_input].projections
         return sorted(name for name in names if _fits(name, patterns))
 
 

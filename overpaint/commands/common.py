@@ -1,8 +1,10 @@
-"""What the commands share: talk on standard error, tables on standard output, the registry of a call."""
+"""Ctrl-C while a command works: one sentence that says what is kept, and the exit code that shells expect."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,10 @@ import click
 
 if TYPE_CHECKING:
     from overpaint.registry.records import HistoryRecord
-    from overpaint.workshop import Workshop
+    from overpaint.workspace.workspace import Workspace
+
+
+# What the commands share: talk on standard error, tables on standard output, the registry of a call.
 
 
 class Talk:
@@ -83,11 +88,11 @@ def show_change(line: HistoryRecord) -> None:
     click.echo(f"{line.action} {what}: weights {line.digest_before} -> {line.digest_after}")
 
 
-def workshop(ctx: click.Context, *, create: bool = False) -> Workshop:
+def open_workspace(ctx: click.Context, *, create: bool = False) -> Workspace:
     """The registry this call is about."""
-    from overpaint.workshop import Workshop
+    from overpaint.workspace.workspace import Workspace
 
-    return Workshop.open(ctx.obj, create=create)
+    return Workspace.open(ctx.obj, create=create)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -100,3 +105,17 @@ offset_option = click.option(
 )
 recipe_option = click.option("--recipe", default="default", show_default=True, help="Name of the recipe.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+
+
+INTERRUPTED = 130
+"""128 and the number of the signal, as every shell has it."""
+
+
+@contextmanager
+def interruptible(talk: Talk, kept: Callable[[], str]) -> Iterator[None]:
+    """Within the block, Ctrl-C ends the command with `kept()`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        talk.say(f"interrupted: {kept()}")
+        sys.exit(INTERRUPTED)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import json_option, limit_option, offset_option, say_if_more, show_table, workshop
-from overpaint.concepts import KINDS
+from overpaint.commands.common import json_option, limit_option, offset_option, open_workspace, say_if_more, show_table
+from overpaint.core.concepts import KINDS
 
 
 @click.group()
@@ -26,8 +26,8 @@ def concept_add(
     ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str, prompts: tuple[str, ...]
 ) -> None:
     """Remember a concept."""
-    shop = workshop(ctx, create=True)
-    added = shop.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
+    workspace = open_workspace(ctx, create=True)
+    added = workspace.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
     click.echo(f"concept {added.name} ({added.kind})")
 
 
@@ -38,7 +38,7 @@ def concept_add(
 @click.pass_context
 def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> None:
     """List concepts, in the order they came."""
-    registry = workshop(ctx).registry
+    registry = open_workspace(ctx).registry
     found = registry.concepts(limit=limit or None, offset=offset)
     rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in found]
     show_table("Concepts", ["name", "kind", "synonyms", "anchor"], rows, as_json)
@@ -51,14 +51,14 @@ def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> 
 @click.pass_context
 def concept_show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show one concept and its patches."""
-    shop = workshop(ctx)
-    found = shop.registry.concept(name)
+    workspace = open_workspace(ctx)
+    found = workspace.registry.concept(name)
     rows: list[list[Any]] = [
         ["name", found.name],
         ["kind", found.kind],
         ["synonyms", ", ".join(found.synonyms)],
         ["anchor", found.anchor],
         *(["prompt", prompt] for prompt in found.prompts),
-        *([f"patch ({p.solver} on {p.base})", p.id] for p in shop.patches(concept=name)),
+        *([f"patch ({p.solver} on {p.base})", p.id] for p in workspace.patches(concept=name)),
     ]
     show_table("Concept", ["what", "value"], rows, as_json)

@@ -1,4 +1,4 @@
-"""`overpaint evaluate`: does it erase, what else did it hurt, did it come back exactly."""
+"""`overpaint crosstalk`: what each patch does to the other concepts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, json_option, show_table, workshop
+from overpaint.commands.common import Talk, device_option, json_option, open_workspace, show_table
 
 if TYPE_CHECKING:
-    from overpaint.registry.evaluations import EvaluationRecord
+    from overpaint.registry.registry import EvaluationRecord
+
+
+# `overpaint evaluate`: does it erase, what else did it hurt, did it come back exactly.
+
 
 COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 
@@ -54,11 +58,13 @@ def evaluate(
         return
     if name is None:
         raise click.UsageError("name a recipe or a patch to evaluate, or --list the suites")
-    from overpaint.evaluating import Request
+    from overpaint.workspace.evaluating import EvaluationRequest
 
     talk = Talk()
     chosen = dict(_pair(text) for text in settings)
-    done = workshop(ctx).evaluate(name, Request(suite=suite, settings=chosen, **options), report=talk.progress)
+    done = open_workspace(ctx).evaluate(
+        name, EvaluationRequest(suite=suite, settings=chosen, **options), report=talk.progress
+    )
     talk.clear()
     for place in done.redrawn:
         talk.say(f"a damaged picture in the cache was drawn again: {place}")
@@ -73,7 +79,7 @@ def evaluate(
 def report(ctx: click.Context, recipe: str, out: Path, device: str) -> None:
     """Write all that was measured of a recipe as one page, with its numbers and figures in files beside it."""
     talk = Talk()
-    done = workshop(ctx).report(recipe, out, device=device, progress=talk.progress)
+    done = open_workspace(ctx).report(recipe, out, device=device, progress=talk.progress)
     talk.clear()
     for notice in done.notices:
         talk.say(notice)
@@ -108,3 +114,45 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise click.BadParameter(f"--set takes NAME=VALUE; got {text!r}")
     return name.strip(), value
+
+
+@click.command()
+@click.option("--recipe", help="The patches of this recipe.")
+@click.option("--base", "base_name", help="Without a recipe: the newest patch of each concept on this base.")
+@click.option("--all", "everything", is_flag=True, help="Also show what moves the registry's other concepts.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A heat map, as a new PNG file.")
+@click.option("--above", default=0.0, show_default=True, help="Show only pairs above this.")
+@device_option
+@json_option
+@click.pass_context
+def crosstalk(
+    ctx: click.Context,
+    recipe: str | None,
+    base_name: str | None,
+    everything: bool,
+    out: Path | None,
+    above: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Show how much each patch moves every other concept, relative to its own (0 is none, 1 is as much)."""
+    workspace = open_workspace(ctx)
+    found = workspace.crosstalk(recipe, base=base_name, everything=everything, device=device)
+    if out:
+        from overpaint.evaluation.figures import heat_map
+
+        heat_map(
+            out,
+            found.ratios,
+            [concept for _, concept in found.patches],
+            found.concepts,
+            title="Cross-talk, relative to the patch's own concept",
+            row_label="patch",
+            column_label="concept",
+        )
+        Talk().say(f"wrote {out}")
+    method = {concept: how for (_, concept), how in zip(found.patches, found.methods, strict=True)}
+    rows: list[list[Any]] = [
+        [p.emitter, p.receiver, round(p.ratio, 4), method[p.emitter]] for p in found.pairs() if p.ratio >= above
+    ]
+    show_table("Cross-talk", ["patch", "concept", "relative effect", "how"], rows, as_json)

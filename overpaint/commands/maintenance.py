@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from overpaint.commands.common import Talk, json_option, show_table, workshop
+from overpaint.commands.common import Talk, json_option, open_workspace, show_table
 from overpaint.commands.using import db
 
 
@@ -17,7 +17,7 @@ from overpaint.commands.using import db
 def verify(ctx: click.Context, as_json: bool) -> None:
     """Read everything again and compare it with its digests; damaged blobs go to quarantine. Exit code 1 if any is."""
     talk = Talk()
-    found = workshop(ctx).verify(report=talk.progress)
+    found = open_workspace(ctx).verify(report=talk.progress)
     talk.clear()
     rows = [
         [p.part, p.patch if as_json else (p.patch or "")[:12], p.concept, p.tensor, p.found] for p in found.problems
@@ -48,7 +48,7 @@ def gc(ctx: click.Context, dry_run: bool, grace: float, as_json: bool) -> None:
     """Remove blobs that no patch needs, left by writers that were killed. Quarantine is left alone."""
     from overpaint.registry.gc import DAY, collect, plan
 
-    registry, talk = workshop(ctx).registry, Talk()
+    registry, talk = open_workspace(ctx).registry, Talk()
     planned = plan(registry, grace=grace * DAY)
     rows = [[blob.digest if as_json else blob.digest[:12], blob.nbytes] for blob in planned.unneeded]
     rows += [[file.name, file.nbytes] for file in planned.leftovers]

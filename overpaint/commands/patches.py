@@ -1,4 +1,4 @@
-"""`overpaint patch`: patches, and what lies on a recipe."""
+"""`overpaint patch compress`: a smaller patch beside one that is there."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from overpaint.commands.common import (
+    Talk,
+    interruptible,
     json_option,
     limit_option,
     offset_option,
+    open_workspace,
     recipe_option,
     say_if_more,
     show_change,
     show_table,
     why_option,
-    workshop,
 )
 from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
-    from overpaint.registry.records import Laid
+    from overpaint.registry.records import RecipeEntry
+
+
+# `overpaint patch`: patches, and what lies on a recipe.
 
 
 @click.group()
@@ -40,7 +45,7 @@ def patch() -> None:
 @click.pass_context
 def patch_list(ctx: click.Context, /, limit: int, offset: int, as_json: bool, **where: str | None) -> None:
     """List patches, the newest first."""
-    registry = workshop(ctx).registry
+    registry = open_workspace(ctx).registry
     found = registry.patches(**where, limit=limit or None, offset=offset, newest_first=True)
     rows = [
         [p.id if as_json else p.id[:12], p.concept, p.base, p.solver, p.kind, p.nbytes, ", ".join(p.tags)]
@@ -56,15 +61,15 @@ def patch_list(ctx: click.Context, /, limit: int, offset: int, as_json: bool, **
 @click.pass_context
 def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
     """Show one patch with its provenance, after checking its bytes."""
-    shop = workshop(ctx)
-    record, found = shop.registry.patch(patch_key), shop.patch(patch_key)
+    workspace = open_workspace(ctx)
+    record, found = workspace.registry.patch(patch_key), workspace.patch(patch_key)
     rows: list[list[Any]] = [
         ["patch", record.id],
         ["concept", record.concept],
         ["base", record.base],
         ["base fingerprint", found.manifest["subject"]["fingerprint"]],
         ["tensors it changes", found.manifest["subject"]["count"]],
-        *(["door it leaves open", door] for door in found.manifest["subject"].get("open_doors", [])),
+        *(["door it leaves open", text_input] for text_input in found.manifest["subject"].get("open_doors", [])),
         ["solver", record.solver],
         *([f"setting {name}", value] for name, value in record.settings.items()),
         ["seed", record.seed],
@@ -75,9 +80,9 @@ def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
         ["seconds", round(record.seconds, 3)],
         ["solved", record.solved_at.isoformat(timespec="seconds")],
         ["tags", ", ".join(record.tags)],
-        *([f"on recipe {name}", _lying(laid)] for name, laid in shop.registry.recipes_with(record.id)),
+        *([f"on recipe {name}", _lying(laid)] for name, laid in workspace.registry.recipes_with(record.id)),
     ]
-    latest = shop.registry.evaluations(patch=record.id, latest=True)
+    latest = workspace.registry.evaluations(patch=record.id, latest=True)
     if as_json:
         rows += [[f"{each.suite}: {r.subject}: {r.metric}", r.value] for each in latest for r in each.results]
     show_table("Patch", ["what", "value"], rows, as_json)
@@ -90,7 +95,7 @@ def _compression(step: dict[str, Any]) -> str:
     return f"{step.get('from')}, {kept}, relative error at most {step.get('error')} ({step.get('tensor')})"
 
 
-def _lying(laid: Laid) -> str:
+def _lying(laid: RecipeEntry) -> str:
     return f"strength {laid.strength:g}" + (f" until {laid.until}" if laid.until else "")
 
 
@@ -123,18 +128,18 @@ def patch_add(
 
     A patch that lies there already gets the new strength, or the new day with --until.
     """
-    shop = workshop(ctx)
-    base_name = shop.registry.patch(patches[0]).base
+    workspace = open_workspace(ctx)
+    base_name = workspace.registry.patch(patches[0]).base
     for key in patches:
-        line = shop.recipe(recipe, base=base_name).add(key, strength, why=why, until=until)
+        line = workspace.recipe(recipe, base=base_name).add(key, strength, why=why, until=until)
         show_change(line)
-        for pair in shop.disturbances(recipe, line.patch or key):
+        for pair in workspace.disturbances(recipe, line.patch or key):
             click.echo(
                 f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as {pair.emitter}; "
                 "solve them in one registry, so that each preserves the other",
                 err=True,
             )
-    if mixed := shop.mixture(recipe):
+    if mixed := workspace.mixture(recipe):
         click.echo(f"warning: {mixed}", err=True)
 
 
@@ -145,9 +150,35 @@ def patch_add(
 @click.pass_context
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
     """Lift patches off a recipe; the concepts come back."""
-    shop = workshop(ctx)
+    workspace = open_workspace(ctx)
     for key in patches:
-        line = shop.known_recipe(recipe).remove(key, why=why)
+        line = workspace.known_recipe(recipe).remove(key, why=why)
         show_change(line)
-        if line.digest_after == shop.registry.base(shop.known_recipe(recipe).record.base).fingerprint:
+        if line.digest_after == workspace.registry.base(workspace.known_recipe(recipe).record.base).fingerprint:
             click.echo("the recipe is empty: these are the base's weights, bit for bit")
+
+
+@click.command("compress")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@click.option("--to", "keep", required=True, metavar="RANK|ENERGY", help="At most 4 directions, or 0.99 of the energy.")
+@json_option
+@click.pass_context
+def patch_compress(ctx: click.Context, patches: tuple[str, ...], keep: str, as_json: bool) -> None:
+    """Store a smaller patch beside each PATCH: of every tensor's change, the part that --to says.
+
+    The error is relative to the change of a tensor (Frobenius norm); the table has the largest, --json has all.
+    """
+    talk = Talk()
+    rows: list[list[Any]] = []
+    with interruptible(talk, lambda: f"{len(rows)} of {len(patches)} are compressed and stored"):
+        workspace = open_workspace(ctx)
+        for step, key in enumerate(patches, 1):
+            talk.progress(step, len(patches), f"compressing {key}")
+            record, found = workspace.compress(key, keep)
+            tensor, error = max(found.errors.items(), key=lambda item: item[1])
+            source = found.source.id if as_json else found.source.id[:12]
+            row = [record.concept, record.id, source, record.kind, found.source.nbytes, record.nbytes, error, tensor]
+            rows.append([*row, found.errors] if as_json else [*row[:6], f"{error:.2%}", tensor])
+    talk.clear()
+    columns = ["concept", "patch", "from", "kind", "bytes before", "bytes", "largest error", "tensor"]
+    show_table("Compressed", [*columns, *(["errors"] if as_json else [])], rows, as_json)

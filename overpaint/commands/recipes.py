@@ -1,4 +1,4 @@
-"""`overpaint recipe`: a base plus a set of patches, with a history."""
+"""`overpaint recipe reseparate`: patches of one universe again, after concepts joined."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overpaint.commands.common import Talk, json_option, show_table, why_option, workshop
+from overpaint.commands.common import (
+    Talk,
+    device_option,
+    interruptible,
+    json_option,
+    open_workspace,
+    show_change,
+    show_table,
+    why_option,
+)
 from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
-    from overpaint.registry.records import HistoryRecord, Laid
+    from overpaint.registry.records import HistoryRecord, RecipeEntry
+
+
+# `overpaint recipe`: a base plus a set of patches, with a history.
 
 
 @click.group()
@@ -31,7 +43,7 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
     rows = [
         [r.name, r.base, len(r.laid), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
         + ([r.deleted_at] if deleted else [])
-        for r in workshop(ctx).registry.recipes(deleted=deleted)
+        for r in open_workspace(ctx).registry.recipes(deleted=deleted)
     ]
     columns = ["recipe", "base", "patches", "revision", "tags", *(["deleted"] if deleted else [])]
     show_table("Deleted recipes" if deleted else "Recipes", columns, rows, as_json)
@@ -43,14 +55,14 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
 @click.pass_context
 def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show what lies on a recipe's base, and the digest of the weights."""
-    shop = workshop(ctx)
-    found = shop.known_recipe(name)
+    workspace = open_workspace(ctx)
+    found = workspace.known_recipe(name)
     days = {laid.patch: _day(laid) for laid in found.record.laid}
     rows = [[p.concept, p.id if as_json else p.id[:12], p.solver, s, days[p.id], p.nbytes] for p, s in found.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
     show_table(f"Recipe {name} on {found.record.base}", columns, rows, as_json)
     click.echo(f"weights {found.digest()}", err=as_json)
-    if mixed := shop.mixture(name):
+    if mixed := workspace.mixture(name):
         Talk().say(mixed)
     if not as_json:
         show_evaluations(found.evaluations())
@@ -62,7 +74,7 @@ def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
 @click.pass_context
 def recipe_create(ctx: click.Context, name: str, base_name: str) -> None:
     """Make an empty recipe."""
-    record = workshop(ctx).registry.create_recipe(name, base_name)
+    record = open_workspace(ctx).registry.create_recipe(name, base_name)
     click.echo(f"recipe {record.name} on {record.base}: weights {record.digest}")
 
 
@@ -73,7 +85,7 @@ def recipe_create(ctx: click.Context, name: str, base_name: str) -> None:
 @click.pass_context
 def recipe_copy(ctx: click.Context, source: str, name: str, why: str) -> None:
     """Make recipe NAME with what lies on SOURCE, or lay on it at SOURCE@REVISION."""
-    record = workshop(ctx).known_recipe(source).copy(name, why=why).record
+    record = open_workspace(ctx).known_recipe(source).copy(name, why=why).record
     click.echo(f"recipe {record.name} on {record.base}, {len(record.laid)} patches: weights {record.digest}")
 
 
@@ -83,7 +95,7 @@ def recipe_copy(ctx: click.Context, source: str, name: str, why: str) -> None:
 @click.pass_context
 def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
     """Take a recipe off the lists. Its name is free again; its history stays (`recipe log NAME --deleted`)."""
-    workshop(ctx).known_recipe(name).delete(why=why)
+    open_workspace(ctx).known_recipe(name).delete(why=why)
     click.echo(f"deleted {name}; `overpaint recipe undelete` brings it back")
 
 
@@ -93,7 +105,7 @@ def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
 @click.pass_context
 def recipe_undelete(ctx: click.Context, name: str, why: str) -> None:
     """Bring back the recipe NAME that was deleted last."""
-    record = workshop(ctx).undelete_recipe(name, why=why).record
+    record = open_workspace(ctx).undelete_recipe(name, why=why).record
     click.echo(f"recipe {record.name} on {record.base}, {len(record.laid)} patches: weights {record.digest}")
 
 
@@ -103,11 +115,11 @@ def recipe_undelete(ctx: click.Context, name: str, why: str) -> None:
 @click.pass_context
 def recipe_checkout(ctx: click.Context, revision: str, why: str) -> None:
     """Lay on a recipe exactly what lay there at an earlier revision, as a new revision."""
-    shop = workshop(ctx)
-    then = shop.registry.recipe(revision)
+    workspace = open_workspace(ctx)
+    then = workspace.registry.recipe(revision)
     if revision == then.name:
         raise click.UsageError(f"say which revision of {then.name!r}, such as {then.name}@{max(then.revision - 1, 0)}")
-    lines = shop.known_recipe(then.name).checkout(then.revision, why=why)
+    lines = workspace.known_recipe(then.name).checkout(then.revision, why=why)
     for line in lines:
         day = f" until {line.until_after}" if line.until_after else ""
         how = "lifted off" if line.strength_after is None else f"strength {line.strength_after:g}{day}"
@@ -135,7 +147,7 @@ def recipe_diff(ctx: click.Context, before: str, after: str, as_json: bool) -> N
             d.patch if as_json else d.patch[:12],
             *(cell for laid in (d.before, d.after) for cell in _both(laid)),
         ]
-        for d in workshop(ctx).registry.diff(before, after)
+        for d in open_workspace(ctx).registry.diff(before, after)
     ]
     columns = ["concept", "patch", "strength before", "until before", "strength after", "until after"]
     show_table(f"From {before} to {after}", columns, rows, as_json)
@@ -148,7 +160,7 @@ def recipe_diff(ctx: click.Context, before: str, after: str, as_json: bool) -> N
 @click.pass_context
 def recipe_log(ctx: click.Context, name: str, deleted: bool, as_json: bool) -> None:
     """Who changed a recipe, when and why."""
-    lines = workshop(ctx).registry.log(name, deleted=deleted)
+    lines = open_workspace(ctx).registry.log(name, deleted=deleted)
     columns = ["revision", "when", "who", "did", "concept", "strength", "until", "why", "weights"]
     if as_json:
         columns += ["patch", "source", "strength before", "until before", "weights before"]
@@ -162,7 +174,7 @@ def recipe_log(ctx: click.Context, name: str, deleted: bool, as_json: bool) -> N
 @click.pass_context
 def recipe_due(ctx: click.Context, name: str | None, on: datetime | None, as_json: bool) -> None:
     """List the patches that have lapsed, on all recipes or one. They lie there until somebody removes them."""
-    found = workshop(ctx).due(on.date() if on else None, recipe=name)
+    found = open_workspace(ctx).due(on.date() if on else None, recipe=name)
     rows = [[d.recipe, d.concept, d.patch if as_json else d.patch[:12], str(d.until)] for d in found]
     show_table("Lapsed", ["recipe", "concept", "patch", "until"], rows, as_json)
 
@@ -177,13 +189,36 @@ def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
     return row
 
 
-def _both(laid: Laid | None) -> list[Any]:
+def _both(laid: RecipeEntry | None) -> list[Any]:
     return [None, None] if laid is None else [laid.strength, _day(laid)]
 
 
-def _day(laid: Laid) -> str | None:
+def _day(laid: RecipeEntry) -> str | None:
     return _text(laid.until)
 
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+@click.command("reseparate")
+@click.argument("name", default="default")
+@why_option
+@device_option
+@click.pass_context
+def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str) -> None:
+    """Solve the closed-form patches of a recipe again for all concepts known now, and exchange them in one revision."""
+    talk = Talk()
+    with interruptible(talk, lambda: f"the recipe {name!r} is as it was; run the same command again"):
+        done = open_workspace(ctx).reseparate(name, device=device, why=why, report=talk.progress)
+    talk.clear()
+    for line in done.lines:
+        show_change(line)
+    if done.lines:
+        count = len(done.lines) // 2
+        click.echo(f"{count} patch{'' if count == 1 else 'es'} re-separated for {done.concepts} concepts")
+    else:
+        click.echo(f"nothing to do: what can be re-separated was solved for the {done.concepts} concepts known now")
+    if done.left:
+        names = ", ".join(f"{record.concept} ({record.solver})" for record in done.left)
+        talk.say(f"left as they are, because their solvers need time: {names}; solve them again if they disturb others")

@@ -1,4 +1,4 @@
-"""`overpaint search`: patches and recipes by what is written anywhere."""
+"""`overpaint tag`: words tied to patches and recipes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import Talk, json_option, limit_option, offset_option, show_table, workshop
-from overpaint.concepts import KINDS
+from overpaint.commands.common import Talk, json_option, limit_option, offset_option, open_workspace, show_table
+from overpaint.core.concepts import KINDS
+
+# `overpaint search`: patches and recipes by what is written anywhere.
 
 
 @click.command()
@@ -36,7 +38,7 @@ def search(
     Words are looked for in concepts, synonyms, anchors, kinds, solvers, bases, tags, names of recipes and the reasons in
     their history, also inside longer words. The newest come first, as many of each as --limit says.
     """
-    found = workshop(ctx).registry.search(
+    found = open_workspace(ctx).registry.search(
         " ".join(words), kind=kind, solver=solver, tag=tag, base=base, limit=limit or None, offset=offset
     )
     rows: list[list[Any]] = [
@@ -49,3 +51,54 @@ def search(
     show_table("Found", ["what", "name", "patch", "solver", "base", "tags"], rows, as_json)
     if limit and limit in (len(found.patches), len(found.recipes)):
         Talk().say("there may be more; see it with --offset, or all with --limit 0")
+
+
+patches_option = click.option("--patch", "patches", multiple=True, metavar="PATCH", help="A patch; may be repeated.")
+recipes_option = click.option("--recipe", "recipes", multiple=True, metavar="NAME", help="A recipe; may be repeated.")
+
+
+@click.group()
+def tag() -> None:
+    """Tags on patches and recipes. NAME@TAG is a recipe as it was when it was tagged."""
+
+
+@tag.command("add")
+@click.argument("tag_name", metavar="TAG")
+@patches_option
+@recipes_option
+@click.pass_context
+def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
+    """Tie a tag to patches and recipes; on a recipe it marks the present revision."""
+    for added in open_workspace(ctx).tag(tag_name, patches=patches, recipes=recipes):
+        revision = "" if added.revision is None else f" at revision {added.revision}"
+        click.echo(f"{added.tag} is on {added.on} {added.name}{revision}")
+
+
+@tag.command("remove")
+@click.argument("tag_name", metavar="TAG")
+@patches_option
+@recipes_option
+@click.pass_context
+def tag_remove(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
+    """Untie a tag from patches and recipes."""
+    open_workspace(ctx).untag(tag_name, patches=patches, recipes=recipes)
+
+
+@tag.command("list")
+@click.argument("tag_name", metavar="TAG", required=False)
+@json_option
+@click.pass_context
+def tag_list(ctx: click.Context, tag_name: str | None, as_json: bool) -> None:
+    """List what carries which tag, or all that carries one."""
+    rows = [
+        [
+            t.tag,
+            t.on,
+            t.name if as_json or t.on == "recipe" else t.name[:12],
+            t.revision,
+            t.who,
+            t.at.isoformat("T", "seconds"),
+        ]
+        for t in open_workspace(ctx).registry.tags(tag_name)
+    ]
+    show_table("Tags", ["tag", "on", "name", "revision", "who", "when"], rows, as_json)

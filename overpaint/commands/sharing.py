@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from overpaint.commands.common import Talk, json_option, show_table, workshop
+from overpaint.commands.common import Talk, json_option, open_workspace, show_table
 
 if TYPE_CHECKING:
-    from overpaint.transport.receiving import Received
-    from overpaint.transport.sending import Sent
+    from overpaint.registry.sharing.ingest import Received
+    from overpaint.registry.sharing.sending import Sent
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -49,7 +50,7 @@ def export_(
     ctx: click.Context, patches: tuple[str, ...], recipes: tuple[str, ...], out: Path, key: Path | None
 ) -> None:
     """Write patches or recipes to one new FILE with everything they need; without a name, everything."""
-    sent = workshop(ctx).export(out, patches=patches, recipes=recipes, sign=key)
+    sent = open_workspace(ctx).export(out, patches=patches, recipes=recipes, sign=key)
     click.echo(f"exported {_counted(sent)} to {out}: {sent.nbytes} bytes")
 
 
@@ -61,7 +62,7 @@ def export_(
 def import_(ctx: click.Context, /, file: Path, patches: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Take what a FILE of `overpaint export`, or a bare patch file, has; or only some of it."""
     talk = Talk()
-    done = workshop(ctx).import_file(file, patches=patches, notice=talk.say, report=talk.progress, **asked)
+    done = open_workspace(ctx).import_file(file, patches=patches, notice=talk.say, report=talk.progress, **asked)
     talk.clear()
     _show(done, as_json)
 
@@ -77,7 +78,7 @@ def push(
 ) -> None:
     """Send patches or recipes to DEST, a folder or a URL such as s3://bucket/path; without a name, everything."""
     talk = Talk()
-    sent = workshop(ctx).push(destination, patches=patches, recipes=recipes, sign=key, report=talk.progress)
+    sent = open_workspace(ctx).push(destination, patches=patches, recipes=recipes, sign=key, report=talk.progress)
     talk.clear()
     for name in sent.newer:
         talk.say(f"the recipe {name!r} is newer there, and was left as it is; pull it")
@@ -92,7 +93,7 @@ def push(
 def pull(ctx: click.Context, /, source: str, patches: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Take patches and recipes from SOURCE, a folder or a URL that was pushed to; or only some of them."""
     talk = Talk()
-    done = workshop(ctx).pull(source, patches=patches, notice=talk.say, report=talk.progress, **asked)
+    done = open_workspace(ctx).pull(source, patches=patches, notice=talk.say, report=talk.progress, **asked)
     talk.clear()
     _show(done, as_json)
 
@@ -106,7 +107,7 @@ def key() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def key_new(file: Path) -> None:
     """Make a key pair: the private key in the new FILE, the public one in FILE.pub."""
-    from overpaint.transport.signing import key_id, new_key
+    from overpaint.registry.sharing.signing import key_id, new_key
 
     public = new_key(file)
     click.echo(f"key {key_id(public)}: keep {file} to yourself, give {file}.pub to those who shall trust you")

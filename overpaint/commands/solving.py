@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, json_option, show_table, workshop
-from overpaint.commands.interrupting import interruptible
+from overpaint.commands.common import Talk, device_option, interruptible, json_option, open_workspace, show_table
 
 if TYPE_CHECKING:
-    from overpaint.solving.plans import Plan
-    from overpaint.solving.running import Outcome
+    from overpaint.workspace.planning import SolvePlan
+    from overpaint.workspace.solving import SolveOutcome
+
+
+# `overpaint solvers`: the methods there are, and what can be set on each.
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def solvers(name: str | None, as_json: bool) -> None:
+    """List all solvers, or show the settings and presets of one.
+
+    Use a setting with `overpaint solve --set NAME=VALUE`, a preset with `--set preset=NAME`.
+    """
+    if name is None:
+        _show_all(as_json)
+    else:
+        _show_one(name, as_json)
+
+
+def _show_all(as_json: bool) -> None:
+    from overpaint.solvers import BrokenSolver
+    from overpaint.solvers import solvers as all_solvers
+
+    found, refused = all_solvers()
+    rows = []
+    for solver in found.values():
+        try:
+            rows.append([solver.name, solver.about, solver.package])
+        except BrokenSolver as error:
+            refused.append(str(error))
+    show_table("Solvers", ["name", "what it does", "package"], rows, as_json)
+    for sentence in refused:
+        Talk().say(f"left out: {sentence}")
+
+
+def _show_one(name: str, as_json: bool) -> None:
+    from overpaint.solvers import solver_class
+    from overpaint.solvers.problem import range_of, settable
+
+    solver = solver_class(name)
+    presets: Mapping[str, Mapping[str, Any]] = solver.PRESETS
+    rows = [
+        [
+            setting,
+            spec.default,
+            *(values.get(setting, "") for values in presets.values()),
+            range_of(spec),
+            spec.metadata["about"],
+        ]
+        for setting, spec in settable(solver).items()
+    ]
+    columns = ["setting", "default", *(f"preset {preset}" for preset in presets), "range", "what it is"]
+    show_table(f"{name}: {(solver.__doc__ or '').strip().splitlines()[0]}", columns, rows, as_json)
 
 
 @click.command()
@@ -53,21 +106,21 @@ def solve(
         raise click.UsageError("name the concepts, or a file that lists them with --from")
     how["settings"] = dict(_pair(text) for text in how["settings"])
     talk = Talk()
-    outcomes: list[Outcome] = []
-    plan: Plan | None = None
+    outcomes: list[SolveOutcome] = []
+    plan: SolvePlan | None = None
     with interruptible(talk, lambda: _kept(plan, outcomes)):
-        shop = workshop(ctx)
-        orders = shop.orders(concepts, file=file, **how)
-        plan = shop.plan(orders, base=base_name, update=update, again=again)
+        workspace = open_workspace(ctx)
+        orders = workspace.orders(concepts, file=file, **how)
+        plan = workspace.plan(orders, base=base_name, update=update, again=again)
         if dry_run:
             _show_plan(plan, as_json)
             return
-        shop.carry_out(plan, device=device, report=talk.progress, told=outcomes.append)
+        workspace.carry_out(plan, device=device, report=talk.progress, told=outcomes.append)
     talk.clear()
     _show(outcomes, as_json)
 
 
-def _show(outcomes: list[Outcome], as_json: bool) -> None:
+def _show(outcomes: list[SolveOutcome], as_json: bool) -> None:
     rows = [
         [o.record.concept, o.record.id, o.record.kind, o.record.nbytes, round(o.seconds, 3), _when(o)]
         for o in outcomes
@@ -86,7 +139,7 @@ def _show(outcomes: list[Outcome], as_json: bool) -> None:
         raise click.ClickException("\n".join(_failure(names, error) for error, names in failed.items()))
 
 
-def _when(outcome: Outcome) -> str:
+def _when(outcome: SolveOutcome) -> str:
     return "before" if outcome.before else "now"
 
 
@@ -95,7 +148,7 @@ def _failure(names: list[str], error: str) -> str:
     return f"not solved: {', '.join(names[:5])}{more}: {error}"
 
 
-def _show_plan(plan: Plan, as_json: bool) -> None:
+def _show_plan(plan: SolvePlan, as_json: bool) -> None:
     """One row for each patch: what its concept is to the registry, how it would be solved, and its id if it was."""
     unknown = {concept.name: "new" for concept in plan.new} | {concept.name: "changed" for concept in plan.changed}
     rows = []
@@ -111,7 +164,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     Talk().say(f"{len(plan.open)} of {len(rows)} to solve, with {len(plan.around.universe)} concepts in the universe")
 
 
-def _kept(plan: Plan | None, outcomes: list[Outcome]) -> str:
+def _kept(plan: SolvePlan | None, outcomes: list[SolveOutcome]) -> str:
     now = sum(outcome.record is not None and not outcome.before for outcome in outcomes)
     if plan is None or not now:
         return "nothing was stored"

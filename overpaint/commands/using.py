@@ -1,15 +1,18 @@
-"""Using what is there: `build`, `generate`, `demo`, and the upkeep of the database."""
+"""`overpaint inspect`: what is in a checkpoint, a base or a patch file."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, recipe_option, workshop
+from overpaint.commands.common import Talk, device_option, json_option, open_workspace, recipe_option, show_table
+
+# Using what is there: `build`, `generate`, `demo`, and the upkeep of the database.
 
 
 @click.group()
@@ -33,7 +36,7 @@ def db_upgrade(ctx: click.Context) -> None:
 @click.pass_context
 def build(ctx: click.Context, name: str, out: Path, form: Any) -> None:
     """Bake a recipe into a new checkpoint OUT: a diffusers folder, or a single file whose name ends in .safetensors."""
-    built = workshop(ctx).build(name, out, notice=Talk().say, form=form)
+    built = open_workspace(ctx).build(name, out, notice=Talk().say, form=form)
     click.echo(f"built {built.folder}: weights {built.digest}")
 
 
@@ -50,9 +53,9 @@ def build(ctx: click.Context, name: str, out: Path, form: Any) -> None:
 @click.pass_context
 def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare: bool, **options: Any) -> None:
     """Draw a prompt with a recipe applied."""
-    from overpaint.drawing import draw
+    from overpaint.workspace.evaluating import draw
 
-    draw(workshop(ctx), recipe, prompt, out, compare=compare, **options)
+    draw(open_workspace(ctx), recipe, prompt, out, compare=compare, **options)
     click.echo(str(out))
 
 
@@ -66,7 +69,7 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
 @click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
 def demo(out: Path | None, quick: bool) -> None:
     """Erase seven concepts from the embedded base, put two back, build a checkpoint, judge it all."""
-    from overpaint.demo import run
+    from overpaint.workspace.demo import run
 
     if not run(out or _free_folder(), quick=quick):
         sys.exit(1)
@@ -75,3 +78,34 @@ def demo(out: Path | None, quick: bool) -> None:
 def _free_folder() -> Path:
     names = itertools.chain(["overpaint-demo"], (f"overpaint-demo-{n}" for n in itertools.count(2)))
     return next(Path(name) for name in names if not Path(name).exists())
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="FILE-OR-FOLDER")
+@json_option
+@click.pass_context
+def inspect(ctx: click.Context, path: Path, as_json: bool) -> None:
+    """Say what is erased in a checkpoint and check every digest; also describes bases and patch files.
+
+    The exit code is 0 only when Overpaint built it and everything recorded is true.
+    """
+    from overpaint.patches.inspect import inspect as look
+
+    found = look(path)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        show_table(f"{path}: {found.what}", ["what", "value"], [[k, _plain(v)] for k, v in found.facts.items()], False)
+        rows = [[_plain(p.get("concept", "")), p["strength"], p.get("solver", ""), p["id"]] for p in found.patches]
+        if rows:
+            show_table("Erased in it", ["concept", "strength", "solver", "patch"], rows, False)
+        for problem in found.problems:
+            click.echo(_plain(problem))
+        if found.sound:
+            click.echo("every digest matches")
+    ctx.exit(0 if found.sound else 1)
+
+
+def _plain(value: Any) -> str:
+    """A value from a file somebody else wrote: what a terminal would obey is shown instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))

@@ -11,23 +11,165 @@ on the model instead (`probing.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.evaluation.moments import Moments
-from overpaint.evaluation.probing import probe
+from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import TextMap
+from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
+from overpaint.solvers.sentences import PADDING, keys_of, sentences
+
+# What a base hears of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
+#
+# Encoding a concept's sentences takes seconds on a large text encoder, the factor is a few hundred kilobytes; so it is
+# kept beside the registry and read again while base and sentences are the same.
+
+
+ENERGY = 1 - 1e-6
+"""Share of the second moment's trace that the factor keeps."""
+
+
+class Moments:
+    """Second-moment factors of concepts on one base. `cache` is a folder, or None to keep nothing.
+
+    Sentences that name another of `concepts` are left out: what erasing ink does to "a cat in ink style" says nothing
+    about cats.
+    """
+
+    def __init__(self, base: Base, concepts: Iterable[Concept], cache: Path | None, device: torch.device) -> None:
+        self._base, self._cache, self._device = base, cache, device
+        self._named = {word.casefold() for concept in concepts for word in concept.words}
+        self._encoders: dict[str, TextEncoder] = {}
+        self._factors: dict[str, Tensor] = {}
+
+    def factor(self, concept: Concept, text_inputs: tuple[str, ...] = ("text_encoder",)) -> Tensor:
+        """F, float64 [d, k], of what comes through doors that stand side by side, one below the other.
+
+        Raises PromptTooLong when the concept does not fit into a sentence.
+        """
+        name = self._name(concept, text_inputs)
+        if name not in self._factors:
+            found = self._recall(name)
+            if found is None:
+                found = self._compute(concept, text_inputs)
+                self._keep(name, found)
+            self._factors[name] = found
+        return self._factors[name].double()
+
+    def _name(self, concept: Concept, text_inputs: tuple[str, ...]) -> str:
+        meant = {
+            "base": self._base.fingerprint,
+            "doors": text_inputs,
+            "words": concept.words,
+            "sentences": self._templates(concept),
+            "padding": PADDING,
+        }
+        return hashlib.sha256(canonical_json(meant)).hexdigest()
+
+    def _templates(self, concept: Concept) -> list[str]:
+        asked = [template for template, _ in sentences(self._base, concept.kind).pairs]
+        return [t for t in asked if not self._named & set(re.findall(r"\w+", t.casefold()))] or asked[:1]
+
+    def _compute(self, concept: Concept, text_inputs: tuple[str, ...]) -> Tensor:
+        self._encoders = self._encoders or encoders(self._base, self._device)
+        templates = self._templates(concept)
+        count = len(concept.words) * len(templates)
+        keys = torch.cat(
+            [keys_of(self._encoders[text_input], concept.words, templates).cpu() for text_input in text_inputs]
+        )
+        left, size, _ = torch.linalg.svd(keys / count**0.5, full_matrices=False)
+        share = size.square().cumsum(0) / size.square().sum()
+        rank = int((share < ENERGY).sum()) + 1
+        factor: Tensor = (left[:, :rank] * size[:rank]).float()
+        return factor
+
+    def _recall(self, name: str) -> Tensor | None:
+        if self._cache is None or not (file := self._cache / f"{name}.safetensors").is_file():
+            return None
+        try:
+            found: Tensor = safetensors.torch.load_file(file)["factor"]
+        except (SafetensorError, KeyError, OSError):
+            return None  # only time is lost: it is computed again
+        return found
+
+    def _keep(self, name: str, factor: Tensor) -> None:
+        if self._cache is None:
+            return
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            scratch = self._cache / f"{name}.{os.getpid()}"
+            safetensors.torch.save_file({"factor": factor.contiguous()}, scratch)
+            scratch.replace(self._cache / f"{name}.safetensors")
+        except OSError:
+            pass  # a read-only registry can still be asked
+
+
+# How far a patch moves what the model draws of a concept, measured on the model itself.
+#
+# For deltas that reach beyond cross-attention. At a few noise levels, `|eps_i(x, c_j) - eps_0(x, c_j)|` relative to what
+# the prompt contributes without the patch, `|eps_0(x, c_j) - eps_0(x, '')|`; x is Gaussian, the same for all.
+
+
+LEVELS = (0.9, 0.6, 0.3)
+"""Where to look, as shares of the noise schedule; the first decides the composition, the last the details."""
+SENTENCES, SAMPLES = 4, 2
+
+
+@torch.no_grad()
+def probe(base: Base, patch: Patch, concepts: Sequence[Concept], device: torch.device) -> list[float]:
+    """The relative change of the predicted noise for each concept, in their order."""
+    pipe = base.pipeline(device=str(device))
+    prompts = [_prompts(base, concept) for concept in concepts]
+    before = [_noise(pipe, asked) for asked in prompts]
+    empty = _noise(pipe, [""] * SENTENCES)
+    overlay = Overlay(pipe, base)
+    with overlay.applied([Term(patch.id, patch.delta)]):
+        after = [_noise(pipe, asked) for asked in prompts]
+    return [float((b - a).norm() / (a - empty).norm()) for a, b in zip(before, after, strict=True)]
+
+
+def _prompts(base: Base, concept: Concept) -> list[str]:
+    """`SENTENCES` sentences that name the concept, spread over those the base knows for its kind."""
+    known = sentences(base, concept.kind).pairs
+    chosen = [known[i * len(known) // SENTENCES][0] for i in range(SENTENCES)]
+    return [template.format(concept.words[i % len(concept.words)]) for i, template in enumerate(chosen)]
+
+
+def _noise(pipe: Any, prompts: list[str]) -> Tensor:
+    """The predicted noise at every level, float32 [levels, sentences * SAMPLES, c, h, w]."""
+    config, device = pipe.unet.config, pipe.unet.device
+    ids = pipe.tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    hidden = pipe.text_encoder(ids.to(device)).last_hidden_state.repeat_interleave(SAMPLES, 0)
+    shape = (SAMPLES, config.in_channels, config.sample_size, config.sample_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(hidden).repeat(len(prompts), 1, 1, 1)
+    levels = len(pipe.scheduler.alphas_cumprod)
+    found = [pipe.unet(x, int(share * (levels - 1)), encoder_hidden_states=hidden).sample for share in LEVELS]
+    return torch.stack(found).float()
+
 
 WARN_ABOVE = 0.2
 """Cross-talk from which `patch add` warns."""
@@ -98,7 +240,7 @@ def crosstalk(
 
 def has_closed_form(base: Base, patch: Patch) -> bool:
     """Whether a patch changes nothing but projections that read the prompt."""
-    return set(patch.delta.targets(base)) <= set(base.readers())
+    return set(patch.delta.targets(base)) <= set(base.projections())
 
 
 class _ClosedForm:
@@ -106,7 +248,7 @@ class _ClosedForm:
 
     def __init__(self, base: Base, concepts: list[Concept], cache: Path | None, device: torch.device) -> None:
         self.base, self.concepts = base, concepts
-        self._groups = [_Group(base, doors) for doors in _side_by_side(base)]
+        self._groups = [_Group(base, text_inputs) for text_inputs in _side_by_side(base)]
         self._moments = Moments(base, concepts, cache, device)
 
     def effects(self, patch: Patch) -> list[float]:
@@ -116,7 +258,7 @@ class _ClosedForm:
         for concept in self.concepts:
             moved = read = 0.0
             for group, change in zip(self._groups, changes, strict=True):
-                thin = self._moments.factor(concept, group.doors)
+                thin = self._moments.factor(concept, group.text_inputs)
                 moved += float(torch.einsum("dk,de,ek->", thin, change, thin))
                 read += float(torch.einsum("dk,de,ek->", thin, group.gram, thin))
             found.append((max(0.0, moved) / read) ** 0.5)
@@ -126,18 +268,21 @@ class _ClosedForm:
 def _side_by_side(base: Base) -> list[tuple[str, ...]]:
     """The doors of a base, those together that the same tensors read, in the order of their columns."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for door in base.doors:
-        found.setdefault(tuple(base.readers(door)), []).append(door)
-    return [tuple(sorted(doors, key=lambda door: base.columns(door, names[0]).start)) for names, doors in found.items()]
+    for text_input in base.text_inputs:
+        found.setdefault(tuple(base.projections(text_input)), []).append(text_input)
+    return [
+        tuple(sorted(text_inputs, key=lambda text_input: base.columns(text_input, names[0]).start))
+        for names, text_inputs in found.items()
+    ]
 
 
 class _Group:
     """Doors that the same tensors read, and the columns of these tensors that belong to them."""
 
-    def __init__(self, base: Base, doors: tuple[str, ...]) -> None:
-        self.base, self.doors = base, doors
-        self._names = base.readers(doors[0])
-        self._columns = {door: base.columns(door, self._names[0]) for door in doors}
+    def __init__(self, base: Base, text_inputs: tuple[str, ...]) -> None:
+        self.base, self.text_inputs = base, text_inputs
+        self._names = base.projections(text_inputs[0])
+        self._columns = {text_input: base.columns(text_input, self._names[0]) for text_input in text_inputs}
         self._width = max(columns.stop for columns in self._columns.values())
 
     @cached_property
@@ -150,7 +295,9 @@ class _Group:
         """H of a patch, float64 [d, d]; for text maps from their factors, without touching a weight."""
         total = torch.zeros_like(self.gram)
         if all(isinstance(part, TextMap) for part in patch.delta.parts):
-            maps = [part for part in patch.delta.parts if isinstance(part, TextMap) and part.encoder in self.doors]
+            maps = [
+                part for part in patch.delta.parts if isinstance(part, TextMap) and part.encoder in self.text_inputs
+            ]
             if maps:
                 up = torch.cat([self._placed(text_map.encoder, text_map.up) for text_map in maps], 1)
                 down = torch.cat([self._placed(text_map.encoder, text_map.down) for text_map in maps], 1)
@@ -162,8 +309,8 @@ class _Group:
                 total += step.T @ step
         return total
 
-    def _placed(self, door: str, factor: Tensor) -> Tensor:
+    def _placed(self, text_input: str, factor: Tensor) -> Tensor:
         """A factor of one door among the columns of all."""
         whole = torch.zeros(self._width, factor.shape[1], dtype=torch.float64)
-        whole[self._columns[door]] = factor.double()
+        whole[self._columns[text_input]] = factor.double()
         return whole

@@ -1,17 +1,34 @@
-"""Pictures from a pipeline: one seed per picture, and the picture does not depend on its neighbours in the batch."""
+"""Where pictures come from: a base with any set of patches on, each picture drawn once and then remembered.
+
+Pictures are known by the digest of the composed weights, so that the base, and any two recipes that compose to the same
+bits, are drawn once; what an interrupted run has drawn is there for the next one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from overpaint.errors import OverpaintError
+from overpaint.bases.base import Base
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.prompts import EvalPrompt
+from overpaint.patches.compose import Term, compose, composition_digest
+from overpaint.patches.live import Overlay
+
+# Pictures from a pipeline: one seed per picture, and the picture does not depend on its neighbours in the batch.
 
 
 @dataclass(frozen=True)
@@ -79,3 +96,162 @@ def _silenced(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**kept)
+
+
+# Pictures that were drawn before, kept on disk by what determines them: weights, sampler, prompt and seed.
+#
+# Each is a PNG file that says in its own text what it shows and what the digest of its pixels is, so that a damaged one is
+# found when it is read, and drawn again. A cache that cannot be written costs time and nothing else.
+
+
+Picture = NDArray[np.uint8]
+
+
+class ImageCache:
+    """A folder of pictures; None keeps nothing. `damaged` lists the files that were not what they should be."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.damaged: list[Path] = []
+
+    def find(self, weights: str, sampler: str, questions: Sequence[EvalPrompt]) -> list[Picture | None]:
+        """For each question its picture, uint8 [h, w, 3], or None where there is no sound one."""
+        if self.folder is None or not (self.folder / weights).is_dir():
+            return [None] * len(questions)
+        return [self._read(self._place(weights, sampler, each)) for each in questions]
+
+    def keep(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Picture]) -> None:
+        """Keep one picture for each question; a file is there whole or not at all."""
+        if self.folder is None:
+            return
+        try:
+            (self.folder / weights).mkdir(parents=True, exist_ok=True)
+            for question, picture in zip(questions, pictures, strict=True):
+                said = PngInfo()
+                said.add_itxt("prompt", question.prompt)
+                said.add_text("seed", str(question.seed))
+                said.add_text("sampler", sampler)
+                said.add_text("sha256", _digest(picture))
+                place = self._place(weights, sampler, question)
+                scratch = place.with_suffix(f".{os.getpid()}")
+                Image.fromarray(picture).save(scratch, "PNG", pnginfo=said)
+                scratch.replace(place)
+        except OSError:
+            pass
+
+    def _place(self, weights: str, sampler: str, question: EvalPrompt) -> Path:
+        assert self.folder is not None
+        meant = canonical_json([sampler, question.prompt, question.seed])
+        return self.folder / weights / f"{hashlib.sha256(meant).hexdigest()}.png"
+
+    def _read(self, place: Path) -> Picture | None:
+        try:
+            with Image.open(place) as file:
+                picture = np.asarray(file.convert("RGB"))
+                sound = file.info.get("sha256") == _digest(picture)
+        except FileNotFoundError:
+            return None
+        except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises depends on which byte is damaged
+            sound = False
+        if not sound:
+            self.damaged.append(place)
+            return None
+        return picture
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(canonical_json(list(picture.shape)) + picture.tobytes()).hexdigest()
+
+
+Report = Callable[[int, int, str], None]
+
+
+class ImageGenerator:
+    """Draws questions on a base under any terms. The pipeline is loaded when the first picture is missing.
+
+    `report(done, of, text)` hears of every batch; `expect` says beforehand how many pictures there will be.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        sampler: Sampler,
+        image_cache: ImageCache,
+        device: torch.device,
+        report: Report = lambda done, of, text: None,
+        pipe: Any = None,
+    ) -> None:
+        self.base, self.sampler, self.image_cache, self.device = base, sampler, image_cache, device
+        self._report, self._pipe = report, pipe
+        self._overlay: Overlay | None = None
+        self._digests: dict[tuple[tuple[str, float], ...], str] = {(): base.fingerprint}
+        self._seen: set[tuple[str, str, int]] = set()
+        self._of = self._drawn = 0
+        self._seconds = 0.0
+
+    def expect(self, count: int) -> None:
+        """Announce `count` more pictures."""
+        self._of += count
+
+    def digest(self, terms: Iterable[Term]) -> str:
+        """The digest of the weights that `terms` compose to; the base's fingerprint for none."""
+        ordered = sorted(terms, key=lambda term: term.id)
+        key = tuple((term.id, term.strength) for term in ordered)
+        if key not in self._digests:
+            self._digests[key] = composition_digest(self.base, compose(self.base, ordered))
+        return self._digests[key]
+
+    def draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> NDArray[np.uint8]:
+        """The pictures of `questions`, uint8 [n, h, w, 3]: remembered ones, and the others drawn now."""
+        weights, how = self.digest(terms), self.how
+        found = self.image_cache.find(weights, how, questions)
+        missing = [i for i, picture in enumerate(found) if picture is None]
+        self._tell(
+            weights, [question for question, picture in zip(questions, found, strict=True) if picture is not None]
+        )
+        for start in range(0, len(missing), self.sampler.batch):
+            part = missing[start : start + self.sampler.batch]
+            asked = [questions[i] for i in part]
+            pictures = self._draw(terms, asked)
+            self.image_cache.keep(weights, how, asked, pictures)
+            for i, picture in zip(part, pictures, strict=True):
+                found[i] = picture
+            self._tell(weights, asked)
+        return np.stack([picture for picture in found if picture is not None])
+
+    @property
+    def how(self) -> str:
+        """What beside weights, prompt and seed determines a picture."""
+        return f"{self.sampler.steps} steps, guidance {self.sampler.guidance:g}, {self.device.type}"
+
+    @property
+    def overlay(self) -> Overlay:
+        """What changes the pipeline; made, and the pipeline loaded, when first asked for."""
+        if self._overlay is None:
+            if self._pipe is None:
+                self._pipe = self.base.pipeline(device=str(self.device))
+            self._overlay = Overlay(self._pipe, self.base)
+        return self._overlay
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that `overlay` changes."""
+        assert self.overlay is not None
+        return self._pipe
+
+    def _draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> list[Picture]:
+        self.overlay.set(terms)
+        started = time.monotonic()
+        prompts, seeds = [each.prompt for each in questions], [each.seed for each in questions]
+        pictures = list(generate(self.pipe, prompts, seeds, self.sampler))
+        self._drawn += len(pictures)
+        self._seconds += time.monotonic() - started
+        return pictures
+
+    def _tell(self, weights: str, questions: Sequence[EvalPrompt]) -> None:
+        """Report pictures that are there now; one that is looked at twice counts once."""
+        self._seen |= {(weights, question.prompt, question.seed) for question in questions}
+        done = len(self._seen)
+        self._of = max(self._of, done)
+        left = (self._of - done) * self._seconds / self._drawn if self._drawn else 0.0
+        self._report(done, self._of, f"pictures, {left:.0f} s left" if left >= 1 else "pictures")

@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import combined_digest, tensor_digest
-from overpaint.bases.quiet import quiet_loading
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.evaluation.judging import BATCH, load_judge
-from overpaint.evaluation.worlds import World
+from overpaint.bases.loading import quiet_loading
+from overpaint.bases.safetensors_file import tensor_digest
+from overpaint.core.digests import combined_digest
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation.metrics import PICTURES_AT_ONCE, load_judge
+from overpaint.evaluation.prompts import PromptSet
 
 Pictures = NDArray[np.uint8]
 
@@ -53,26 +54,26 @@ class Judge(Protocol):
         ...
 
 
-def open_judge(spec: str, base: Base, world: World, device: torch.device) -> Judge:
+def open_judge(spec: str, base: Base, prompt_set: PromptSet, device: torch.device) -> Judge:
     """The judge of a word (see this module); the empty word means the base's own `cnn`.
 
     Raises NotFound when the base has no such judge, OverpaintError for a word, a model or a hook that is none.
     """
     kind, _, place = spec.partition(":")
     if kind in ("", "cnn") and not place:
-        return Embedded(base, device)
+        return EmbeddedJudge(base, device)
     if kind == "clip":
-        return ZeroShot(place or _own_clip(base), world, device)
+        return ZeroShot(place or _own_clip(base), prompt_set, device)
     if kind == "classifier" and place:
-        return Classifier(place, world, device)
+        return Classifier(place, prompt_set, device)
     if kind == "hook" and ":" in place:
-        return _hooked(place, world)
+        return _hooked(place, prompt_set)
     raise OverpaintError(
         f"{spec!r} names no judge; use cnn, clip, clip:FOLDER-or-ID, classifier:FOLDER-or-ID or hook:MODULE:FUNCTION"
     )
 
 
-class Embedded:
+class EmbeddedJudge:
     """The classifier in a base's own `judge/` folder. Raises NotFound when it has none."""
 
     def __init__(self, base: Base, device: torch.device) -> None:
@@ -96,14 +97,16 @@ class Embedded:
 class ZeroShot:
     """A CLIP: the class whose sentences a picture is most like. Sentences of one class are averaged as unit vectors."""
 
-    def __init__(self, place: str | Path, world: World, device: torch.device) -> None:
+    def __init__(self, place: str | Path, prompt_set: PromptSet, device: torch.device) -> None:
         self._model, self._processor = _load("AutoModelForZeroShotImageClassification", place)
         self._tokenizer = _load_tokenizer(place)
         self._model.to(device)
         self._device = device
-        self.heads = {head: world.names(head) for head in world.classes}
+        self.heads = {head: prompt_set.names(head) for head in prompt_set.classes}
         self.name = f"clip {_digest(self._model)}"
-        self._texts = {head: self._encoded([world.labels(head, n) for n in self.heads[head]]) for head in self.heads}
+        self._texts = {
+            head: self._encoded([prompt_set.labels(head, n) for n in self.heads[head]]) for head in self.heads
+        }
 
     def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
         seen = torch.from_numpy(self.features(pictures)).to(self._device)
@@ -138,13 +141,13 @@ class Classifier:
     Raises NotFound when no class of the world has a label.
     """
 
-    def __init__(self, place: str | Path, world: World, device: torch.device) -> None:
+    def __init__(self, place: str | Path, prompt_set: PromptSet, device: torch.device) -> None:
         self._model, self._processor = _load("AutoModelForImageClassification", place)
         self._model.to(device)
         self._device = device
         labels = {int(i): _words(label) for i, label in self._model.config.id2label.items()}
         self._columns: dict[str, dict[str, list[int]]] = {}
-        for head, classes in world.classes.items():
+        for head, classes in prompt_set.classes.items():
             wanted = {name: {word.casefold() for word in (name, *words)} for name, words in classes.items()}
             found = {n: [i for i, label in labels.items() if label & words] for n, words in wanted.items()}
             self._columns[head] = {name: columns for name, columns in found.items() if columns}
@@ -168,7 +171,7 @@ class Classifier:
 
 @torch.no_grad()
 def _in_batches(compute: Any, values: Tensor, device: torch.device) -> NDArray[np.float32]:
-    found = [compute(part.to(device)).float().cpu() for part in values.split(BATCH)]
+    found = [compute(part.to(device)).float().cpu() for part in values.split(PICTURES_AT_ONCE)]
     joined: NDArray[np.float32] = torch.cat(found).numpy()
     return joined
 
@@ -218,10 +221,10 @@ def _own_clip(base: Base) -> Path:
     return place
 
 
-def _hooked(place: str, world: World) -> Judge:
+def _hooked(place: str, prompt_set: PromptSet) -> Judge:
     module, _, name = place.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)(world)
+        found: Any = getattr(importlib.import_module(module), name)(prompt_set)
     except (ImportError, AttributeError) as error:
         raise OverpaintError(f"the judge hook:{place} cannot be loaded: {error}") from error
     if not isinstance(found, Judge):

@@ -9,13 +9,195 @@ Frechet distance is that of FID (Heusel et al., NeurIPS 2017), here in the featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
-from overpaint.errors import OverpaintError
+from overpaint.bases.emoji.judge import JudgeNetwork
+from overpaint.core.errors import NotFound, OverpaintError
+
+# What the judge sees in generated pictures, and how sure a count of its verdicts can be.
+
+
+PICTURES_AT_ONCE = 256
+"""Pictures judged at once."""
+Z95 = 1.959963984540054
+"""The normal quantile that leaves 2.5% on either side."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """`correct` of `n` pictures judged right. Raises OverpaintError unless 0 <= correct <= n and n > 0."""
+
+    correct: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.n or self.n == 0:
+            raise OverpaintError(f"a score needs at least one picture; got {self.correct} right of {self.n}")
+
+    @property
+    def rate(self) -> float:
+        """The share judged right, 0 to 1."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% Wilson score interval of the rate, 0 to 1. It stays honest at 0 and at n of n."""
+        squared = Z95**2
+        centre = (self.correct + squared / 2) / (self.n + squared)
+        half = Z95 / (self.n + squared) * sqrt(self.correct * (self.n - self.correct) / self.n + squared / 4)
+        # At the ends the formula gives 0 and 1 up to rounding.
+        low = max(0.0, centre - half) if self.correct else 0.0
+        return low, min(1.0, centre + half) if self.correct < self.n else 1.0
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.rate:.1%} ({low:.1%} to {high:.1%}, n={self.n})"
+
+
+def load_judge(folder: Path) -> JudgeNetwork:
+    """The judge that lies in a base's folder, in `judge/`.
+
+    Raises NotFound when the base has none: only the embedded base ships with one.
+    """
+    place = folder / "judge"
+    if missing := [name for name in ("judge.json", "judge.safetensors") if not (place / name).is_file()]:
+        raise NotFound(
+            f"no judge in {folder}: {' and '.join(missing)} not found under judge/. Only the embedded base has "
+            "a judge; for another base name one with --judge, such as clip:openai/clip-vit-base-patch32"
+        )
+    return JudgeNetwork.load(place)
+
+
+@torch.no_grad()
+def verdicts(judge: JudgeNetwork, pictures: NDArray[np.uint8], head: str) -> list[str]:
+    """The class that `head` ("object", "style" or "background") finds most likely in each picture.
+
+    `pictures` is uint8 [n, 64, 64, 3]. Raises OverpaintError on another shape or type, NotFound on an unknown head.
+    """
+    if head not in judge.classes:
+        raise NotFound(f"the judge has no head {head!r}; choose one of {', '.join(judge.classes)}")
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
+        raise OverpaintError(f"the judge reads uint8 pictures [n, 64, 64, 3]; got {pictures.dtype} {pictures.shape}")
+    device = next(judge.parameters()).device
+    found: list[int] = []
+    for start in range(0, len(pictures), PICTURES_AT_ONCE):
+        part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + PICTURES_AT_ONCE].transpose(0, 3, 1, 2)))
+        found += judge(part.to(device).float() / 127.5 - 1)[head].argmax(1).tolist()
+    return [judge.classes[head][i] for i in found]
+
+
+def accuracy(judge: JudgeNetwork, pictures: NDArray[np.uint8], truth: Sequence[str], head: str) -> Score:
+    """How many of `pictures` (uint8 [n, 64, 64, 3]) the judge takes for what `truth` says they should show.
+
+    Raises OverpaintError when the lengths differ or nothing is given, NotFound when the judge does not know a word.
+    """
+    if len(pictures) != len(truth):
+        raise OverpaintError(
+            f"one true class per picture is needed; got {len(pictures)} pictures, {len(truth)} classes"
+        )
+    seen = verdicts(judge, pictures, head)
+    if strangers := sorted(set(truth) - set(judge.classes[head])):
+        raise NotFound(
+            f"the judge cannot tell {', '.join(strangers)}; its {head} head knows {', '.join(judge.classes[head])}"
+        )
+    return Score(sum(a == b for a, b in zip(seen, truth, strict=True)), len(truth))
+
+
+# A number with its doubt: means over pictures, bootstrapped over the prompts they were drawn for.
+#
+# Pictures of one prompt are alike, so it is prompts that are drawn again (a cluster bootstrap), and the interval is the
+# percentile one. A `Mean` carries its replicates: `harmonic_mean(1 - erased, kept)` of two of them is a bootstrap of the
+# harmonic mean. Means over the same prompts are resampled alike, so that the ratio of a model to its base is a paired one.
+
+
+REPLICATES = 2000
+REPLICATES_AT_ONCE = 200
+"""Replicates worked out at once, so that memory stays small for thousands of prompts."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number that a suite found: what it is about, what was measured, and over how many pictures or things.
+
+    `low` and `high` bound it with 95%; None where it is counted rather than sampled.
+    """
+
+    subject: str
+    metric: str
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """A mean over `n` pictures: itself at place 0, and then its bootstrap replicates; float64 [1 + replicates]."""
+
+    draws: NDArray[np.float64]
+    n: int
+    hits: int | None = None
+
+    @property
+    def value(self) -> float:
+        return float(self.draws[0])
+
+    def found(self, subject: str, metric: str) -> Measurement:
+        """This mean as a finding.
+
+        A share of 0 or 1 has only equal replicates; its interval is Wilson's, which still knows n.
+        """
+        if self.hits in (0, self.n):
+            low, high = Score(self.hits, self.n).interval
+            return Measurement(subject, metric, self.value, self.n, low, high)
+        return found(subject, metric, self.draws, self.n)
+
+
+def found(subject: str, metric: str, draws: ArrayLike, n: int) -> Measurement:
+    """A function of means as a finding: the value at place 0, the 95% percentile interval of the rest."""
+    numbers = np.asarray(draws, np.float64)
+    low, high = np.percentile(numbers[1:], (2.5, 97.5))
+    return Measurement(subject, metric, float(numbers[0]), n, float(low), float(high))
+
+
+def mean(values: Sequence[float] | NDArray[np.float64], prompts: Sequence[Hashable], seed: int = 0) -> Mean:
+    """The mean of one value per picture, bootstrapped over the prompts that the pictures were drawn for.
+
+    The same prompts and seed draw the same replicates. Raises OverpaintError when there is no picture, or not one
+    prompt for each.
+    """
+    if not len(values) or len(values) != len(prompts):
+        raise OverpaintError(f"a mean needs values, and a prompt for each; got {len(values)} and {len(prompts)}")
+    numbers = np.asarray(values, np.float64)
+    _, which = np.unique([str(prompt) for prompt in prompts], return_inverse=True)
+    sums, counts = np.bincount(which, weights=numbers), np.bincount(which).astype(np.float64)
+    named = zlib.crc32("\n".join(sorted({str(prompt) for prompt in prompts})).encode())
+    rng = np.random.default_rng([seed, named])
+    draws = [np.array([numbers.mean()])]
+    for start in range(0, REPLICATES, REPLICATES_AT_ONCE):
+        chosen = rng.integers(len(sums), size=(min(REPLICATES_AT_ONCE, REPLICATES - start), len(sums)))
+        draws.append(sums[chosen].sum(1) / counts[chosen].sum(1))
+    shares = bool(np.isin(numbers, (0.0, 1.0)).all())
+    return Mean(np.concatenate(draws), len(numbers), int(numbers.sum()) if shares else None)
+
+
+def average(means: Sequence[Mean]) -> Mean:
+    """The mean of several means, each counting alike, as a benchmark averages over concepts."""
+    if not means:
+        raise OverpaintError("an average needs at least one mean; nothing was judged")
+    hits = None if any(each.hits is None for each in means) else sum(each.hits or 0 for each in means)
+    n = sum(each.n for each in means)
+    return Mean(np.mean([each.draws for each in means], axis=0), n, hits if hits in (0, n) else None)
+
 
 Numbers = NDArray[np.float64]
 PEAK = 255.0

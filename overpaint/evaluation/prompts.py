@@ -1,25 +1,38 @@
-"""What to ask the embedded base when it is judged: sentences over its catalogue, the same ones every time.
+"""What can be asked of a base, and what a judge has to tell apart in its answers.
 
-A third of an object's prompts name the object alone, a third a style too, a third a background too; styles, backgrounds
-and templates rotate. An object's prompts and seeds do not depend on which other objects are asked for, so that
-the same pictures come up before and after something is erased.
+A world names classes by head ("object", "style") and makes the questions: a sentence, its seed, and what a faithful picture
+of it shows. The embedded base's world is its catalogue, asked in sentences that training never saw. Any other base is asked
+for the registry's concepts, beside a few common things that speak for everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from overpaint.bases.emoji.catalogue import Scene, captions, catalogue
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
+
+# What to ask the embedded base when it is judged: sentences over its catalogue, the same ones every time.
+#
+# A third of an object's prompts name the object alone, a third a style too, a third a background too; styles, backgrounds
+# and templates rotate. An object's prompts and seeds do not depend on which other objects are asked for, so that
+# the same pictures come up before and after something is erased.
+
 
 SPREAD = 10_000
 """Seeds set aside for each object or style."""
 
 
 @dataclass(frozen=True)
-class EvalPrompt:
+class CatalogueScene:
     """A sentence, what a faithful picture of it shows (None where the sentence leaves it open), and its seed."""
 
     prompt: str
@@ -35,7 +48,7 @@ class Trial(NamedTuple):
     seed: int
 
 
-def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0) -> list[EvalPrompt]:
+def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0) -> list[CatalogueScene]:
     """`per_object` prompts for each object, object by object.
 
     `held_out` takes the templates that training never saw. Raises NotFound on a word that the catalogue lacks.
@@ -50,11 +63,13 @@ def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, se
                 words.styles[turn % len(words.styles)] if kind == 1 else None,
                 words.backgrounds[turn % len(words.backgrounds)] if kind == 2 else None,
             )
-            found.append(EvalPrompt(_caption(scene, 2 * place + i // 3, held_out), scene, seed0 + SPREAD * place + i))
+            found.append(
+                CatalogueScene(_caption(scene, 2 * place + i // 3, held_out), scene, seed0 + SPREAD * place + i)
+            )
     return found
 
 
-def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0) -> list[EvalPrompt]:
+def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0) -> list[CatalogueScene]:
     """`per_style` prompts that name each style, style by style; the objects rotate.
 
     Raises NotFound on a word that the catalogue lacks.
@@ -64,7 +79,7 @@ def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0
         place = _place(style, words.styles, "style")
         for i in range(_checked(per_style)):
             scene = Scene(words.objects[(7 * place + i) % len(words.objects)], style)
-            found.append(EvalPrompt(_caption(scene, place + i, held_out), scene, seed0 + SPREAD * place + i))
+            found.append(CatalogueScene(_caption(scene, place + i, held_out), scene, seed0 + SPREAD * place + i))
     return found
 
 
@@ -98,3 +113,183 @@ def _checked(count: int) -> int:
     if not 1 <= count <= SPREAD:
         raise OverpaintError(f"between 1 and {SPREAD} prompts can be made for each word; got {count}")
     return count
+
+
+OBJECT, STYLE = "object", "style"
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A sentence, the seed of its picture, and the class by head that a faithful picture of it shows."""
+
+    prompt: str
+    seed: int
+    shows: Mapping[str, str] = field(hash=False)
+
+
+def head_of(concept: Concept) -> str:
+    """The head of a judge that can tell whether a concept is there."""
+    return STYLE if concept.kind == "style" else OBJECT
+
+
+class PromptSet:
+    """Classes by head with the words for each, and the questions about them. `ask` is for each kind of world to say."""
+
+    def __init__(
+        self, classes: Mapping[str, Mapping[str, tuple[str, ...]]], labels: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.classes, self._labels = classes, labels
+
+    def names(self, head: str) -> tuple[str, ...]:
+        """The classes of a head."""
+        return tuple(self.classes[head])
+
+    def labels(self, head: str, name: str) -> list[str]:
+        """Sentences that say what a picture of a class is, for judges that compare pictures with text."""
+        return [label.format(name) for label in self._labels[head]]
+
+    def class_of(self, concept: Concept) -> tuple[str, str]:
+        """The head and the class that a concept is judged by. Raises NotFound with the classes there are."""
+        head = head_of(concept)
+        for name, words in self.classes[head].items():
+            if concept.name.casefold() in {word.casefold() for word in (name, *words)}:
+                return head, name
+        known = ", ".join(self.classes[head])
+        raise NotFound(f"no judge here can tell the {head} {concept.name!r} (known: {known}); name another judge")
+
+    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        """`count` questions for a class; those of one class do not depend on which others are asked."""
+        raise NotImplementedError
+
+    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        """`count` questions that call an object by each of its other names; empty where it has none."""
+        raise NotImplementedError
+
+    def grid(self, styles: Sequence[str], objects: Sequence[str], count: int, seed: int = 0) -> list[EvalPrompt]:
+        """`count` questions for every object in every style."""
+        raise NotImplementedError
+
+
+class EmojiPrompts(PromptSet):
+    """The catalogue of the embedded base, in templates that training never saw."""
+
+    def __init__(self) -> None:
+        words = catalogue()
+        styles: dict[str, tuple[str, ...]] = {style: (style,) for style in words.styles}
+        classes = {OBJECT: dict(words.names), STYLE: styles}
+        super().__init__(classes, {OBJECT: ("a {}", "a picture of a {}", "an emoji of a {}"), STYLE: ("{} style",)})
+
+    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        scenes = object_scenes if head == OBJECT else style_scenes
+        return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed)]
+
+    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        found, words = [], catalogue()
+        for i, word in enumerate(words.names[name][1:]):
+            first = seed + SPREAD * (1000 + 10 * words.objects.index(name) + i)
+            for j in range(count):
+                sentence = words.held_out_templates[OBJECT][j % len(words.held_out_templates[OBJECT])]
+                found.append(EvalPrompt(sentence.format(a=article(word), o=word), first + j, {OBJECT: name}))
+        return found
+
+    def grid(self, styles: Sequence[str], objects: Sequence[str], count: int, seed: int = 0) -> list[EvalPrompt]:
+        found, known = [], catalogue().objects
+        for style in styles:
+            for name in objects:
+                sentences = captions(Scene(name, style), held_out=True)
+                # As in UnlearnCanvas, all questions of one turn share one seed.
+                for i in range(count):
+                    turn = (known.index(name) + i) % len(sentences)
+                    found.append(EvalPrompt(sentences[turn], seed + i, {OBJECT: name, STYLE: style}))
+        return found
+
+
+class ListedPrompts(PromptSet):
+    """The concepts of a registry and a few common things beside them, for any base."""
+
+    def __init__(self, concepts: Iterable[Concept]) -> None:
+        words = _asking()
+        classes: dict[str, dict[str, tuple[str, ...]]] = {OBJECT: {}, STYLE: {}}
+        for concept in concepts:
+            classes[head_of(concept)][concept.name] = concept.words
+        for head, others in words["others"].items():
+            taken = {word.casefold() for known in classes[head].values() for word in known}
+            classes[head] |= {other: (other,) for other in others if other.casefold() not in taken}
+        super().__init__(classes, words["labels"])
+
+    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        place = self.names(head).index(name)
+        first = seed + SPREAD * (place + (0 if head == OBJECT else 500))
+        return [EvalPrompt(*self._sentence(head, name, place, i), first + i, {head: name}) for i in range(count)]
+
+    def _sentence(self, head: str, name: str, place: int, turn: int) -> tuple[str]:
+        sentences = _asking()["sentences"][head]
+        sentence = sentences[turn % len(sentences)]
+        if head == OBJECT:
+            return (sentence.format(name),)
+        objects = _asking()["others"][OBJECT]
+        return (sentence.format(objects[(place + turn) % len(objects)], name),)
+
+    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+        place, sentences = self.names(OBJECT).index(name), _asking()["sentences"][OBJECT]
+        return [
+            EvalPrompt(
+                sentences[j % len(sentences)].format(word), seed + SPREAD * (1000 + 10 * place + i) + j, {OBJECT: name}
+            )
+            for i, word in enumerate(word for word in self.classes[OBJECT][name] if word != name)
+            for j in range(count)
+        ]
+
+    def grid(self, styles: Sequence[str], objects: Sequence[str], count: int, seed: int = 0) -> list[EvalPrompt]:
+        sentences = _asking()["sentences"][STYLE]
+        return [
+            EvalPrompt(sentences[i % len(sentences)].format(name, style), seed + i, {OBJECT: name, STYLE: style})
+            for style in styles
+            for name in objects
+            for i in range(count)
+        ]
+
+
+def read_prompts(path: Path, prompt_set: PromptSet) -> dict[tuple[str, str], list[EvalPrompt]]:
+    """Questions of one's own by (head, class), from a CSV file with the columns prompt and concept, and if wanted seed.
+
+    Raises NotFound for a concept that the world does not know, OverpaintError for a file that is not such a list.
+    """
+    try:
+        rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise OverpaintError(f"cannot read the prompts in {path} ({error}); name a CSV file") from error
+    if not rows or not {"prompt", "concept"} <= rows[0].keys():
+        raise OverpaintError(
+            f"{path} has no rows with the columns prompt and concept; put these names in its first line"
+        )
+    found: dict[tuple[str, str], list[EvalPrompt]] = {}
+    for line, row in enumerate(rows, 2):
+        head, name = _class_named(prompt_set, row["concept"] or "", f"line {line} of {path}")
+        seed = (row.get("seed") or str(line)).strip()
+        if not seed.isdecimal():
+            raise OverpaintError(f"line {line} of {path} has the seed {seed!r}; a seed is a whole number from 0 on")
+        found.setdefault((head, name), []).append(EvalPrompt(row["prompt"] or "", int(seed), {head: name}))
+    return found
+
+
+def _class_named(prompt_set: PromptSet, word: str, where: str) -> tuple[str, str]:
+    for kind in ("object", "style"):
+        try:
+            return prompt_set.class_of(Concept(word or "?", kind))
+        except NotFound:
+            continue
+    known = ", ".join(name for head in prompt_set.classes for name in prompt_set.names(head))
+    raise NotFound(f"{where} asks for {word!r}, which nobody here can judge; known are: {known}")
+
+
+def _question(asked: CatalogueScene) -> EvalPrompt:
+    scene = asked.scene
+    named = {OBJECT: scene.object, STYLE: scene.style}
+    return EvalPrompt(asked.prompt, asked.seed, {head: name for head, name in named.items() if name is not None})
+
+
+@cache
+def _asking() -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(files(__package__).joinpath("asking.json").read_text("utf-8"))
+    return raw

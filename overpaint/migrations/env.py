@@ -3,6 +3,8 @@
 The caller has begun a transaction, so all revisions happen or none does.
 """
 
+from __future__ import annotations
+
 from alembic import context
 
 from overpaint.registry.models import Row

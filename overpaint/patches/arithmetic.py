@@ -16,22 +16,142 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from overpaint.patches.blocks import PARTS, Block, Part, Target, Workspace, matrix
-from overpaint.patches.text_map import TextMap
+from overpaint.patches.delta import TextMap
+
+# The blocks of rows in which a composed tensor is computed, and the scratch memory for it.
+
+
+BLOCK = 1 << 19
+"""Values per block of rows: 4 MB in float64, which stays in a processor's last cache."""
+PARTS = 8
+"""Into how many parts a block is divided for products: PyTorch shares out many among its threads, and one badly."""
+
+
+class ScratchBuffers:
+    """Scratch memory, taken again and again for one tensor after the other; never two at a time."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
+
+    def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, for use in inference mode, that is valid until the same use is asked for again."""
+        # Kept, because making two views takes as long as a small product.
+        view = self._views.get((use, shape, dtype))
+        if view is None:
+            size = shape.numel()
+            memory = self._memory.get((use, dtype))
+            if memory is None or memory.shape[0] < size:
+                # Never less than a block: views of earlier memory are kept, and would keep it.
+                memory = self._memory[use, dtype] = torch.empty(max(size, BLOCK), dtype=dtype)
+                self._views = {key: kept for key, kept in self._views.items() if key[::2] != (use, dtype)}
+            view = self._views[use, shape, dtype] = memory[:size].view(shape)
+        return view
+
+
+@dataclass(frozen=True)
+class Original:
+    """A base's value of one tensor, and the largest magnitude in it."""
+
+    values: Tensor
+    peak: float
+
+
+class ColumnBlock:
+    """Some columns of a block: as they are, and with the rows in parts where they can be divided, also turned."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    @cached_property
+    def parts(self) -> Tensor | None:
+        rows, width = self.whole.shape
+        return None if rows % PARTS else self.whole.view(PARTS, rows // PARTS, width)
+
+    @cached_property
+    def turned(self) -> Tensor | None:
+        return None if self.parts is None else self.parts.mT
+
+
+@dataclass
+class Block:
+    """Some rows: the original's, memory for their sum, and where it goes once it is rounded, which may be that memory.
+
+    `half` is scratch memory for converting float16 to float64 by way of float32, because PyTorch's direct conversion is not
+    vectorised. `all` are all columns of the sum.
+    """
+
+    rows: slice
+    weight: Tensor
+    total: Tensor
+    out: Tensor
+    work: ScratchBuffers
+    half: Tensor | None = None
+    _parts: dict[tuple[int, int], ColumnBlock] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weight.dtype == torch.float16 and self.total.dtype == torch.float64:
+            self.half = self.work.take("half", self.weight.shape, torch.float32)
+        self.all, self.width = ColumnBlock(self.total), self.total.shape[1]
+
+    def part(self, columns: slice) -> ColumnBlock:
+        """Some columns of the sum."""
+        if columns.stop - columns.start == self.width:
+            return self.all
+        key = columns.start, columns.stop
+        if key not in self._parts:
+            self._parts[key] = ColumnBlock(self.total[:, columns])
+        return self._parts[key]
+
+
+class Target:
+    """A tensor whose composed value is wanted, and where to put it.
+
+    `out` is contiguous, on the CPU, of the original's shape and dtype, and may be the original itself. To be made and used in
+    inference mode; what it keeps saves time when it is written to again.
+    """
+
+    def __init__(self, original: Original, out: Tensor, work: ScratchBuffers) -> None:
+        self.original, self.out, self._work = original, out, work
+        self.width, self.largest = out.shape[-1] if out.ndim else 1, torch.finfo(out.dtype).max
+        self._blocks: dict[torch.dtype, list[Block]] = {}
+
+    def blocks(self, precision: torch.dtype) -> list[Block]:
+        """Its blocks; sums are computed in `precision`. They share scratch memory: finish one before the next."""
+        if precision not in self._blocks:
+            weight, out = matrix(self.original.values), matrix(self.out)
+            count = -(-weight.numel() // BLOCK) or 1
+            # Of one size, and one that can be divided.
+            rows = -(-weight.shape[0] // (count * PARTS)) * PARTS
+            starts = range(0, weight.shape[0], rows) if rows else ()
+            self._blocks[precision] = [self._block(weight, out, slice(at, at + rows), precision) for at in starts]
+        return self._blocks[precision]
+
+    def _block(self, weight: Tensor, out: Tensor, rows: slice, precision: torch.dtype) -> Block:
+        some, written = weight[rows], out[rows]
+        if written.dtype == precision == torch.float32:  # not for float64, where the original may be read after a sum
+            return Block(rows, some, written, written, self._work)
+        return Block(rows, some, self._work.take("total", some.shape, precision), written, self._work)
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A tensor as rows; a kernel's rows are its output channels, a vector's its values."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0] if tensor.ndim else 1, -1)
+
 
 THIN = 4
 """Text maps are applied factor by factor while their directions are at most the width over this."""
 
 
 @dataclass(frozen=True)
-class Thin:
+class FactoredMap:
     """Text maps side by side: U^T and D^T, k x d, float64, strengths in U.
 
     `gain` bounds how much larger than the largest weight the change can be.
@@ -49,14 +169,14 @@ class Thin:
         """Both factors, once for each part of a block."""
         return self.up.expand(PARTS, -1, -1), self.down.expand(PARTS, -1, -1)
 
-    def read(self, weight: Part, work: Workspace) -> Tensor:
+    def read(self, weight: ColumnBlock, work: ScratchBuffers) -> Tensor:
         """`(W U)^T` for rows W of a weight (float64), k x rows or divided as the rows are."""
         # With the long side last, because BLAS is up to five times faster for (k x d)(d x rows) than for (rows x d)(d x k).
         if weight.turned is None:
             return torch.mm(self.up, weight.whole.T)
         return torch.bmm(self.parts[0], weight.turned)
 
-    def write(self, read: Tensor, total: Part) -> None:
+    def write(self, read: Tensor, total: ColumnBlock) -> None:
         """Add `W U D^T`."""
         if self.up.shape[0] == 1:  # BLAS takes longer for a single direction
             torch.addcmul(total.whole, read.view(-1, 1), self.down, out=total.whole)
@@ -67,7 +187,7 @@ class Thin:
 
 
 @dataclass(frozen=True)
-class Square:
+class DenseMap:
     """Text maps that fill the text width: their sum U D^T, d x d, float32."""
 
     map: Tensor
@@ -76,40 +196,40 @@ class Square:
     def gain(self) -> float:
         return float(self.map.abs().sum(0).max())
 
-    def read(self, weight: Part, work: Workspace) -> Tensor:
+    def read(self, weight: ColumnBlock, work: ScratchBuffers) -> Tensor:
         """`W U D^T` for rows W of a weight (float64 or float32), in float32."""
         rows = weight.whole
         if rows.dtype != torch.float32:
             rows = work.take("narrow", rows.shape, torch.float32).copy_(rows)
         return torch.mm(rows, self.map)
 
-    def write(self, read: Tensor, total: Part) -> None:
+    def write(self, read: Tensor, total: ColumnBlock) -> None:
         """Add what was read."""
         total.whole.add_(read)
 
 
-def side_by_side(maps: Sequence[tuple[TextMap, float]], work: Workspace) -> Thin | Square:
+def side_by_side(maps: Sequence[tuple[TextMap, float]], work: ScratchBuffers) -> FactoredMap | DenseMap:
     """Text maps of one door with their strengths, in the form that is cheaper to apply; in inference mode."""
     # Transposed first: to interleave the columns of a thousand single directions takes as long as their product.
     up = torch.cat([text_map.turned[0] for text_map, _ in maps])
     down = torch.cat([text_map.turned[1] for text_map, _ in maps])
     strengths = torch.tensor([s for m, s in maps for _ in range(m.up.shape[1])], dtype=torch.float64)[:, None]
     if THIN * up.shape[0] <= up.shape[1]:
-        return Thin(up.double() * strengths, down.double())
+        return FactoredMap(up.double() * strengths, down.double())
     wide = _widened(up, "up", work).mul_(strengths)
     total = work.take("square", torch.Size((up.shape[1], up.shape[1])), torch.float64)
-    return Square(torch.mm(wide.T, _widened(down, "down", work), out=total).float())
+    return DenseMap(torch.mm(wide.T, _widened(down, "down", work), out=total).float())
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorUpdate:
     """All that is added to one tensor: text maps, low-rank factors, arrays, and results of patches with bits.
 
     Text maps come by door, each with the columns that it reads and writes. `results` are whole patched tensors of the base's
     dtype: what counts is their difference from the original.
     """
 
-    texts: tuple[tuple[slice, Thin | Square], ...] = ()
+    texts: tuple[tuple[slice, FactoredMap | DenseMap], ...] = ()
     factors: tuple[tuple[Tensor, Tensor, float], ...] = ()
     arrays: tuple[tuple[Tensor, float], ...] = ()
     results: tuple[tuple[Tensor, float], ...] = ()
@@ -139,7 +259,7 @@ class Change:
             return False
         columns = sorted((c.start, c.stop) for c, _ in self.texts)
         apart = all(stop <= start for (_, stop), (start, _) in pairwise(columns))
-        return apart and all(isinstance(text, Square) for _, text in self.texts)
+        return apart and all(isinstance(text, DenseMap) for _, text in self.texts)
 
     def _precision(self, stored: torch.dtype) -> torch.dtype:
         return torch.float32 if stored != torch.float64 and self._is_single else torch.float64
@@ -164,7 +284,7 @@ class Change:
         if not self._is_text or len(self.texts) > 1:
             return None
         ((columns, text),) = self.texts
-        if not isinstance(text, Thin) or text.up.shape[0] != 1:
+        if not isinstance(text, FactoredMap) or text.up.shape[0] != 1:
             return None
         return columns.stop - columns.start, text.parts[0], text.down
 
@@ -204,6 +324,6 @@ class Change:
             total.add_(_widened(matrix(result)[block.rows], "array", work).sub_(original), alpha=strength)
 
 
-def _widened(values: Tensor, use: str, work: Workspace) -> Tensor:
+def _widened(values: Tensor, use: str, work: ScratchBuffers) -> Tensor:
     """A copy in float64."""
     return work.take(use, values.shape, torch.float64).copy_(values)

@@ -8,22 +8,157 @@ notice (`twins`), the recipe and the digests stand in the headers (`record`), an
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.digests import combined_digest
-from overpaint.bases.files import Place, open_container
-from overpaint.bases.gathered import GatheredContainer
-from overpaint.errors import OverpaintError
-from overpaint.patches.compose import Plan, Term, plan
-from overpaint.patches.converting import Form, configuration, converted, form_of
-from overpaint.patches.publish import appearing, refuse_taken
-from overpaint.patches.record import KEY, record_of, with_digests
-from overpaint.patches.streaming import Rewrite, copy_file
-from overpaint.patches.twins import Survey, survey
+from overpaint.bases.checkpoint import TensorLocation, open_weights
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, TensorEntry, raw_bytes, tensor_digest
+from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
+from overpaint.core.atomic import atomic_output, refuse_taken
+from overpaint.core.digests import combined_digest
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
+from overpaint.patches.compose import CompositionPlan, Term, plan
+from overpaint.patches.conversion import Form, configuration, converted, form_of
+from overpaint.patches.duplicate_weights import Survey, survey
+
+# A weight file written again with some tensors replaced and others left out, in one pass, at the speed of a copy.
+#
+# The header comes first: everything in it has a known length, so its digests are filled in at the end. Tensors follow in
+# file order. What lies between two changed tensors is copied by the kernel as one piece, and a file system that can share
+# blocks shares them; memory holds one changed tensor at a time.
+
+
+CHUNK = 8 << 20
+BLOCK = 4096
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How a file is written again: where each tensor to replace lies, by canonical name, and the keys to leave out."""
+
+    source: SafetensorsFile
+    replaced: Mapping[str, TensorLocation]
+    dropped: frozenset[str] = field(default_factory=frozenset)
+
+    def header(self, record: Mapping[str, Any]) -> bytes:
+        """The new header with its length in front. Records that differ in digests alone give equal lengths."""
+        header: dict[str, Any] = {"__metadata__": metadata_with(self.source.metadata, record)}
+        position = 0
+        for key, entry in self.source.entries.items():
+            if key not in self.dropped:
+                offsets = [position, position + entry.size]
+                header[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+                position += entry.size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Whole blocks apart from where they were, bytes can be shared or copied page by page.
+        text += b" " * ((self.source.data_start - 8 - len(text)) % BLOCK)
+        return struct.pack("<Q", len(text)) + text
+
+    def write(self, target: Path, record: Mapping[str, Any], value: Callable[[str], Tensor]) -> dict[str, str]:
+        """Write a new file; returns the digest of each new value by canonical name, which `seal` needs."""
+        digests = {}
+        with ExitStack() as opened:
+            source = self.source
+            reader = None
+            if not isinstance(source, VirtualCheckpoint):
+                reader = opened.enter_context(source.path.open("rb", buffering=0))
+            writer = opened.enter_context(target.open("xb", buffering=0))
+            head = self.header(record)
+            write_all(writer.fileno(), head, 0)
+            position = len(head)
+            for name, start, size in self._pieces():
+                if name is not None:
+                    tensor = value(name)
+                    assert tensor.nbytes == size, name
+                    digests[name] = tensor_digest(name, tensor)
+                    write_all(writer.fileno(), raw_bytes(self.replaced[name].stored(tensor)), position)
+                elif isinstance(source, VirtualCheckpoint):
+                    copy_gathered(source, writer.fileno(), start, position, size)
+                elif reader is not None:
+                    copy_range(reader.fileno(), writer.fileno(), start, position, size)
+                position += size
+        return digests
+
+    def seal(self, target: Path, record: Mapping[str, Any]) -> None:
+        """Write the header again, with a record that has the true digests in place of equally long ones."""
+        head = self.header(record)
+        with target.open("r+b", buffering=0) as writer:
+            assert writer.read(8) == head[:8]
+            write_all(writer.fileno(), head, 0)
+
+    def _pieces(self) -> Iterator[tuple[str | None, int, int]]:
+        """The bytes to write in order: a changed tensor's name, or None for a run of bytes to copy; start and size."""
+        gone: list[tuple[str | None, TensorEntry]] = [(None, self.source.entries[key]) for key in self.dropped]
+        gone += [(name, place.entry) for name, place in self.replaced.items()]
+        position = self.source.data_start
+        for name, entry in sorted(gone, key=lambda item: (item[1].start, item[1].size)):
+            if entry.start > position:
+                yield None, position, entry.start - position
+            if name is not None:
+                yield name, entry.start, entry.size
+            position = entry.start + entry.size
+        end = max((entry.start + entry.size for entry in self.source.entries.values()), default=position)
+        if end > position:
+            yield None, position, end - position
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A whole file as it is, under a new name."""
+    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        copy_range(reader.fileno(), writer.fileno(), 0, 0, os.fstat(reader.fileno()).st_size)
+
+
+def copy_gathered(source: VirtualCheckpoint, target: int, start: int, at: int, size: int) -> None:
+    """What `copy_range` does, from a file that is not there."""
+    for piece in source.pieces(start, size):
+        write_all(target, raw_bytes(piece), at)
+        at += len(piece)
+
+
+def copy_range(source: int, target: int, start: int, at: int, size: int) -> None:
+    """Copy bytes between open files within the kernel, or by hand where it cannot. Raises BrokenFile at an early end."""
+    end = start + size
+    by_kernel = hasattr(os, "copy_file_range")
+    while start < end:
+        moved, ask = 0, end - start
+        if start % BLOCK == at % BLOCK:
+            # Up to a block's beginning, then whole blocks, then the rest: only whole blocks can be shared.
+            ask = min(-start % BLOCK, ask) or ask - ask % BLOCK or ask
+        if by_kernel:
+            try:
+                moved = os.copy_file_range(source, target, ask, start, at)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+        if not moved:
+            by_kernel = False
+            data = os.pread(source, min(ask, CHUNK), start)
+            if not data:
+                raise BrokenFile("a weight file of the base ended early; it is cut short: download the base again")
+            write_all(target, data, at)
+            moved = len(data)
+        start, at = start + moved, at + moved
+
+
+def write_all(target: int, data: bytes | memoryview, at: int) -> None:
+    """Write every byte at a position; one call may write fewer."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(target, view[:CHUNK], at)
+        view, at = view[written:], at + written
+
 
 UNKNOWN = "0" * 64
 """Stands in a header for a digest that is not known before the tensors are written."""
@@ -76,7 +211,7 @@ def build(
     composition = plan(made, terms)
     found = survey(base, composition.names) if made is base else Survey(tuple(made.containers), {}, {})
     around = configuration(base) if made is not base and not made.is_single_file else {}
-    with appearing(out) as scratch:
+    with atomic_output(out) as scratch:
         targets = {
             file: scratch if made.is_single_file else scratch / file.relative_to(made.path) for file in found.kept
         }
@@ -116,7 +251,9 @@ def _left_behind(base: Base, notice: Callable[[str], None]) -> Iterator[str]:
         )
 
 
-def _write(base: Base, composition: Plan, found: Survey, targets: Mapping[Path, Path], record: dict[str, Any]) -> str:
+def _write(
+    base: Base, composition: CompositionPlan, found: Survey, targets: Mapping[Path, Path], record: dict[str, Any]
+) -> str:
     """Write every file; returns the digest of the whole composition."""
     rewrites = _rewrites(base, composition.names, found)
     unknown = dict.fromkeys(base.names, UNKNOWN)
@@ -137,21 +274,21 @@ def _write(base: Base, composition: Plan, found: Survey, targets: Mapping[Path, 
 
 def _rewrites(base: Base, names: list[str], found: Survey) -> dict[Path, Rewrite]:
     """The files that get a new header: pickles, and those with a changed tensor, one left out, or an earlier record."""
-    replaced: dict[Path, dict[str, Place]] = {}
+    replaced: dict[Path, dict[str, TensorLocation]] = {}
     for name in names:
         place = base.places[name]
         replaced.setdefault(place.file, {})[name] = place
     return {
         file: Rewrite(container, replaced.get(file, {}), frozenset(found.tensors.get(file, {})))
         for file, container in base.containers.items()
-        if isinstance(container, GatheredContainer)
+        if isinstance(container, VirtualCheckpoint)
         or (names and (file in replaced or file in found.tensors or KEY in container.metadata))
     }
 
 
 def _put_beside(beside: Path, card: str, out: Path) -> None:
     try:
-        with appearing(beside) as scratch:
+        with atomic_output(beside) as scratch:
             scratch.write_text(card, "utf-8")
     except OverpaintError:
         out.unlink()
@@ -174,7 +311,7 @@ def _refuse_name(base: Base, made: Base, out: Path) -> None:
 
 def _refuse_changed(base: Base) -> None:
     for file, container in base.containers.items():
-        if open_container(file) != container:
+        if open_weights(file) != container:
             raise BrokenBase(f"{file} changed since the base was opened; nothing was built: open the base again")
 
 

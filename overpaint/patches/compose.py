@@ -1,8 +1,4 @@
-"""Composition: the tensors that a base and a set of patches yield.
-
-A function of the set: terms are sorted by patch id, summed in higher precision and rounded once to the tensor's own dtype
-(`arithmetic`), so that any order of adds and removes ends in the same bits, and the empty set is the base.
-"""
+"""What an import needs to be exact: a delta together with the bits that its rounding leaves over."""
 
 from __future__ import annotations
 
@@ -17,13 +13,24 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.container import DTYPES
-from overpaint.bases.digests import combined_digest, dtype_name, tensor_digest
-from overpaint.errors import OverpaintError
-from overpaint.patches.arithmetic import Change, Square, Thin, side_by_side
-from overpaint.patches.arrays import FLOATS, all_finite
-from overpaint.patches.blocks import Original, Target, Workspace
-from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, TextMap, Xor
+from overpaint.bases.safetensors_file import DTYPES, dtype_name, tensor_digest
+from overpaint.core.digests import combined_digest
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.arithmetic import (
+    DenseMap,
+    FactoredMap,
+    Original,
+    ScratchBuffers,
+    Target,
+    TensorUpdate,
+    side_by_side,
+)
+from overpaint.patches.delta import FLOATS, BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, all_finite, residual
+
+# Composition: the tensors that a base and a set of patches yield.
+#
+# A function of the set: terms are sorted by patch id, summed in higher precision and rounded once to the tensor's own dtype
+# (`arithmetic`), so that any order of adds and removes ends in the same bits, and the empty set is the base.
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,10 @@ class Stack:
     """What lies on a tensor, by patch id. Tensors that carry the same share one: a thousand patches are sorted out once."""
 
     pieces: tuple[Piece, ...]
-    work: Workspace = field(repr=False)
-    known: dict[Any, Thin | Square] = field(default_factory=dict, repr=False)
+    work: ScratchBuffers = field(repr=False)
+    known: dict[Any, FactoredMap | DenseMap] = field(default_factory=dict, repr=False)
     """What text maps come to side by side; one for all the stacks of a plan."""
-    changes: dict[int, Change] = field(default_factory=dict, repr=False)
+    changes: dict[int, TensorUpdate] = field(default_factory=dict, repr=False)
     """What text maps alone add to tensors that are so wide; the columns of a door depend on nothing else."""
 
     @cached_property
@@ -60,13 +67,13 @@ class Stack:
         return {term.id: term for term, part in self.pieces if isinstance(part, Xor)}
 
     @cached_property
-    def texts(self) -> list[tuple[str, Thin | Square]]:
+    def texts(self) -> list[tuple[str, FactoredMap | DenseMap]]:
         """Text maps side by side, by door, doors sorted."""
         maps: dict[str, list[tuple[Term, TextMap]]] = {}
         for term, part in self.pieces:
             if isinstance(part, TextMap) and term.id not in self.with_bits:
                 maps.setdefault(part.encoder, []).append((term, part))
-        return [(door, self._text(door, maps[door])) for door in sorted(maps)]
+        return [(text_input, self._text(text_input, maps[text_input])) for text_input in sorted(maps)]
 
     @cached_property
     def others(self) -> list[Piece]:
@@ -86,15 +93,15 @@ class Stack:
         others = tuple((replace(term, strength=1.0), part) for part in parts if part is not bits)
         return bits, Stack(others, self.work, self.known)
 
-    def _text(self, door: str, maps: Sequence[tuple[Term, TextMap]]) -> Thin | Square:
-        key = (door, *((term.id, term.strength) for term, _ in maps))
+    def _text(self, text_input: str, maps: Sequence[tuple[Term, TextMap]]) -> FactoredMap | DenseMap:
+        key = (text_input, *((term.id, term.strength) for term, _ in maps))
         if key not in self.known:
             self.known[key] = side_by_side([(text_map, term.strength) for term, text_map in maps], self.work)
         return self.known[key]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class CompositionPlan:
     """A composition that is checked but not yet computed: which tensors change, and each value on demand.
 
     `terms` are all that was planned, sorted by patch id; `stacks` has, by canonical name, what lies on each tensor. Values
@@ -104,7 +111,7 @@ class Plan:
     base: Base
     terms: tuple[Term, ...]
     stacks: Mapping[str, Stack]
-    _work: Workspace = field(repr=False)
+    _work: ScratchBuffers = field(repr=False)
 
     @property
     def names(self) -> list[str]:
@@ -156,12 +163,12 @@ class Plan:
                 f"{name} overflows {dtype_name(target.out.dtype)} under patches {patches}; lower their strengths"
             )
 
-    def _change(self, name: str, stack: Stack, original: Original) -> Change:
+    def _change(self, name: str, stack: Stack, original: Original) -> TensorUpdate:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""
-        texts = tuple((self.base.columns(door, name), text) for door, text in stack.texts)
+        texts = tuple((self.base.columns(text_input, name), text) for text_input, text in stack.texts)
         if texts and not stack.others and not stack.with_bits:
-            return stack.changes.setdefault(original.values.shape[-1], Change(texts))
-        return Change(
+            return stack.changes.setdefault(original.values.shape[-1], TensorUpdate(texts))
+        return TensorUpdate(
             texts=texts,
             factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),
             arrays=tuple((p.changes[name], t.strength) for t, p in stack.others if isinstance(p, Dense)),
@@ -176,7 +183,7 @@ class Plan:
         return bits.flipped(name, rounded)
 
 
-def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Plan:
+def plan(base: Base, terms: Iterable[Term], work: ScratchBuffers | None = None) -> CompositionPlan:
     """Check everything that needs no tensor's values. A term of strength 0 is checked, and then as good as absent.
 
     `work` is scratch memory to share with plans that take turns.
@@ -187,17 +194,17 @@ def plan(base: Base, terms: Iterable[Term], work: Workspace | None = None) -> Pl
     ordered = sorted(terms, key=lambda term: term.id)
     if len({term.id for term in ordered}) != len(ordered):
         raise OverpaintError("a composition holds each patch once; change its strength instead of adding it again")
-    work = work or Workspace()
+    work = work or ScratchBuffers()
     stacks = _stacked(base, ordered, work)
     for name in stacks:
         if (dtype := DTYPES[base.places[name].entry.dtype]) not in FLOATS:
             raise BadDelta(
                 f"{name} is {dtype_name(dtype)} in the base, which has no room for a change; use another base"
             )
-    return Plan(base, tuple(ordered), stacks, work)
+    return CompositionPlan(base, tuple(ordered), stacks, work)
 
 
-def _stacked(base: Base, terms: Sequence[Term], work: Workspace) -> dict[str, Stack]:
+def _stacked(base: Base, terms: Sequence[Term], work: ScratchBuffers) -> dict[str, Stack]:
     """By name, sorted, what lies on each tensor; of one and the same pieces, one and the same stack."""
     # Pieces that reach the same tensors are kept together: a thousand text maps are not sorted tensor by tensor.
     alike: dict[tuple[str, ...], list[tuple[int, Piece]]] = {}
@@ -209,7 +216,7 @@ def _stacked(base: Base, terms: Sequence[Term], work: Workspace) -> dict[str, St
     for number, targets in enumerate(alike):
         for name in targets:
             lying.setdefault(name, []).append(number)
-    known: dict[Any, Thin | Square] = {}
+    known: dict[Any, FactoredMap | DenseMap] = {}
     stacks: dict[tuple[int, ...], Stack] = {}
     for numbers in {tuple(numbers) for numbers in lying.values()}:
         pieces = sorted((each for number in numbers for each in groups[number]), key=itemgetter(0))
@@ -231,3 +238,25 @@ def composition_digest(base: Base, composed: dict[str, Tensor]) -> str:
     digests = base.digests(base.names)
     digests.update({name: tensor_digest(name, tensor) for name, tensor in composed.items()})
     return combined_digest(digests)
+
+
+def exactly(base: Base, delta: Delta, wanted: Mapping[str, Tensor]) -> Delta:
+    """A delta that, alone on the base, gives `wanted` bit for bit: `delta` itself where it does, else with residual bits.
+
+    `wanted` has the edited values by canonical name, in the base's shapes and dtypes, for every tensor that `delta`
+    changes and for others if there are any. Raises BadDelta when one is missing or differs in shape or dtype.
+    """
+    planned = plan(base, [Term("", delta)])
+    if missing := sorted(set(planned.names) - set(wanted)):
+        raise BadDelta(f"the change reaches {missing[0]}, but no edited value of it is known; import that tensor too")
+    bits = {}
+    for name, value in wanted.items():
+        found = planned.tensor(name) if name in planned.pieces else base.tensor(name)
+        if (found.shape, found.dtype) != (value.shape, value.dtype):
+            raise BadDelta(
+                f"{name} is {dtype_name(found.dtype)} {list(found.shape)} in the base and "
+                f"{dtype_name(value.dtype)} {list(value.shape)} in the import; convert the import to the base's dtype"
+            )
+        if (left := residual(found, value)) is not None:
+            bits[name] = left
+    return Sum((*delta.parts, Xor(bits))) if bits else delta

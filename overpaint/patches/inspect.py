@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.bases.base import Base
-from overpaint.bases.container import Container
-from overpaint.bases.digests import combined_digest, tensor_digest
-from overpaint.bases.files import open_container
+from overpaint.bases.checkpoint import open_weights
 from overpaint.bases.layout import UnknownLayout, layouts
-from overpaint.errors import NotFound
-from overpaint.patches.doors import untouched_doors
-from overpaint.patches.patch import read_patch
-from overpaint.patches.record import KEY, BadRecord, component_digests, read_record
-from overpaint.patches.twins import survey
+from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
+from overpaint.core.digests import combined_digest
+from overpaint.core.errors import NotFound
+from overpaint.patches.build_record import KEY, BadRecord, component_digests, read_record
+from overpaint.patches.duplicate_weights import survey
+from overpaint.patches.patch import read_patch, untouched_inputs
 
 NOT_BUILT = "nothing is erased here: Overpaint did not build this, for no weight file carries its record"
 
@@ -55,7 +54,7 @@ def inspect(path: Path) -> Inspection:
         return _base_or_build(Base.open(path))
     if not path.is_file():
         raise NotFound(f"there is nothing at {path}; name a checkpoint, a patch file or a folder")
-    container = open_container(path)
+    container = open_weights(path)
     record = read_record(container)
     if record is None and KEY in container.metadata:
         return _patch(path)
@@ -79,7 +78,7 @@ def _base_or_build(base: Base) -> Inspection:
         return Inspection("base", facts, problems=(NOT_BUILT,))
     newest, recorded = _joined(found)
     facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
-    if left := untouched_doors(base, recorded):
+    if left := untouched_inputs(base, recorded):
         facts["doors left open"] = ", ".join(left)
     problems = [*_differences(newest, recorded, digests), *_second_copies(base, recorded)]
     return Inspection("built checkpoint", facts, _patches(newest), tuple(problems))
@@ -130,7 +129,7 @@ def _second_copies(base: Base, recorded: Mapping[str, str]) -> Iterator[str]:
         yield text.replace("left out", "not covered by the record:", 1)
 
 
-def _lone_file(container: Container, record: Mapping[str, Any] | None) -> Inspection:
+def _lone_file(container: SafetensorsFile, record: Mapping[str, Any] | None) -> Inspection:
     """One weight file of a folder, or a file of another kind."""
     facts: dict[str, Any] = {"tensors": len(container.entries)}
     if record is None:
@@ -141,7 +140,7 @@ def _lone_file(container: Container, record: Mapping[str, Any] | None) -> Inspec
     return Inspection("weight file of a built checkpoint", facts, _patches(record), tuple(_wrong(recorded, digests)))
 
 
-def _digests_of(container: Container, layout_name: str, names: Mapping[str, str]) -> dict[str, str]:
+def _digests_of(container: SafetensorsFile, layout_name: str, names: Mapping[str, str]) -> dict[str, str]:
     """The digests of the named tensors in a component's own file."""
     layout = next((known for known in layouts() if known.name == layout_name), None)
     if layout is None:

@@ -6,22 +6,260 @@ nothing is ever subtracted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.patches.arrays import identical
-from overpaint.patches.blocks import Original, Target, Workspace
-from overpaint.patches.compose import Plan, Term, plan
-from overpaint.patches.parameters import Parameters
-from overpaint.patches.seals import Seals
+from overpaint.bases.safetensors_file import dtype_name
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.patches.arithmetic import Original, ScratchBuffers, Target
+from overpaint.patches.compose import CompositionPlan, Term, plan
+from overpaint.patches.delta import identical
+
+# A loaded pipeline's parameters by canonical name.
+
+
+class BadPipeline(OverpaintError):
+    """A pipeline that a patch cannot be laid on as it is now."""
+
+
+_WRAPPERS = ("_orig_mod", "base_layer")
+"""Under which name `torch.compile` and PEFT keep the module that they stand in front of."""
+
+
+Step = tuple[nn.Module, str, nn.Module]
+"""From a module to one that it holds, and under which name."""
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """Where a parameter lives: the module that holds it, its name there, and the way to the module from its component."""
+
+    module: nn.Module
+    attribute: str
+    way: tuple[Step, ...]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether an attention block on the way computes with a copy (diffusers' `fuse_qkv_projections`)."""
+        return any(parent.__dict__.get("fused_projections") for parent, _, _ in self.way[-3:])
+
+
+class ParameterSlots:
+    """Some slots, by canonical name, and the steps on the way to them, each once however many slots lie beyond it."""
+
+    def __init__(self, found: Mapping[str, ParameterSlot], names: Sequence[str]) -> None:
+        self.names = names
+        self.slots = {name: found.get(name) for name in names}
+        there = [slot for slot in self.slots.values() if slot]
+        self._steps = tuple(dict.fromkeys(step for slot in there for step in slot.way))
+        self._is_whole = len(there) == len(names)
+
+    @property
+    def are_current(self) -> bool:
+        """Whether all are there and the components still compute with their modules."""
+        # This is asked at every change; a plain loop takes half the time of `all`.
+        for parent, key, child in self._steps:
+            if parent._modules.get(key) is not child:
+                return False
+        return self._is_whole
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether a module on the way to one of them says that it computes with copies of some weights."""
+        return any(parent.__dict__.get("fused_projections") for parent, _, _ in self._steps)
+
+
+class Parameters:
+    """The parameters of a pipeline's components, found by canonical name whatever wraps the modules by now.
+
+    Programs replace modules and parameters; writing to one that is no longer in use would change nothing and say
+    nothing. So every look-up makes sure that it still is.
+    """
+
+    def __init__(self, pipe: Any, base: Base) -> None:
+        self._pipe, self._base = pipe, base
+        self._components = {
+            name: module for name in base.layout.components if (module := _component(pipe, name)) is not None
+        }
+        self._all = self._found()
+        self._asked = ParameterSlots(self._all, ())
+
+    def _found(self) -> dict[str, ParameterSlot]:
+        found = {}
+        for component, root in self._components.items():
+            canonical = self._base.layout.components[component].canonical
+            found.update({f"{component}/{canonical(local)}": slot for local, slot in _slots(root)})
+        return found
+
+    def check_components(self) -> None:
+        """Raise BadPipeline when the pipeline got another model since."""
+        for name, module in self._components.items():
+            if _component(self._pipe, name) is not module:
+                raise BadPipeline(
+                    f"the pipeline's {name} was replaced by another model since this overlay was made; "
+                    "close the overlay and make a new one"
+                )
+
+    def of(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Parameters by canonical name. Raises BadPipeline when one is missing, elsewhere, or not what is computed with."""
+        names = tuple(names)
+        if names != self._asked.names:
+            self._asked = ParameterSlots(self._all, names)
+        if not self._asked.are_current:
+            self._all = self._found()
+            self._asked = ParameterSlots(self._all, names)
+        may_be_fused = self._asked.may_be_fused
+        return {name: self._checked(name, slot, may_be_fused) for name, slot in self._asked.slots.items()}
+
+    def _checked(self, name: str, slot: ParameterSlot | None, may_be_fused: bool) -> nn.Parameter:
+        parameter = slot.module._parameters.get(slot.attribute) if slot else None
+        if slot is None or parameter is None:
+            raise BadPipeline(
+                f"the pipeline has no parameter {name}, which a patch changes; load the pipeline of the patch's own base"
+            )
+        if parameter.is_meta:
+            raise BadPipeline(
+                f"{name} is offloaded, so that there is nothing to write to; lay patches on before the pipeline is "
+                "set to offload layer by layer"
+            )
+        if may_be_fused and slot.is_fused:
+            raise BadPipeline(
+                f"the pipeline computes with a fused copy of {name}; undo the fusing (unfuse_qkv_projections) first"
+            )
+        if parameter.shape != self._base.places[name].shape or not parameter.is_floating_point():
+            raise BadPipeline(
+                f"{name} is {dtype_name(parameter.dtype)} {list(parameter.shape)} in the pipeline, and in the base it has "
+                f"shape {list(self._base.places[name].shape)}; load the pipeline from the base, without quantisation"
+            )
+        return parameter
+
+
+def _slots(
+    module: nn.Module, local: tuple[str, ...] = (), way: tuple[Step, ...] = ()
+) -> Iterator[tuple[str, ParameterSlot]]:
+    """Every parameter of a module and its children, by its name without wrappers."""
+    for attribute in module._parameters:
+        yield ".".join((*local, attribute)), ParameterSlot(module, attribute, way)
+    for key, child in module._modules.items():
+        if child is not None:
+            inner = local if key in _WRAPPERS else (*local, key)
+            yield from _slots(child, inner, (*way, (module, key, child)))
+
+
+def _component(pipe: Any, name: str) -> nn.Module | None:
+    """A pipeline's model, without what `torch.compile` wraps around it."""
+    found = getattr(pipe, name, None)
+    found = getattr(found, "_orig_mod", found)
+    return found if isinstance(found, nn.Module) else None
+
+
+# How one notices that somebody else wrote to parameters, without looking at every value.
+
+
+PLACES, RUN = 32, 16
+"""Where a tensor is looked at to see whether it changed: so many runs of so many values."""
+
+View = Tensor | np.ndarray[Any, Any]
+"""Some of a parameter's values, as they are whenever one looks."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """Parameters that were sealed at once, alike in shape, dtype and place."""
+
+    names: tuple[str, ...]
+    views: list[View]
+    looks: list[tuple[object, ...]]
+    samples: bytes
+
+    def all_hold(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether all of them are among `parameters`, and nothing speaks for a change of any."""
+        now = [_look(parameters[name]) for name in self.names if name in parameters]
+        return now == self.looks and _sample(self.views) == self.samples
+
+    def holds(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether nothing speaks for a change of this one."""
+        at, size = self.names.index(name), len(self.samples) // len(self.names)
+        row = self.samples[at * size : (at + 1) * size]
+        return self.looks[at] == _look(parameter) and _sample(self.views[at : at + 1]) == row
+
+
+class ChangeDetector:
+    """How parameters looked when their values were last known, by name.
+
+    Whoever writes to a tensor in the usual ways moves its version counter; whoever replaces or moves it changes its
+    address or its order in memory. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some
+    sampled values are for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
+    """
+
+    def __init__(self) -> None:
+        self._views: dict[str, View] = {}
+        self._sealed: dict[str, _Watched] = {}
+
+    def put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Seal parameters for the first time, or after they were replaced."""
+        self._views.update({name: _view(parameter) for name, parameter in parameters.items()})
+        self.renew(parameters)
+
+    def renew(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Seal the same parameters again, after they were written to in place."""
+        alike: dict[object, list[str]] = {}
+        for name in parameters:
+            view = self._views[name]
+            alike.setdefault((view.shape, view.dtype, getattr(view, "device", None)), []).append(name)
+        for names in alike.values():
+            views, looks = [self._views[name] for name in names], [_look(parameters[name]) for name in names]
+            self._sealed.update(dict.fromkeys(names, _Watched(tuple(names), views, looks, _sample(views))))
+
+    def broken(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Those of the parameters that have no seal, or for which something speaks for a change since."""
+        # What was sealed at once is looked at at once: sampling so few values is all overhead.
+        sealed = {self._sealed[name] for name in parameters if name in self._sealed}
+        whole = {name for some in sealed if some.all_hold(parameters) for name in some.names}
+        return [name for name in parameters if name not in whole and not self._holds(name, parameters[name])]
+
+    def _holds(self, name: str, parameter: nn.Parameter) -> bool:
+        return name in self._sealed and self._sealed[name].holds(name, parameter)
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._views.clear()
+        self._sealed.clear()
+
+
+def _sample(views: Sequence[View]) -> bytes:
+    """The values that some views show, one after the other."""
+    tensors = [view for view in views if isinstance(view, Tensor)]
+    if not tensors:
+        return np.concatenate(views).tobytes()
+    return torch.stack(tensors).flatten().view(torch.uint8).cpu().numpy().tobytes()
+
+
+def _look(parameter: nn.Parameter) -> tuple[object, ...]:
+    version = 0 if parameter.is_inference() else parameter._version
+    return id(parameter), parameter.data_ptr(), parameter.stride(), version
+
+
+def _view(parameter: nn.Parameter) -> View:
+    """Short runs of values, spread over the whole tensor; each costs one access to distant memory."""
+    whole = parameter.detach()
+    dense = whole.is_contiguous() or (whole.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last))
+    if dense and whole.numel() >= PLACES * RUN:
+        whole = whole.as_strided((PLACES, RUN), (whole.numel() // PLACES, 1))
+    elif whole.is_contiguous():
+        whole = whole.view(-1)
+    else:
+        return whole
+    # NumPy gathers runs in a third of the time; bytes, because it does not know bfloat16.
+    return whole if whole.device.type != "cpu" else whole.view(torch.uint8).numpy()
 
 
 class ForeignChange(OverpaintError):
@@ -44,11 +282,11 @@ class Overlay:
     def __init__(self, pipe: Any, base: Base) -> None:
         self.base = base
         self._parameters: Parameters | None = Parameters(pipe, base)
-        self._work = Workspace()
+        self._work = ScratchBuffers()
         self._plan = plan(base, (), self._work)
         self._kept: dict[str, Original] = {}
         self._targets: dict[str, Target] = {}
-        self._seals = Seals()
+        self._seals = ChangeDetector()
         self._torn: set[str] = set()
         self._staged: dict[torch.dtype, Tensor] = {}
 
@@ -112,7 +350,7 @@ class Overlay:
         try:
             self.clear()
         finally:
-            self._parameters, self._work = None, Workspace()
+            self._parameters, self._work = None, ScratchBuffers()
             self._plan = plan(self.base, (), self._work)
             for held in (self._kept, self._targets, self._seals, self._torn, self._staged):
                 held.clear()
@@ -161,7 +399,7 @@ class Overlay:
 
     # Weights from inference mode may be written in inference mode only, and others in it as well.
     @torch.inference_mode()
-    def _write(self, parameters: dict[str, nn.Parameter], wanted: Plan) -> None:
+    def _write(self, parameters: dict[str, nn.Parameter], wanted: CompositionPlan) -> None:
         """Write all tensors or none."""
         self._torn.update(parameters)
         try:
@@ -174,7 +412,7 @@ class Overlay:
             raise
         self._torn.clear()
 
-    def _put(self, parameters: dict[str, nn.Parameter], wanted: Plan) -> None:
+    def _put(self, parameters: dict[str, nn.Parameter], wanted: CompositionPlan) -> None:
         for name, parameter in parameters.items():
             if name not in wanted.stacks:
                 parameter.copy_(self._kept[name].values)

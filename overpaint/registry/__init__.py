@@ -1,14 +1,16 @@
 """What we remember: bases, concepts, patches, recipes and their history. `Registry` is the door to all of it."""
 
+from __future__ import annotations
+
 from overpaint.registry.records import (
     BaseRecord,
     Difference,
-    Due,
-    Found,
+    ExpiredEntry,
     HistoryRecord,
-    Laid,
     PatchRecord,
+    RecipeEntry,
     RecipeRecord,
+    SearchResult,
     TagRecord,
 )
 from overpaint.registry.registry import Registry
@@ -16,12 +18,12 @@ from overpaint.registry.registry import Registry
 __all__ = [
     "BaseRecord",
     "Difference",
-    "Due",
-    "Found",
+    "ExpiredEntry",
     "HistoryRecord",
-    "Laid",
     "PatchRecord",
+    "RecipeEntry",
     "RecipeRecord",
     "Registry",
+    "SearchResult",
     "TagRecord",
 ]

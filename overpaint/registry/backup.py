@@ -9,12 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, schema
-from overpaint.registry.database import Database, database_at
-from overpaint.registry.faults import plain_database_errors, plain_disk_errors
+from overpaint.registry.database import Database, SqliteDatabase, copy_database, database_at, free_name
+from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 from overpaint.registry.schema import RegistryVersionError
-from overpaint.registry.sqlite import SqliteDatabase, copy_database, free_name
 
 SIDECARS = ("-wal", "-shm", "-journal")
 

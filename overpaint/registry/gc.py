@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
+from overpaint.registry.integrity import StoredPatch, patch_rows
 from overpaint.registry.registry import Registry
-from overpaint.registry.rows import PatchRow, patch_rows
 from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
 
 DAY = 86_400.0
@@ -31,7 +31,7 @@ class CannotTell(OverpaintError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class GarbagePlan:
     """What would be removed, and what there is beside it; `cutoff` is in seconds since 1970."""
 
     cutoff: float
@@ -56,7 +56,7 @@ class Collected:
     spared: int
 
 
-def plan(registry: Registry, *, grace: float = GRACE) -> Plan:
+def plan(registry: Registry, *, grace: float = GRACE) -> GarbagePlan:
     """Find every blob that no patch needs and that was last put more than `grace` seconds ago. Nothing is removed.
 
     Raises CannotTell when the manifest of a patch is missing or damaged, because then nobody knows its arrays.
@@ -67,7 +67,7 @@ def plan(registry: Registry, *, grace: float = GRACE) -> Plan:
     needed = set(needed_by(PatchFiles(registry.blobs), rows))
     unneeded = [blob for blob in blobs if blob.digest not in needed]
     leftovers = [each for each in registry.blobs.leftovers() if each.modified < time.time() - TEMPORARY_GRACE]
-    return Plan(
+    return GarbagePlan(
         cutoff=cutoff,
         patches=frozenset(row.id for row in rows),
         needed=len(blobs) - len(unneeded),
@@ -77,7 +77,7 @@ def plan(registry: Registry, *, grace: float = GRACE) -> Plan:
     )
 
 
-def needed_by(files: PatchFiles, rows: Iterable[PatchRow]) -> Iterator[str]:
+def needed_by(files: PatchFiles, rows: Iterable[StoredPatch]) -> Iterator[str]:
     """The digests of every blob that these patches consist of. Raises CannotTell."""
     for row in rows:
         yield row.blob
@@ -93,7 +93,7 @@ def needed_by(files: PatchFiles, rows: Iterable[PatchRow]) -> Iterator[str]:
 
 
 def collect(
-    registry: Registry, planned: Plan, *, report: Callable[[int, int, str], None] = lambda step, of, text: None
+    registry: Registry, planned: GarbagePlan, *, report: Callable[[int, int, str], None] = lambda step, of, text: None
 ) -> Collected:
     """Remove what a plan names, except for what was put again or came to be needed since. May be killed at any moment."""
     for each in planned.leftovers:
@@ -129,7 +129,7 @@ def _still_old(registry: Registry, blob: Blob, cutoff: float) -> bool:
     return found is not None and found.modified < cutoff
 
 
-def _cannot_tell(row: PatchRow, how: str) -> CannotTell:
+def _cannot_tell(row: StoredPatch, how: str) -> CannotTell:
     return CannotTell(
         f"the manifest of patch {row.id} ({row.concept}) is {how}, so nobody knows which blobs it needs; nothing was "
         "removed. Run `overpaint verify`, then import or solve that patch again, and collect after that"

@@ -52,7 +52,7 @@ class Row(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime, date: Date}
 
 
-class Base(Row):
+class BaseRow(Row):
     """A base model: where it was read from, and what it was."""
 
     __tablename__ = "base"
@@ -66,7 +66,7 @@ class Base(Row):
     added_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class Concept(Row):
+class ConceptRow(Row):
     """What can be erased. `definition` is the JSON of a `Concept`; name and kind are repeated so that SQL sees them."""
 
     __tablename__ = "concept"
@@ -79,7 +79,7 @@ class Concept(Row):
     added_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class Patch(Row):
+class PatchRow(Row):
     """A stored delta and where it came from. `id` is the digest of its manifest, `blob` the digest of its bytes."""
 
     __tablename__ = "patch"
@@ -105,12 +105,12 @@ class Patch(Row):
 
     # Outer joins, though there always is a concept: SQLite may begin an inner join with the other table, and then it
     # sorts all patches to show fifty.
-    concept: Mapped[Concept] = relationship(lazy="joined")
-    base: Mapped[Base] = relationship(lazy="joined")
-    tags: Mapped[list[PatchTag]] = relationship(lazy="selectin", order_by="PatchTag.tag", viewonly=True)
+    concept: Mapped[ConceptRow] = relationship(lazy="joined")
+    base: Mapped[BaseRow] = relationship(lazy="joined")
+    tags: Mapped[list[PatchTagRow]] = relationship(lazy="selectin", order_by="PatchTagRow.tag", viewonly=True)
 
 
-class PatchTag(Row):
+class PatchTagRow(Row):
     """A tag that somebody gave a patch."""
 
     __tablename__ = "patch_tag"
@@ -120,10 +120,10 @@ class PatchTag(Row):
     who: Mapped[str]
     at: Mapped[datetime] = mapped_column(default=now)
 
-    patch: Mapped[Patch] = relationship(lazy="joined", viewonly=True)
+    patch: Mapped[PatchRow] = relationship(lazy="joined", viewonly=True)
 
 
-class PatchText(Row):
+class PatchTextRow(Row):
     """What a search of patches reads instead of the tables it was made from; `texts.py` says how. In order of arrival."""
 
     __tablename__ = "patch_text"
@@ -134,7 +134,7 @@ class PatchText(Row):
     text: Mapped[str]
 
 
-class Recipe(Row):
+class RecipeRow(Row):
     """A base and what lies on it now. One that was deleted keeps its rows and gives up its name."""
 
     __tablename__ = "recipe"
@@ -155,12 +155,12 @@ class Recipe(Row):
     created_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
 
-    base: Mapped[Base] = relationship(lazy="joined", innerjoin=True)
-    patches: Mapped[list[RecipePatch]] = relationship(order_by="RecipePatch.patch_id", viewonly=True)
-    tags: Mapped[list[RecipeTag]] = relationship(order_by="RecipeTag.tag", viewonly=True)
+    base: Mapped[BaseRow] = relationship(lazy="joined", innerjoin=True)
+    patches: Mapped[list[RecipePatchRow]] = relationship(order_by="RecipePatchRow.patch_id", viewonly=True)
+    tags: Mapped[list[RecipeTagRow]] = relationship(order_by="RecipeTagRow.tag", viewonly=True)
 
 
-class RecipePatch(Row):
+class RecipePatchRow(Row):
     """One patch lying on one recipe's base, for good or until a day."""
 
     __tablename__ = "recipe_patch"
@@ -170,11 +170,11 @@ class RecipePatch(Row):
     strength: Mapped[float]
     until: Mapped[date | None] = mapped_column(index=True)
 
-    recipe: Mapped[Recipe] = relationship(viewonly=True)
-    patch: Mapped[Patch] = relationship(viewonly=True)
+    recipe: Mapped[RecipeRow] = relationship(viewonly=True)
+    patch: Mapped[PatchRow] = relationship(viewonly=True)
 
 
-class RecipeTag(Row):
+class RecipeTagRow(Row):
     """A tag that somebody gave a recipe, and the revision it had then."""
 
     __tablename__ = "recipe_tag"
@@ -185,10 +185,10 @@ class RecipeTag(Row):
     who: Mapped[str]
     at: Mapped[datetime] = mapped_column(default=now)
 
-    recipe: Mapped[Recipe] = relationship(lazy="joined", innerjoin=True, viewonly=True)
+    recipe: Mapped[RecipeRow] = relationship(lazy="joined", innerjoin=True, viewonly=True)
 
 
-class RecipeText(Row):
+class RecipeTextRow(Row):
     """What a search of recipes reads: one row for the name and the tags, and one for each reason ever given."""
 
     __tablename__ = "recipe_text"
@@ -200,7 +200,7 @@ class RecipeText(Row):
     text: Mapped[str]
 
 
-class Revision(Row):
+class RevisionRow(Row):
     """One act on one recipe. Rows are only ever added; those of a recipe count 1, 2, 3 without a gap. 0 is its base."""
 
     __tablename__ = "revision"
@@ -222,11 +222,11 @@ class Revision(Row):
     digest_before: Mapped[str | None]
     digest_after: Mapped[str | None]
 
-    recipe: Mapped[Recipe] = relationship(lazy="joined", innerjoin=True, viewonly=True)
-    changes: Mapped[list[RevisionPatch]] = relationship(order_by="RevisionPatch.patch_id")
+    recipe: Mapped[RecipeRow] = relationship(lazy="joined", innerjoin=True, viewonly=True)
+    changes: Mapped[list[RevisionPatchRow]] = relationship(order_by="RevisionPatchRow.patch_id")
 
 
-class RevisionPatch(Row):
+class RevisionPatchRow(Row):
     """What one revision did to one patch. A strength of NULL: it did not lie there."""
 
     __tablename__ = "revision_patch"
@@ -238,10 +238,10 @@ class RevisionPatch(Row):
     until_before: Mapped[date | None]
     until_after: Mapped[date | None]
 
-    patch: Mapped[Patch] = relationship(viewonly=True)
+    patch: Mapped[PatchRow] = relationship(viewonly=True)
 
 
-class Evaluation(Row):
+class EvaluationRow(Row):
     """One run of one suite, on a patch alone or on a recipe as it was at a revision. Rows are only ever added.
 
     `digest` is that of the weights that were judged; `settings` and `versions` are JSON.
@@ -269,11 +269,11 @@ class Evaluation(Row):
     who: Mapped[str]
     at: Mapped[datetime] = mapped_column(default=now)
 
-    recipe: Mapped[Recipe | None] = relationship(lazy="joined", viewonly=True)
-    results: Mapped[list[EvaluationResult]] = relationship(order_by="EvaluationResult.number")
+    recipe: Mapped[RecipeRow | None] = relationship(lazy="joined", viewonly=True)
+    results: Mapped[list[EvaluationResultRow]] = relationship(order_by="EvaluationResultRow.number")
 
 
-class EvaluationResult(Row):
+class EvaluationResultRow(Row):
     """One number that an evaluation found, of `n` pictures or things counted; low and high bound it with 95%."""
 
     __tablename__ = "evaluation_result"
@@ -288,7 +288,7 @@ class EvaluationResult(Row):
     n: Mapped[int]
 
 
-class KeptPrompt(Row):
+class PreservedPromptRow(Row):
     """A prompt that a base must go on understanding as it does."""
 
     __tablename__ = "kept_prompt"

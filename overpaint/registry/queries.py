@@ -2,16 +2,81 @@
 
 from __future__ import annotations
 
+import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from sqlalchemy import ColumnElement, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import checked_name, unknown
 from overpaint.registry import models
-from overpaint.registry.names import checked_name, unknown
+
+# What a search reads: one short text for each patch, recipe and reason, in folded letters.
+#
+# A search passes over all of them, newest first, and stops when it has a page. That takes a scan of the narrowest table
+# that can answer, which SQLite and PostgreSQL do alike; the index of words that each of them offers is its own.
+
+
+# What must match as a whole stands on a line of its own behind one of these, which no name and no search can contain.
+KIND, SOLVER, BASE, TAG = "\x1c", "\x1d", "\x1e", "\x1f"
+
+
+def folded(text: str) -> str:
+    """`text` so that upper and lower case and compatible spellings are equal."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def keep_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = ()) -> None:
+    """Write what a search finds `patch` by."""
+    known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
+    row = known or models.PatchTextRow(patch_id=patch.id)
+    concept = Concept.from_json(json.loads(patch.concept.definition))
+    row.text = of_patch(concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
+    session.add(row)
+
+
+def of_patch(concept: Concept, kind: str, solver: str, base: str, base_id: int, tags: Iterable[str] = ()) -> str:
+    """The words of a patch's concept, its kind, its solver and the name of its base; what must match exactly, marked."""
+    words = [*concept.words, concept.anchor, concept.kind, kind, solver, base]
+    marks = [(KIND, concept.kind), (SOLVER, solver), (BASE, str(base_id)), *((TAG, tag) for tag in tags)]
+    return _text(words, marks)
+
+
+def keep_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] = ()) -> None:
+    """Write what a search finds `recipe` by, beside the reasons in its history: its name, its base and its tags."""
+    of_recipe = (models.RecipeTextRow.recipe_id == recipe.id) & (models.RecipeTextRow.revision == 0)
+    known = session.scalar(select(models.RecipeTextRow).where(of_recipe))
+    row = known or models.RecipeTextRow(recipe_id=recipe.id, revision=0)
+    row.text = _text([recipe.name, recipe.base.name], [(TAG, tag) for tag in tags])
+    session.add(row)
+
+
+def keep_reason(session: Session, revision: models.RevisionRow) -> None:
+    """Write the reason that somebody gave for a revision, if any, for a search."""
+    if revision.why:
+        text = _text([revision.why], [])
+        session.add(models.RecipeTextRow(recipe_id=revision.recipe_id, revision=revision.number, text=text))
+
+
+def mentions(text: InstrumentedAttribute[str], words: Iterable[str]) -> list[ColumnElement[bool]]:
+    """Conditions that `text` contains every one of `words`, in any order, also within other words."""
+    return [text.contains(folded(word), autoescape=True) for word in words]
+
+
+def is_marked(text: InstrumentedAttribute[str], mark: str, value: str) -> ColumnElement[bool]:
+    """The condition that `text` has exactly `value` behind `mark`."""
+    return text.contains(f"\n{mark}{folded(value)}\n", autoescape=True)
+
+
+def _text(words: Iterable[str], marks: Iterable[tuple[str, str]]) -> str:
+    lines = [*(folded(word) for word in words if word), *(f"{mark}{folded(value)}" for mark, value in marks)]
+    return "\n".join(["", *lines, ""])
+
 
 PREFIX = re.compile(r"[0-9a-fA-F]{4,64}")
 
@@ -22,7 +87,7 @@ AT_ONCE = 1000
 """How many ids one query may name; databases have limits."""
 
 RowT = TypeVar("RowT", bound=models.Row)
-Named = TypeVar("Named", models.Base, models.Concept, models.Recipe)
+Named = TypeVar("Named", models.BaseRow, models.ConceptRow, models.RecipeRow)
 
 
 def added(session: Session, row: RowT) -> RowT:
@@ -47,7 +112,7 @@ def find(session: Session, table: type[Named], name: str) -> Named:
 
 
 def _living(table: type[Named]) -> list[ColumnElement[bool]]:
-    return [models.Recipe.deleted_at.is_(None)] if issubclass(table, models.Recipe) else []
+    return [models.RecipeRow.deleted_at.is_(None)] if issubclass(table, models.RecipeRow) else []
 
 
 def _candidates(session: Session, table: type[Named], name: str) -> list[str]:
@@ -66,40 +131,40 @@ def chunks(ids: Iterable[str]) -> Iterator[Sequence[str]]:
     return (every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE))
 
 
-def patches_by_id(session: Session, ids: Iterable[str]) -> dict[str, models.Patch]:
+def patches_by_id(session: Session, ids: Iterable[str]) -> dict[str, models.PatchRow]:
     """The patches of these ids, by id."""
-    query = select(models.Patch)
-    return {row.id: row for some in chunks(ids) for row in session.scalars(query.where(models.Patch.id.in_(some)))}
+    query = select(models.PatchRow)
+    return {row.id: row for some in chunks(ids) for row in session.scalars(query.where(models.PatchRow.id.in_(some)))}
 
 
-def find_patch(session: Session, key: str) -> models.Patch:
+def find_patch(session: Session, key: str) -> models.PatchRow:
     """The patch that `key` means: a full id, a concept's name (its newest patch) or the beginning of an id.
 
     A name goes before a beginning: "face" is both, and one can type more of an id but not more of a name. Raises
     NotFound, or OverpaintError with the candidates of an ambiguous beginning.
     """
     checked_name(key, "patch")
-    patch = session.get(models.Patch, key.lower()) or _newest_of(session, key) or _beginning_with(session, key)
+    patch = session.get(models.PatchRow, key.lower()) or _newest_of(session, key) or _beginning_with(session, key)
     if patch is None:
         raise _no_patch(session, key)
     return patch
 
 
-def _newest_of(session: Session, concept: str) -> models.Patch | None:
-    known = lookup(session, models.Concept, concept)
+def _newest_of(session: Session, concept: str) -> models.PatchRow | None:
+    known = lookup(session, models.ConceptRow, concept)
     if known is None:
         return None
-    newest = select(models.Patch).order_by(models.Patch.solved_at.desc(), models.Patch.id.desc()).limit(1)
-    return session.scalar(newest.where(models.Patch.concept_id == known.id))
+    newest = select(models.PatchRow).order_by(models.PatchRow.solved_at.desc(), models.PatchRow.id.desc()).limit(1)
+    return session.scalar(newest.where(models.PatchRow.concept_id == known.id))
 
 
-def _beginning_with(session: Session, prefix: str) -> models.Patch | None:
+def _beginning_with(session: Session, prefix: str) -> models.PatchRow | None:
     if not PREFIX.fullmatch(prefix):
         return None
     prefix = prefix.lower()
     # "g" sorts after every hexadecimal digit. A range uses the primary key's index, which LIKE would not.
-    in_range = models.Patch.id.between(prefix, prefix + "g")
-    found = session.scalars(select(models.Patch).where(in_range).order_by(models.Patch.id).limit(9)).all()
+    in_range = models.PatchRow.id.between(prefix, prefix + "g")
+    found = session.scalars(select(models.PatchRow).where(in_range).order_by(models.PatchRow.id).limit(9)).all()
     if len(found) > 1:
         listed = "\n".join(f"  {patch.id}  {patch.concept.name} on {patch.base.name}" for patch in found[:8])
         more = "\n  ..." if len(found) > 8 else ""
@@ -108,10 +173,10 @@ def _beginning_with(session: Session, prefix: str) -> models.Patch | None:
 
 
 def _no_patch(session: Session, key: str) -> NotFound:
-    if lookup(session, models.Concept, key) is not None:
+    if lookup(session, models.ConceptRow, key) is not None:
         return NotFound(f"the concept {key!r} has no patch yet; solve one for it first")
-    solved = select(models.Patch.concept_id).where(models.Patch.concept_id == models.Concept.id).exists()
-    names = select(models.Concept.name).where(
-        solved, models.Concept.name.in_(_candidates(session, models.Concept, key))
+    solved = select(models.PatchRow.concept_id).where(models.PatchRow.concept_id == models.ConceptRow.id).exists()
+    names = select(models.ConceptRow.name).where(
+        solved, models.ConceptRow.name.in_(_candidates(session, models.ConceptRow, key))
     )
-    return unknown("patch", key, session.scalars(names.order_by(models.Concept.id)))
+    return unknown("patch", key, session.scalars(names.order_by(models.ConceptRow.id)))

@@ -24,7 +24,7 @@ class BaseRecord:
     added_at: datetime
 
     @classmethod
-    def of(cls, row: models.Base) -> BaseRecord:
+    def of(cls, row: models.BaseRow) -> BaseRecord:
         return cls(row.name, Path(row.source), row.layout, row.fingerprint, row.added_at)
 
 
@@ -46,7 +46,7 @@ class PatchRecord:
     tags: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, row: models.Patch) -> PatchRecord:
+    def of(cls, row: models.PatchRow) -> PatchRecord:
         return cls(
             id=row.id,
             concept=row.concept.name,
@@ -64,7 +64,7 @@ class PatchRecord:
 
 
 @dataclass(frozen=True)
-class Laid:
+class RecipeEntry:
     """How one patch lies on a recipe: the day on which it lapses is None when it stays for good."""
 
     patch: str
@@ -83,7 +83,7 @@ class RecipeRecord:
     name: str
     base: str
     revision: int
-    laid: tuple[Laid, ...]
+    laid: tuple[RecipeEntry, ...]
     digest: str | None
     tags: tuple[tuple[str, int], ...]
     created_at: datetime
@@ -119,8 +119,8 @@ class HistoryRecord:
     digest_after: str | None
 
     @classmethod
-    def of(cls, row: models.Revision, change: models.RevisionPatch | None) -> HistoryRecord:
-        line = change or models.RevisionPatch()
+    def of(cls, row: models.RevisionRow, change: models.RevisionPatchRow | None) -> HistoryRecord:
+        line = change or models.RevisionPatchRow()
         return cls(
             recipe=row.recipe.name,
             revision=row.number,
@@ -140,7 +140,7 @@ class HistoryRecord:
         )
 
 
-def _action(row: models.Revision, line: models.RevisionPatch) -> Action:
+def _action(row: models.RevisionRow, line: models.RevisionPatchRow) -> Action:
     """What a revision did to one patch: one that adds patches in the place of others removes those."""
     replaced = row.action == "add" and line.strength_before is not None and line.strength_after is None
     return "remove" if replaced else cast(Action, row.action)
@@ -152,12 +152,12 @@ class Difference:
 
     patch: str
     concept: str
-    before: Laid | None
-    after: Laid | None
+    before: RecipeEntry | None
+    after: RecipeEntry | None
 
 
 @dataclass(frozen=True)
-class Due:
+class ExpiredEntry:
     """A patch that lapsed on a recipe and lies there still."""
 
     recipe: str
@@ -179,7 +179,7 @@ class TagRecord:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A page of what a search found, newest first."""
 
     patches: tuple[PatchRecord, ...]

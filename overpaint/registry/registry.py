@@ -2,22 +2,393 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
-from overpaint.registry import schema
-from overpaint.registry.bases import Bases
-from overpaint.registry.concepts import Concepts
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session, selectinload
+
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import (
+    checked_id,
+    checked_json,
+    checked_name,
+    checked_note,
+    checked_number,
+    checked_tag,
+    quoted,
+)
+from overpaint.registry import models, queries, schema
 from overpaint.registry.database import Database, connect, database_at
-from overpaint.registry.evaluations import Evaluations
-from overpaint.registry.kept import Kept
-from overpaint.registry.patches import Patches
-from overpaint.registry.recipes import Recipes
-from overpaint.registry.search import Search
-from overpaint.registry.store import open_store
-from overpaint.registry.tags import Tags
+from overpaint.registry.history import (
+    Note,
+    change,
+    differences,
+    entries_at,
+    entries_now,
+    exchange,
+    find_revision,
+    record_at,
+    records_now,
+    refuse_if_moved,
+    revise,
+)
+from overpaint.registry.queries import (
+    BASE,
+    KIND,
+    SOLVER,
+    TAG,
+    added,
+    find,
+    find_patch,
+    is_marked,
+    lookup,
+    mentions,
+    patches_by_id,
+)
+from overpaint.registry.records import (
+    BaseRecord,
+    Difference,
+    ExpiredEntry,
+    HistoryRecord,
+    PatchRecord,
+    RecipeEntry,
+    RecipeRecord,
+    SearchResult,
+    TagRecord,
+)
+from overpaint.registry.store import PatchFiles, open_store
 
 
-class Registry(Bases, Concepts, Patches, Recipes, Tags, Search, Evaluations, Kept):
+class ConceptDiffers(AlreadyExists):
+    """A concept that is known by another description."""
+
+
+def told_apart(pairs: Iterable[tuple[Concept, Concept]]) -> str:
+    """The sentences that refuse concepts by another description than the one that is kept: (kept, asked) of each."""
+    lines = [
+        f"  {known.name}\n    kept here: {_described(known)}\n    asked for: {_described(wanted)}"
+        for known, wanted in pairs
+    ]
+    return "\n".join(["some concepts are known here by another description; --update takes the new one:", *lines])
+
+
+def _described(concept: Concept) -> str:
+    said = {key: value for key, value in concept.as_json().items() if value and key != "name"}
+    return json.dumps(said, ensure_ascii=False)
+
+
+def _row(concept: Concept) -> models.ConceptRow:
+    name = checked_name(concept.name, "concept")
+    for word in filter(None, (*concept.synonyms, concept.anchor)):
+        checked_name(word, f"synonym or anchor of {name!r}")
+    for prompt in concept.prompts:
+        checked_note(prompt, f"a prompt of {name!r}")
+    return models.ConceptRow(
+        name=name, kind=concept.kind, definition=checked_json(concept.as_json(), f"the concept {name!r}")
+    )
+
+
+def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
+    """What a search finds patches by has the words of their concept."""
+    for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == concept.id)):
+        queries.keep_patch(session, patch, [tag.tag for tag in patch.tags])
+
+
+def _concept(row: models.ConceptRow) -> Concept:
+    return Concept.from_json(json.loads(row.definition))
+
+
+TRIES = 100
+"""How often the bytes of a patch are put again when a collector of garbage keeps being faster."""
+
+
+def _patch_record(
+    session: Session, query: Select[Any], concept: str | None, base: str | None, solver: str | None, tag: str | None
+) -> Select[Any]:
+    if concept is not None:
+        query = query.where(models.PatchRow.concept_id == find(session, models.ConceptRow, concept).id)
+    if base is not None:
+        query = query.where(models.PatchRow.base_id == find(session, models.BaseRow, base).id)
+    if solver is not None:
+        query = query.where(models.PatchRow.solver == checked_name(solver, "solver"))
+    if tag is not None:
+        tagged = select(models.PatchTagRow.patch_id).where(models.PatchTagRow.tag == checked_tag(tag))
+        query = query.where(models.PatchRow.id.in_(tagged))
+    return query
+
+
+def _shelved(session: Session, row: models.PatchRow) -> models.PatchRow:
+    added(session, row)
+    queries.keep_patch(session, row)
+    return row
+
+
+def _checked_seed(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise OverpaintError(f"a seed has at most 63 bits, which is what the database can hold; got {seed}")
+    return seed
+
+
+def _created(session: Session, name: str, base: models.BaseRow) -> models.RecipeRow:
+    _refuse_taken(session, name)
+    _refuse_revision(session, name)
+    row = added(session, models.RecipeRow(name=checked_name(name, "recipe"), base=base))
+    queries.keep_recipe(session, row)
+    return row
+
+
+def _refuse_taken(session: Session, name: str) -> None:
+    known = lookup(session, models.RecipeRow, name)
+    if known is not None:
+        raise AlreadyExists(f"recipe {known.name!r} is there already, on base {known.base.name!r}")
+
+
+def _refuse_revision(session: Session, name: str) -> None:
+    """A new recipe called safe@3 would be taken for revision 3 of the recipe safe."""
+    other, at, mark = name.rpartition("@")
+    if at and other.strip() and lookup(session, models.RecipeRow, other) is not None:
+        raise OverpaintError(
+            f"{name!r} means the recipe {other!r} at revision {mark!r}, which cannot be changed; change {other!r} itself, "
+            "or give a new recipe another name"
+        )
+
+
+def _deleted(session: Session, name: str) -> list[models.RecipeRow]:
+    """The deleted recipes of that name, in the order they were deleted."""
+    gone = models.RecipeRow.deleted_at
+    query = select(models.RecipeRow).where(models.RecipeRow.name == checked_name(name, "recipe"), gone.is_not(None))
+    return list(session.scalars(query.order_by(gone, models.RecipeRow.id)))
+
+
+def _lines(session: Session, recipe: models.RecipeRow, number: int | None) -> list[HistoryRecord]:
+    query = (
+        select(models.RevisionRow).where(models.RevisionRow.recipe_id == recipe.id).order_by(models.RevisionRow.number)
+    )
+    if number is not None:
+        query = query.where(models.RevisionRow.number == number)
+    changes = selectinload(models.RevisionRow.changes).joinedload(models.RevisionPatchRow.patch)
+    found = session.scalars(query.options(changes))
+    return [HistoryRecord.of(row, each) for row in found for each in row.changes or (None,)]
+
+
+def _something(found: list[TagRecord]) -> list[TagRecord]:
+    if not found:
+        raise OverpaintError("a tag is tied to something; name a patch or a recipe")
+    return found
+
+
+def _tag_patch(session: Session, key: str, tag: str, who: str) -> TagRecord:
+    patch = find_patch(session, key)
+    if session.get(models.PatchTagRow, (patch.id, tag)) is not None:
+        raise AlreadyExists(f"patch {patch.id[:12]} ({patch.concept.name}) has the tag {tag!r} already")
+    row = models.PatchTagRow(patch_id=patch.id, tag=tag, who=who)
+    session.add(row)
+    _rewrite_patch(session, patch)
+    return _on_patch(row)
+
+
+def _tag_recipe(session: Session, key: str, tag: str, who: str) -> TagRecord:
+    recipe, number = find_revision(session, key)
+    known = session.get(models.RecipeTagRow, (recipe.id, tag))
+    if known is not None:
+        raise AlreadyExists(
+            f"recipe {recipe.name!r} has the tag {tag!r} already, at revision {known.revision}; remove it there first"
+        )
+    row = models.RecipeTagRow(recipe_id=recipe.id, tag=tag, revision=number, who=who)
+    session.add(row)
+    _rewrite_recipe(session, recipe)
+    return _on_recipe(row)
+
+
+def _untag_patch(session: Session, key: str, tag: str) -> TagRecord:
+    patch = find_patch(session, key)
+    row = session.get(models.PatchTagRow, (patch.id, tag))
+    if row is None:
+        raise NotFound(f"patch {patch.id[:12]} ({patch.concept.name}) does not have the tag {tag!r}")
+    record = _on_patch(row)
+    session.delete(row)
+    _rewrite_patch(session, patch)
+    return record
+
+
+def _untag_recipe(session: Session, name: str, tag: str) -> TagRecord:
+    recipe = find(session, models.RecipeRow, name)
+    row = session.get(models.RecipeTagRow, (recipe.id, tag))
+    if row is None:
+        raise NotFound(f"recipe {recipe.name!r} does not have the tag {tag!r}")
+    record = _on_recipe(row)
+    session.delete(row)
+    _rewrite_recipe(session, recipe)
+    return record
+
+
+def _rewrite_patch(session: Session, patch: models.PatchRow) -> None:
+    session.flush()
+    session.refresh(patch, ["tags"])
+    queries.keep_patch(session, patch, [each.tag for each in patch.tags])
+
+
+def _rewrite_recipe(session: Session, recipe: models.RecipeRow) -> None:
+    session.flush()
+    session.refresh(recipe, ["tags"])
+    queries.keep_recipe(session, recipe, [each.tag for each in recipe.tags])
+
+
+def _on_patch(row: models.PatchTagRow) -> TagRecord:
+    return TagRecord(row.tag, "patch", row.patch_id, None, row.who, row.at)
+
+
+def _on_recipe(row: models.RecipeTagRow) -> TagRecord:
+    return TagRecord(row.tag, "recipe", row.recipe.name, row.revision, row.who, row.at)
+
+
+def _patches(
+    session: Session, words: Sequence[str], marks: Sequence[tuple[str, str]], limit: int | None, offset: int
+) -> tuple[PatchRecord, ...]:
+    text = models.PatchTextRow.text
+    conditions = [*mentions(text, words), *(is_marked(text, mark, value) for mark, value in marks)]
+    page = select(models.PatchTextRow.patch_id).where(*conditions).order_by(models.PatchTextRow.id.desc())
+    ids = session.scalars(page.limit(limit).offset(offset)).all()
+    by_id = patches_by_id(session, ids)
+    return tuple(PatchRecord.of(by_id[each]) for each in ids)
+
+
+def _recipes(
+    session: Session, words: Sequence[str], tag: str | None, base_id: int | None, limit: int | None, offset: int
+) -> list[RecipeRecord]:
+    query = select(models.RecipeRow).where(models.RecipeRow.deleted_at.is_(None))
+    if words:
+        mentioned = select(models.RecipeTextRow.recipe_id).where(*mentions(models.RecipeTextRow.text, words))
+        query = query.where(models.RecipeRow.id.in_(mentioned))
+    if tag is not None:
+        tagged = select(models.RecipeTagRow.recipe_id).where(models.RecipeTagRow.tag == checked_tag(tag))
+        query = query.where(models.RecipeRow.id.in_(tagged))
+    if base_id is not None:
+        query = query.where(models.RecipeRow.base_id == base_id)
+    return records_now(
+        session, session.scalars(query.order_by(models.RecipeRow.id.desc()).limit(limit).offset(offset)).all()
+    )
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """One number: what it is about, what was measured, over `n` things; 95% bounds where there are any."""
+
+    subject: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, row: models.EvaluationResultRow) -> ResultRecord:
+        return cls(row.subject, row.metric, row.value, row.low, row.high, row.n)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One run of one suite: on a patch (its id), or on a recipe (its name) at a revision.
+
+    `digest` is that of the weights that were judged, `seed` the number that all seeds of the run follow from.
+    """
+
+    patch: str | None
+    recipe: str | None
+    revision: int | None
+    digest: str
+    suite: str
+    judge: str
+    seed: int
+    settings: dict[str, Any] = field(hash=False)
+    versions: dict[str, Any] = field(hash=False)
+    seconds: float
+    who: str
+    at: datetime
+    results: tuple[ResultRecord, ...]
+
+    @classmethod
+    def of(cls, row: models.EvaluationRow) -> EvaluationRecord:
+        return cls(
+            patch=row.patch_id,
+            recipe=row.recipe.name if row.recipe else None,
+            revision=row.revision,
+            digest=row.digest,
+            suite=row.suite,
+            judge=row.judge,
+            seed=row.seed,
+            settings=json.loads(row.settings),
+            versions=json.loads(row.versions),
+            seconds=row.seconds,
+            who=row.who,
+            at=row.at,
+            results=tuple(ResultRecord.of(each) for each in row.results),
+        )
+
+
+def _subject_of(session: Session, query: Select[Any], patch: str | None, recipe: str | None) -> Select[Any]:
+    if patch is not None:
+        query = query.where(models.EvaluationRow.patch_id == find_patch(session, patch).id)
+    if recipe is not None:
+        row, number = find_revision(session, recipe)
+        query = query.where(models.EvaluationRow.recipe_id == row.id, models.EvaluationRow.revision == number)
+    return query
+
+
+def _result(number: int, result: ResultRecord) -> models.EvaluationResultRow:
+    what = f"{result.metric} of {result.subject}"
+    bounds = (
+        None if each is None else checked_number(each, f"a bound of the {what}") for each in (result.low, result.high)
+    )
+    low, high = bounds
+    return models.EvaluationResultRow(
+        number=number,
+        subject=checked_name(result.subject, "subject of a result"),
+        metric=checked_name(result.metric, "metric"),
+        value=checked_number(result.value, f"the {what}"),
+        low=low,
+        high=high,
+        n=result.n,
+    )
+
+
+LONGEST_PROMPT = 1000
+
+
+@dataclass(frozen=True)
+class PreservedPromptRecord:
+    """A prompt to keep, and who asked for that, and when."""
+
+    prompt: str
+    who: str
+    at: datetime
+
+
+def _preserved_of(session: Session, base: models.BaseRow) -> list[models.PreservedPromptRow]:
+    rows = session.scalars(select(models.PreservedPromptRow).where(models.PreservedPromptRow.base_id == base.id))
+    # By code point, which databases do not agree on.
+    return sorted(rows, key=lambda row: row.prompt)
+
+
+def _checked(prompt: str) -> str:
+    text = checked_note(prompt, "a prompt").strip()
+    if not text or "\n" in text:
+        raise OverpaintError(f"a prompt to keep is one line with something in it; got {quoted(prompt)}")
+    if len(text) > LONGEST_PROMPT:
+        raise OverpaintError(
+            f"a prompt to keep has at most {LONGEST_PROMPT} characters; {quoted(text)} has {len(text)}"
+        )
+    return text
+
+
+class Registry:
     """A folder with `registry.db`, `blobs/` and, once something went bad, `quarantine/`; or the same with PostgreSQL.
 
     Every method is one transaction. Names are free text; where one is unknown, NotFound names the nearest. A full or
@@ -45,3 +416,540 @@ class Registry(Bases, Concepts, Patches, Recipes, Tags, Search, Evaluations, Kep
         A copy of an SQLite file is kept beside it; of a PostgreSQL database, take one with pg_dump before.
         """
         return schema.upgrade(database_at(location))
+
+    # Bases
+
+    def add_base(self, name: str, source: Path, layout: str, fingerprint: str) -> BaseRecord:
+        """Remember a base under `name`; `source` is kept as it is given. Raises AlreadyExists if the name is taken."""
+        with self._database.writing() as session:
+            known = lookup(session, models.BaseRow, name)
+            if known is not None:
+                raise AlreadyExists(f"base {known.name!r} is there already ({known.source}); choose another name")
+            row = models.BaseRow(
+                name=checked_name(name, "base"),
+                source=checked_note(str(source), "the source of a base"),
+                layout=checked_name(layout, "layout"),
+                fingerprint=checked_name(fingerprint, "fingerprint"),
+            )
+            return BaseRecord.of(added(session, row))
+
+    def bases(self) -> list[BaseRecord]:
+        """All bases, in the order they came."""
+        with self._database.reading() as session:
+            return [BaseRecord.of(row) for row in session.scalars(select(models.BaseRow).order_by(models.BaseRow.id))]
+
+    def base(self, name: str) -> BaseRecord:
+        """The base of that name. Raises NotFound."""
+        with self._database.reading() as session:
+            return BaseRecord.of(find(session, models.BaseRow, name))
+
+    # Concepts
+
+    def add_concept(self, concept: Concept) -> None:
+        """Remember a concept. Raises AlreadyExists if its name is taken, be it by an equal one."""
+        self._keep_concept(concept, equal_is_fine=False)
+
+    def ensure_concept(self, concept: Concept) -> None:
+        """Remember a concept unless an equal one is there. Raises AlreadyExists if the name means something else."""
+        self._keep_concept(concept, equal_is_fine=True)
+
+    def learn_concepts(self, concepts: Iterable[Concept], *, update: bool = False) -> None:
+        """Remember many concepts: all of them, or none. One that is there and equal is left alone.
+
+        With `update`, one that is there by another description gets the new one. Raises ConceptDiffers, which shows both
+        descriptions of each, without.
+        """
+        rows = [_row(concept) for concept in concepts]
+        with self._database.writing() as session:
+            known = {row.name: lookup(session, models.ConceptRow, row.name) for row in rows}
+            pairs = [(there, row) for row in rows if (there := known[row.name]) and _concept(there) != _concept(row)]
+            if pairs and not update:
+                raise ConceptDiffers(told_apart([(_concept(there), _concept(row)) for there, row in pairs]))
+            for there, row in pairs:
+                there.kind, there.definition = row.kind, row.definition
+                _rewrite_texts(session, there)
+            session.add_all(row for row in rows if known[row.name] is None)
+
+    def _keep_concept(self, concept: Concept, *, equal_is_fine: bool) -> None:
+        row = _row(concept)
+        with self._database.writing() as session:
+            known = lookup(session, models.ConceptRow, row.name)
+            if known is None:
+                session.add(row)
+            elif not (equal_is_fine and _concept(known) == concept):
+                raise AlreadyExists(
+                    f"concept {known.name!r} is there already, as {known.definition}; choose another name"
+                )
+
+    def concepts(self, *, limit: int | None = None, offset: int = 0) -> list[Concept]:
+        """All concepts, in the order they came, or `limit` of them after the first `offset`."""
+        query = select(models.ConceptRow).order_by(models.ConceptRow.id).limit(limit).offset(offset)
+        with self._database.reading() as session:
+            return [_concept(row) for row in session.scalars(query)]
+
+    def count_concepts(self) -> int:
+        """How many there are."""
+        with self._database.reading() as session:
+            return session.scalar(select(func.count()).select_from(models.ConceptRow)) or 0
+
+    def concept(self, name: str) -> Concept:
+        """The concept of that name. Raises NotFound."""
+        with self._database.reading() as session:
+            return _concept(find(session, models.ConceptRow, name))
+
+    # Patches
+
+    def add_patch(
+        self,
+        *,
+        id: str,
+        blob: bytes,
+        concept: str,
+        base: str,
+        solver: str,
+        kind: str,
+        settings: dict[str, Any],
+        seed: int,
+        seconds: float,
+    ) -> PatchRecord:
+        """Keep a patch: first its bytes, then the row that names them.
+
+        An id that is there already is returned as it was (and its bytes put back should they have been lost). Raises
+        NotFound for an unknown concept or base, OverpaintError for values that cannot be kept.
+        """
+        row = models.PatchRow(
+            id=checked_id(id),
+            solver=checked_name(solver, "solver"),
+            kind=checked_name(kind, "kind of patch"),
+            settings=checked_json(settings, "the settings of a patch"),
+            seed=_checked_seed(seed),
+            nbytes=len(blob),
+            blob=hashlib.sha256(blob).hexdigest(),
+            seconds=checked_number(seconds, "the seconds a solver took"),
+        )
+        with self._database.reading() as session:
+            row.concept_id = find(session, models.ConceptRow, concept).id
+            row.base_id = find(session, models.BaseRow, base).id
+            known = session.get(models.PatchRow, id)
+            if known is not None and known.blob != row.blob:
+                return PatchRecord.of(known)
+        files = PatchFiles(self.blobs)
+        for _ in range(TRIES):
+            files.put(id, blob)  # outside the transaction, so that nobody waits for the disk
+            with self._database.writing() as session:
+                # Garbage is collected under this very lock, so what is here now stays once the row names it.
+                if files.holds(id, row.blob):
+                    return PatchRecord.of(session.get(models.PatchRow, id) or _shelved(session, row))
+        raise OverpaintError(
+            f"the bytes of patch {id} vanish from {self.blobs.files.where} as soon as they are put there"
+        )
+
+    def patches(
+        self,
+        *,
+        concept: str | None = None,
+        base: str | None = None,
+        solver: str | None = None,
+        tag: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        newest_first: bool = False,
+    ) -> list[PatchRecord]:
+        """All patches, or those of one concept, base, solver or tag; oldest first, unless told otherwise.
+
+        With `limit`, at most so many of them after the first `offset`. Raises NotFound for an unknown concept or base.
+        """
+        order = (models.PatchRow.solved_at, models.PatchRow.id)
+        with self._database.reading() as session:
+            query = _patch_record(session, select(models.PatchRow), concept, base, solver, tag)
+            query = query.order_by(*(each.desc() for each in order) if newest_first else order)
+            return [PatchRecord.of(row) for row in session.scalars(query.limit(limit).offset(offset))]
+
+    def count_patches(
+        self,
+        *,
+        concept: str | None = None,
+        base: str | None = None,
+        solver: str | None = None,
+        tag: str | None = None,
+    ) -> int:
+        """How many there are. Raises NotFound for an unknown concept or base."""
+        with self._database.reading() as session:
+            query = _patch_record(
+                session, select(func.count()).select_from(models.PatchRow), concept, base, solver, tag
+            )
+            return session.scalar(query) or 0
+
+    def patch(self, key: str) -> PatchRecord:
+        """The patch that `key` means: its id, four or more digits that only its id begins with, or its concept's name.
+
+        A name means the newest patch of that concept. Raises NotFound, or OverpaintError if several ids begin so.
+        """
+        with self._database.reading() as session:
+            return PatchRecord.of(find_patch(session, key))
+
+    def blob(self, record: PatchRecord) -> bytes:
+        """The bytes of a patch, checked. Raises BlobMissing or BlobCorrupt."""
+        return PatchFiles(self.blobs).get(record.id, record.blob)
+
+    # Recipes and their history
+
+    def create_recipe(self, name: str, base: str) -> RecipeRecord:
+        """Make an empty recipe. Raises AlreadyExists if the name is taken, NotFound for an unknown base."""
+        with self._database.writing() as session:
+            return record_at(session, _created(session, name, find(session, models.BaseRow, base)), 0)
+
+    def ensure_recipe(self, name: str, base: str) -> RecipeRecord:
+        """The recipe of that name, made if needed. Raises AlreadyExists if it lies on another base."""
+        with self._database.writing() as session:
+            wanted = find(session, models.BaseRow, base)
+            row = lookup(session, models.RecipeRow, name) or _created(session, name, wanted)
+            if row.base_id != wanted.id:
+                raise AlreadyExists(
+                    f"recipe {row.name!r} is there already, on base {row.base.name!r} and not on {wanted.name!r}"
+                )
+            return record_at(session, row, row.revision)
+
+    def has_recipe(self, name: str) -> bool:
+        """Whether there is a recipe of that name."""
+        with self._database.reading() as session:
+            return lookup(session, models.RecipeRow, name) is not None
+
+    def recipes(self, *, deleted: bool = False) -> list[RecipeRecord]:
+        """All recipes in the order they were made, or those that were deleted."""
+        gone = models.RecipeRow.deleted_at
+        query = select(models.RecipeRow).where(gone.is_not(None) if deleted else gone.is_(None))
+        together = (selectinload(models.RecipeRow.patches), selectinload(models.RecipeRow.tags))
+        with self._database.reading() as session:
+            rows = session.scalars(query.options(*together).order_by(models.RecipeRow.id)).all()
+            return records_now(session, rows)
+
+    def recipe(self, key: str) -> RecipeRecord:
+        """The recipe NAME as it is, or as it was at NAME@NUMBER or NAME@TAG. Raises NotFound."""
+        with self._database.reading() as session:
+            return record_at(session, *find_revision(session, key))
+
+    def patches_on(self, key: str) -> list[tuple[PatchRecord, RecipeEntry]]:
+        """What lies on a recipe (or lay, at a revision), sorted by patch id. Raises NotFound."""
+        with self._database.reading() as session:
+            recipe, number = find_revision(session, key)
+            laid = entries_now(recipe) if number == recipe.revision else entries_at(session, recipe, number)
+            rows = patches_by_id(session, laid)
+            return [(PatchRecord.of(rows[each]), laid[each]) for each in sorted(laid)]
+
+    def recipes_with(self, patch_id: str) -> list[tuple[str, RecipeEntry]]:
+        """The names of the recipes on which a patch lies, and how."""
+        living = (models.RecipePatchRow.patch_id == patch_id) & models.RecipeRow.deleted_at.is_(None)
+        query = select(models.RecipeRow.name, models.RecipePatchRow).join(models.RecipePatchRow.recipe).where(living)
+        with self._database.reading() as session:
+            rows = session.execute(query.order_by(models.RecipeRow.id))
+            return [(name, RecipeEntry(row.patch_id, row.strength, row.until)) for name, row in rows]
+
+    def change_recipe(
+        self,
+        name: str,
+        patch_id: str,
+        strength: float | None,
+        *,
+        why: str,
+        who: str,
+        digest_before: str | None,
+        digest_after: str | None,
+        until: date | None = None,
+        expected: int | None = None,
+    ) -> int:
+        """Set one patch to `strength` in a recipe, or take it out if None, and return the revision that this made.
+
+        The change and its line of history are one transaction. `until` is the day on which the patch lapses, None for
+        never. `expected` is the revision that the digests were worked out for; RecipeMoved if somebody else was faster.
+        Raises NotFound for an unknown recipe or patch or when taking out what is not there, AlreadyExists when the patch
+        lies there like this, and OverpaintError for a strength that is not finite or a patch of another base.
+        """
+        after = None if strength is None else RecipeEntry(patch_id, checked_number(strength, "a strength"), until)
+        with self._database.writing() as session:
+            recipe = find(session, models.RecipeRow, name)
+            refuse_if_moved(recipe, expected)
+            patch = session.get(models.PatchRow, checked_id(patch_id))
+            if patch is None:
+                raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")
+            return change(session, recipe, patch, after, Note(why, who, digest_before, digest_after))
+
+    def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
+        """Lay patches in the place of others, as those lay, and return the revision that this made.
+
+        `new` has their ids by the others'. Raises NotFound, AlreadyExists for a patch that would lie there twice,
+        OverpaintError for one of another base, RecipeMoved as `change_recipe` does.
+        """
+        with self._database.writing() as session:
+            recipe = find(session, models.RecipeRow, name)
+            refuse_if_moved(recipe, expected)
+            return exchange(session, recipe, new, note)
+
+    def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | None = None) -> int:
+        """Lay on a recipe exactly what lay on it at revision `number`, and return the revision that this made.
+
+        Raises NotFound for an unknown recipe or revision, AlreadyExists when the same lies there now, RecipeMoved as
+        `change_recipe` does.
+        """
+        with self._database.writing() as session:
+            recipe = find(session, models.RecipeRow, name)
+            refuse_if_moved(recipe, expected)
+            _, number = find_revision(session, f"{recipe.name}@{number}")
+            now, then = entries_now(recipe), entries_at(session, recipe, number)
+            wanted = {each: then.get(each) for each in {**now, **then} if now.get(each) != then.get(each)}
+            if not wanted:
+                raise AlreadyExists(f"recipe {recipe.name!r} holds what it held at revision {number}; nothing to do")
+            return revise(session, recipe, wanted, "checkout", note, f"{recipe.name}@{number}")
+
+    def copy_recipe(self, key: str, name: str, *, why: str, who: str) -> RecipeRecord:
+        """Make the recipe `name` with what lies on another, or lay at a revision.
+
+        Raises NotFound for an unknown recipe or revision, AlreadyExists if the name is taken.
+        """
+        with self._database.writing() as session:
+            source, number = find_revision(session, key)
+            record = record_at(session, source, number)
+            copy = _created(session, name, source.base)
+            note = Note(why, who, source.base.fingerprint, record.digest)
+            revise(session, copy, {each.patch: each for each in record.laid}, "copy", note, f"{source.name}@{number}")
+            session.refresh(copy)
+            return record_at(session, copy, copy.revision)
+
+    def delete_recipe(self, name: str, *, why: str, who: str) -> None:
+        """Take a recipe off the lists; its name is free again, its history stays. Raises NotFound."""
+        with self._database.writing() as session:
+            recipe = find(session, models.RecipeRow, name)
+            digest = record_at(session, recipe, recipe.revision).digest
+            revise(session, recipe, {}, "delete", Note(why, who, digest, digest))
+            recipe.deleted_at = models.now()
+
+    def undelete_recipe(self, name: str, *, why: str, who: str) -> RecipeRecord:
+        """Bring back the recipe of that name that was deleted last. Raises NotFound, AlreadyExists if the name is taken."""
+        with self._database.writing() as session:
+            _refuse_taken(session, name)
+            gone = _deleted(session, name)
+            if not gone:
+                raise NotFound(f"no deleted recipe was called {name!r}; see `overpaint recipe list --deleted`")
+            recipe = gone[-1]
+            recipe.deleted_at = None
+            digest = record_at(session, recipe, recipe.revision).digest
+            revise(session, recipe, {}, "undelete", Note(why, who, digest, digest))
+            return record_at(session, recipe, recipe.revision)
+
+    def log(self, name: str, *, revision: int | None = None, deleted: bool = False) -> list[HistoryRecord]:
+        """Every change of a recipe, oldest first, or those of one revision. Raises NotFound.
+
+        With `deleted`, those of the recipes that were deleted under that name, one recipe after the other.
+        """
+        with self._database.reading() as session:
+            recipes = _deleted(session, name) if deleted else [find(session, models.RecipeRow, name)]
+            if not recipes:
+                raise NotFound(f"no deleted recipe was called {name!r}; see `overpaint recipe list --deleted`")
+            return [line for recipe in recipes for line in _lines(session, recipe, revision)]
+
+    def diff(self, before: str, after: str) -> list[Difference]:
+        """Every patch that does not lie on both recipes (or revisions) alike, by concept. Raises NotFound."""
+        with self._database.reading() as session:
+            records = [record_at(session, *find_revision(session, key)) for key in (before, after)]
+            return differences(session, *records)
+
+    def due(self, on: date, *, recipe: str | None = None) -> list[ExpiredEntry]:
+        """What lies on recipes (or one) though its day had come by `on`; the longest overdue first. Raises NotFound."""
+        query = (
+            select(
+                models.RecipeRow.name,
+                models.ConceptRow.name,
+                models.RecipePatchRow.patch_id,
+                models.RecipePatchRow.until,
+            )
+            .join(models.RecipePatchRow.recipe)
+            .join(models.RecipePatchRow.patch)
+            .join(models.PatchRow.concept)
+            .where(models.RecipePatchRow.until <= on, models.RecipeRow.deleted_at.is_(None))
+            .order_by(
+                models.RecipePatchRow.until,
+                models.RecipeRow.name,
+                models.ConceptRow.name,
+                models.RecipePatchRow.patch_id,
+            )
+        )
+        with self._database.reading() as session:
+            if recipe is not None:
+                query = query.where(models.RecipeRow.id == find(session, models.RecipeRow, recipe).id)
+            return [
+                ExpiredEntry(name, concept, patch_id, day)
+                for name, concept, patch_id, day in session.execute(query)
+                if day
+            ]
+
+    # Tags
+
+    def tag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), who: str) -> list[TagRecord]:
+        """Tie `tag` to patches and recipes: to all of them, or to none.
+
+        A recipe is tagged as it is now, or as it was at NAME@NUMBER; NAME@TAG means that revision from then on. Raises
+        NotFound, and AlreadyExists for what has the tag.
+        """
+        tag, who = checked_tag(tag), checked_note(who, "the name of who did it")
+        with self._database.writing() as session:
+            found = [_tag_recipe(session, key, tag, who) for key in recipes]
+            found += [_tag_patch(session, key, tag, who) for key in patches]
+        return _something(found)
+
+    def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
+        """Untie `tag` from patches and recipes: from all of them, or from none. Raises NotFound."""
+        tag = checked_tag(tag)
+        with self._database.writing() as session:
+            found = [_untag_recipe(session, name, tag) for name in recipes]
+            found += [_untag_patch(session, key, tag) for key in patches]
+        return _something(found)
+
+    def tags(self, tag: str | None = None) -> list[TagRecord]:
+        """Every tag and what it is on, or one tag; by tag, recipes before patches. Deleted recipes are left out."""
+        of_patches = select(models.PatchTagRow).order_by(models.PatchTagRow.at)
+        of_recipes = (
+            select(models.RecipeTagRow).join(models.RecipeTagRow.recipe).where(models.RecipeRow.deleted_at.is_(None))
+        )
+        of_recipes = of_recipes.order_by(models.RecipeTagRow.at)
+        if tag is not None:
+            of_patches = of_patches.where(models.PatchTagRow.tag == checked_tag(tag))
+            of_recipes = of_recipes.where(models.RecipeTagRow.tag == checked_tag(tag))
+        with self._database.reading() as session:
+            found = [_on_recipe(row) for row in session.scalars(of_recipes)]
+            found += [_on_patch(row) for row in session.scalars(of_patches)]
+        return sorted(found, key=lambda each: each.tag)
+
+    # Search
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        kind: str | None = None,
+        solver: str | None = None,
+        tag: str | None = None,
+        base: str | None = None,
+        limit: int | None = 50,
+        offset: int = 0,
+    ) -> SearchResult:
+        """What mentions every word of `text` and is of the kind of concept, solver, tag and base asked for.
+
+        Words are looked for also inside longer ones, and capitals do not matter. A patch is found by its concept's name,
+        synonyms, anchor and kind, by its own kind, its solver, its base and its tags. A recipe is found by its name, base
+        and tags, or by one of the reasons in its history; it has no kind and no solver, so asking for one leaves recipes
+        out. Each list is newest first, `limit` long at most, after the first `offset`. Raises OverpaintError when nothing
+        is asked for, NotFound for an unknown base.
+        """
+        words = checked_name(text, "search").split() if text.strip() else []
+        if not words and {kind, solver, tag, base} == {None}:
+            raise OverpaintError("say what to search for: words, or a kind, a solver, a tag or a base")
+        with self._database.reading() as session:
+            base_id = None if base is None else find(session, models.BaseRow, base).id
+            marks = [(KIND, kind), (SOLVER, solver), (TAG, tag and checked_tag(tag)), (BASE, base_id)]
+            given = [(mark, checked_name(str(value), "search")) for mark, value in marks if value is not None]
+            recipes: list[RecipeRecord] = []
+            if kind is None and solver is None:
+                recipes = _recipes(session, words, tag, base_id, limit, offset)
+            return SearchResult(_patches(session, words, given, limit, offset), tuple(recipes))
+
+    # Evaluations
+
+    def add_evaluation(
+        self,
+        *,
+        patch: str | None = None,
+        recipe: str | None = None,
+        digest: str,
+        suite: str,
+        judge: str,
+        seed: int,
+        settings: dict[str, Any],
+        versions: dict[str, Any],
+        seconds: float,
+        who: str,
+        results: Iterable[ResultRecord],
+    ) -> EvaluationRecord:
+        """Keep one run on a patch, or on a recipe as it is now or was at NAME@NUMBER.
+
+        Raises NotFound for a patch or recipe that is not there, OverpaintError unless exactly one of them is given and
+        every number is finite.
+        """
+        if (patch is None) == (recipe is None):
+            raise OverpaintError("an evaluation is of one patch or of one recipe; name exactly one of them")
+        row = models.EvaluationRow(
+            digest=checked_name(digest, "digest"),
+            suite=checked_name(suite, "suite"),
+            judge=checked_name(judge, "judge"),
+            seed=seed,
+            settings=checked_json(settings, "the settings of an evaluation"),
+            versions=checked_json(versions, "the versions of an evaluation"),
+            seconds=checked_number(seconds, "the seconds of an evaluation"),
+            who=checked_note(who, "the name of who did it"),
+        )
+        row.results = [_result(number, each) for number, each in enumerate(results)]
+        with self._database.writing() as session:
+            if patch is not None:
+                row.patch_id = find_patch(session, patch).id
+            else:
+                found, row.revision = find_revision(session, recipe or "")
+                row.recipe_id = found.id
+            return EvaluationRecord.of(added(session, row))
+
+    def evaluations(
+        self, *, patch: str | None = None, recipe: str | None = None, latest: bool = False
+    ) -> list[EvaluationRecord]:
+        """The runs on a patch or on a recipe (as it is, or at NAME@NUMBER), oldest first; all of them without either.
+
+        With `latest`, of each suite and judge the last one. Raises NotFound.
+        """
+        query = select(models.EvaluationRow).options(selectinload(models.EvaluationRow.results))
+        query = query.order_by(models.EvaluationRow.at, models.EvaluationRow.id)
+        with self._database.reading() as session:
+            rows = session.scalars(_subject_of(session, query, patch, recipe)).all()
+            found = [EvaluationRecord.of(row) for row in rows]
+        return list({(each.suite, each.judge): each for each in found}.values()) if latest else found
+
+    def count_evaluations(self, *, patch: str | None = None, recipe: str | None = None) -> int:
+        """How many runs there are. Raises NotFound."""
+        with self._database.reading() as session:
+            query = _subject_of(session, select(func.count()).select_from(models.EvaluationRow), patch, recipe)
+            return session.scalar(query) or 0
+
+    # Prompts to preserve
+
+    def keep_prompts(self, base: str, prompts: Iterable[str], *, who: str) -> int:
+        """Keep prompts on a base: all of them, or none; returns how many are new.
+
+        Raises NotFound for an unknown base, OverpaintError for a prompt that is empty, too long, or does not print.
+        """
+        wanted = list(dict.fromkeys(_checked(prompt) for prompt in prompts))
+        checked_note(who, "the name of who did it")
+        with self._database.writing() as session:
+            row = find(session, models.BaseRow, base)
+            known = {kept.prompt for kept in _preserved_of(session, row)}
+            new = [prompt for prompt in wanted if prompt not in known]
+            session.add_all(models.PreservedPromptRow(base_id=row.id, prompt=prompt, who=who) for prompt in new)
+        return len(new)
+
+    def forget_prompts(self, base: str, prompts: Iterable[str] | None = None) -> int:
+        """No longer keep some prompts, or any (None): all of them, or none; returns how many there were.
+
+        Raises NotFound for an unknown base or a prompt that is not kept.
+        """
+        with self._database.writing() as session:
+            row = find(session, models.BaseRow, base)
+            kept = {each.prompt: each for each in _preserved_of(session, row)}
+            leaving = list(kept) if prompts is None else list(dict.fromkeys(prompt.strip() for prompt in prompts))
+            for prompt in leaving:
+                if prompt not in kept:
+                    raise NotFound(
+                        f"the prompt {quoted(prompt)} is not kept on {row.name!r}; see `overpaint base keep {row.name}`"
+                    )
+                session.delete(kept[prompt])
+        return len(leaving)
+
+    def kept_prompts(self, base: str) -> list[PreservedPromptRecord]:
+        """The prompts that are kept on a base, in alphabetical order. Raises NotFound."""
+        with self._database.reading() as session:
+            found = _preserved_of(session, find(session, models.BaseRow, base))
+            return [PreservedPromptRecord(row.prompt, row.who, row.at) for row in found]

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.orm import Session
 
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import models
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
     from overpaint.registry.database import Database
+
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
 REVISION = text("SELECT version_num FROM alembic_version")

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json
-from overpaint.bases.text import TextEncoder, encoders
-from overpaint.concepts import Concept
-from overpaint.solvers.keys import keys_and_values, keys_of, keys_of_prompts
+from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
 from overpaint.solvers.problem import Unsolvable
-from overpaint.solvers.vocabulary import Report, Task, Vocabulary, vocabularies
+from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.vocabulary import EncodingTask, Report, Vocabulary, vocabularies
 
 VOCABULARY = 25.0
 EMPTY = 0.35
@@ -43,7 +43,7 @@ PAIRS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Preserved:
+class PreservedPrompts:
     """What a universe preserves beside its concepts: prompts to keep, and how many words of the vocabulary (0: all).
 
     `cache` is a folder in which the vocabulary's moments are kept.
@@ -76,7 +76,7 @@ class Universe:
         return float(eigenvalues[-1] / eigenvalues[0].clamp(min=torch.finfo(eigenvalues.dtype).tiny))
 
 
-class _Memory:
+class _UniverseCache:
     """What was computed for one opened base on one device: its encoders, vocabularies, concepts' keys, last universes."""
 
     def __init__(self, base: Base, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class _Memory:
         self.universes: OrderedDict[tuple[str, bytes], Universe] = OrderedDict()
 
 
-_memories: WeakKeyDictionary[Base, dict[str, _Memory]] = WeakKeyDictionary()
+_memories: WeakKeyDictionary[Base, dict[str, _UniverseCache]] = WeakKeyDictionary()
 
 
 def universe(
@@ -98,8 +98,8 @@ def universe(
     weight: float,
     device: torch.device,
     *,
-    door: str = "text_encoder",
-    preserved: Preserved = Preserved(),
+    text_input: str = "text_encoder",
+    preserved: PreservedPrompts = PreservedPrompts(),
     report: Report = lambda step, of, text: None,
 ) -> Universe:
     """The universe of `concepts` (in any order) behind a door; computed once per opened base and set of concepts.
@@ -107,15 +107,15 @@ def universe(
     `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts.
     Raises NotFound for a door the base lacks, PromptTooLong for a concept that does not fit, Unsolvable for too small a ridge.
     """
-    base.door(door)
+    base.text_input(text_input)
     memory = _memory(base, device)
     ordered = sorted(concepts, key=lambda concept: concept.name)
     about = [[concept.as_json() for concept in ordered], ridge, weight, preserved.prompts, preserved.words]
-    key = (door, canonical_json(about))
+    key = (text_input, canonical_json(about))
     if key not in memory.universes:
-        heard = _vocabulary(memory, base, preserved, report)[door]
-        memory.universes[key] = _build(memory, base, door, ordered, ridge, weight, preserved.prompts, heard)
-        while len(memory.universes) > 4 * len(base.doors):
+        heard = _vocabulary(memory, base, preserved, report)[text_input]
+        memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved.prompts, heard)
+        while len(memory.universes) > 4 * len(base.text_inputs):
             memory.universes.popitem(last=False)
     return memory.universes[key]
 
@@ -125,39 +125,41 @@ def prepare(
     concepts: Iterable[Concept],
     device: torch.device,
     *,
-    preserved: Preserved = Preserved(),
+    preserved: PreservedPrompts = PreservedPrompts(),
     report: Report = lambda step, of, text: None,
 ) -> None:
     """Encode the vocabulary of a base and the concepts of a universe now rather than in the first solve."""
     memory = _memory(base, device)
     _vocabulary(memory, base, preserved, report)
     for concept in concepts:
-        for door in base.doors:
-            _pair(memory, base, door, concept)
+        for text_input in base.text_inputs:
+            _pair(memory, base, text_input, concept)
 
 
-def _memory(base: Base, device: torch.device) -> _Memory:
+def _memory(base: Base, device: torch.device) -> _UniverseCache:
     by_device = _memories.setdefault(base, {})
     if str(device) not in by_device:
-        by_device[str(device)] = _Memory(base, device)
+        by_device[str(device)] = _UniverseCache(base, device)
     return by_device[str(device)]
 
 
 def _build(
-    memory: _Memory,
+    memory: _UniverseCache,
     base: Base,
-    door: str,
+    text_input: str,
     concepts: Sequence[Concept],
     ridge: float,
     weight: float,
     prompts: Sequence[str],
     heard: Vocabulary,
 ) -> Universe:
-    encoder = memory.encoders[door]
+    encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
-    moment = VOCABULARY * _spoken(memory, door, heard, {w for c in concepts for w in c.words}).to(encoder.model.device)
+    moment = VOCABULARY * _phrases(memory, text_input, heard, {w for c in concepts for w in c.words}).to(
+        encoder.model.device
+    )
     for concept in concepts:
-        keys = _pair(memory, base, door, concept)[0].double()
+        keys = _pair(memory, base, text_input, concept)[0].double()
         moment += weight * keys @ keys.T
     for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
@@ -172,9 +174,9 @@ def _build(
     pivots = factor.diagonal()
     if failed or pivots.min() < 1e-7 * pivots.max():  # rounding can make nothing look like something
         raise Unsolvable(
-            f"what {door} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
+            f"what {text_input} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
         )
-    halves = [_Half(memory, base, door, names, half, begin) for half in (0, 1)]
+    halves = [_Half(memory, base, text_input, names, half, begin) for half in (0, 1)]
     return Universe(factor, halves[0], halves[1], lam, begin)
 
 
@@ -189,11 +191,11 @@ def _without_begin(moment: Tensor, begin: Tensor | None) -> tuple[Tensor, float]
     return moment + BEGIN * mean * torch.outer(begin, begin), mean
 
 
-def _pair(memory: _Memory, base: Base, door: str, concept: Concept) -> tuple[Tensor, Tensor]:
+def _pair(memory: _UniverseCache, base: Base, text_input: str, concept: Concept) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float32. Encoded by itself: in a batch with others, its last bits would depend on them."""
-    key = (door, canonical_json(concept.as_json()))
+    key = (text_input, canonical_json(concept.as_json()))
     if key not in memory.pairs:
-        keys, values = keys_and_values(memory.encoders[door], base, concept)
+        keys, values = keys_and_values(memory.encoders[text_input], base, concept)
         memory.pairs[key] = keys.float(), values.float()
         memory.nbytes += keys.nbytes
     memory.pairs.move_to_end(key)
@@ -208,21 +210,21 @@ class _Half(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        memory: _Memory,
+        memory: _UniverseCache,
         base: Base,
-        door: str,
+        text_input: str,
         concepts: Mapping[str, Concept],
         half: int,
         begin: Tensor | None,
     ) -> None:
         # What is kept for a base must not keep the base.
-        self._memory, self._base, self._door = memory, weakref.ref(base), door
+        self._memory, self._base, self._text_input = memory, weakref.ref(base), text_input
         self._concepts, self._half, self._begin = concepts, half, begin
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._base()
         assert base is not None, "a universe is asked while its base is open"
-        pair = _pair(self._memory, base, self._door, self._concepts[name])
+        pair = _pair(self._memory, base, self._text_input, self._concepts[name])
         found = pair[self._half].double()
         if self._begin is None:
             return found
@@ -236,17 +238,21 @@ class _Half(Mapping[str, Tensor]):
         return len(self._concepts)
 
 
-def _vocabulary(memory: _Memory, base: Base, preserved: Preserved, report: Report) -> dict[str, Vocabulary]:
+def _vocabulary(
+    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Report
+) -> dict[str, Vocabulary]:
     """The vocabulary as every door hears it."""
     if preserved.words not in memory.vocabularies:
-        towers: dict[str, dict[str, TextEncoder]] = {}
-        for door, encoder in memory.encoders.items():
-            towers.setdefault(base.door(door).encoder, {})[door] = encoder
-        tasks = [(Task.of(base, doors, preserved.words), doors) for doors in towers.values()]
+        text_encoders: dict[str, dict[str, TextEncoder]] = {}
+        for text_input, encoder in memory.encoders.items():
+            text_encoders.setdefault(base.text_input(text_input).encoder, {})[text_input] = encoder
+        tasks = [
+            (EncodingTask.of(base, text_inputs, preserved.words), text_inputs) for text_inputs in text_encoders.values()
+        ]
         total, before, found = sum(task.size for task, _ in tasks), 0, {}
-        for task, doors in tasks:
+        for task, text_inputs in tasks:
             told = partial(_told, report, before, total)
-            found.update(vocabularies(task, doors, preserved.cache, told))
+            found.update(vocabularies(task, text_inputs, preserved.cache, told))
             before += task.size
         memory.vocabularies[preserved.words] = found
     return memory.vocabularies[preserved.words]
@@ -257,7 +263,7 @@ def _told(report: Report, before: int, total: int, step: int, of: int, text: str
     report(before + step, total, text)
 
 
-def _spoken(memory: _Memory, door: str, heard: Vocabulary, known: set[str]) -> Tensor:
+def _phrases(memory: _UniverseCache, text_input: str, heard: Vocabulary, known: set[str]) -> Tensor:
     """The vocabulary's second moment without the known concepts, which have keys of their own; a word in a sentence weighs
     as much as any other, all together 1.
 
@@ -271,8 +277,8 @@ def _spoken(memory: _Memory, door: str, heard: Vocabulary, known: set[str]) -> T
             continue
         total, count = total + sentence.moment, count + len(sentence.words)
         for word in sorted(known & sentence.words):
-            key = (door, word, sentence.template)
+            key = (text_input, word, sentence.template)
             if key not in memory.words:
-                memory.words[key] = keys_of(memory.encoders[door], [word], [sentence.template]).cpu()
+                memory.words[key] = keys_of(memory.encoders[text_input], [word], [sentence.template]).cpu()
             total, count = total - memory.words[key] @ memory.words[key].T, count - 1
     return total / max(1, count)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import overpaint
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.live import Overlay
@@ -35,7 +35,7 @@ from overpaint.testing.tiny import tiny_base
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolvedExample:
     """One solve, and what was seen on the way."""
 
     solution: Solution
@@ -78,41 +78,43 @@ class SolverContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def solved(cls, folder: Path) -> Solved:
+    def solved(cls, folder: Path) -> SolvedExample:
         """One solution that several tests look at."""
         before, reports = _files(folder), []
         solution = cls.made().solve(cls.problem(Base.open(folder), report=lambda *told: reports.append(told)))
-        return Solved(solution, reports, before, _files(folder))
+        return SolvedExample(solution, reports, before, _files(folder))
 
-    def test_the_base_is_bit_identical_afterwards(self, solved: Solved) -> None:
+    def test_the_base_is_bit_identical_afterwards(self, solved: SolvedExample) -> None:
         assert solved.after == solved.before
 
-    def test_it_changes_something(self, base: Base, solved: Solved) -> None:
+    def test_it_changes_something(self, base: Base, solved: SolvedExample) -> None:
         composed = compose(base, [Term("a", solved.solution.delta)])
         assert any(not torch.equal(base.tensor(name), tensor) for name, tensor in composed.items())
 
-    def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(self, base: Base, solved: Solved) -> None:
+    def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(
+        self, base: Base, solved: SolvedExample
+    ) -> None:
         torch.manual_seed(1234)
         assert self.made().solve(self.problem(base)).delta == solved.solution.delta
 
-    def test_the_order_of_the_universe_changes_nothing(self, base: Base, solved: Solved) -> None:
+    def test_the_order_of_the_universe_changes_nothing(self, base: Base, solved: SolvedExample) -> None:
         turned = (*reversed(self.universe), self.concept)
         assert self.made().solve(self.problem(base, universe=turned)).delta == solved.solution.delta
 
-    def test_strength_zero_changes_nothing(self, base: Base, solved: Solved) -> None:
+    def test_strength_zero_changes_nothing(self, base: Base, solved: SolvedExample) -> None:
         assert compose(base, [Term("a", solved.solution.delta, strength=0.0)]) == {}
 
     def test_a_concept_without_a_universe_can_be_erased(self, base: Base) -> None:
         assert self.made().solve(self.problem(base, universe=())).delta.targets(base)
 
-    def test_only_declared_tensors_are_touched(self, base: Base, solved: Solved) -> None:
+    def test_only_declared_tensors_are_touched(self, base: Base, solved: SolvedExample) -> None:
         declared = self.made().touches(base)
         for name in solved.solution.delta.targets(base):
             assert any(fnmatch.fnmatchcase(name, pattern) for pattern in declared), f"{name} is not declared"
         for pattern in declared:
             assert fnmatch.filter(base.names, pattern), f"{pattern} names no tensor of the base"
 
-    def test_it_composes_live_with_changes_of_every_kind_and_lifts_off(self, base: Base, solved: Solved) -> None:
+    def test_it_composes_live_with_changes_of_every_kind_and_lifts_off(self, base: Base, solved: SolvedExample) -> None:
         own = Term("m", solved.solution.delta, strength=0.75)
         pipe, others = base.pipeline(), _neighbours(base)
         plain = _weights(pipe, base)
@@ -126,17 +128,17 @@ class SolverContract:
             overlay.clear()
             assert _equal(_weights(pipe, base), plain)
 
-    def test_its_delta_survives_the_patch_file(self, base: Base, solved: Solved) -> None:
+    def test_its_delta_survives_the_patch_file(self, base: Base, solved: SolvedExample) -> None:
         patch = make_patch(base, self.concept, solved.solution.delta, {"name": "under-test"})
         assert read_patch(patch.blob).delta == solved.solution.delta
 
-    def test_progress_is_told_in_order(self, solved: Solved) -> None:
+    def test_progress_is_told_in_order(self, solved: SolvedExample) -> None:
         steps = [step for step, _, _ in solved.reports]
         assert steps, "problem.report was never called"
         assert steps == sorted(steps)
         assert all(0 <= step <= of and text for step, of, text in solved.reports)
 
-    def test_an_interruption_passes_and_leaves_nothing_behind(self, folder: Path, solved: Solved) -> None:
+    def test_an_interruption_passes_and_leaves_nothing_behind(self, folder: Path, solved: SolvedExample) -> None:
         base = Base.open(folder)
         for after in sorted({0, len(solved.reports) // 2}):
             with pytest.raises(KeyboardInterrupt):
@@ -148,14 +150,14 @@ class SolverContract:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(SOLVERS, "under-test", f"{self.solver.__module__}:{self.solver.__qualname__}")
-        shop = overpaint.open(tmp_path / "registry")
-        shop.add_base("tiny", folder)
+        workspace = overpaint.open(tmp_path / "registry")
+        workspace.add_base("tiny", folder)
         before = _stored(tmp_path / "registry")
         settings = {name: str(value) for name, value in self.quick.items()}
         with pytest.raises(KeyboardInterrupt):
-            shop.solve(self.concept, base="tiny", solver="under-test", settings=settings, report=_Impatient(0))
-        assert not shop.patches()
-        assert not shop.concepts()
+            workspace.solve(self.concept, base="tiny", solver="under-test", settings=settings, report=_Impatient(0))
+        assert not workspace.patches()
+        assert not workspace.concepts()
         assert _stored(tmp_path / "registry") == before
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -218,7 +220,7 @@ def _neighbours(base: Base) -> list[Term]:
 
     shapes = {name: base.places[name].shape for name in base.names if not name.startswith("vae/")}
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    width = base.places[base.readers()[0]].shape[1]
+    width = base.places[base.projections()[0]].shape[1]
     deltas: dict[str, Delta] = {
         "dense": Dense({name: small(*shape) for name, shape in shapes.items()}),
         "low rank": LowRank({name: (small(rows, 1), small(1, columns)) for name, (rows, columns) in matrices.items()}),

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from overpaint.bases import files, layout, spelling
+from overpaint.bases import checkpoint, key_mapping, layout
 from overpaint.bases.base import Base
-from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, Component, Door, Layout, UnknownLayout, layouts
-from overpaint.bases.spelling import SingleFile, Spelling
+from overpaint.bases.key_mapping import KeyMapping, SingleFile
+from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, Component, Layout, TextInput, UnknownLayout, layouts
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -32,10 +32,10 @@ def section(title: str) -> str:
 @pytest.fixture
 def _with_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package as it is with the two files in their places."""
-    real = spelling._rules_of
-    monkeypatch.setattr(spelling, "_rules_of", lambda name: RULES if name == "example-text" else real(name))
+    real = key_mapping._rules_of
+    monkeypatch.setattr(key_mapping, "_rules_of", lambda name: RULES if name == "example-text" else real(name))
     known = (*layouts(), Layout.from_json(EXAMPLE))
-    for module in (files, layout):
+    for module in (checkpoint, layout):
         monkeypatch.setattr(module, "layouts", lambda: known)
 
 
@@ -80,8 +80,8 @@ def test_the_example_is_one_base_in_both_containers(tmp_path: Path) -> None:
     assert folder.names == sorted(weights())
     for name, tensor in weights().items():
         assert torch.equal(file.tensor(name), tensor)
-    assert folder.doors == ("text_encoder",)
-    assert folder.readers() == ["unet/a.to_k.weight", "unet/a.to_v.weight"]
+    assert folder.text_inputs == ("text_encoder",)
+    assert folder.projections() == ["unet/a.to_k.weight", "unet/a.to_v.weight"]
     assert file.unnamed == {file.path: ["average.a.to_k.weight", "text.head.bias"]}
 
 
@@ -103,9 +103,9 @@ def test_without_its_layout_the_example_is_unknown(tmp_path: Path) -> None:
     [
         ("The layout", Layout),
         ("The layout", Component),
-        ("The layout", Door),
+        ("The layout", TextInput),
         ("Single files", SingleFile),
-        ("Single files", Spelling),
+        ("Single files", KeyMapping),
     ],
 )
 def test_every_field_is_on_the_page(title: str, kind: Any) -> None:
@@ -117,7 +117,7 @@ def test_every_field_is_on_the_page(title: str, kind: Any) -> None:
 def test_the_page_names_no_field_that_is_not_there() -> None:
     first_cells = re.findall(r"^\| (`.+?) \|", section("The layout") + section("Single files"), re.MULTILINE)
     named = {word for cell in first_cells for word in re.findall(r"`(\w+)`", cell)}
-    known = {field.name for kind in (Layout, Component, Door, Spelling) for field in fields(kind)}
+    known = {field.name for kind in (Layout, Component, TextInput, KeyMapping) for field in fields(kind)}
     assert named <= known | {"about"}
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.container import Container
-from overpaint.bases.text import TextEncoder
+from overpaint.bases.safetensors_file import SafetensorsFile
+from overpaint.bases.text_encoder import TextEncoder
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import Dense, LowRank, Sum, TextMap
@@ -74,7 +74,7 @@ def test_one_model_in_every_container_has_one_fingerprint(
         assert torch.equal(other.tensor(name), base.tensor(name)), name
     assert other.tensors(base.names).keys() == set(base.names)
     assert other.fingerprint == base.fingerprint
-    assert other.readers() == base.readers()
+    assert other.projections() == base.projections()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -90,8 +90,14 @@ def test_diffusers_reads_the_same_weights_from_a_single_file(
         wanted, found = getattr(ours, component).state_dict(), getattr(theirs, component).state_dict()
         assert wanted.keys() == found.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), component
-    heard = [TextEncoder.of(b, door=door).hidden(["a cat"]) for b in (one, base) for door in base.doors]
-    assert all(torch.equal(a, b) for a, b in zip(heard[: len(base.doors)], heard[len(base.doors) :], strict=True))
+    heard = [
+        TextEncoder.of(b, text_input=text_input).hidden(["a cat"])
+        for b in (one, base)
+        for text_input in base.text_inputs
+    ]
+    assert all(
+        torch.equal(a, b) for a, b in zip(heard[: len(base.text_inputs)], heard[len(base.text_inputs) :], strict=True)
+    )
 
 
 def test_what_a_single_file_holds_beyond_the_pipeline_has_no_name(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -193,4 +199,4 @@ def test_a_copy_of_a_part_of_a_stack_is_left_out(xl_file: Base, tmp_path: Path) 
     save_file(tensors, tmp_path / "two.safetensors")
     built = build(Base.open(tmp_path / "two.safetensors"), [a_change(xl_file)], tmp_path / "safe.safetensors")
     assert built.left_out == ("teacher.k",)
-    assert "teacher.k" not in Container.open(built.path).entries
+    assert "teacher.k" not in SafetensorsFile.open(built.path).entries

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from overpaint.bases.base import Base
 from overpaint.bases.layout import layouts
 from overpaint.cli import main
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term, compose, composition_digest
-from overpaint.patches.converting import NotConvertible, converted
+from overpaint.patches.conversion import NotConvertible, converted
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.inspect import inspect
 from tests.bases.containers import ARCHITECTURES, architecture_of, folder_of, single_file_tensors
@@ -43,10 +43,10 @@ def without_weights(folder: Path, target: Path) -> None:
 def a_change(base: Base) -> Term:
     """Cross-attention, and a tensor that OpenCLIP stacks."""
     name = "text_encoder/text_model.encoder.layers.1.self_attn.v_proj.weight"
-    door = base.doors[0]
-    columns = base.columns(door, base.readers(door)[0])
+    text_input = base.text_inputs[0]
+    columns = base.columns(text_input, base.projections(text_input)[0])
     width = columns.stop - columns.start
-    maps = TextMap(door, torch.full((width, 1), 0.1), torch.full((width, 1), 0.2))
+    maps = TextMap(text_input, torch.full((width, 1), 0.1), torch.full((width, 1), 0.2))
     return Term("a" * 64, maps + Dense({name: torch.ones(base.places[name].shape)}))
 
 

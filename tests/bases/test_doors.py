@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.layout import layouts
-from overpaint.bases.text import TextEncoder, encoders
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
+from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import BadDelta, TextMap, delta_from
 from overpaint.patches.live import Overlay
@@ -36,43 +36,45 @@ def xl(xl_folder: Path) -> Base:
     return Base.open(xl_folder)
 
 
-def text_map(door: str, width: int, rank: int = 2, seed: int = 0) -> TextMap:
+def text_map(text_input: str, width: int, rank: int = 2, seed: int = 0) -> TextMap:
     up, down = torch.randn(2, width, rank, generator=torch.Generator().manual_seed(seed)) / width
-    return TextMap(door, up, down)
+    return TextMap(text_input, up, down)
 
 
 def test_a_base_of_stable_diffusion_1_has_one_door_and_its_readers_are_all_of_a_tensor(base: Base) -> None:
-    assert base.doors == ("text_encoder",)
-    assert base.readers() == base.readers("text_encoder")
-    assert all(base.columns("text_encoder", name) == slice(0, 64) for name in base.readers())
+    assert base.text_inputs == ("text_encoder",)
+    assert base.projections() == base.projections("text_encoder")
+    assert all(base.columns("text_encoder", name) == slice(0, 64) for name in base.projections())
 
 
 def test_a_base_of_stable_diffusion_xl_has_three_doors_side_by_side(xl: Base) -> None:
-    assert xl.doors == tuple(WIDTHS)
-    assert xl.readers("text_encoder") == xl.readers("text_encoder_2")
-    assert xl.readers(POOLED) == ["unet/add_embedding.linear_1.weight"]
-    assert set(xl.readers()) == {*xl.readers("text_encoder"), *xl.readers(POOLED)}
-    for name in xl.readers("text_encoder"):
+    assert xl.text_inputs == tuple(WIDTHS)
+    assert xl.projections("text_encoder") == xl.projections("text_encoder_2")
+    assert xl.projections(POOLED) == ["unet/add_embedding.linear_1.weight"]
+    assert set(xl.projections()) == {*xl.projections("text_encoder"), *xl.projections(POOLED)}
+    for name in xl.projections("text_encoder"):
         assert xl.columns("text_encoder", name) == slice(0, 32)
         assert xl.columns("text_encoder_2", name) == slice(32, 96)
         assert xl.places[name].shape[1] == 96
-    assert xl.columns(POOLED, xl.readers(POOLED)[0]) == slice(0, 48)
+    assert xl.columns(POOLED, xl.projections(POOLED)[0]) == slice(0, 48)
 
 
 def test_an_unknown_door_is_refused_with_those_there_are(base: Base) -> None:
-    for ask in (base.readers, base.door, lambda door: TextEncoder.of(base, door=door)):
+    for ask in (base.projections, base.text_input, lambda text_input: TextEncoder.of(base, text_input=text_input)):
         with pytest.raises(NotFound, match="no door 'cellar' for a prompt; known: text_encoder"):
             ask("cellar")
 
 
 @pytest.mark.parametrize("layout", layouts(), ids=lambda layout: layout.name)
 def test_every_layout_says_of_each_door_what_can_be_said(layout: Any) -> None:
-    for door in layout.doors.values():
-        assert layout.components[door.encoder].model
-        assert door.says in ("last", "penultimate", "pooled")
-        assert set(door.after) <= set(layout.doors)
-        assert not door.width or door.width.startswith(tuple(layout.components))
-        assert all(layout.doors[other].width for other in door.after), "what comes first has to say how wide it is"
+    for text_input in layout.text_inputs.values():
+        assert layout.components[text_input.encoder].model
+        assert text_input.output in ("last", "penultimate", "pooled")
+        assert set(text_input.after) <= set(layout.text_inputs)
+        assert not text_input.width or text_input.width.startswith(tuple(layout.components))
+        assert all(layout.text_inputs[other].width for other in text_input.after), (
+            "what comes first has to say how wide it is"
+        )
 
 
 # What comes through a door
@@ -81,14 +83,14 @@ def test_every_layout_says_of_each_door_what_can_be_said(layout: Any) -> None:
 @torch.no_grad()
 def test_the_doors_of_stable_diffusion_xl_let_through_what_the_pipeline_hands_to_the_unet(xl: Base) -> None:
     embeds, _, pooled, _ = tiny_xl().encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    found = {door: encoder.hidden(PROMPTS) for door, encoder in encoders(xl).items()}
+    found = {text_input: encoder.hidden(PROMPTS) for text_input, encoder in encoders(xl).items()}
     # The pipeline pads a batch with the same prompt twice in it; rounding may differ by that.
     torch.testing.assert_close(torch.cat([found["text_encoder"], found["text_encoder_2"]], 2), embeds)
     torch.testing.assert_close(found[POOLED], pooled[:, None])
-    for door, width in WIDTHS.items():
-        one = TextEncoder.of(xl, door=door)
+    for text_input, width in WIDTHS.items():
+        one = TextEncoder.of(xl, text_input=text_input)
         assert one.width == width
-        assert torch.equal(one.hidden(PROMPTS), found[door]), "alone or beside others, a door says the same"
+        assert torch.equal(one.hidden(PROMPTS), found[text_input]), "alone or beside others, a door says the same"
 
 
 def test_doors_of_one_model_share_it_and_compute_once(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +121,7 @@ def test_a_door_of_stable_diffusion_2_is_the_last_layer_that_its_folder_kept(tmp
 
 def test_where_the_embedding_is_pooled_a_word_is_heard_in_its_one_row(xl: Base) -> None:
     assert TextEncoder.of(xl).first_position("a photo of a {}", "cat") == 5
-    assert TextEncoder.of(xl, door=POOLED).first_position("a photo of a {}", "cat") == 0
+    assert TextEncoder.of(xl, text_input=POOLED).first_position("a photo of a {}", "cat") == 0
 
 
 def test_half_precision_and_variants_are_encoded_from_the_bases_own_weights(tmp_path: Path) -> None:
@@ -143,13 +145,13 @@ def test_a_text_encoder_with_a_tensor_missing_is_refused(tmp_path: Path) -> None
 # What a text map changes behind a door
 
 
-@pytest.mark.parametrize("door", WIDTHS)
-def test_a_text_map_changes_the_columns_of_its_door_and_no_others(xl: Base, door: str) -> None:
-    delta = text_map(door, WIDTHS[door])
+@pytest.mark.parametrize("text_input", WIDTHS)
+def test_a_text_map_changes_the_columns_of_its_door_and_no_others(xl: Base, text_input: str) -> None:
+    delta = text_map(text_input, WIDTHS[text_input])
     composed = compose(xl, [Term("a", delta)])
-    assert sorted(composed) == delta.targets(xl) == xl.readers(door)
+    assert sorted(composed) == delta.targets(xl) == xl.projections(text_input)
     for name, tensor in composed.items():
-        columns, wanted = xl.columns(door, name), xl.tensor(name)
+        columns, wanted = xl.columns(text_input, name), xl.tensor(name)
         own = wanted[:, columns].double()
         wanted[:, columns] = (own + own @ delta.up.double() @ delta.down.double().T).float()
         assert not torch.equal(tensor, xl.tensor(name))
@@ -157,16 +159,18 @@ def test_a_text_map_changes_the_columns_of_its_door_and_no_others(xl: Base, door
 
 
 def test_text_maps_of_all_doors_lie_beside_each_other(xl: Base) -> None:
-    maps = {door: text_map(door, width, rank) for rank, (door, width) in enumerate(WIDTHS.items(), 10)}
+    maps = {
+        text_input: text_map(text_input, width, rank) for rank, (text_input, width) in enumerate(WIDTHS.items(), 10)
+    }
     delta = maps["text_encoder"] + maps[POOLED] + maps["text_encoder_2"]
     together = compose(xl, [Term("a", delta)])
-    one_by_one = compose(xl, [Term(door, text_map) for door, text_map in maps.items()])
-    assert sorted(together) == xl.readers()
+    one_by_one = compose(xl, [Term(text_input, text_map) for text_input, text_map in maps.items()])
+    assert sorted(together) == xl.projections()
     for name, tensor in together.items():
         assert torch.equal(tensor, one_by_one[name])
-        for door in (d for d in WIDTHS if name in xl.readers(d)):
-            columns = xl.columns(door, name)
-            assert torch.equal(tensor[:, columns], compose(xl, [Term("a", maps[door])])[name][:, columns])
+        for text_input in (d for d in WIDTHS if name in xl.projections(d)):
+            columns = xl.columns(text_input, name)
+            assert torch.equal(tensor[:, columns], compose(xl, [Term("a", maps[text_input])])[name][:, columns])
 
 
 def test_a_patch_of_several_doors_comes_back_from_its_file(xl: Base) -> None:
@@ -180,7 +184,7 @@ def test_a_patch_of_several_doors_comes_back_from_its_file(xl: Base) -> None:
 def test_the_overlay_lays_on_every_door_and_gives_the_base_back(xl: Base) -> None:
     pipe = tiny_xl()
     before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
-    terms = [Term(door, text_map(door, width)) for door, width in WIDTHS.items()]
+    terms = [Term(text_input, text_map(text_input, width)) for text_input, width in WIDTHS.items()]
     composed = compose(xl, terms)
     with Overlay(pipe, xl) as overlay:
         overlay.set(terms)
@@ -190,7 +194,7 @@ def test_the_overlay_lays_on_every_door_and_gives_the_base_back(xl: Base) -> Non
 
 
 @pytest.mark.parametrize(
-    ("door", "width", "message"),
+    ("text_input", "width", "message"),
     [
         ("text_encoder", 64, "text width 64, but unet/.*, of which text_encoder has columns 0 to 32"),
         ("text_encoder", 96, "text width 96, but unet/.* has shape .*, 96.*solved for another text encoder"),
@@ -199,9 +203,9 @@ def test_the_overlay_lays_on_every_door_and_gives_the_base_back(xl: Base) -> Non
         ("text_encoder_3", 32, "for text_encoder_3, which no projection"),
     ],
 )
-def test_a_text_map_that_fits_another_door_is_refused(xl: Base, door: str, width: int, message: str) -> None:
+def test_a_text_map_that_fits_another_door_is_refused(xl: Base, text_input: str, width: int, message: str) -> None:
     with pytest.raises(BadDelta, match=message):
-        compose(xl, [Term("a", text_map(door, width))])
+        compose(xl, [Term("a", text_map(text_input, width))])
 
 
 def test_a_text_map_for_one_kind_of_base_is_refused_by_the_other(base: Base, xl: Base) -> None:

@@ -15,14 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from overpaint.bases import container, hashing
+from overpaint.bases import checkpoint, safetensors_file
 from overpaint.bases.base import Base
-from overpaint.bases.container import Container
-from overpaint.bases.digests import tensor_digest
-from overpaint.bases.files import Place
-from overpaint.bases.hashing import digests_of
+from overpaint.bases.checkpoint import TensorLocation, digests_of
+from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.registry.registry import Registry
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, None])
@@ -37,9 +35,9 @@ def test_bytes_pass_by_whole_wherever_windows_end(tmp_path: Path, sizes: list[in
     pages = data.draw(st.integers(1, 3))
     tensors = {f"t{i}": torch.randint(0, 255, (size,), dtype=torch.uint8) for i, size in enumerate(sizes)}
     save_file(tensors, tmp_path / "x.safetensors")
-    found = Container.open(tmp_path / "x.safetensors")
+    found = SafetensorsFile.open(tmp_path / "x.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(container, "WINDOW", pages * mmap.ALLOCATIONGRANULARITY)
+        patch.setattr(safetensors_file, "WINDOW", pages * mmap.ALLOCATIONGRANULARITY)
         passed = dict.fromkeys(tensors, b"")
         for key, piece in found.passing({key: found.entries[key] for key in data.draw(st.permutations(list(tensors)))}):
             passed[key] += bytes(piece)
@@ -49,7 +47,7 @@ def test_bytes_pass_by_whole_wherever_windows_end(tmp_path: Path, sizes: list[in
 @pytest.mark.parametrize("size", [1, 100, 5000])
 def test_batches_of_any_size_give_the_same_digests(base: Base, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     whole = digests_of(base.places, base.containers, 1)
-    monkeypatch.setattr(hashing, "BATCH", size)
+    monkeypatch.setattr(checkpoint, "BATCH", size)
     assert digests_of(base.places, base.containers, 3) == whole
 
 
@@ -58,7 +56,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of tensors that were hashed, in order."""
     names: list[str] = []
 
-    def noted(places: Mapping[str, Place], containers: Mapping[Path, Container]) -> dict[str, str]:
+    def noted(places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile]) -> dict[str, str]:
         names.extend(places)
         return digests_of(places, containers)
 
@@ -68,12 +66,12 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_base_is_hashed_once_for_a_registry(base_folder: Path, tmp_path: Path, hashed: list[str]) -> None:
     """Under a second name, and by the next program, nothing is read again."""
-    shop = Workshop(Registry.open(tmp_path / "registry"))
-    first = shop.add_base("one", base_folder)
-    assert len(hashed) == len(set(hashed)) == len(shop.base("one").names)
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    first = workspace.add_base("one", base_folder)
+    assert len(hashed) == len(set(hashed)) == len(workspace.base("one").names)
     hashed.clear()
-    assert shop.add_base("two", base_folder).fingerprint == first.fingerprint
-    assert Workshop(Registry.open(tmp_path / "registry")).base("two").fingerprint == first.fingerprint
+    assert workspace.add_base("two", base_folder).fingerprint == first.fingerprint
+    assert Workspace(Registry.open(tmp_path / "registry")).base("two").fingerprint == first.fingerprint
     assert hashed == []
 
 
@@ -93,11 +91,11 @@ def test_a_file_of_another_time_or_size_is_hashed_again(
     base_folder: Path, tmp_path: Path, hashed: list[str], change: Any
 ) -> None:
     shutil.copytree(base_folder, tmp_path / "base")
-    shop = Workshop(Registry.open(tmp_path / "registry"))
-    before = shop.add_base("one", tmp_path / "base")
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    before = workspace.add_base("one", tmp_path / "base")
     change(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
     hashed.clear()
-    after = shop.add_base("two", tmp_path / "base")
+    after = workspace.add_base("two", tmp_path / "base")
     assert set(hashed) == set(Base.open(tmp_path / "base").names)
     assert (after.fingerprint == before.fingerprint) == (change is _touched)
 
@@ -106,13 +104,13 @@ def test_a_file_of_another_time_or_size_is_hashed_again(
 def test_a_damaged_memory_of_digests_costs_time_alone(
     base_folder: Path, tmp_path: Path, hashed: list[str], text: str
 ) -> None:
-    shop = Workshop(Registry.open(tmp_path / "registry"))
-    first = shop.add_base("one", base_folder)
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    first = workspace.add_base("one", base_folder)
     caches: Mapping[Path, bytes] = {p: p.read_bytes() for p in (tmp_path / "registry/cache/digests").iterdir()}
     assert len(caches) == 1
     for file in caches:
         file.write_text(text)
     hashed.clear()
-    assert Workshop(Registry.open(tmp_path / "registry")).base("one").fingerprint == first.fingerprint
+    assert Workspace(Registry.open(tmp_path / "registry")).base("one").fingerprint == first.fingerprint
     assert hashed
     assert {file: file.read_bytes() for file in caches} == caches

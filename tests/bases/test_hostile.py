@@ -17,14 +17,14 @@ from torch import Tensor
 
 from benchmarks.hostile import archive, built_again, saved, with_pickle
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.container import BrokenFile, Container
-from overpaint.bases.pickled import BUILT_LIMIT, PICKLE_LIMIT, STEP_LIMIT, PickledContainer
-from overpaint.errors import OverpaintError
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
+from overpaint.bases.virtual_checkpoint import BUILT_LIMIT, PICKLE_LIMIT, STEP_LIMIT, PickledCheckpoint
+from overpaint.core.errors import OverpaintError
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import BadDelta, Dense, TextMap
 from overpaint.registry.registry import Registry
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 from tests.bases.containers import single_file_tensors
 
 ran: list[str] = []
@@ -123,15 +123,15 @@ def test_a_hostile_file_is_refused_in_one_sentence_and_leaves_no_trace(
 ) -> None:
     make, message = case
     (tmp_path / name).write_bytes(make())
-    shop = Workshop(Registry.open(tmp_path / "registry"))
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OverpaintError) as caught:
-        shop.add_base("bad", tmp_path / name)
+        workspace.add_base("bad", tmp_path / name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert ran == []
-    assert shop.bases() == []
+    assert workspace.bases() == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -156,7 +156,7 @@ def test_a_pickle_gives_its_tensors_as_they_are(tmp_path: Path) -> None:
         "tied": whole,
     }
     torch.save({"state_dict": {**tensors, "epoch": 3}, "optimizer": {"lr": 0.1}}, tmp_path / "x.ckpt")
-    found = PickledContainer.open(tmp_path / "x.ckpt")
+    found = PickledCheckpoint.open(tmp_path / "x.ckpt")
     assert list(found.entries) == list(tensors)
     for key, tensor in found.tensors(tensors):
         assert torch.equal(tensor, tensors[key].detach())
@@ -164,7 +164,7 @@ def test_a_pickle_gives_its_tensors_as_they_are(tmp_path: Path) -> None:
         assert torch.equal(found.beginning(found.entries[key], 3), tensors[key].detach().reshape(-1)[:3])
         passed = b"".join(bytes(piece) for _, piece in found.passing({key: found.entries[key]}))
         assert passed == tensors[key].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    assert found == PickledContainer.open(tmp_path / "x.ckpt")
+    assert found == PickledCheckpoint.open(tmp_path / "x.ckpt")
 
 
 def test_a_pickle_that_changes_during_a_build_is_noticed(base: Base, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_weight_whose_name_is_a_path_is_refused(base: Base, tmp_path: Path) ->
 def test_a_file_that_is_cut_while_it_is_read_is_noticed(base: Base, tmp_path: Path) -> None:
     """Also while its bytes pass by to be hashed: a mapping beyond the end would kill the program."""
     save_file({"large": torch.zeros(1 << 20), "small": torch.zeros(8)}, tmp_path / "x.safetensors")
-    found = Container.open(tmp_path / "x.safetensors")
+    found = SafetensorsFile.open(tmp_path / "x.safetensors")
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(found.data_start + 16)
     for key in ("large", "small"):

@@ -20,10 +20,10 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.hub import HubId, snapshot
 from overpaint.bases.layout import UnknownLayout
 from overpaint.cli import main
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.patches.build import build
 from overpaint.registry.registry import Registry
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 from tests.checkpoints import rename_weights, shard
 
 ID = "somebody/tiny-model"
@@ -146,11 +146,11 @@ def test_a_model_on_the_hub_is_the_base_it_holds(base: Base, hub: Hub, tmp_path:
 
 
 def test_a_revision_is_remembered_as_its_commit_and_stays_what_it_was(base: Base, hub: Hub, tmp_path: Path) -> None:
-    shop = Workshop(Registry.open(tmp_path / "registry"))
-    record = shop.add_base("mine", f"{ID}@main")
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    record = workspace.add_base("mine", f"{ID}@main")
     assert str(record.source) == f"{ID}@{COMMITS[0]}"
     newer(hub, lambda folder: shutil.rmtree(folder / "unet"))
-    again = Workshop(Registry.open(tmp_path / "registry")).base("mine")
+    again = Workspace(Registry.open(tmp_path / "registry")).base("mine")
     assert again.fingerprint == record.fingerprint == base.fingerprint
     assert again.hub == HubId(ID, COMMITS[0])
 

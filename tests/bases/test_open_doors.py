@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import encoders
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import encoders
+from overpaint.core.concepts import Concept
 from overpaint.evaluation.crosstalk import crosstalk
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
-from overpaint.patches.doors import open_doors, untouched_doors
-from overpaint.patches.patch import make_patch
-from overpaint.solvers.keys import keys_and_values
+from overpaint.patches.patch import make_patch, uncovered_inputs, untouched_inputs
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.separable import Separable
+from overpaint.solvers.sentences import keys_and_values
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
 POOLED = "text_encoder_2.pooled"
@@ -31,8 +30,8 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return tiny_xl_base(tmp_path_factory.mktemp("xl") / "xl", torch.float32)
 
 
-def closing(*doors: str) -> Delta:
-    maps = [TextMap(door, *torch.ones(2, WIDTHS[door], 1)) for door in doors]
+def closing(*text_inputs: str) -> Delta:
+    maps = [TextMap(text_input, *torch.ones(2, WIDTHS[text_input], 1)) for text_input in text_inputs]
     return sum(maps[1:], start=maps[0])
 
 
@@ -41,20 +40,20 @@ def dense(base: Base, *names: str) -> Dense:
 
 
 def test_a_patch_that_closes_only_cross_attention_is_reported_as_leaving_a_door_open(xl: Base) -> None:
-    assert open_doors(xl, closing("text_encoder", "text_encoder_2")) == (POOLED,)
-    assert open_doors(xl, dense(xl, *xl.readers("text_encoder"))) == (POOLED,)
-    assert open_doors(xl, closing("text_encoder")) == ("text_encoder_2", POOLED)
-    assert open_doors(xl, closing(POOLED)) == ("text_encoder", "text_encoder_2")
-    assert open_doors(xl, closing(*WIDTHS)) == ()
-    assert untouched_doors(xl, xl.readers("text_encoder")) == (POOLED,)
+    assert uncovered_inputs(xl, closing("text_encoder", "text_encoder_2")) == (POOLED,)
+    assert uncovered_inputs(xl, dense(xl, *xl.projections("text_encoder"))) == (POOLED,)
+    assert uncovered_inputs(xl, closing("text_encoder")) == ("text_encoder_2", POOLED)
+    assert uncovered_inputs(xl, closing(POOLED)) == ("text_encoder", "text_encoder_2")
+    assert uncovered_inputs(xl, closing(*WIDTHS)) == ()
+    assert untouched_inputs(xl, xl.projections("text_encoder")) == (POOLED,)
 
 
 def test_the_columns_that_change_say_which_of_two_doors_is_closed(xl: Base) -> None:
-    name = xl.readers("text_encoder")[0]
+    name = xl.projections("text_encoder")[0]
     out, inner = xl.places[name].shape
     down = torch.zeros(1, inner)
     down[:, 40] = 1
-    assert open_doors(xl, LowRank({name: (torch.ones(out, 1), down)})) == ("text_encoder", POOLED)
+    assert uncovered_inputs(xl, LowRank({name: (torch.ones(out, 1), down)})) == ("text_encoder", POOLED)
 
 
 @pytest.mark.parametrize(
@@ -70,19 +69,19 @@ def test_the_columns_that_change_say_which_of_two_doors_is_closed(xl: Base) -> N
     ],
 )
 def test_a_text_encoder_that_changes_closes_its_own_doors(xl: Base, tensor: str, left: tuple[str, ...]) -> None:
-    assert open_doors(xl, dense(xl, tensor)) == left
+    assert uncovered_inputs(xl, dense(xl, tensor)) == left
 
 
 def test_a_base_with_one_door_has_none_left_open(base: Base) -> None:
-    assert open_doors(base, TextMap("text_encoder", *torch.ones(2, 64, 1))) == ()
-    assert open_doors(base, dense(base, "unet/conv_in.weight")) == ()
+    assert uncovered_inputs(base, TextMap("text_encoder", *torch.ones(2, 64, 1))) == ()
+    assert uncovered_inputs(base, dense(base, "unet/conv_in.weight")) == ()
 
 
 def test_separable_closes_every_door(xl: Base) -> None:
     solution = Separable().solve(EditProblem(xl, CAT, (DOG, CAR)))
     assert {part.encoder for part in solution.delta.parts if isinstance(part, TextMap)} == set(WIDTHS)
-    assert solution.delta.targets(xl) == xl.readers()
-    assert open_doors(xl, solution.delta) == ()
+    assert solution.delta.targets(xl) == xl.projections()
+    assert uncovered_inputs(xl, solution.delta) == ()
     assert solution.diagnostics["open_doors"] == []
     assert solution.diagnostics["doors"].keys() == WIDTHS.keys()
 
@@ -122,12 +121,12 @@ def test_cross_talk_through_several_doors_is_what_the_weights_do(xl: Base) -> No
 
 def _by_hand(base: Base, delta: Delta, concept: Concept) -> float:
     heard = encoders(base)
-    keys = {door: keys_and_values(encoder, base, concept)[0] for door, encoder in heard.items()}
+    keys = {text_input: keys_and_values(encoder, base, concept)[0] for text_input, encoder in heard.items()}
     beside = torch.cat([keys["text_encoder"], keys["text_encoder_2"]])
     composed = compose(base, [Term("a", delta)])
     moved = read = 0.0
-    for name in base.readers():
-        weight, said = base.tensor(name).double(), keys[POOLED] if name in base.readers(POOLED) else beside
+    for name in base.projections():
+        weight, said = base.tensor(name).double(), keys[POOLED] if name in base.projections(POOLED) else beside
         weight, change = weight[:, : len(said)], composed[name].double()[:, : len(said)] - weight[:, : len(said)]
         moved += float((change @ said).square().sum())
         read += float((weight @ said).square().sum())

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from overpaint.bases import text, towers
+from overpaint.bases import text_encoder
 from overpaint.bases.base import Base
-from overpaint.bases.container import BrokenFile
-from overpaint.bases.text import TextEncoder, encoders
-from overpaint.concepts import Concept
+from overpaint.bases.safetensors_file import BrokenFile
+from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.core.concepts import Concept
 from overpaint.solvers import vocabulary
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.separable import Separable
 from tests.bases.containers import single_file_tensors
 from tests.bases.tiny_xl import tiny_xl_base
 
@@ -42,7 +42,7 @@ def numbers_held(model: Any) -> int:
 
 
 def heard(base: Base) -> dict[str, torch.Tensor]:
-    return {door: encoder.hidden(PROMPTS) for door, encoder in encoders(base).items()}
+    return {text_input: encoder.hidden(PROMPTS) for text_input, encoder in encoders(base).items()}
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt"])
@@ -57,14 +57,14 @@ def test_layers_that_are_read_when_needed_say_the_same_bit_for_bit(
         (tmp_path / "model").symlink_to(xl.path)
         base = Base.open(file)
     whole = heard(base)
-    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
     parts = heard(base)
     assert list(parts) == list(whole)
-    assert all(torch.equal(parts[door], whole[door]) for door in whole)
+    assert all(torch.equal(parts[text_input], whole[text_input]) for text_input in whole)
 
 
 def test_layers_are_not_held_between_batches(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
     found = encoders(xl)["text_encoder_2"]
     config, before = found.model.config, numbers_held(found.model)
     outside = (config.max_position_embeddings + 2 + config.projection_dim) * config.hidden_size
@@ -74,7 +74,7 @@ def test_layers_are_not_held_between_batches(xl: Base, monkeypatch: pytest.Monke
 
 
 def test_what_reads_layers_does_not_keep_the_base(xl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
     opened = Base.open(xl_folder)
     found, kept = encoders(opened), weakref.ref(opened)
     del opened
@@ -89,9 +89,9 @@ def test_a_solve_does_not_depend_on_what_is_held(xl_folder: Path, monkeypatch: p
         return [tensor for _, tensor in sorted(solution.delta.tensors().items())]
 
     whole = solved()
-    monkeypatch.setattr(towers, "HELD", 0)
-    monkeypatch.setattr(towers, "READ_BATCH", towers.BATCH)
-    monkeypatch.setattr(text, "REMEMBERED", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "READ_BATCH", text_encoder.BATCH)
+    monkeypatch.setattr(text_encoder, "REMEMBERED", 0)
     assert all(torch.equal(one, other) for one, other in zip(solved(), whole, strict=True))
 
 
@@ -100,19 +100,19 @@ def test_what_is_held_follows_from_all_text_encoders_of_a_base_together(
 ) -> None:
     sizes = {}
     for component in ("text_encoder", "text_encoder_2"):
-        model = towers.tower(xl, component, "cpu")
+        model = text_encoder.text_model(xl, component, "cpu")
         sizes[component] = 4 * sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(towers, "HELD", sum(sizes.values()))
-    assert numbers_held(towers.tower(xl, "text_encoder", "cpu")) > sizes["text_encoder"] // 4
-    monkeypatch.setattr(towers, "HELD", sum(sizes.values()) - 1)
-    assert numbers_held(towers.tower(xl, "text_encoder", "cpu")) < sizes["text_encoder"] // 4
+    monkeypatch.setattr(text_encoder, "HELD", sum(sizes.values()))
+    assert numbers_held(text_encoder.text_model(xl, "text_encoder", "cpu")) > sizes["text_encoder"] // 4
+    monkeypatch.setattr(text_encoder, "HELD", sum(sizes.values()) - 1)
+    assert numbers_held(text_encoder.text_model(xl, "text_encoder", "cpu")) < sizes["text_encoder"] // 4
 
 
 def test_a_file_that_is_cut_after_opening_is_noticed_by_the_layer_that_lay_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_xl_base(tmp_path / "xl")
-    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
     found = TextEncoder.of(base)
     file = base.path / "text_encoder" / "model.safetensors"
     with file.open("r+b") as opened:
@@ -124,10 +124,10 @@ def test_a_file_that_is_cut_after_opening_is_noticed_by_the_layer_that_lay_there
 def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [f"a photo of {number}" for number in range(40)]
     whole = TextEncoder.of(xl).hidden(many)
-    monkeypatch.setattr(towers, "HELD", 0)
+    monkeypatch.setattr(text_encoder, "HELD", 0)
     found = TextEncoder.of(xl)
     sizes: list[int] = []
-    towers.layers_of(found.model)[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    text_encoder.layers_of(found.model)[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     torch.testing.assert_close(found.hidden(many), whole)
     assert sizes == [16, 16, 8]
 
@@ -135,10 +135,10 @@ def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypa
 def test_answers_are_kept_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Doors of one model share even many prompts; what is too much is computed again."""
     found = encoders(xl)["text_encoder"]
-    many = [f"a photo of {number}" for number in range(towers.BATCH + 1)]
+    many = [f"a photo of {number}" for number in range(text_encoder.BATCH + 1)]
     first = found.hidden(many)
     assert found.hidden(many).data_ptr() == first.data_ptr()
-    monkeypatch.setattr(text, "REMEMBERED", first.nbytes - 1)
+    monkeypatch.setattr(text_encoder, "REMEMBERED", first.nbytes - 1)
     few = found.hidden(PROMPTS)
     assert found.hidden(PROMPTS).data_ptr() == few.data_ptr()
     again = found.hidden(many)

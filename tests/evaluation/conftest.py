@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from overpaint.bases.emoji.catalogue import catalogue
-from overpaint.bases.emoji.judge import Judge
-from overpaint.workshop import Workshop
+from overpaint.bases.emoji.judge import JudgeNetwork
+from overpaint.workspace.workspace import Workspace
 
 from .pages import evaluated
 
@@ -69,14 +69,14 @@ def pipe() -> Any:
 
 
 @pytest.fixture(scope="session")
-def shop(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def workspace(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The tiny base with six patches on the recipe safe, and the numbers of every suite, by script."""
     return evaluated(tmp_path_factory.mktemp("evaluated") / "registry", base_folder)
 
 
 @pytest.fixture(scope="session")
-def judge() -> Judge:
+def judge() -> JudgeNetwork:
     """A judge that guesses."""
     torch.manual_seed(0)
     words = catalogue()
-    return Judge({"object": words.objects, "style": words.styles, "background": words.backgrounds}).eval()
+    return JudgeNetwork({"object": words.objects, "style": words.styles, "background": words.backgrounds}).eval()

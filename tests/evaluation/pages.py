@@ -14,10 +14,10 @@ import pytest
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.evaluation.suites import configured
-from overpaint.registry.evaluations import ResultRecord
-from overpaint.workshop import Workshop
+from overpaint.registry.registry import ResultRecord
+from overpaint.workspace.workspace import Workspace
 
-from .scripted import CONCEPTS, bench, faithful
+from .scripted import CONCEPTS, context, faithful
 
 SUITES = ("quick", "grid", "generality", "scenes", "crosstalk")
 SCALE = (
@@ -27,24 +27,24 @@ SCALE = (
 )
 
 
-def evaluated(folder: Path, base_folder: Path) -> Workshop:
+def evaluated(folder: Path, base_folder: Path) -> Workspace:
     """The tiny base with a patch for each scripted concept on the recipe safe, and the numbers of every suite."""
-    shop = overpaint.open(folder)
-    shop.add_base("tiny", base_folder)
-    found = bench(Base.open(base_folder), faithful)
-    recipe = shop.recipe("safe", base="tiny")
+    workspace = overpaint.open(folder)
+    workspace.add_base("tiny", base_folder)
+    found = context(Base.open(base_folder), faithful)
+    recipe = workspace.recipe("safe", base="tiny")
     for concept, held in zip(CONCEPTS, found.held, strict=True):
-        shop.registry.add_concept(concept)
-        record = shop.registry.add_patch(
+        workspace.registry.add_concept(concept)
+        record = workspace.registry.add_patch(
             id=held.patch.id, blob=held.patch.blob, concept=concept.name, base="tiny", solver="separable",
             kind=held.patch.delta.kind, settings={"rank": 1}, seed=0, seconds=0.5,
         )  # fmt: skip
         recipe.add(record)
     for suite in SUITES:
-        _keep(shop, suite, [_record(row) for row in configured(suite, {}).run(found)])
-    _keep(shop, "scale", _scale())
-    _keep(shop, "probes", _probes())
-    return shop
+        _keep(workspace, suite, [_record(row) for row in configured(suite, {}).run(found)])
+    _keep(workspace, "scale", _scale())
+    _keep(workspace, "probes", _probes())
+    return workspace
 
 
 def _record(row: Any) -> ResultRecord:
@@ -66,8 +66,8 @@ def _probes() -> list[ResultRecord]:
     return [ResultRecord(s, metric, 0.5, 0.25, 0.75, 6) for s in subjects for metric in attacks]
 
 
-def _keep(shop: Workshop, suite: str, results: list[ResultRecord]) -> None:
-    shop.registry.add_evaluation(
+def _keep(workspace: Workspace, suite: str, results: list[ResultRecord]) -> None:
+    workspace.registry.add_evaluation(
         recipe="safe", digest="d" * 64, suite=suite, judge="reader", seed=0,
         settings={"suite": {"pictures": 6}, "sampler": {"steps": 1, "guidance": 3.0, "device": "cpu"}, "judge": ""},
         versions={"overpaint": "0"}, seconds=1.0, who="tester", results=results,

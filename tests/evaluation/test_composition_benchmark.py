@@ -15,9 +15,9 @@ from benchmarks.composition import Curve, curves, draw, parts, table, told
 from benchmarks.protocol import listed, never_listed
 from benchmarks.solvers import Asked
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.worlds import OBJECT, EmojiWorld
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.prompts import OBJECT, EmojiPrompts
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import Patch, make_patch
 
@@ -33,9 +33,9 @@ class Fake:
     drawn = "1 step"
 
     def __init__(self, base: Base, stops: str = "", refuses: str = "") -> None:
-        self.base, self.world, self.stops, self.refuses = base, EmojiWorld(), stops, refuses
-        self.judge = Reader(self.world)
-        self.studio = Script(base, self.world, faithful, {})
+        self.base, self.prompt_set, self.stops, self.refuses = base, EmojiPrompts(), stops, refuses
+        self.judge = Reader(self.prompt_set)
+        self.image_generator = Script(base, self.prompt_set, faithful, {})
         self.solved_for: dict[tuple[str, str], int] = {}
 
     def solved(self, asked: Asked, concept: Concept, known: Sequence[Concept]) -> tuple[Patch, Costs]:
@@ -47,7 +47,9 @@ class Fake:
         rng = torch.Generator().manual_seed(len(self.solved_for))
         delta = TextMap("text_encoder", *torch.randn(2, 64, 1, generator=rng) / 8)
         patch = make_patch(self.base, concept, delta, {"name": asked.name, "settings": {}, "seed": 0})
-        self.studio.erases[patch.id] = {word for word in concept.words if word in self.world.names(OBJECT)}
+        self.image_generator.erases[patch.id] = {
+            word for word in concept.words if word in self.prompt_set.names(OBJECT)
+        }
         return patch, Costs(1.0, 1.0, patch.nbytes)
 
 
@@ -78,8 +80,8 @@ def test_the_curve_erases_listed_objects_and_keeps_what_nobody_was_told_of(base:
 def test_kept_objects_are_those_that_are_never_listed(base: Base) -> None:
     fake = Fake(base)
     whole = curve(fake, most=32, pictures=2 * len(never_listed()))
-    bench = whole.bench()
-    kept = whole._kept(bench, whole._concepts(bench))
+    context = whole.context()
+    kept = whole._kept(context, whole._concepts(context))
     assert {question.shows[OBJECT] for question in kept} == set(never_listed())
     assert len(kept) == 2 * len(never_listed())
 
@@ -98,11 +100,11 @@ def test_a_killed_curve_goes_on_where_it_was(base: Base, tmp_path: Path) -> None
     again = Fake(base)
     draw(curve(again), tmp_path, ["separable", "esd"], ALL)
     assert [*curves(tmp_path)] == ["separable", "esd"]
-    drawn = again.studio.drawn
+    drawn = again.image_generator.drawn
     draw(curve(again), tmp_path, ["separable", "esd"], ALL)
-    assert again.studio.drawn == drawn
+    assert again.image_generator.drawn == drawn
     draw(curve(again, pictures=36), tmp_path, ["separable"], ALL)
-    assert again.studio.drawn > drawn
+    assert again.image_generator.drawn > drawn
 
 
 def test_two_shards_draw_every_curve(base: Base, tmp_path: Path) -> None:

@@ -13,18 +13,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
+from overpaint.bases.text_encoder import TextEncoder
 from overpaint.cli import main
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, OverpaintError
-from overpaint.evaluation.crosstalk import Crosstalk, crosstalk
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.evaluation.crosstalk import Crosstalk, Moments, crosstalk
 from overpaint.evaluation.figures import heat_map
-from overpaint.evaluation.moments import Moments
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.patch import Patch, make_patch
-from overpaint.solvers.keys import keys_and_values
-from overpaint.workshop import Workshop
+from overpaint.solvers.sentences import keys_and_values
+from overpaint.workspace.workspace import Workspace
 
 CAT, DOG, SUN = Concept("cat"), Concept("dog"), Concept("sun")
 
@@ -43,7 +42,7 @@ def by_hand(base: Base, delta: Delta, concept: Concept) -> float:
     keys, _ = keys_and_values(TextEncoder.of(base), base, concept)
     composed = compose(base, [Term("a", delta)])
     moved = read = 0.0
-    for name in base.readers():
+    for name in base.projections():
         weight = base.tensor(name).double()
         change = composed[name].double() - weight if name in composed else torch.zeros_like(weight)
         moved += float((change @ keys).square().sum())
@@ -56,7 +55,7 @@ def test_the_closed_form_is_what_the_weights_do(base: Base, kind: str) -> None:
     width = 64
     delta: Delta = text_map(width)
     if kind == "low rank":
-        name = base.readers()[0]
+        name = base.projections()[0]
         out = base.tensor(name).shape[0]
         delta = LowRank({name: (torch.randn(out, 1), torch.randn(1, width))})
     found = crosstalk(base, [patch_of(base, CAT, delta)], [DOG, SUN])
@@ -116,19 +115,19 @@ def test_pairs_come_strongest_first_and_leave_out_a_concept_with_itself() -> Non
 
 
 def test_separable_patches_of_one_universe_do_not_disturb_each_other(tmp_path: Path, base_folder: Path) -> None:
-    shop = Workshop.open(tmp_path / "registry")
-    shop.add_base("tiny", base_folder)
-    shop.learn(["cat", "dog", "sun"])
+    workspace = Workspace.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
+    workspace.learn(["cat", "dog", "sun"])
     for name in ("cat", "dog", "sun"):
-        shop.recipe("safe", base="tiny").add(shop.solve(name, base="tiny"))
-    assert max(pair.ratio for pair in shop.crosstalk("safe").pairs()) < 0.5
+        workspace.recipe("safe", base="tiny").add(workspace.solve(name, base="tiny"))
+    assert max(pair.ratio for pair in workspace.crosstalk("safe").pairs()) < 0.5
 
 
 def test_the_command_prints_pairs_and_draws_a_heat_map(tmp_path: Path, base_folder: Path) -> None:
-    shop = Workshop.open(tmp_path / "registry")
-    shop.add_base("tiny", base_folder)
+    workspace = Workspace.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
     for name in ("cat", "dog"):
-        shop.solve(name, base="tiny")
+        workspace.solve(name, base="tiny")
     out = tmp_path / "heat.png"
     result = CliRunner().invoke(
         main, ["--registry", str(tmp_path / "registry"), "crosstalk", "--json", "-o", str(out)], catch_exceptions=False
@@ -141,11 +140,11 @@ def test_the_command_prints_pairs_and_draws_a_heat_map(tmp_path: Path, base_fold
 
 
 def test_a_recipe_without_patches_is_said_to_be_empty(tmp_path: Path, base_folder: Path) -> None:
-    shop = Workshop.open(tmp_path / "registry")
-    shop.add_base("tiny", base_folder)
-    shop.recipe("safe", base="tiny")
+    workspace = Workspace.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
+    workspace.recipe("safe", base="tiny")
     with pytest.raises(OverpaintError, match="no patch on the recipe 'safe'"):
-        shop.crosstalk("safe")
+        workspace.crosstalk("safe")
 
 
 def test_a_figure_never_replaces_a_file(tmp_path: Path) -> None:
@@ -158,14 +157,14 @@ def test_a_figure_never_replaces_a_file(tmp_path: Path) -> None:
 
 def test_adding_a_patch_that_disturbs_another_names_the_pair(tmp_path: Path, base_folder: Path) -> None:
     place = tmp_path / "registry"
-    shop = Workshop.open(place)
-    shop.add_base("tiny", base_folder)
+    workspace = Workspace.open(place)
+    workspace.add_base("tiny", base_folder)
     # Alone in its universe, the first patch is under no obligation to leave the second concept be.
-    blunt = shop.solve("cat", base="tiny", settings={"weight": "1000"})
-    shop.solve("dog", base="tiny", settings={"weight": "1000"})
+    blunt = workspace.solve("cat", base="tiny", settings={"weight": "1000"})
+    workspace.solve("dog", base="tiny", settings={"weight": "1000"})
     run = CliRunner()
     first = run.invoke(main, ["--registry", str(place), "patch", "add", blunt.id], catch_exceptions=False)
     assert "warning" not in first.stderr
     second = run.invoke(main, ["--registry", str(place), "patch", "add", "dog"], catch_exceptions=False)
     assert "warning: the patch for cat moves dog" in second.stderr
-    assert shop.known_recipe("default").record.patches != ()
+    assert workspace.known_recipe("default").record.patches != ()

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap  # type: ignore[import-untyped]
 
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.estimates import average, found, mean
-from overpaint.evaluation.judging import Score
-from overpaint.evaluation.metrics import h_composed
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.metrics import Score, average, found, h_composed, mean
 
 RIGHT = [1.0] * 30 + [0.0] * 20
 APART = [f"prompt {i}" for i in range(50)]

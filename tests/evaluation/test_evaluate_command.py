@@ -73,7 +73,7 @@ def test_suites_are_listed(registry: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "output"),
     [
         (("evaluate", "unsafe", *HOOK), "no patch answers to 'unsafe'"),
         (("evaluate", "safe", "--suite", "quik"), "did you mean quick?"),
@@ -82,10 +82,10 @@ def test_suites_are_listed(registry: Path) -> None:
         (("evaluate", "safe", *HOOK, "--set", "erased=no"), "a whole number from 1 on; got 'no'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_clear_sentence(registry: Path, words: tuple[str, ...], says: str) -> None:
+def test_what_cannot_be_evaluated_is_one_clear_sentence(registry: Path, words: tuple[str, ...], output: str) -> None:
     before = run(registry, "recipe", "show", "safe").stdout
     found = run(registry, *words, code=1)
-    assert says in " ".join(found.stderr.split())
+    assert output in " ".join(found.stderr.split())
     assert "Traceback" not in found.output
     assert run(registry, "recipe", "show", "safe").stdout == before
 

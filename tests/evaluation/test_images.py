@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.images import Sampler, generate
 
 PROMPTS = ["a cat", "a dog in ink style", "a cat", "the fox", "one bus"]

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import Judge, open_judge
-from overpaint.evaluation.worlds import EmojiWorld, ListedWorld, Question, read_questions
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, read_prompts
 
 CPU = torch.device("cpu")
-WORLD = ListedWorld([Concept("cat", "object", ("kitty",)), Concept("ink", "style")])
+WORLD = ListedPrompts([Concept("cat", "object", ("kitty",)), Concept("ink", "style")])
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
 
 
@@ -29,9 +29,9 @@ def emoji() -> Base:
 
 
 @pytest.fixture(scope="module")
-def drawings(emoji: Base) -> tuple[list[Question], NDArray[np.uint8]]:
+def drawings(emoji: Base) -> tuple[list[EvalPrompt], NDArray[np.uint8]]:
     """A few pictures of the embedded base."""
-    asked = [q for name in ("sun", "bus", "rose", "robot") for q in EmojiWorld().ask("object", name, 1)]
+    asked = [q for name in ("sun", "bus", "rose", "robot") for q in EmojiPrompts().ask("object", name, 1)]
     sampler = Sampler(steps=8, guidance=3.0)
     return asked, generate(emoji.pipeline(), [q.prompt for q in asked], [q.seed for q in asked], sampler)
 
@@ -39,7 +39,7 @@ def drawings(emoji: Base) -> tuple[list[Question], NDArray[np.uint8]]:
 @pytest.mark.parametrize("spec", ["", "cnn", "clip"])
 def test_the_embedded_judges_see_what_the_embedded_base_draws(emoji: Base, drawings: Any, spec: str) -> None:
     asked, pictures = drawings
-    judge = open_judge(spec, emoji, EmojiWorld(), CPU)
+    judge = open_judge(spec, emoji, EmojiPrompts(), CPU)
     assert isinstance(judge, Judge)
     found = judge.probabilities(pictures, "object")
     assert found.shape == (4, 50)
@@ -76,10 +76,10 @@ def test_a_classifier_answers_for_every_label_of_a_class(base: Base, classifier:
 
 
 def test_a_classifier_that_knows_no_concept_is_refused(base: Base, classifier: Path) -> None:
-    world = ListedWorld([Concept("unicorn")])
-    world.classes = {"object": {"unicorn": ("unicorn",)}}
+    prompt_set = ListedPrompts([Concept("unicorn")])
+    prompt_set.classes = {"object": {"unicorn": ("unicorn",)}}
     with pytest.raises(NotFound, match=r"has no label for any concept here \(it has: cat"):
-        open_judge(f"classifier:{classifier}", base, world, CPU)
+        open_judge(f"classifier:{classifier}", base, prompt_set, CPU)
 
 
 def test_a_hook_brings_ones_own_judge(base: Base) -> None:
@@ -106,31 +106,31 @@ def test_words_that_name_no_judge_are_refused(base: Base, tmp_path: Path) -> Non
 # Worlds
 
 
-WORLDS = (EmojiWorld(), WORLD)
+WORLDS = (EmojiPrompts(), WORLD)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_questions_do_not_depend_on_their_company_and_name_what_they_show(world: Any) -> None:
+@pytest.mark.parametrize("prompt_set", WORLDS)
+def test_questions_do_not_depend_on_their_company_and_name_what_they_show(prompt_set: Any) -> None:
     for head, name in (("object", "cat"), ("style", "ink")):
-        asked = world.ask(head, name, 6)
-        assert asked[:3] == world.ask(head, name, 3)
+        asked = prompt_set.ask(head, name, 6)
+        assert asked[:3] == prompt_set.ask(head, name, 3)
         assert len({q.seed for q in asked}) == 6
         assert all(q.shows[head] == name and name in q.prompt for q in asked)
-        assert {q.seed for q in world.ask(head, name, 6, seed=7)} == {q.seed + 7 for q in asked}
+        assert {q.seed for q in prompt_set.ask(head, name, 6, seed=7)} == {q.seed + 7 for q in asked}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_synonyms_are_asked_for_without_the_name(world: Any) -> None:
-    asked = world.ask_synonyms("cat", 4)
-    assert len(asked) == 4 * (len(world.classes["object"]["cat"]) - 1)
+@pytest.mark.parametrize("prompt_set", WORLDS)
+def test_synonyms_are_asked_for_without_the_name(prompt_set: Any) -> None:
+    asked = prompt_set.ask_synonyms("cat", 4)
+    assert len(asked) == 4 * (len(prompt_set.classes["object"]["cat"]) - 1)
     assert all("kitty" in q.prompt or "feline" in q.prompt for q in asked)
     assert all(q.shows == {"object": "cat"} for q in asked)
-    assert world.ask_synonyms("car", 0) == []
+    assert prompt_set.ask_synonyms("car", 0) == []
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_grid_has_every_cell_and_one_seed_for_all_of_a_turn(world: Any) -> None:
-    asked = world.grid(["ink"], ["cat", "car"], 2)
+@pytest.mark.parametrize("prompt_set", WORLDS)
+def test_a_grid_has_every_cell_and_one_seed_for_all_of_a_turn(prompt_set: Any) -> None:
+    asked = prompt_set.grid(["ink"], ["cat", "car"], 2)
     assert [(q.shows["style"], q.shows["object"], q.seed) for q in asked] == [
         ("ink", "cat", 0),
         ("ink", "cat", 1),
@@ -140,7 +140,7 @@ def test_a_grid_has_every_cell_and_one_seed_for_all_of_a_turn(world: Any) -> Non
 
 
 def test_a_concept_is_found_by_any_of_its_names() -> None:
-    assert EmojiWorld().class_of(Concept("Kitty")) == ("object", "cat")
+    assert EmojiPrompts().class_of(Concept("Kitty")) == ("object", "cat")
     assert WORLD.class_of(Concept("Ink", "style")) == ("style", "ink")
     with pytest.raises(NotFound, match="can tell the style 'cat'"):
         WORLD.class_of(Concept("cat", "style"))
@@ -149,14 +149,14 @@ def test_a_concept_is_found_by_any_of_its_names() -> None:
 def test_prompts_of_ones_own_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text('prompt,concept,seed\n"a kitty, asleep",Kitty,7\nink on paper,ink,\n', "utf-8")
-    found = read_questions(file, WORLD)
+    found = read_prompts(file, WORLD)
     (cat,), (ink,) = found["object", "cat"], found["style", "ink"]
     assert (cat.prompt, cat.seed, cat.shows) == ("a kitty, asleep", 7, {"object": "cat"})
     assert (ink.prompt, ink.seed) == ("ink on paper", 3)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "output"),
     [
         (
             "prompt,concept\na cat,cat\na griffin,griffin\n",
@@ -167,10 +167,10 @@ def test_prompts_of_ones_own_are_read(tmp_path: Path) -> None:
         ("", "no rows with the columns"),
     ],
 )
-def test_prompts_that_cannot_be_judged_are_named(tmp_path: Path, text: str, says: str) -> None:
+def test_prompts_that_cannot_be_judged_are_named(tmp_path: Path, text: str, output: str) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text(text, "utf-8")
-    with pytest.raises(OverpaintError, match=says):
-        read_questions(file, WORLD)
+    with pytest.raises(OverpaintError, match=output):
+        read_prompts(file, WORLD)
     with pytest.raises(OverpaintError, match="cannot read the prompts"):
-        read_questions(tmp_path / "none.csv", WORLD)
+        read_prompts(tmp_path / "none.csv", WORLD)

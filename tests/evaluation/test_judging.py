@@ -6,28 +6,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from overpaint.bases.emoji.judge import HEADS, Judge
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.evaluation import judging
-from overpaint.evaluation.judging import Score, accuracy, load_judge, verdicts
+from overpaint.bases.emoji.judge import HEADS, JudgeNetwork
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation import metrics
+from overpaint.evaluation.metrics import Score, accuracy, load_judge, verdicts
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 64, 64, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_judge_agrees_with_itself(judge: Judge, head: str) -> None:
+def test_the_judge_agrees_with_itself(judge: JudgeNetwork, head: str) -> None:
     seen = verdicts(judge, PICTURES, head)
     assert len(seen) == 7
     assert accuracy(judge, PICTURES, seen, head) == Score(7, 7)
 
 
-def test_batches_do_not_change_a_verdict(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_change_a_verdict(judge: JudgeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = verdicts(judge, PICTURES, "object")
-    monkeypatch.setattr(judging, "BATCH", 2)
+    monkeypatch.setattr(metrics, "PICTURES_AT_ONCE", 2)
     assert verdicts(judge, PICTURES, "object") == whole
 
 
-def test_a_wrong_class_counts_as_wrong(judge: Judge) -> None:
+def test_a_wrong_class_counts_as_wrong(judge: JudgeNetwork) -> None:
     seen = verdicts(judge, PICTURES[:1], "style")
     other = next(style for style in judge.classes["style"] if style != seen[0])
     assert accuracy(judge, PICTURES[:1], [other], "style") == Score(0, 1)
@@ -52,7 +52,7 @@ def test_impossible_scores_are_refused(correct: int, n: int) -> None:
         Score(correct, n)
 
 
-def test_unknown_heads_and_classes_are_named(judge: Judge) -> None:
+def test_unknown_heads_and_classes_are_named(judge: JudgeNetwork) -> None:
     with pytest.raises(NotFound, match="no head 'mood'"):
         verdicts(judge, PICTURES, "mood")
     with pytest.raises(NotFound, match="cannot tell unicorn"):
@@ -61,7 +61,7 @@ def test_unknown_heads_and_classes_are_named(judge: Judge) -> None:
         accuracy(judge, PICTURES, ["cat"], "object")
 
 
-def test_pictures_of_another_kind_are_refused(judge: Judge) -> None:
+def test_pictures_of_another_kind_are_refused(judge: JudgeNetwork) -> None:
     floats: Any = PICTURES / 255
     with pytest.raises(OverpaintError, match="float64"):
         verdicts(judge, floats, "object")
@@ -69,7 +69,7 @@ def test_pictures_of_another_kind_are_refused(judge: Judge) -> None:
         verdicts(judge, PICTURES[:, ::2, ::2], "object")
 
 
-def test_a_base_without_a_judge_says_so(tmp_path: Path, judge: Judge) -> None:
+def test_a_base_without_a_judge_says_so(tmp_path: Path, judge: JudgeNetwork) -> None:
     with pytest.raises(NotFound, match="no judge in"):
         load_judge(tmp_path)
     judge.save(tmp_path / "judge")

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from overpaint.bases.emoji.catalogue import captions, catalogue
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.prompts import object_prompts, object_scenes, style_prompts, style_scenes
 
 

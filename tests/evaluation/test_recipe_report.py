@@ -14,23 +14,22 @@ from click.testing import CliRunner
 from PIL import Image
 
 from overpaint.cli import main
-from overpaint.errors import AlreadyExists, OverpaintError
+from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation import figures
-from overpaint.evaluation.graphics import Chart, HeatMap, Line, heat_map, line_chart
+from overpaint.evaluation.reports.html import Chart, HeatMap, Line, heat_map, line_chart
+from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
-from overpaint.registry.evaluations import EvaluationRecord, ResultRecord
-from overpaint.reporting.crosstalk import crosstalk
-from overpaint.reporting.numbers import Numbers, percent, plain, spelled
-from overpaint.workshop import Workshop
+from overpaint.registry.registry import EvaluationRecord, ResultRecord
+from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
 from .test_report import Outline
 
 
 @pytest.fixture(scope="module")
-def files(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
+def files(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
     """The files of one report, the page first."""
-    return shop.report("safe", tmp_path_factory.mktemp("page") / "safe.html", device="cpu").files
+    return workspace.report("safe", tmp_path_factory.mktemp("page") / "safe.html", device="cpu").files
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +72,15 @@ def test_the_page_says_what_was_measured(page: str) -> None:
     assert "overpaint evaluate safe --suite grid --set" in page
 
 
-def test_provenance_names_base_weights_patches_judge_and_versions(shop: Workshop, page: str) -> None:
-    assert shop.base("tiny").fingerprint in page
-    assert shop.known_recipe("safe").digest() in page
-    assert all(record.id in page for record in shop.patches())
+def test_provenance_names_base_weights_patches_judge_and_versions(workspace: Workspace, page: str) -> None:
+    assert workspace.base("tiny").fingerprint in page
+    assert workspace.known_recipe("safe").digest() in page
+    assert all(record.id in page for record in workspace.patches())
     assert "judge reader; seed 0; device cpu, guidance 3.0, steps 1" in page
 
 
-def test_every_number_lies_beside_the_page(shop: Workshop, files: Sequence[Path]) -> None:
-    kept = [result for record in shop.known_recipe("safe").evaluations() for result in record.results]
+def test_every_number_lies_beside_the_page(workspace: Workspace, files: Sequence[Path]) -> None:
+    kept = [result for record in workspace.known_recipe("safe").evaluations() for result in record.results]
     by_suffix = {path.suffix: path for path in files if path.suffix in (".json", ".csv")}
     with by_suffix[".csv"].open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -102,23 +101,23 @@ def test_figures_are_pictures(files: Sequence[Path]) -> None:
             assert min(picture.size) > 300
 
 
-def test_a_report_is_not_written_over_another(shop: Workshop, files: Sequence[Path], tmp_path: Path) -> None:
+def test_a_report_is_not_written_over_another(workspace: Workspace, files: Sequence[Path], tmp_path: Path) -> None:
     before = files[0].read_bytes()
     with pytest.raises(AlreadyExists, match="already there"):
-        shop.report("safe", files[0])
+        workspace.report("safe", files[0])
     assert files[0].read_bytes() == before
     (tmp_path / "new.csv").write_text("mine")
     with pytest.raises(AlreadyExists, match=r"new\.csv is already there"):
-        shop.report("safe", tmp_path / "new.html")
+        workspace.report("safe", tmp_path / "new.html")
     assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
     with pytest.raises(OverpaintError, match="make it first"):
-        shop.report("safe", tmp_path / "nowhere" / "new.html")
+        workspace.report("safe", tmp_path / "nowhere" / "new.html")
 
 
-def test_a_recipe_that_was_not_evaluated_says_what_to_type(shop: Workshop, tmp_path: Path) -> None:
-    shop.recipe("other", base="tiny").add("cat")
+def test_a_recipe_that_was_not_evaluated_says_what_to_type(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.recipe("other", base="tiny").add("cat")
     found = CliRunner().invoke(
-        main, ["--registry", str(shop.registry.folder), "report", "other", "-o", str(tmp_path / "r.html")]
+        main, ["--registry", str(workspace.registry.folder), "report", "other", "-o", str(tmp_path / "r.html")]
     )
     assert found.exit_code == 1
     assert "run `overpaint evaluate other` first" in " ".join(found.stderr.split())
@@ -126,13 +125,13 @@ def test_a_recipe_that_was_not_evaluated_says_what_to_type(shop: Workshop, tmp_p
 
 
 def test_without_matplotlib_only_the_figures_are_missing(
-    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none() -> None:
         raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'")
 
     monkeypatch.setattr(figures, "_figure", none)
-    done = shop.report("safe", tmp_path / "r.html", device="cpu")
+    done = workspace.report("safe", tmp_path / "r.html", device="cpu")
     assert [path.suffix for path in done.files] == [".html", ".json", ".csv"]
     assert done.notices == ("no PNG figures: figures need matplotlib: pip install 'overpaint[figures]'",)
 
@@ -191,14 +190,14 @@ def test_numbers_are_spelled_by_what_they_measure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("agreement", "predicted", "says"),
+    ("agreement", "predicted", "output"),
     [
         (0.9, 0.5, ""),
         (0.2, 0.06, "The largest predicted effect is 6.0% of what a patch does to its own concept: so small a change"),
         (0.2, 0.5, "and not what the model makes of it"),
     ],
 )
-def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: float, says: str) -> None:
+def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: float, output: str) -> None:
     results = (
         ResultRecord("a -> b", MOVED, 0.1, None, None, 6),
         ResultRecord("a -> b", PREDICTED, predicted, None, None, 6),
@@ -209,5 +208,5 @@ def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: floa
     )
     text = crosstalk(Numbers(record)).text
     assert f"{agreement:.2f} over 2 pairs" in text
-    assert says in text
-    assert ("largest predicted" in text) == bool(says)
+    assert output in text
+    assert ("largest predicted" in text) == bool(output)

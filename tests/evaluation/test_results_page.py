@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.results_page import results_page
-from overpaint.evaluation.worlds import EmojiWorld
-from overpaint.registry.evaluations import EvaluationRecord
-from overpaint.reporting.numbers import published
-from overpaint.workshop import Workshop
+from overpaint.evaluation.prompts import EmojiPrompts
+from overpaint.evaluation.reports.sections import published
+from overpaint.registry.registry import EvaluationRecord
+from overpaint.workspace.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
-def records(shop: Workshop) -> list[EvaluationRecord]:
-    return shop.known_recipe("safe").evaluations()
+def records(workspace: Workspace) -> list[EvaluationRecord]:
+    return workspace.known_recipe("safe").evaluations()
 
 
 def test_every_suite_has_a_table_of_whole_rows(records: list[EvaluationRecord]) -> None:
@@ -58,9 +58,9 @@ def test_the_papers_numbers_stand_beside_ours(records: list[EvaluationRecord]) -
 def test_the_benchmark_asks_for_concepts_that_the_embedded_base_knows() -> None:
     from benchmarks import evaluation
 
-    world = EmojiWorld()
+    prompt_set = EmojiPrompts()
     for name in evaluation.TWELVE:
-        assert name in world.names("style" if name in evaluation.STYLES else "object")
+        assert name in prompt_set.names("style" if name in evaluation.STYLES else "object")
     assert len(set(evaluation.TWELVE)) == 12
     assert evaluation.TWELVE[:6] == evaluation.SIX
 
@@ -112,7 +112,9 @@ def test_results_of_another_day_give_way_to_todays(
     assert "## Provenance" in (tmp_path / "results.md").read_text("utf-8")
 
 
-def test_a_patch_of_other_settings_is_not_taken_for_todays(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_of_other_settings_is_not_taken_for_todays(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks import evaluation
     from overpaint.solvers import solver_class
     from overpaint.solvers.problem import configure, settings_of
@@ -120,10 +122,10 @@ def test_a_patch_of_other_settings_is_not_taken_for_todays(shop: Workshop, monke
     class Solved:
         id = "solved now"
 
-    monkeypatch.setattr(shop, "solve", lambda *given, **named: Solved)
-    record = next(record for record in shop.patches() if record.solver == "separable")
-    (concept,) = [concept for concept in shop.concepts() if concept.name == record.concept]
-    assert evaluation._solved(shop, concept, "esd", "cpu") == "solved now"
-    same = evaluation._solved(shop, concept, "separable", "cpu")
+    monkeypatch.setattr(workspace, "solve", lambda *given, **named: Solved)
+    record = next(record for record in workspace.patches() if record.solver == "separable")
+    (concept,) = [concept for concept in workspace.concepts() if concept.name == record.concept]
+    assert evaluation._solved(workspace, concept, "esd", "cpu") == "solved now"
+    same = evaluation._solved(workspace, concept, "separable", "cpu")
     kept = settings_of(configure(solver_class("separable"), {}))
     assert (same == record.id) == (record.settings == kept)

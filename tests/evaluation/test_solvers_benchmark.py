@@ -34,8 +34,8 @@ from benchmarks.protocol import (
     concept_of,
     listed,
     never_listed,
+    output,
     questions,
-    says,
     tuned,
     universe,
 )
@@ -44,10 +44,10 @@ from benchmarks.rates import gap, pooled, rate, share
 from benchmarks.solvers_page import short_rows, solvers_page
 from overpaint.bases.base import Base
 from overpaint.bases.emoji.catalogue import catalogue
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.evaluation.estimates import Finding
-from overpaint.evaluation.worlds import OBJECT, STYLE, EmojiWorld, Question
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import OBJECT, STYLE, EmojiPrompts, EvalPrompt
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import Solution, settings_of
@@ -80,20 +80,20 @@ def test_solvers_take_their_preset_for_small_bases_where_they_have_one() -> None
 
 @pytest.mark.parametrize("name", EVERY)
 def test_questions_are_about_what_they_say(name: str) -> None:
-    asked, world = questions(name, Counts()), EmojiWorld()
+    asked, prompt_set = questions(name, Counts()), EmojiPrompts()
     for some in asked.values():
         for question in some:
-            assert all(shown in world.names(head) for head, shown in question.shows.items())
-            assert all(says(question.prompt, world.classes[head][shown]) for head, shown in question.shows.items()), (
-                question
-            )
+            assert all(shown in prompt_set.names(head) for head, shown in question.shows.items())
+            assert all(
+                output(question.prompt, prompt_set.classes[head][shown]) for head, shown in question.shows.items()
+            ), question
         assert len({(q.prompt, q.seed) for q in some}) == len(some)
     assert {q.shows[OBJECT] for q in asked[OTHERS]} <= set(listed())
     assert {q.shows[OBJECT] for q in asked[NEVER]} <= set(never_listed())
     erased = concept_of(name).words
-    assert not any(says(q.prompt, erased) for group in (*KEPT, *NEAR) for q in asked.get(group, ()))
-    assert all(says(q.prompt, erased) or name in PAIRS for group in (SEEN, HELD_OUT) for q in asked[group])
-    assert all(says(q.prompt, erased[1:]) for q in asked.get(SYNONYMS, ()))
+    assert not any(output(q.prompt, erased) for group in (*KEPT, *NEAR) for q in asked.get(group, ()))
+    assert all(output(q.prompt, erased) or name in PAIRS for group in (SEEN, HELD_OUT) for q in asked[group])
+    assert all(output(q.prompt, erased[1:]) for q in asked.get(SYNONYMS, ()))
 
 
 def test_held_out_sentences_were_never_seen_in_training() -> None:
@@ -122,7 +122,7 @@ def test_an_unknown_concept_is_refused_with_those_that_are_known() -> None:
 
 # What is kept
 
-ASKED = {SEEN: [Question("a cat", 1, {OBJECT: "cat"})], OTHERS: [Question("a fox", 2, {OBJECT: "fox"})]}
+ASKED = {SEEN: [EvalPrompt("a cat", 1, {OBJECT: "cat"})], OTHERS: [EvalPrompt("a fox", 2, {OBJECT: "fox"})]}
 
 
 def cell(solver: str, concept: str, kind: str = "object", **groups: Sequence[tuple[str, int, int]]) -> Cell:
@@ -159,7 +159,7 @@ def test_a_cell_answers_what_it_was_asked_and_nothing_else() -> None:
     assert kept.answers(ASKED, {"rank": 1}, "20 steps")
     assert not kept.answers(ASKED, {"rank": 2}, "20 steps")
     assert not kept.answers(ASKED, {"rank": 1}, "10 steps")
-    more = ASKED | {OTHERS: [*ASKED[OTHERS], Question("a fox", 3, {OBJECT: "fox"})]}
+    more = ASKED | {OTHERS: [*ASKED[OTHERS], EvalPrompt("a fox", 3, {OBJECT: "fox"})]}
     assert not kept.answers(more, {"rank": 1}, "20 steps")
     refused = Cell("uce", "cat", "object", {"rank": 1}, {"drawn": "20 steps"}, kept.verdicts, None, "no")
     assert not refused.answers(ASKED, {"rank": 1}, "20 steps")
@@ -230,7 +230,7 @@ class Fake:
     def __init__(self, lives: int = 1000) -> None:
         self.lives, self.measured = lives, list[tuple[str, str]]()
 
-    def __call__(self, bench: Any, solver: str, name: str, asked: Mapping[str, Sequence[Question]]) -> Cell:
+    def __call__(self, context: Any, solver: str, name: str, asked: Mapping[str, Sequence[EvalPrompt]]) -> Cell:
         if len(self.measured) == self.lives:
             raise Killed
         self.measured.append((solver, name))
@@ -248,8 +248,8 @@ def ran(
     monkeypatch: pytest.MonkeyPatch, cells: Cells, fake: Fake, work: Sequence[tuple[str, str]], counts: Counts
 ) -> None:
     monkeypatch.setattr(solvers, "measured", fake)
-    bench: Any = fake
-    solvers.run(bench, cells, work, counts)
+    context: Any = fake
+    solvers.run(context, cells, work, counts)
 
 
 WORK = solvers.jobs(["separable", "esd"], ["cat", "ink"], ["cat in ink style"])
@@ -357,14 +357,14 @@ def test_a_page_of_nothing_is_refused() -> None:
         solvers_page([], {})
 
 
-def curve() -> dict[str, list[Finding]]:
-    rows = [Finding("base: kept", "accuracy", 0.9, 54, 0.8, 0.95)]
+def curve() -> dict[str, list[Measurement]]:
+    rows = [Measurement("base: kept", "accuracy", 0.9, 54, 0.8, 0.95)]
     for n in (1, 2):
         subject = f"separable, plain sum, N={n}"
-        rows.append(Finding(subject, "H_c", 1 - n / 100, 108, 0.5, 1.0))
-        rows.append(Finding(subject, "accuracy on erased", n / 100, 54, 0.0, 0.1))
-        rows.append(Finding(subject, "accuracy on kept", 0.9, 54, 0.8, 0.95))
-        rows.append(Finding(subject, "order spread", 0.0, 3))
+        rows.append(Measurement(subject, "H_c", 1 - n / 100, 108, 0.5, 1.0))
+        rows.append(Measurement(subject, "accuracy on erased", n / 100, 54, 0.0, 0.1))
+        rows.append(Measurement(subject, "accuracy on kept", 0.9, 54, 0.8, 0.95))
+        rows.append(Measurement(subject, "order spread", 0.0, 3))
     return {"separable": rows}
 
 
@@ -393,11 +393,11 @@ def test_the_short_table_has_a_row_for_each_solver_with_objects_and_styles() -> 
 
 def test_a_curve_without_an_error_is_still_in_doubt() -> None:
     rows = [
-        Finding("base: kept", "accuracy", 1.0, 18, 0.8, 1.0),
-        Finding("uce, joint, N=1", "H_c", 1.0, 36, 1.0, 1.0),
-        Finding("uce, joint, N=1", "accuracy on erased", 0.0, 18, 0.0, 0.2),
-        Finding("uce, joint, N=1", "accuracy on kept", 1.0, 18, 0.8, 1.0),
-        Finding("uce, joint, N=1", "order spread", 0.0, 1),
+        Measurement("base: kept", "accuracy", 1.0, 18, 0.8, 1.0),
+        Measurement("uce, joint, N=1", "H_c", 1.0, 36, 1.0, 1.0),
+        Measurement("uce, joint, N=1", "accuracy on erased", 0.0, 18, 0.0, 0.2),
+        Measurement("uce, joint, N=1", "accuracy on kept", 1.0, 18, 0.8, 1.0),
+        Measurement("uce, joint, N=1", "order spread", 0.0, 1),
     ]
     assert "| uce, joint | 100.0% (80.0% to 100.0%, n=36) |" in solvers_page(measured(), {"uce": rows})
 
@@ -430,10 +430,10 @@ def test_a_pair_is_right_when_both_are_seen() -> None:
     import numpy as np
 
     asked = [
-        Question("a cat in ink style", 0, {OBJECT: "cat", STYLE: "ink"}),
-        Question("a cat in flat style", 0, {OBJECT: "cat", STYLE: "flat"}),
-        Question("a fox", 0, {OBJECT: "fox"}),
-        Question("a cat", 0, {OBJECT: "cat"}),
+        EvalPrompt("a cat in ink style", 0, {OBJECT: "cat", STYLE: "ink"}),
+        EvalPrompt("a cat in flat style", 0, {OBJECT: "cat", STYLE: "flat"}),
+        EvalPrompt("a fox", 0, {OBJECT: "fox"}),
+        EvalPrompt("a cat", 0, {OBJECT: "cat"}),
     ]
     judge: Any = Sees()
     assert solvers.seen_right(judge, np.zeros((4, 2, 2, 3), np.uint8), asked) == [True, False, False, True]

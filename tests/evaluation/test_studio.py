@@ -11,19 +11,17 @@ import torch
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.evaluation.gallery import Gallery
-from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.studio import Studio
-from overpaint.evaluation.worlds import Question
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler, generate
+from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 
-ASKED = [Question(prompt, seed, {"object": "cat"}) for prompt in ("a cat", "the dog") for seed in (3, 4, 5)]
+ASKED = [EvalPrompt(prompt, seed, {"object": "cat"}) for prompt in ("a cat", "the dog") for seed in (3, 4, 5)]
 TERM = Term("one", TextMap("text_encoder", torch.ones(64, 1) / 8, torch.ones(64, 1) / 8))
 
 
-def studio(base: Base, folder: Path | None, batch: int = 4, steps: int = 1) -> Studio:
-    return Studio(base, Sampler(steps, 4.0, batch), Gallery(folder), torch.device("cpu"))
+def image_generator(base: Base, folder: Path | None, batch: int = 4, steps: int = 1) -> ImageGenerator:
+    return ImageGenerator(base, Sampler(steps, 4.0, batch), ImageCache(folder), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -35,60 +33,60 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(prompts))
         return generate(pipe, prompts, seeds, sampler)
 
-    monkeypatch.setattr("overpaint.evaluation.studio.generate", counted)
+    monkeypatch.setattr("overpaint.evaluation.images.generate", counted)
     return counts
 
 
 def test_pictures_are_drawn_once(base: Base, tmp_path: Path, drawn: list[int]) -> None:
-    first = studio(base, tmp_path).draw((), ASKED)
-    second = studio(base, tmp_path).draw((), ASKED[::-1])
+    first = image_generator(base, tmp_path).draw((), ASKED)
+    second = image_generator(base, tmp_path).draw((), ASKED[::-1])
     assert drawn == [4, 2]
     assert np.array_equal(first, second[::-1])
 
 
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch_size(base: Base, tmp_path: Path) -> None:
-    together = studio(base, None, batch=6).draw((), ASKED).astype(int)
-    apart = studio(base, None, batch=1).draw((), ASKED).astype(int)
+    together = image_generator(base, None, batch=6).draw((), ASKED).astype(int)
+    apart = image_generator(base, None, batch=1).draw((), ASKED).astype(int)
     # Kernels sum in another order at another batch size, which may cross a rounding border.
     assert abs(together - apart).max() <= 2
-    kept = studio(base, tmp_path, batch=6).draw((), ASKED)
-    assert np.array_equal(studio(base, tmp_path, batch=1).draw((), ASKED), kept)
+    kept = image_generator(base, tmp_path, batch=6).draw((), ASKED)
+    assert np.array_equal(image_generator(base, tmp_path, batch=1).draw((), ASKED), kept)
 
 
 def test_weights_sampler_prompt_and_seed_each_make_another_picture(
     base: Base, tmp_path: Path, drawn: list[int]
 ) -> None:
-    studio(base, tmp_path).draw((), ASKED[:1])
-    studio(base, tmp_path).draw([TERM], ASKED[:1])
-    studio(base, tmp_path, steps=2).draw((), ASKED[:1])
-    studio(base, tmp_path).draw((), ASKED[1:2])
-    studio(base, tmp_path).draw((), ASKED[3:4])
+    image_generator(base, tmp_path).draw((), ASKED[:1])
+    image_generator(base, tmp_path).draw([TERM], ASKED[:1])
+    image_generator(base, tmp_path, steps=2).draw((), ASKED[:1])
+    image_generator(base, tmp_path).draw((), ASKED[1:2])
+    image_generator(base, tmp_path).draw((), ASKED[3:4])
     assert drawn == [1] * 5
     assert len(list(tmp_path.rglob("*.png"))) == 5
 
 
 def test_patches_that_compose_to_the_base_are_the_base(base: Base, tmp_path: Path, drawn: list[int]) -> None:
     nothing = Term("two", TextMap("text_encoder", torch.zeros(64, 1), torch.zeros(64, 1)))
-    studio(base, tmp_path).draw((), ASKED)
-    studio(base, tmp_path).draw([nothing], ASKED)
+    image_generator(base, tmp_path).draw((), ASKED)
+    image_generator(base, tmp_path).draw([nothing], ASKED)
     assert drawn == [4, 2]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(
     base: Base, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = Gallery.keep
+    keep = ImageCache.keep
 
-    def power_cut(self: Gallery, *args: Any) -> None:
+    def power_cut(self: ImageCache, *args: Any) -> None:
         keep(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(Gallery, "keep", power_cut)
+        broken.setattr(ImageCache, "keep", power_cut)
         with pytest.raises(KeyboardInterrupt):
-            studio(base, tmp_path).draw((), ASKED)
+            image_generator(base, tmp_path).draw((), ASKED)
     assert drawn == [4]
-    studio(base, tmp_path).draw((), ASKED)
+    image_generator(base, tmp_path).draw((), ASKED)
     assert drawn == [4, 2]
 
 
@@ -96,7 +94,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_a_damaged_picture_is_drawn_again_and_reported(
     base: Base, tmp_path: Path, drawn: list[int], damage: str
 ) -> None:
-    first = studio(base, tmp_path).draw((), ASKED)
+    first = image_generator(base, tmp_path).draw((), ASKED)
     place = sorted(tmp_path.rglob("*.png"))[0]
     content = bytearray(place.read_bytes())
     if damage == "another picture":
@@ -106,17 +104,17 @@ def test_a_damaged_picture_is_drawn_again_and_reported(
         place.write_bytes(
             {"a bit": bytes(content), "the end": bytes(content[:-40]), "everything": b"no picture"}[damage]
         )
-    again = studio(base, tmp_path)
+    again = image_generator(base, tmp_path)
     assert abs(again.draw((), ASKED).astype(int) - first).max() <= 2  # drawn in another batch
-    assert again.gallery.damaged == [place]
+    assert again.image_cache.damaged == [place]
     assert sum(drawn) == 7
-    whole = studio(base, tmp_path)
+    whole = image_generator(base, tmp_path)
     whole.draw((), ASKED)
-    assert whole.gallery.damaged == []
+    assert whole.image_cache.damaged == []
 
 
 def test_a_picture_says_what_it_shows(base: Base, tmp_path: Path) -> None:
-    studio(base, tmp_path).draw((), ASKED[:1])
+    image_generator(base, tmp_path).draw((), ASKED[:1])
     (place,) = tmp_path.rglob("*.png")
     assert place.parent.name == base.fingerprint
     with Image.open(place) as file:
@@ -126,13 +124,13 @@ def test_a_picture_says_what_it_shows(base: Base, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(base: Base, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where a folder should be")
-    found = studio(base, tmp_path / "taken").draw((), ASKED[:2])
-    assert np.array_equal(found, studio(base, None).draw((), ASKED[:2]))
+    found = image_generator(base, tmp_path / "taken").draw((), ASKED[:2])
+    assert np.array_equal(found, image_generator(base, None).draw((), ASKED[:2]))
 
 
 def test_progress_has_the_time_that_is_left(base: Base) -> None:
     told: list[tuple[int, int, str]] = []
-    working = studio(base, None)
+    working = image_generator(base, None)
     working._report = lambda *line: told.append(line)
     working.expect(600)
     working.draw((), ASKED)

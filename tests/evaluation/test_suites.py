@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge
-from overpaint.evaluation.estimates import Finding
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
 from overpaint.evaluation.suites.cost import Cost
-from overpaint.evaluation.suites.crosstalk import LOST, Measured
+from overpaint.evaluation.suites.crosstalk import LOST, CrosstalkSuite
 from overpaint.evaluation.suites.generality import Generality
 from overpaint.evaluation.suites.grid import Grid
 from overpaint.evaluation.suites.quick import Quick
 from overpaint.evaluation.suites.scale import Scale
 from overpaint.evaluation.suites.scenes import Scenes
-from overpaint.evaluation.worlds import Question
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay
 
-from .scripted import CONCEPTS, Model, Script, bench, broken, faithful, idle, value, wrecked
+from .scripted import CONCEPTS, Model, Script, broken, context, faithful, idle, value, wrecked
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def one_bit_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Overlay, "_write", wrong)
 
 
-def worst(rows: Iterable[Finding], label: str, metric: str) -> float:
+def worst(rows: Iterable[Measurement], label: str, metric: str) -> float:
     return value(rows, f"all scenes, worst step: {label}", metric)
 
 
@@ -56,7 +56,7 @@ def worst(rows: Iterable[Finding], label: str, metric: str) -> float:
 
 
 def test_quick_finds_erased_kept_and_restored(base: Base) -> None:
-    rows = Quick().run(bench(base, faithful))
+    rows = Quick().run(context(base, faithful))
     for concept in CONCEPTS:
         assert value(rows, f"erased: {concept.name}", ON_BASE) == 1
         assert value(rows, f"erased: {concept.name}", ACCURACY) == 0
@@ -67,25 +67,25 @@ def test_quick_finds_erased_kept_and_restored(base: Base) -> None:
 
 
 def test_quick_catches_patches_that_erase_nothing(base: Base) -> None:
-    rows = Quick().run(bench(base, idle))
+    rows = Quick().run(context(base, idle))
     assert value(rows, "erased: cat", ACCURACY) == 1
 
 
 def test_quick_catches_patches_that_destroy_everything(base: Base) -> None:
-    rows = Quick().run(bench(base, wrecked))
+    rows = Quick().run(context(base, wrecked))
     assert value(rows, "kept: other objects", SHARE) == 0
     assert value(rows, "restored: concepts taken off", SHARE) == 0
 
 
 def test_quick_catches_a_restore_that_is_off_by_one_bit(base: Base, one_bit_off: None) -> None:
-    found = bench(base, faithful)
+    found = context(base, faithful)
     (row,) = [row for row in Quick().run(found) if row.metric == WRONG]
     assert row.value >= 1
-    assert row.n == len(base.readers())
+    assert row.n == len(base.projections())
 
 
 def test_quick_on_one_patch_restores_the_base(base: Base) -> None:
-    rows = Quick().run(bench(base, faithful, CONCEPTS[:1]))
+    rows = Quick().run(context(base, faithful, CONCEPTS[:1]))
     assert value(rows, "restored: weights", WRONG) == 0
     assert value(rows, "restored: concepts taken off", ACCURACY) == 1
 
@@ -94,7 +94,7 @@ def test_quick_on_one_patch_restores_the_base(base: Base) -> None:
 
 
 def test_grid_finds_ua_ira_and_cra_of_each_patch_alone(base: Base) -> None:
-    rows = Grid(objects=8).run(bench(base, faithful))
+    rows = Grid(objects=8).run(context(base, faithful))
     for subject in ("cat (separable)", "ink (separable)", "average of the patches"):
         assert [value(rows, subject, m) for m in ("UA", "IRA", "CRA", "retention in the prompt")] == [1, 1, 1, 1]
         assert value(rows, subject, "probability of the erased concept") == pytest.approx(0.01)
@@ -108,7 +108,7 @@ def test_grid_by_hand_with_a_patch_that_hurts_its_neighbour(base: Base) -> None:
         return faithful(erased | {"fox"} if "cat" in erased else erased, question)
 
     suite = Grid(objects=8)
-    found = bench(base, greedy)
+    found = context(base, greedy)
     rows = suite.run(found)
     others = len(suite._objects(found)) - 1
     assert value(rows, "cat (separable)", "IRA") == pytest.approx(1 - 1 / others)
@@ -117,7 +117,7 @@ def test_grid_by_hand_with_a_patch_that_hurts_its_neighbour(base: Base) -> None:
 
 @pytest.mark.parametrize(("model", "expected"), [(idle, (0, 1, 1)), (wrecked, (1, 0, 0))])
 def test_grid_catches_idle_and_wrecking_patches(base: Base, model: Model, expected: tuple[int, ...]) -> None:
-    rows = Grid(objects=8).run(bench(base, model))
+    rows = Grid(objects=8).run(context(base, model))
     assert tuple(value(rows, "average of the patches", metric) for metric in ("UA", "IRA", "CRA")) == expected
 
 
@@ -125,7 +125,7 @@ def test_grid_catches_idle_and_wrecking_patches(base: Base, model: Model, expect
 
 
 def test_generality_is_one_when_synonyms_go_and_others_stay(base: Base) -> None:
-    rows = Generality().run(bench(base, faithful))
+    rows = Generality().run(context(base, faithful))
     assert value(rows, "recipe", "H_o") == 1
     assert value(rows, "synonyms of erased objects: Acc_g", ACCURACY) == 0
     assert value(rows, "other objects the solvers never heard of", SHARE) == 1
@@ -137,7 +137,7 @@ def test_generality_catches_an_eraser_of_the_bare_name_alone(base: Base) -> None
             faithful(erased, question) if "cat" in question.prompt or "kitt" not in question.prompt else question.shows
         )
 
-    rows = Generality().run(bench(base, literal))
+    rows = Generality().run(context(base, literal))
     assert value(rows, "erased objects: Acc_e", ACCURACY) == 0
     # One of the two synonyms still works: 3 / (1/1 + 1/1 + 1/0.5).
     assert value(rows, "synonyms of erased objects: Acc_g", ACCURACY) == 0.5
@@ -146,19 +146,19 @@ def test_generality_catches_an_eraser_of_the_bare_name_alone(base: Base) -> None
 
 @pytest.mark.parametrize("model", [idle, wrecked])
 def test_generality_catches_idle_and_wrecking_patches(base: Base, model: Model) -> None:
-    assert value(Generality().run(bench(base, model)), "recipe", "H_o") == 0
+    assert value(Generality().run(context(base, model)), "recipe", "H_o") == 0
 
 
 def test_generality_needs_an_object(base: Base) -> None:
     with pytest.raises(OverpaintError, match="no patch here erases one"):
-        Generality().run(bench(base, faithful, CONCEPTS[-1:]))
+        Generality().run(context(base, faithful, CONCEPTS[-1:]))
 
 
 # Scenes
 
 
 def test_scenes_find_nothing_wrong_with_patches_that_work(base: Base) -> None:
-    rows = Scenes().run(bench(base, faithful))
+    rows = Scenes().run(context(base, faithful))
     assert worst(rows, "erased", ACCURACY) == 0
     assert worst(rows, "restored", SHARE) == 1
     assert worst(rows, "restored", CHANGE) == 0
@@ -171,19 +171,19 @@ def test_scenes_find_nothing_wrong_with_patches_that_work(base: Base) -> None:
 
 
 def test_scenes_catch_planted_defects(base: Base) -> None:
-    assert worst(Scenes().run(bench(base, idle)), "erased", ACCURACY) == 1
-    rows = Scenes().run(bench(base, wrecked))
+    assert worst(Scenes().run(context(base, idle)), "erased", ACCURACY) == 1
+    rows = Scenes().run(context(base, wrecked))
     assert worst(rows, "regular", SHARE) == 0
     assert worst(rows, "restored", SHARE) == 0
     assert worst(rows, "restored", CHANGE) > 0
 
 
 def test_scenes_catch_a_restore_that_is_off_by_one_bit(base: Base, one_bit_off: None) -> None:
-    assert worst(Scenes().run(bench(base, faithful)), "weights", WRONG) >= 1
+    assert worst(Scenes().run(context(base, faithful)), "weights", WRONG) >= 1
 
 
 def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(base: Base) -> None:
-    surroundings = bench(base, faithful)
+    surroundings = context(base, faithful)
     for key in surroundings.erased():
         others = [name for _, name in surroundings.erased() if name != key[1]]
         asked = surroundings.alone(*key, 6)
@@ -193,18 +193,18 @@ def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(b
 
 
 def test_every_patch_of_a_class_counts_for_what_a_sentence_names(base: Base) -> None:
-    surroundings = bench(base, faithful)
+    surroundings = context(base, faithful)
     first = surroundings.held[0]
     twin = replace(first.concept, synonyms=("wordofmine",))
     patch = replace(first.patch, manifest={**first.patch.manifest, "concept": twin.as_json()})
     both = replace(surroundings, held=(replace(first, patch=patch), *surroundings.held))
-    assert both.names_erased(Question("a wordofmine", 0, {}))
-    assert not both.names_erased(Question("a wordofmine", 0, {}), both.class_of(first.concept))
+    assert both.names_erased(EvalPrompt("a wordofmine", 0, {}))
+    assert not both.names_erased(EvalPrompt("a wordofmine", 0, {}), both.class_of(first.concept))
 
 
 def test_scenes_need_six_patches(base: Base) -> None:
     with pytest.raises(OverpaintError, match="6 patches, as in the paper; this recipe has 5"):
-        Scenes().run(bench(base, faithful, CONCEPTS[:5]))
+        Scenes().run(context(base, faithful, CONCEPTS[:5]))
 
 
 # Scale
@@ -215,16 +215,16 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches of the scale suite that cost nothing, and of which the script knows what they erase."""
 
     def solve(self: Scale, found: Any, solver: str, concept: Concept, universe: Any) -> Term:
-        rng = torch.Generator().manual_seed(len(found.studio.erases))
+        rng = torch.Generator().manual_seed(len(found.image_generator.erases))
         term = Term(f"{solver} {concept.words}", TextMap("text_encoder", *torch.randn(2, 64, 1, generator=rng) / 8))
-        found.studio.erases[term.id] = set(concept.words)
+        found.image_generator.erases[term.id] = set(concept.words)
         return term
 
     monkeypatch.setattr(Scale, "_solve", solve)
 
 
 def test_scale_is_a_curve_over_composers(base: Base, solved: None) -> None:
-    rows = Scale(most=8, solvers="separable,esd").run(bench(base, faithful))
+    rows = Scale(most=8, solvers="separable,esd").run(context(base, faithful))
     for way in ("separable, plain sum", "esd, plain sum", "esd, task arithmetic", "esd, joint"):
         assert [value(rows, f"{way}, N={n}", "H_c") for n in (1, 2, 4, 8)] == [1, 1, 1, 1]
         assert value(rows, f"{way}, N=4", "order spread") == 0
@@ -235,24 +235,24 @@ def test_scale_is_a_curve_over_composers(base: Base, solved: None) -> None:
 
 @pytest.mark.parametrize("model", [idle, wrecked])
 def test_scale_catches_idle_and_wrecking_patches(base: Base, model: Model, solved: None) -> None:
-    rows = Scale(most=4, solvers="separable").run(bench(base, model))
+    rows = Scale(most=4, solvers="separable").run(context(base, model))
     assert [value(rows, f"separable, plain sum, N={n}", "H_c") for n in (1, 2, 4)] == [0, 0, 0]
 
 
 def test_scale_catches_an_order_that_matters(base: Base, solved: None, one_bit_off: None) -> None:
-    rows = Scale(most=2, solvers="separable").run(bench(base, faithful))
+    rows = Scale(most=2, solvers="separable").run(context(base, faithful))
     assert value(rows, "separable, plain sum, N=2", "order spread") >= 1
 
 
 def test_scale_refuses_what_it_cannot_read(base: Base) -> None:
     with pytest.raises(NotFound, match="no solver is called 'separabel'"):
-        Scale(solvers="separabel").run(bench(base, faithful))
+        Scale(solvers="separabel").run(context(base, faithful))
     with pytest.raises(OverpaintError, match=r"written solver\.name=value; got 'rank=1'"):
         Scale(settings="rank=1")._settings("separable")
 
 
 def test_scale_solves_with_the_solvers_of_this_package(base: Base) -> None:
-    found = bench(base, faithful, CONCEPTS[:2])
+    found = context(base, faithful, CONCEPTS[:2])
     suite = Scale(solvers="separable", settings="separable.rank=1")
     term = suite._solve(found, "separable", CONCEPTS[0], CONCEPTS[:2])
     assert isinstance(term.delta, TextMap)
@@ -266,20 +266,20 @@ def test_crosstalk_finds_the_pair_that_was_planted(base: Base) -> None:
     def greedy(erased: frozenset[str], question: Any) -> Any:
         return faithful(erased | {"fox"} if "cat" in erased else erased, question)
 
-    rows = Measured().run(bench(base, greedy))
+    rows = CrosstalkSuite().run(context(base, greedy))
     assert value(rows, "cat -> fox", LOST) == 1
     assert value(rows, "fox -> cat", LOST) == 0
     assert value(rows, "all pairs", "pairs that lost accuracy") == 1
 
 
 def test_crosstalk_of_idle_patches_gives_no_order(base: Base) -> None:
-    rows = Measured().run(bench(base, idle))
+    rows = CrosstalkSuite().run(context(base, idle))
     assert value(rows, "all pairs", "pairs that lost accuracy") == 0
     assert not [row for row in rows if "rank correlation" in row.metric]
 
 
 def test_crosstalk_catches_patches_that_destroy_everything(base: Base) -> None:
-    rows = Measured().run(bench(base, wrecked))
+    rows = CrosstalkSuite().run(context(base, wrecked))
     pairs = [row for row in rows if row.metric == LOST]
     assert {row.value for row in pairs} == {1.0}
     assert value(rows, "all pairs", "pairs that lost accuracy") == len(pairs)
@@ -289,7 +289,7 @@ def test_crosstalk_catches_patches_that_destroy_everything(base: Base) -> None:
 
 
 def test_cost_counts_bytes_seconds_and_memory(base: Base) -> None:
-    rows = Cost(repeats=1).run(bench(base, faithful, CONCEPTS[:2]))
+    rows = Cost(repeats=1).run(context(base, faithful, CONCEPTS[:2]))
     assert value(rows, "cat (separable)", "bytes") == 1000
     assert value(rows, "cat (separable)", "seconds to solve") == 0.5
     assert value(rows, "all patches", "bytes") == 2000
@@ -300,25 +300,27 @@ def test_cost_counts_bytes_seconds_and_memory(base: Base) -> None:
 # All of them
 
 
-@pytest.mark.parametrize("suite", [Quick(), Grid(), Generality(), Scenes(), Measured(), Scale(solvers="separable")])
+@pytest.mark.parametrize(
+    "suite", [Quick(), Grid(), Generality(), Scenes(), CrosstalkSuite(), Scale(solvers="separable")]
+)
 def test_a_judge_that_sees_nothing_in_the_base_refuses(base: Base, suite: Any) -> None:
-    found = bench(base, broken)
+    found = context(base, broken)
     with pytest.raises(BlindJudge, match=r"the judge reader finds .* in only 0% of the base's own .* --judge"):
         suite.run(found)
 
 
 def test_the_same_seed_gives_the_same_findings(base: Base) -> None:
-    assert Quick().run(bench(base, faithful)) == Quick().run(bench(base, faithful))
+    assert Quick().run(context(base, faithful)) == Quick().run(context(base, faithful))
 
 
 def test_nothing_on_the_base_is_nothing_to_evaluate(base: Base) -> None:
     with pytest.raises(OverpaintError, match="no patch to evaluate"):
-        bench(base, faithful, ())
+        context(base, faithful, ())
 
 
 def test_a_concept_that_no_judge_knows_is_named(base: Base) -> None:
     with pytest.raises(NotFound, match="can tell the object 'unicorn'"):
-        bench(base, faithful, [Concept("unicorn")])
+        context(base, faithful, [Concept("unicorn")])
 
 
 def test_every_listed_suite_can_be_loaded_and_configured() -> None:
@@ -338,12 +340,12 @@ def test_suites_and_settings_that_are_not_there_are_named() -> None:
 
 def test_progress_is_told_of_every_picture_once(base: Base) -> None:
     told: list[tuple[int, int]] = []
-    found = bench(base, faithful)
-    assert isinstance(found.studio, Script)
-    found.studio._report = lambda done, of, text: told.append((done, of))
-    found.studio.expect(4)
+    found = context(base, faithful)
+    assert isinstance(found.image_generator, Script)
+    found.image_generator._report = lambda done, of, text: told.append((done, of))
+    found.image_generator.expect(4)
     asked = found.ask("object", "cat", 4)
     for _ in range(2):
-        found.studio._tell("weights", asked[:2])
-    found.studio._tell("weights", asked)
+        found.image_generator._tell("weights", asked[:2])
+    found.image_generator._tell("weights", asked)
     assert told == [(2, 4), (2, 4), (4, 4)]

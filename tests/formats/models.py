@@ -31,10 +31,12 @@ def noise(shape: Iterable[int], seed: int, size: float = 0.05) -> Tensor:
 def text_maps(base: Base, directions: int = 3, seed: int = 0) -> list[TextMap]:
     """A text map for every door of a base."""
     found = []
-    for number, door in enumerate(base.doors):
-        columns = base.columns(door, base.readers(door)[0])
+    for number, text_input in enumerate(base.text_inputs):
+        columns = base.columns(text_input, base.projections(text_input)[0])
         shape = (columns.stop - columns.start, directions)
-        found.append(TextMap(door, noise(shape, seed + 2 * number, 0.2), noise(shape, seed + 2 * number + 1, 0.2)))
+        found.append(
+            TextMap(text_input, noise(shape, seed + 2 * number, 0.2), noise(shape, seed + 2 * number + 1, 0.2))
+        )
     return found
 
 

@@ -20,15 +20,12 @@ from safetensors.torch import load_file
 from overpaint.bases.base import Base
 from overpaint.commands.interchange import DTYPES, MEANINGS
 from overpaint.commands.interchange import FORMATS as OFFERED
-from overpaint.errors import AlreadyExists
+from overpaint.core.errors import AlreadyExists
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, Sum, TextMap, Xor
-from overpaint.patches.formats.changes import ROUNDING
-from overpaint.patches.formats.edits import Meaning
-from overpaint.patches.formats.exporting import STORED, Exported, export
-from overpaint.patches.formats.headers import About
+from overpaint.patches.formats.exporting import FORMATS, ROUNDING, STORED, About, Exported, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
-from overpaint.patches.formats.placing import FORMATS, NotExportable
+from overpaint.patches.formats.reading import Meaning
 from tests.formats.models import dense, layers, low_rank, noise, some_terms, text_maps
 
 ABOUT = About("safe", [("aa", "cat", 1.0), ("bb", "dog", 0.5)], "2026-01-31")
@@ -246,7 +243,7 @@ def test_text_maps_of_xl_reach_their_own_columns_alone(
     tensors = load_file(written(xl, [Term("a", second)], tmp_path / "x.safetensors").path)
     downs = [tensor for key, tensor in tensors.items() if "attn2_to_k.lora_down" in key]
     assert downs
-    columns = xl.columns(second.encoder, xl.readers(second.encoder)[0])
+    columns = xl.columns(second.encoder, xl.projections(second.encoder)[0])
     assert all(not down[:, : columns.start].any() and bool(down[:, columns].any()) for down in downs)
 
 

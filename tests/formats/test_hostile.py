@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from overpaint.bases.base import Base
-from overpaint.errors import OverpaintError
-from overpaint.patches.formats.dialect import ForeignFile
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.formats.dialects import ForeignFile
 from overpaint.patches.formats.importing import Options, import_weights
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -15,7 +15,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense, LowRank
-from overpaint.patches.formats.dialect import ForeignFile
+from overpaint.patches.formats.dialects import ForeignFile
 from overpaint.patches.formats.importing import Imported, Options, import_weights
 from tests.checkpoints import single_file
 from tests.formats import writers

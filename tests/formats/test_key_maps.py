@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from overpaint.patches.formats import comfy, diffusers_lora, kohya, weights
-from overpaint.patches.formats.ldm import ldm_modules
-from overpaint.patches.formats.modules import modules_of, split
-from overpaint.patches.formats.tables import DIALECTS
+from overpaint.patches.formats import dialects
+from overpaint.patches.formats.dialects import DIALECTS, ldm_modules, modules_of, split
 from tests.formats.conftest import ARCHITECTURES
 from tests.formats.key_maps import a1111, comfyui, ldm_of, sd_scripts, true_model, unet_weights
 
@@ -18,7 +16,7 @@ architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 def ours(model: Any) -> dict[str, str]:
     """The name that an export gives each layer with a weight, by canonical name of the weight."""
-    spelled = kohya.written(model)
+    spelled = dialects.kohya_written(model)
     names = [n for n in model.names if n.endswith(".weight") and "norm" not in n]
     return {name: spelled[split(name)[0]] for name in names}
 
@@ -72,10 +70,10 @@ def test_no_spelled_name_means_two_layers(architecture: str, dialect: Any) -> No
 def test_what_is_written_is_read_in_its_dialect(architecture: str) -> None:
     model = true_model(architecture)
     for spelled, dialect in (
-        (kohya.written(model), kohya.KOHYA),
-        (diffusers_lora.written(model), diffusers_lora.DIFFUSERS),
-        (weights.written(model), weights.WEIGHTS),
+        (dialects.kohya_written(model), dialects.KOHYA),
+        (dialects.diffusers_written(model), dialects.DIFFUSERS),
+        (dialects.weights_written(model), dialects.WEIGHTS),
     ):
         known = dialect.spelled(model)
         assert {module: known.get(name) for module, name in spelled.items()} == {module: module for module in spelled}
-    assert set(comfy.COMFY.spelled(model).values()) >= {split(name)[0] for name in unet_weights(model)}
+    assert set(dialects.COMFY.spelled(model).values()) >= {split(name)[0] for name in unet_weights(model)}

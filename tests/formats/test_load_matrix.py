@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term, compose
-from overpaint.patches.formats.exporting import export
-from overpaint.patches.formats.headers import About
+from overpaint.patches.formats.exporting import FORMATS, About, export
 from overpaint.patches.formats.importing import import_weights
-from overpaint.patches.formats.placing import FORMATS
 from overpaint.patches.live import Overlay
 from tests.formats.conftest import ARCHITECTURES
 from tests.formats.models import low_rank, some_terms

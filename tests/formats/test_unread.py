@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from overpaint.bases.base import Base
-from overpaint.patches.formats.dialect import UNREAD, ForeignFile
+from overpaint.patches.formats.dialects import UNREAD, ForeignFile
 from overpaint.patches.formats.importing import Options, import_weights
 
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

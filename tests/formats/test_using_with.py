@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import overpaint
 from overpaint.cli import main
-from overpaint.patches.formats.placing import FORMATS
+from overpaint.patches.formats.exporting import FORMATS
 from tests.conftest import tiny_pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "using-with.md"
@@ -24,10 +24,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_pipeline().save_pretrained("path/to/sd15")
-    shop = overpaint.open("registry")
-    shop.add_base("sd15", "path/to/sd15")
+    workspace = overpaint.open("registry")
+    workspace.add_base("sd15", "path/to/sd15")
     for name in ("cat", "dog"):
-        shop.recipe("safe", base="sd15").add(shop.solve(name, base="sd15"))
+        workspace.recipe("safe", base="sd15").add(workspace.solve(name, base="sd15"))
     ran = []
     for kind, text in BLOCK.findall(PAGE.read_text("utf-8")):
         if kind == "python":

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from overpaint.registry import Registry
 from overpaint.registry.gc import collect, plan
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobStore
-from overpaint.transport.importing import import_file
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.sending import export, push
 
 from .patch_maker import FINGERPRINT, keep, numbers, patch_file
 from .shelf import lay
@@ -62,7 +61,7 @@ def pull_everything(folder: Path, seed: int, tell: Tell) -> None:
     """Pull from the folder beside the registry; tell the ids of all patches in the end."""
     registry = Registry.open(folder, create=False)
     tell(b"begun")
-    for id in pull(registry, folder.parent / "shared", Request()).new:
+    for id in pull(registry, folder.parent / "shared", PullRequest()).new:
         tell(id.encode())
     time.sleep(600)
 
@@ -71,7 +70,7 @@ def import_everything(folder: Path, seed: int, tell: Tell) -> None:
     """The same from a file."""
     registry = Registry.open(folder, create=False)
     tell(b"begun")
-    for id in import_file(registry, folder.parent / "shared.overpaint", Request()).new:
+    for id in import_file(registry, folder.parent / "shared.overpaint", PullRequest()).new:
         tell(id.encode())
     time.sleep(600)
 

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.registry import Registry, models
 
 from .shelf import add_patch, digest_of, lay, stock

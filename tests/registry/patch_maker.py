@@ -7,11 +7,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
 from overpaint.registry import PatchRecord, Registry
 from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.manifest import canonical_json, read_manifest
-from overpaint.registry.store.patch_files import Parts, embedded_manifest, joined
+from overpaint.registry.store.patch_files import Parts, embedded_manifest, joined, read_manifest
 
 FINGERPRINT = "f" * 8
 """Of the base "small" that `shelf.stock` adds."""

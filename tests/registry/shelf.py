@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.registry import PatchRecord, Registry
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.registry.store import BadFile, BlobCorrupt, BlobMissing, BlobStore, Files
 
 EMPTY_DIGEST = hashlib.sha256(b"").hexdigest()

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry, models
 from overpaint.registry.backup import BadBackup, backup, restore
 from overpaint.registry.schema import RegistryVersionError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.registry.store import BadFile, BlobCorrupt, BlobStore, open_files
 from overpaint.registry.store.blobs import as_digested
 

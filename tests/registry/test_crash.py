@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 
 from overpaint.registry import Registry, gc, models
-from overpaint.registry.verify import verify
-from overpaint.transport.importing import import_file
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.sending import export, push
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.sending import export, push
 
 from . import crash_workers as workers
 from .crash_workers import Tell
@@ -180,7 +179,7 @@ def test_a_killed_pull_is_finished_by_the_next(shared: Registry, stocked: Path, 
         assert set(done) - {"begun"} <= {record.id for record in registry.patches()}
         assert bool(registry.recipes()) <= (len(registry.patches()) == 6), "a recipe comes last"
         if seed % 4 == 0:
-            pull(registry, tmp_path / "shared", Request())
+            pull(registry, tmp_path / "shared", PullRequest())
             assert opened_and_sound(folder).log("r") == shared.log("r")
             assert len(registry.patches()) == 6
 
@@ -198,7 +197,7 @@ def test_a_killed_push_or_export_leaves_nothing_half_done_under_its_name(
         for path in (*pushed[-1:], *exported[-1:]):
             with _copy(stocked, tmp_path / "other") as other:
                 take = pull if path.is_dir() else import_file
-                assert len(take(other, path, Request()).new) == 6
+                assert len(take(other, path, PullRequest()).new) == 6
         for path in tmp_path.glob("*ed *"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

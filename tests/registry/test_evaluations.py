@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.evaluations import EvaluationRecord, ResultRecord
+from overpaint.registry.registry import EvaluationRecord, ResultRecord
 
 from .shelf import add_patch, lay
 

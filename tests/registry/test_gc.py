@@ -14,8 +14,8 @@ import pytest
 
 from overpaint.registry import Registry, gc
 from overpaint.registry.gc import DAY, CannotTell, Collected, collect, plan
+from overpaint.registry.integrity import verify
 from overpaint.registry.store import PatchFiles
-from overpaint.registry.verify import verify
 
 from .patch_maker import id_of, keep, numbers, patch_file
 from .shelf import add_patch

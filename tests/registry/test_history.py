@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.changes import Note, RecipeMoved
-from overpaint.registry.records import Due, Laid
+from overpaint.registry.history import Note, StaleRevision
+from overpaint.registry.records import ExpiredEntry, RecipeEntry
 
 from .shelf import add_patch, lay
 
@@ -52,7 +52,7 @@ def test_every_revision_can_be_read(registry: Registry, patches: list[str]) -> N
         ((one, 2.0), (three, 1.0)),
     ]
     assert registry.recipe("r") == registry.recipe("r@5")
-    assert [laid for _, laid in registry.patches_on("r@2")] == [Laid(one, 0.5), Laid(two, 1.0)]
+    assert [laid for _, laid in registry.patches_on("r@2")] == [RecipeEntry(one, 0.5), RecipeEntry(two, 1.0)]
 
 
 def test_a_checkout_lays_on_exactly_what_lay_there_as_one_new_revision(registry: Registry, patches: list[str]) -> None:
@@ -63,7 +63,11 @@ def test_a_checkout_lays_on_exactly_what_lay_there_as_one_new_revision(registry:
     change(registry, two, 3.0)
     change(registry, three, 1.0)
     assert registry.checkout_recipe("r", 2, Note("licence", "Ada", "d5", "d2")) == 6
-    assert registry.recipe("r").laid == registry.recipe("r@2").laid == (Laid(one, 0.5, CHRISTMAS), Laid(two, 1.0))
+    assert (
+        registry.recipe("r").laid
+        == registry.recipe("r@2").laid
+        == (RecipeEntry(one, 0.5, CHRISTMAS), RecipeEntry(two, 1.0))
+    )
     lines = registry.log("r", revision=6)
     assert [(line.patch, line.strength_before, line.strength_after, line.until_after) for line in lines] == [
         (one, None, 0.5, CHRISTMAS),
@@ -95,9 +99,9 @@ def test_a_checkout_of_what_is_there_and_of_what_never_was_is_refused(registry: 
 
 def test_a_change_worked_out_for_an_older_revision_is_refused(registry: Registry, patches: list[str]) -> None:
     lay(registry, "r", patches[0], 1.0)
-    with pytest.raises(RecipeMoved, match="changed by somebody else"):
+    with pytest.raises(StaleRevision, match="changed by somebody else"):
         change(registry, patches[1], 1.0, expected=0)
-    with pytest.raises(RecipeMoved, match="changed by somebody else"):
+    with pytest.raises(StaleRevision, match="changed by somebody else"):
         registry.checkout_recipe("r", 0, NOTE, expected=0)
     assert registry.recipe("r").revision == 1
     assert change(registry, patches[1], 1.0, expected=1) == 2
@@ -115,10 +119,10 @@ def test_whatever_was_done_every_revision_is_read_and_checked_out_exactly(
     ids = [patch.id for patch in registry.patches()]
     name = f"recipe {len(registry.recipes())}"
     registry.create_recipe(name, "small")
-    held: dict[str, Laid] = {}
+    held: dict[str, RecipeEntry] = {}
     expected = [dict(held)]
     for index, strength, lapses in steps:
-        after = None if strength is None else Laid(ids[index], strength, CHRISTMAS if lapses else None)
+        after = None if strength is None else RecipeEntry(ids[index], strength, CHRISTMAS if lapses else None)
         if held.get(ids[index]) == after:
             continue
         registry.change_recipe(
@@ -192,7 +196,10 @@ def test_a_diff_tells_what_lies_otherwise_and_nothing_else(registry: Registry, p
     lay(registry, "other", two, 1.0)
     lay(registry, "other", three, 0.5)
     found = {each.patch: (each.before, each.after) for each in registry.diff("r", "other")}
-    assert found == {two: (Laid(two, 1.0, CHRISTMAS), Laid(two, 1.0)), three: (None, Laid(three, 0.5))}
+    assert found == {
+        two: (RecipeEntry(two, 1.0, CHRISTMAS), RecipeEntry(two, 1.0)),
+        three: (None, RecipeEntry(three, 0.5)),
+    }
     assert {each.patch: (each.after, each.before) for each in registry.diff("other", "r")} == found
     assert registry.diff("r", "r@2") == registry.diff("r@0", "other@0") == []
     assert [each.concept for each in registry.diff("r@0", "r@1")] == ["apple"]
@@ -269,7 +276,7 @@ def test_a_patch_lapses_when_its_day_comes_and_stays_until_it_is_removed(
     change(registry, two, 1.0, until=CHRISTMAS)
     change(registry, three, 1.0)
     assert registry.due(date(2026, 12, 23)) == []
-    assert registry.due(CHRISTMAS) == [Due("r", "apple", two, CHRISTMAS)]
+    assert registry.due(CHRISTMAS) == [ExpiredEntry("r", "apple", two, CHRISTMAS)]
     assert [due.patch for due in registry.due(date(2030, 1, 1))] == [two, one]
     assert len(registry.recipe("r").laid) == 3
     change(registry, two, None)
@@ -308,7 +315,7 @@ def test_the_recipes_on_which_a_patch_lies_are_told(registry: Registry, patches:
     registry.create_recipe("gone", "small")
     lay(registry, "gone", patches[0], 1.0)
     registry.delete_recipe("gone", why="", who="")
-    laid = Laid(patches[0], 0.5, CHRISTMAS)
+    laid = RecipeEntry(patches[0], 0.5, CHRISTMAS)
     assert registry.recipes_with(patches[0]) == [("r", laid), ("copy", laid)]
     assert registry.recipes_with(patches[1]) == []
 

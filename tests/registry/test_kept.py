@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from overpaint.cli import main
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 
 from .shelf import stock
 
@@ -65,28 +65,28 @@ def test_a_prompt_that_is_none_is_refused_and_nothing_is_kept(registry: Registry
 
 def test_the_command_keeps_lists_and_removes_and_a_patch_says_what_was_kept(tmp_path: Path, base_folder: Path) -> None:
     place, file = str(tmp_path / "registry"), tmp_path / "prompts.txt"
-    shop = Workshop.open(place)
-    shop.add_base("tiny", base_folder)
+    workspace = Workspace.open(place)
+    workspace.add_base("tiny", base_folder)
     file.write_text("a moon in the style of art\n\n  the sun \n", "utf-8")
 
     def run(*words: str) -> Any:
         return CliRunner().invoke(main, ["--registry", place, "base", "keep", "tiny", *words], catch_exceptions=False)
 
-    plain = shop.patch(shop.solve("cat", base="tiny").id)
+    plain = workspace.patch(workspace.solve("cat", base="tiny").id)
     assert "keep" not in plain.manifest["solver"]
     assert "2 of 2 are new" in run("--prompts", str(file)).stderr
     rows = json.loads(run("--json").stdout)
     assert [row["prompt"] for row in rows] == ["a moon in the style of art", "the sun"]
-    kept = shop.patch(shop.solve("cat", base="tiny").id)
+    kept = workspace.patch(workspace.solve("cat", base="tiny").id)
     assert kept.manifest["solver"]["keep"] == ["a moon in the style of art", "the sun"]
     assert kept.delta != plain.delta
     assert "2 no longer kept" in run("--remove-all").stderr
-    assert shop.solve("cat", base="tiny").id == plain.id
+    assert workspace.solve("cat", base="tiny").id == plain.id
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, base_folder: Path) -> None:
     place, file = tmp_path / "registry", tmp_path / "prompts.bin"
-    Workshop.open(place).add_base("tiny", base_folder)
+    Workspace.open(place).add_base("tiny", base_folder)
     file.write_bytes(b"\xff\xfe\x00")
     result = CliRunner().invoke(main, ["--registry", str(place), "base", "keep", "tiny", "--prompts", str(file)])
     assert result.exit_code == 2
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, base_folder: Path) ->
 
 def test_a_base_is_prepared_once_and_solved_from_what_was_kept(tmp_path: Path, base_folder: Path) -> None:
     place = tmp_path / "registry"
-    Workshop.open(place).add_base("tiny", base_folder)
+    Workspace.open(place).add_base("tiny", base_folder)
     result = CliRunner().invoke(main, ["--registry", str(place), "base", "prepare", "tiny"], catch_exceptions=False)
     assert "tiny is ready" in result.stderr
     kept = list((place / "cache" / "vocabulary").iterdir())
@@ -104,5 +104,5 @@ def test_a_base_is_prepared_once_and_solved_from_what_was_kept(tmp_path: Path, b
     again = CliRunner().invoke(main, ["--registry", str(place), "base", "prepare", "tiny"], catch_exceptions=False)
     assert f"warning: {kept[0]} is damaged; the vocabulary is heard again" in again.stderr
     before = kept[0].stat().st_mtime_ns
-    Workshop.open(place).solve("cat", base="tiny")
+    Workspace.open(place).solve("cat", base="tiny")
     assert [file.stat().st_mtime_ns for file in (place / "cache" / "vocabulary").iterdir()] == [before]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.changes import Note
-from overpaint.registry.concepts import ConceptDiffers
+from overpaint.registry.history import Note
+from overpaint.registry.registry import ConceptDiffers
 
 from .shelf import add_patch, digest_of, lay
 

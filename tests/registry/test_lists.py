@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, insert
 
-from overpaint.errors import NotFound
+from overpaint.core.errors import NotFound
 from overpaint.registry import Registry, models
 from overpaint.registry.database import connect
 
@@ -34,7 +34,7 @@ def test_a_page_is_the_part_of_the_list_that_was_asked_for(either: Registry) -> 
 def test_patches_solved_at_one_moment_have_an_order(either: Registry) -> None:
     ids = sorted(add_patch(either, str(number)).id for number in range(4))
     with either._database.writing() as session:
-        for row in session.query(models.Patch):
+        for row in session.query(models.PatchRow):
             row.solved_at = datetime(2026, 1, 1, tzinfo=timezone.utc)
     assert [patch.id for patch in either.patches()] == ids
     pages = [either.patches(limit=1, offset=number, newest_first=True)[0].id for number in range(4)]
@@ -55,7 +55,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Registry:
             {"id": number, "name": f"thing {number}", "kind": "object", "definition": DEFINITION}
             for number in range(2, 1002)
         ]
-        session.execute(insert(models.Concept), concepts)
+        session.execute(insert(models.ConceptRow), concepts)
         same = {"base_id": 1, "solver": "uce", "kind": "k", "settings": "{}", "seed": 0, "nbytes": 1, "seconds": 1.0}
         patches: list[dict[str, Any]] = [
             {
@@ -67,9 +67,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Registry:
             }
             for number in range(4000)
         ]
-        session.execute(insert(models.Patch), patches)
+        session.execute(insert(models.PatchRow), patches)
         session.execute(
-            insert(models.PatchText), [{"patch_id": row["id"], "text": f"\n{row['concept_id']}\n"} for row in patches]
+            insert(models.PatchTextRow),
+            [{"patch_id": row["id"], "text": f"\n{row['concept_id']}\n"} for row in patches],
         )
     registry.create_recipe("r", "small")
     lay(registry, "r", patches[7]["id"], 1.0)

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from overpaint.cli import main
 from overpaint.registry import Registry, gc
-from overpaint.registry.verify import verify
+from overpaint.registry.integrity import verify
 
 from .patch_maker import keep, patch_file
 from .store_contract import name_of

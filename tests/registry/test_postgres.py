@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.registry import Registry, postgres, schema
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.registry import Registry, database, schema
 from overpaint.registry.database import connect, database_at
 
 from .postgres_server import GUEST, PASSWORD, Server
@@ -96,7 +96,7 @@ def test_a_database_that_cannot_hold_every_name_is_refused(server: Server, folde
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("psycopg")
-    monkeypatch.setattr(postgres, "find_spec", lambda name: None)
+    monkeypatch.setattr(database, "find_spec", lambda name: None)
     with pytest.raises(OverpaintError, match=r"pip install 'overpaint\[postgres\]'"):
         Registry.open("postgresql:///db?blobs=/x")
 
@@ -112,7 +112,7 @@ def test_a_reader_sees_one_moment(url: str) -> None:
 
 def test_a_writer_waits_for_another_and_does_not_wait_for_ever(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = stock(Registry.open(url))
-    monkeypatch.setattr(postgres, "BEGIN_WRITING", postgres.BEGIN_WRITING.replace("20s", "200ms"))
+    monkeypatch.setattr(database, "BEGIN_WRITING", database.BEGIN_WRITING.replace("20s", "200ms"))
     with connect(url, create=False).writing(), pytest.raises(OverpaintError, match="another process has been writing"):
         registry.create_recipe("r", "small")
     monkeypatch.undo()

@@ -61,7 +61,7 @@ def test_eight_writers_lose_nothing_duplicate_nothing_and_never_find_the_databas
         {"r", *(n for w, n in done if w == "recipe")}
     )
     with database_at(anywhere).reading() as session:
-        texts = Counter(session.scalars(select(models.PatchText.patch_id)))
+        texts = Counter(session.scalars(select(models.PatchTextRow.patch_id)))
     assert texts == Counter(own | shared)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 
 from .shelf import add_patch, digest_of, lay

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from overpaint.concepts import Concept
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry, models
 from overpaint.registry.database import database_at
 from overpaint.registry.store import BlobMissing

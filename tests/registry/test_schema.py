@@ -18,8 +18,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import CheckConstraint, delete, inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from overpaint.errors import NotFound, OverpaintError
-from overpaint.registry import Registry, models, schema, sqlite
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.registry import Registry, database, models, schema
 from overpaint.registry.database import connect, database_at
 from overpaint.registry.schema import RegistryVersionError
 
@@ -122,7 +122,7 @@ def test_writers_get_wal_and_full_durability(folder: Path) -> None:
 def test_readers_cannot_write(anywhere: str | Path) -> None:
     database = connect(anywhere, create=False)
     with pytest.raises(OverpaintError, match="read-only"), database.reading() as session:
-        session.execute(delete(models.Base))
+        session.execute(delete(models.BaseRow))
 
 
 def test_no_registry_says_what_to_run(folder: Path) -> None:
@@ -196,9 +196,9 @@ def test_a_damaged_database_says_so(folder: Path) -> None:
 
 def test_a_creation_under_way_elsewhere_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
-    monkeypatch.setattr(sqlite, "LOCK_SECONDS", 0.1)
-    database = database_at(folder)
-    with database.alone(), pytest.raises(OverpaintError, match="another process is making or upgrading"):
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
+    opened = database_at(folder)
+    with opened.alone(), pytest.raises(OverpaintError, match="another process is making or upgrading"):
         Registry.open(folder)
-    assert schema.current(database) is None
+    assert schema.current(opened) is None
     Registry.open(folder)

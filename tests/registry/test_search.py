@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 
 from .shelf import add_patch, lay

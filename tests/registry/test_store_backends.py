@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.store import BlobStore, Files, open_files, open_store, place_store
-from overpaint.registry.store.folder import FolderFiles
-from overpaint.registry.store.memory import MemoryFiles
+from overpaint.registry.store.files import FolderFiles, MemoryFiles
 from overpaint.registry.store.remote import RemoteFiles, Unreachable
 
 from .shelf import add_patch

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import canonical_json as canonical_json_of_bases
-from overpaint.bases.digests import tensor_digest
-from overpaint.concepts import Concept
+from overpaint.bases.safetensors_file import tensor_digest
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.digests import canonical_json as canonical_json_of_bases
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch, read_patch
 from overpaint.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore, PatchFiles
-from overpaint.registry.store.manifest import BadManifest, canonical_json, read_manifest
-from overpaint.registry.store.memory import MemoryFiles
-from overpaint.registry.store.patch_files import embedded_manifest, split
+from overpaint.registry.store.files import MemoryFiles
+from overpaint.registry.store.patch_files import BadManifest, embedded_manifest, read_manifest, split
 
 from .patch_maker import id_of, keep, numbers, patch_file
 from .shelf import add_patch
@@ -63,7 +63,7 @@ def test_any_names_and_shapes_come_back(shapes: dict[str, list[int]]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_what_a_solver_makes_is_kept_in_parts_and_reads_back(base: Base, files: PatchFiles, dtype: torch.dtype) -> None:
-    name = base.readers()[0]
+    name = base.projections()[0]
     for delta in (
         TextMap("text_encoder", torch.randn(64, 2).to(dtype), torch.randn(64, 2).to(dtype)),
         Dense({name: torch.randn(base.tensor(name).shape).to(dtype)}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 
 from .shelf import add_patch, lay

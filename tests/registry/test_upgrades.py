@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 import pytest
 from sqlalchemy import select
 
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.registry import Registry, models, schema, texts
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.registry import Registry, models, queries, schema
 from overpaint.registry.database import database_at
-from overpaint.registry.records import Laid
+from overpaint.registry.records import RecipeEntry
 from overpaint.registry.schema import RegistryVersionError
 
 from .freeze import LABELS
@@ -79,7 +79,7 @@ def _can_be_used(registry: Registry) -> None:
     four = add_patch(registry, "four", concept=PAINTED)
     assert lay(registry, "safe", four.id, 1.0) == 6
     assert registry.recipe("safe@3").laid == tuple(
-        sorted([Laid(ONE, 2.0), Laid(TWO, 0.5)], key=lambda each: each.patch)
+        sorted([RecipeEntry(ONE, 2.0), RecipeEntry(TWO, 0.5)], key=lambda each: each.patch)
     )
     assert [patch.id for patch in registry.search("pomologie").patches] == [four.id, TWO]
     assert [recipe.name for recipe in registry.search("ÜBUNG three").recipes] == ["safe"]
@@ -94,23 +94,25 @@ def test_an_upgrade_writes_the_texts_that_this_program_writes(location: str | Pa
     database = database_at(location)
     written = _texts(database_at(location))
     with database.writing() as session:
-        for row in (*session.scalars(select(models.PatchText)), *session.scalars(select(models.RecipeText))):
+        for row in (*session.scalars(select(models.PatchTextRow)), *session.scalars(select(models.RecipeTextRow))):
             session.delete(row)
         session.flush()
-        for patch in session.scalars(select(models.Patch)):
-            texts.keep_patch(session, patch)
-        for recipe in session.scalars(select(models.Recipe)):
-            texts.keep_recipe(session, recipe)
-        for revision in session.scalars(select(models.Revision)):
-            texts.keep_reason(session, revision)
+        for patch in session.scalars(select(models.PatchRow)):
+            queries.keep_patch(session, patch)
+        for recipe in session.scalars(select(models.RecipeRow)):
+            queries.keep_recipe(session, recipe)
+        for revision in session.scalars(select(models.RevisionRow)):
+            queries.keep_reason(session, revision)
     assert _texts(database) == written
     assert len(written) == 3 + 2 + 5
 
 
 def _texts(database: Any) -> list[tuple[Any, ...]]:
     with database.reading() as session:
-        found: list[tuple[Any, ...]] = [(row.patch_id, row.text) for row in session.scalars(select(models.PatchText))]
-        found += [(str(row.recipe_id), row.revision, row.text) for row in session.scalars(select(models.RecipeText))]
+        found: list[tuple[Any, ...]] = [
+            (row.patch_id, row.text) for row in session.scalars(select(models.PatchTextRow))
+        ]
+        found += [(str(row.recipe_id), row.revision, row.text) for row in session.scalars(select(models.RecipeTextRow))]
     return sorted(found, key=str)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.registry import PatchRecord, Registry
+from overpaint.registry.integrity import Problem, verify
 from overpaint.registry.store import PatchFiles
-from overpaint.registry.verify import Problem, verify
 
 from .patch_maker import keep, numbers, patch_file
 from .shelf import lay, stock

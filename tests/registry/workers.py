@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from overpaint.registry import Registry, models, sqlite
+from overpaint.registry import Registry, database, models
 from overpaint.registry.database import connect
 from overpaint.registry.store import BlobStore
 
@@ -58,14 +58,14 @@ def die_between_blob_and_row(folder: Path) -> None:
 
 def die_before_commit(folder: Path) -> None:
     with connect(folder, create=False).writing() as session:
-        session.add(models.Base(name="ghost", source="", layout="", fingerprint=""))
+        session.add(models.BaseRow(name="ghost", source="", layout="", fingerprint=""))
         session.flush()
         _die()
 
 
 def die_while_copying(folder: Path) -> None:
     """In an upgrade, when the copy is written but not yet durable."""
-    vars(sqlite)["sync"] = lambda path: _die()
+    vars(database)["sync"] = lambda path: _die()
     Registry.upgrade(folder)
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import Delta
 from overpaint.patches.live import Overlay
-from overpaint.solvers.denoising import Denoiser
 from overpaint.solvers.problem import EditProblem, Solution
-from overpaint.solvers.training import Training
+from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.training import Training
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
 WATCHED = -10.0
@@ -32,7 +32,7 @@ def predictions(base: Base, delta: Delta | None, *prompts: str) -> Tensor:
     t = torch.tensor([900, 500, 100])
     with Overlay(model.pipe, base) as overlay:
         overlay.set([Term("a", delta)] if delta is not None else [])
-        return torch.stack([model(x, t, model.spoken([prompt] * 3)) for prompt in prompts])
+        return torch.stack([model(x, t, model.encode([prompt] * 3)) for prompt in prompts])
 
 
 def moved(base: Base, delta: Delta, prompt: str) -> float:

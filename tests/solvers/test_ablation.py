@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.solvers.ablation import Ablation
-from overpaint.solvers.parts import ATTENTION, KEYS_AND_VALUES, UNET
+from overpaint.core.concepts import Concept
+from overpaint.solvers.trained.ablation import Ablation
+from overpaint.solvers.trained.adapters import ATTENTION, KEYS_AND_VALUES, UNET
 from overpaint.testing import SolverContract
 from tests.solvers.learning import WATCHED, apart, names, solve
 
@@ -33,7 +33,7 @@ def test_the_concept_is_predicted_as_its_anchor(base: Base) -> None:
 def test_only_the_part_is_trained(base: Base, part: str) -> None:
     touched = names(solve(base, Ablation(**{**QUICK, "steps": 1}, part=part)).delta, base)
     expected = {
-        KEYS_AND_VALUES: set(base.readers()),
+        KEYS_AND_VALUES: set(base.projections()),
         ATTENTION: {name for name in base.names if ".attn1." in name or ".attn2." in name},
         UNET: {name for name in base.names if name.startswith("unet/")},
     }

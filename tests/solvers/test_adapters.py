@@ -11,22 +11,30 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
-from overpaint.solvers.adapters import Change, Factors, TextFactors, Together, Weights, owners
-from overpaint.solvers.denoising import Denoiser
-from overpaint.solvers.parts import encoder_layer_tensors, layers
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.adapters import (
+    Adapter,
+    AdapterStack,
+    DenseAdapter,
+    LowRankAdapter,
+    TextMapAdapter,
+    encoder_layer_tensors,
+    layers,
+    modules_by_parameter,
+)
+from overpaint.solvers.trained.denoiser import Denoiser
 
-Make = Callable[[Denoiser, Base], Change]
+Make = Callable[[Denoiser, Base], Adapter]
 
 
-def weights(model: Denoiser, base: Base) -> Change:
-    return Weights(model.pipe, base, layers(base, "unet/*"))
+def weights(model: Denoiser, base: Base) -> Adapter:
+    return DenseAdapter(model.pipe, base, layers(base, "unet/*"))
 
 
-def factors(model: Denoiser, base: Base) -> Change:
-    return Factors(model.pipe, base, layers(base, "unet/*"), 2, torch.Generator().manual_seed(0))
+def factors(model: Denoiser, base: Base) -> Adapter:
+    return LowRankAdapter(model.pipe, base, layers(base, "unet/*"), 2, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def model(base: Base) -> Denoiser:
 
 
 @torch.no_grad()
-def stir(change: Change, seed: int = 1) -> None:
+def stir(change: Adapter, seed: int = 1) -> None:
     """Move everything that can be trained."""
     random = torch.Generator().manual_seed(seed)
     for parameter in change.parameters:
@@ -51,7 +59,7 @@ def asked(model: Denoiser, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def lay(delta: Delta, pipe: Any, base: Base) -> None:
     """Add a delta to a pipeline's weights in float32, where composition would round to the base's own dtype."""
-    modules = owners(pipe, base)
+    modules = modules_by_parameter(pipe, base)
     for part in delta.parts:
         for name in part.targets(base):
             weight = getattr(modules[name], name.rpartition(".")[2])
@@ -103,7 +111,7 @@ def test_adapters_change_nothing_before_they_are_trained(base: Base, model: Deno
 
 
 def test_a_text_map_in_training_is_the_text_map_that_comes_out(base: Base, model: Denoiser) -> None:
-    projection = TextFactors("text_encoder", model.encoder.width, 3, torch.Generator().manual_seed(0), model.device)
+    projection = TextMapAdapter("text_encoder", model.encoder.width, 3, torch.Generator().manual_seed(0), model.device)
     stir(projection)
     x, t, text = asked(model)
     found = model(x, t, projection(text))
@@ -118,15 +126,15 @@ def test_a_text_map_in_training_is_the_text_map_that_comes_out(base: Base, model
 def test_changes_of_several_kinds_train_as_one(base: Base, model: Denoiser) -> None:
     random = torch.Generator().manual_seed(0)
     names = encoder_layer_tensors(base, feed_forward=1, attention=0)
-    thin = Factors(model.pipe, base, [name for name in names if name.endswith("weight")], 1, random)
-    both = Together(thin, TextFactors("text_encoder", model.encoder.width, 1, random, model.device))
+    thin = LowRankAdapter(model.pipe, base, [name for name in names if name.endswith("weight")], 1, random)
+    both = AdapterStack(thin, TextMapAdapter("text_encoder", model.encoder.width, 1, random, model.device))
     stir(both)
     assert len(both.parameters) == 6
     delta = both.delta()
     assert isinstance(delta, Sum)
     assert [part.kind for part in delta.parts] == ["text-map", "low-rank"]
     with both.off(), torch.no_grad():
-        assert torch.equal(model.spoken(["a cat"]), model.encoder.hidden(["a cat"]))
+        assert torch.equal(model.encode(["a cat"]), model.encoder.hidden(["a cat"]))
 
 
 @pytest.mark.parametrize("make", [weights, factors])

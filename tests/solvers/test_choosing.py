@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks.choosing_page import BEGIN, END, filled
 from overpaint.cli import main
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.solvers import SOLVERS, solver_class
 from overpaint.solvers.problem import configure
 

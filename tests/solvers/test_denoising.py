@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.solvers.denoising import Denoiser, Trajectories
-from overpaint.solvers.pictures import BadPictures, drawn, from_folder
+from overpaint.core.concepts import Concept
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.pictures import BadPictures, drawn, from_folder
 
 
 @pytest.fixture

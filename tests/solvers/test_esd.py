@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 from overpaint.bases.base import Base
-from overpaint.solvers.esd import ESD
+from overpaint.solvers.trained.esd import ESD
 from overpaint.testing import SolverContract
 from tests.solvers.learning import WATCHED, names, solve
 
@@ -26,7 +26,7 @@ def test_the_concept_loses_its_guidance_through_what_the_variant_trains(base: Ba
     assert found.diagnostics["left"] < 0.7
     touched = names(found.delta, base)
     assert all((".attn2." in name) == (variant != "u") for name in touched)
-    assert (touched == set(base.readers())) == (variant == "x-strict")
+    assert (touched == set(base.projections())) == (variant == "x-strict")
     assert not any("norm" in name for name in touched)
 
 

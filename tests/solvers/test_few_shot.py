@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import PromptTooLong, TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import PromptTooLong, TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import Delta
 from overpaint.patches.live import Overlay
-from overpaint.solvers.denoising import Denoiser
-from overpaint.solvers.few_shot import FewShot
-from overpaint.solvers.pictures import BadPictures, drawn
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.few_shot import FewShot
+from overpaint.solvers.trained.pictures import BadPictures, drawn
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAT, WATCHED, names, solve
 
@@ -49,7 +49,7 @@ def loss_of_training(base: Base, delta: Delta | None) -> float:
     x, t, goal, _ = model.noised(found.latents, torch.Generator().manual_seed(77), 32)
     with Overlay(model.pipe, base) as overlay:
         overlay.set([Term("a", delta)] if delta is not None else [])
-        return float(F.mse_loss(model(x, t, model.spoken(["a cat"] * 32)), goal))
+        return float(F.mse_loss(model(x, t, model.encode(["a cat"] * 32)), goal))
 
 
 def test_the_concepts_pictures_become_hard_to_predict(base: Base) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from overpaint.bases.base import EMBEDDED, Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.judging import accuracy, load_judge
+from overpaint.evaluation.metrics import accuracy, load_judge
 from overpaint.evaluation.prompts import object_prompts
 from overpaint.patches.compose import Term
 from overpaint.patches.live import Overlay
-from overpaint.solvers.few_shot import FewShot
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.few_shot import FewShot
 
 pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded base is not in this checkout")
 

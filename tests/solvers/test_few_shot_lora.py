@@ -6,12 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, Sum, TextMap
-from overpaint.solvers.few_shot_lora import FewShotLoRA
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.wording import asked, retained
+from overpaint.solvers.sentences import asked, retained
+from overpaint.solvers.trained.few_shot_lora import FewShotLoRA
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAR, CAT, DOG, moved, solve
 

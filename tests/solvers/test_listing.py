@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from overpaint import solvers as solvers_module
 from overpaint.cli import main
-from overpaint.errors import NotFound
-from overpaint.solvers import SOLVERS, listing, solver_class, solvers
-from overpaint.solvers.listing import BrokenSolver
+from overpaint.core.errors import NotFound
+from overpaint.solvers import SOLVERS, BrokenSolver, solver_class, solvers
 from overpaint.solvers.problem import Solver
 
 
@@ -58,7 +58,7 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Point]:
     (tmp_path / "stranger_other.py").write_text("class Other: 'Is no solver.'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     points: list[Point] = []
-    monkeypatch.setattr(listing, "entry_points", lambda group: points if group == "overpaint.solvers" else [])
+    monkeypatch.setattr(solvers_module, "entry_points", lambda group: points if group == "overpaint.solvers" else [])
     return points
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, TextMap
-from overpaint.solvers.denoising import Denoiser
-from overpaint.solvers.mace import MACE, _Attention, _importance, _Told
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.mace import MACE, _Attention, _importance, _Told
 from overpaint.testing import SolverContract
 
 CAT, DOG = Concept("cat"), Concept("dog")
@@ -33,7 +33,7 @@ def test_it_is_a_text_map_and_one_direction_for_every_projection(base: Base) -> 
     assert isinstance(refined, TextMap)
     assert isinstance(directions, LowRank)
     assert refined.up.shape[1] == 4
-    assert {name: up.shape[1] for name, (up, _) in directions.factors.items()} == dict.fromkeys(base.readers(), 1)
+    assert {name: up.shape[1] for name, (up, _) in directions.factors.items()} == dict.fromkeys(base.projections(), 1)
 
 
 def test_training_lowers_the_attention_to_the_concept(base: Base) -> None:
@@ -51,7 +51,7 @@ def test_attention_in_the_open_draws_the_same_and_sums_to_one(base: Base) -> Non
         # The order of sums in attention differs.
         assert torch.allclose(open_(x, t, text), plain(x, t, text), atol=1e-5)
         paid = watched.paid(open_, x, t, text, everything)
-    assert len(paid) == len(base.readers()) // 2
+    assert len(paid) == len(base.projections()) // 2
     assert all(torch.allclose(layer, torch.ones_like(layer), atol=1e-5) for layer in paid)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, TextMap
-from overpaint.solvers.nullspace import NullSpace, _restricted, free_directions, invariants
+from overpaint.solvers.closed_form.nullspace import NullSpace, _restricted, free_directions, invariants
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.testing import SolverContract, tiny_pipeline
 
@@ -50,7 +50,7 @@ def test_begin_of_text_and_the_padding_of_nothing_do_not_move(base: Base) -> Non
 def test_by_default_only_values_are_edited_by_one_down_factor(base: Base) -> None:
     delta = NullSpace().solve(EditProblem(base, CAT, (DOG,))).delta
     assert isinstance(delta, LowRank)
-    assert set(delta.factors) == {name for name in base.readers() if ".to_v." in name}
+    assert set(delta.factors) == {name for name in base.projections() if ".to_v." in name}
     downs = [down for _, down in delta.factors.values()]
     assert all(torch.equal(down, downs[0]) for down in downs)
 

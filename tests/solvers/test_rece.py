@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
-from overpaint.solvers.closed_form import Edit, gram, keys_at, projections
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
+from overpaint.solvers.closed_form.edits import MapEdit, gram, keys_at, projection_weights
+from overpaint.solvers.closed_form.rece import RECE, recovered, revived
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.rece import RECE, recovered, revived
 from overpaint.testing import SolverContract
 
 CAT, DOG = Concept("cat"), Concept("dog")
@@ -28,9 +28,9 @@ def test_the_adversarial_embedding_is_the_published_one(base: Base) -> None:
     """The normal equations with the sums over layers written out."""
     rng = torch.Generator().manual_seed(0)
     encoder = TextEncoder.of(base)
-    weights = projections(base, "text_encoder", torch.device("cpu"))
+    weights = projection_weights(base, "text_encoder", torch.device("cpu"))
     up, down = (0.1 * torch.randn(encoder.width, 3, generator=rng, dtype=torch.float64) for _ in range(2))
-    edit, lam = Edit(up, down), 0.3 * torch.eye(encoder.width, dtype=torch.float64)
+    edit, lam = MapEdit(up, down), 0.3 * torch.eye(encoder.width, dtype=torch.float64)
     keys, _ = keys_at(encoder, base, CAT, "all", False)
     left, right = lam.clone(), torch.zeros_like(lam)
     for weight in weights.values():
@@ -57,4 +57,4 @@ def test_without_a_penalty_an_edit_that_can_be_undone_hides_nothing(base: Base) 
     keys, _ = keys_at(encoder, base, CAT, "all", False)
     g = torch.eye(encoder.width, dtype=torch.float64)
     down = 0.1 * torch.linalg.qr(keys).Q[:, :2]
-    assert recovered(Edit(down, down), g, 0.0 * g, keys) > 1 - 1e-6
+    assert recovered(MapEdit(down, down), g, 0.0 * g, keys) > 1 - 1e-6

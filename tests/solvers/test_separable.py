@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from overpaint.solvers.separable import Separable
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.testing import SolverContract
 
 

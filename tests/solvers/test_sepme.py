@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Dense, LowRank
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.sepme import SepME, free_of, null_space
+from overpaint.solvers.trained.sepme import SepME, free_of, null_space
 from overpaint.testing import SolverContract, tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
@@ -127,10 +127,10 @@ def test_a_tolerance_leaves_room_where_the_numerical_null_space_is_small(base: B
 
 
 def test_it_can_train_on_sentences(base: Base) -> None:
-    bare, spoken = SepME(**QUICK), SepME(**QUICK, sentences=4)
+    bare, phrases = SepME(**QUICK), SepME(**QUICK, sentences=4)
     problem = EditProblem(base, CAT, (DOG,))
-    assert spoken.solve(problem).delta == spoken.solve(problem).delta
-    assert spoken.solve(problem).delta != bare.solve(problem).delta
+    assert phrases.solve(problem).delta == phrases.solve(problem).delta
+    assert phrases.solve(problem).delta != bare.solve(problem).delta
 
 
 def test_an_empty_null_space_is_said_plainly(tmp_path: Path) -> None:

@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 
 from overpaint.solvers.problem import (
     BadSetting,
-    Diverged,
     EditProblem,
     OutOfMemory,
     Solution,
     Solver,
+    TrainingDiverged,
+    configure,
     finite,
+    range_of,
+    settable,
     setting,
+    settings_of,
     within_memory,
 )
-from overpaint.solvers.settings import configure, range_of, settable, settings_of
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def test_ranges_are_said_in_words() -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_no_number_names_the_step_and_what_to_lower(loss: float) -> None:
-    with pytest.raises(Diverged, match=r"at step 7.*lower lr \(0.1\)"):
+    with pytest.raises(TrainingDiverged, match=r"at step 7.*lower lr \(0.1\)"):
         finite(loss, 7, "lr (0.1)")
     assert finite(0.5, 7, "lr") == 0.5
 

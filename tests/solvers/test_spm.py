@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from overpaint.bases.base import Base
 from overpaint.patches.delta import LowRank
-from overpaint.solvers.spm import SPM, noise_like
+from overpaint.solvers.trained.spm import SPM, noise_like
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAR, WATCHED, moved, solve
 

@@ -6,9 +6,9 @@ from types import MappingProxyType
 from typing import Any
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.solvers.parts import UNET
-from overpaint.solvers.surgical import Surgical
+from overpaint.core.concepts import Concept
+from overpaint.solvers.trained.adapters import UNET
+from overpaint.solvers.trained.surgical import Surgical
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAT, WATCHED, predictions, solve
 

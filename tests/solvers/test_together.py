@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.live import Overlay
 from overpaint.solvers import SOLVERS, solver_class
@@ -39,7 +39,7 @@ def test_patches_of_all_solvers_lie_on_one_pipeline_in_any_order_and_lift_off(ba
     ]
     composed = compose(base, terms)
     pipe, rng = base.pipeline(), random.Random(0)
-    reader = base.readers()[0].partition("/")[2]
+    reader = base.projections()[0].partition("/")[2]
     with Overlay(pipe, base) as overlay:
         for _ in range(2):
             for term in rng.sample(terms, len(terms)):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Dense
-from overpaint.solvers.adapters import Average
-from overpaint.solvers.denoising import Denoiser
-from overpaint.solvers.problem import Diverged, EditProblem, OutOfMemory, Unsolvable
-from overpaint.solvers.training import Reading, Task, Training, descend, generator
+from overpaint.solvers.problem import EditProblem, OutOfMemory, TrainingDiverged, Unsolvable
+from overpaint.solvers.trained.adapters import MovingAverage
+from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.training import StepResult, Training, TrainingTask, descend, generator
 
 
 class Point:
@@ -41,23 +41,23 @@ class Point:
 class Settings(Training):
     """The loop's settings without a solver."""
 
-    def task(self, model: Denoiser, problem: EditProblem) -> Task:
+    def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         raise AssertionError("not asked for")
 
 
-def run(base: Base, task: Task, **settings: Any) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
+def run(base: Base, task: TrainingTask, **settings: Any) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
     told: list[tuple[int, int, str]] = []
     problem = EditProblem(base, Concept("cat"), report=lambda *what: told.append(what))
     return descend(task, Settings(**settings), problem), told
 
 
-def to(point: Point, goal: float) -> Callable[[torch.Generator], Reading]:
-    return lambda random: Reading((point.at - goal).square().sum())
+def to(point: Point, goal: float) -> Callable[[torch.Generator], StepResult]:
+    return lambda random: StepResult((point.at - goal).square().sum())
 
 
 def test_it_descends_and_tells_the_loss_of_every_step(base: Base) -> None:
     point = Point(0.0, 5.0)
-    found, told = run(base, Task(point, to(point, 2.0)), steps=400, lr=0.1)
+    found, told = run(base, TrainingTask(point, to(point, 2.0)), steps=400, lr=0.1)
     assert torch.allclose(point.at, torch.full((2,), 2.0), atol=1e-2)
     assert found["steps"] == 400
     assert found["first_loss"] == 13.0
@@ -69,7 +69,7 @@ def test_it_descends_and_tells_the_loss_of_every_step(base: Base) -> None:
 def test_it_stops_when_enough_is_forgotten(base: Base) -> None:
     """The average begins at 1: after n steps at zero it is momentum^n, and 0.5^3 is the first below 0.2."""
     point = Point(1.0)
-    task = Task(point, lambda random: Reading(point.at.sum(), left=0.0))
+    task = TrainingTask(point, lambda random: StepResult(point.at.sum(), left=0.0))
     found, told = run(base, task, steps=50, until=0.2, momentum=0.5)
     assert found["steps"] == 3
     assert found["stopped_early"]
@@ -79,37 +79,37 @@ def test_it_stops_when_enough_is_forgotten(base: Base) -> None:
 
 def test_it_never_stops_early_unless_it_is_told_to(base: Base) -> None:
     point = Point(1.0)
-    found, _ = run(base, Task(point, lambda random: Reading(point.at.sum(), left=-5.0)), steps=7)
+    found, _ = run(base, TrainingTask(point, lambda random: StepResult(point.at.sum(), left=-5.0)), steps=7)
     assert found["steps"] == 7
     assert found["left"] < 0
 
 
 def test_a_loss_that_is_no_number_stops_at_its_step(base: Base) -> None:
     point, losses = Point(1.0), iter([1.0, 2.0, float("nan")])
-    task = Task(point, lambda random: Reading(point.at.sum() * next(losses)))
-    with pytest.raises(Diverged, match=r"nan at step 2.*lower lr \(it is 0.5\)"):
+    task = TrainingTask(point, lambda random: StepResult(point.at.sum() * next(losses)))
+    with pytest.raises(TrainingDiverged, match=r"nan at step 2.*lower lr \(it is 0.5\)"):
         run(base, task, steps=9, lr=0.5)
 
 
 def test_a_gradient_that_is_no_number_stops_it_before_it_is_used(base: Base) -> None:
     point = Point(0.0)
-    with pytest.raises(Diverged, match="step 0"):
-        run(base, Task(point, lambda random: Reading(point.at.square().sum().sqrt())), steps=2)
+    with pytest.raises(TrainingDiverged, match="step 0"):
+        run(base, TrainingTask(point, lambda random: StepResult(point.at.square().sum().sqrt())), steps=2)
     assert point.at.item() == 0.0
 
 
 def test_the_average_is_what_comes_out(base: Base) -> None:
     """Plain gradient descent on a slope of 1 moves by the learning rate, so that the average has a closed form."""
     point = Point(0.0)
-    average = Average(point.parameters, 0.5)
+    average = MovingAverage(point.parameters, 0.5)
     sgd = torch.optim.SGD
-    run(base, Task(point, lambda random: Reading(point.at.sum()), sgd, average=average), steps=3, lr=1.0)
+    run(base, TrainingTask(point, lambda random: StepResult(point.at.sum()), sgd, average=average), steps=3, lr=1.0)
     assert point.at.item() == ((0 - 1) / 2 - 2) / 2 / 2 - 3 / 2
 
 
 def test_within_an_average_the_parameters_are_it_and_afterwards_they_are_not() -> None:
     point = Point(0.0)
-    average = Average(point.parameters, 0.75)
+    average = MovingAverage(point.parameters, 0.75)
     with torch.no_grad():
         point.at.add_(4.0)
     average.update()
@@ -120,14 +120,16 @@ def test_within_an_average_the_parameters_are_it_and_afterwards_they_are_not() -
 
 def test_gradients_are_clipped_together(base: Base) -> None:
     point = Point(0.0, 0.0)
-    task = Task(point, lambda random: Reading(3 * point.at[0] + 4 * point.at[1]), torch.optim.SGD)
+    task = TrainingTask(point, lambda random: StepResult(3 * point.at[0] + 4 * point.at[1]), torch.optim.SGD)
     run(base, task, steps=1, lr=1.0, clip=1.0)
     assert torch.allclose(point.at, torch.tensor([-0.6, -0.8]))
 
 
 def test_the_learning_rate_follows_its_schedule(base: Base) -> None:
     point = Point(0.0)
-    task = Task(point, lambda random: Reading(point.at.sum()), torch.optim.SGD, rate=lambda step: float(step == 1))
+    task = TrainingTask(
+        point, lambda random: StepResult(point.at.sum()), torch.optim.SGD, rate=lambda step: float(step == 1)
+    )
     run(base, task, steps=3, lr=0.25)
     assert point.at.item() == -0.25
 
@@ -136,12 +138,12 @@ def test_every_step_draws_numbers_of_its_own_and_the_same_ones_every_time(base: 
     drawn: list[Tensor] = []
     point = Point(0.0)
 
-    def loss(random: torch.Generator) -> Reading:
+    def loss(random: torch.Generator) -> StepResult:
         drawn.append(torch.rand(2, generator=random))
-        return Reading(point.at.sum())
+        return StepResult(point.at.sum())
 
-    run(base, Task(point, loss), steps=3)
-    run(base, Task(point, loss), steps=3)
+    run(base, TrainingTask(point, loss), steps=3)
+    run(base, TrainingTask(point, loss), steps=3)
     assert all(torch.equal(a, b) for a, b in zip(drawn[:3], drawn[3:], strict=True))
     assert len({tuple(values.tolist()) for values in drawn}) == 3
 
@@ -157,7 +159,7 @@ def test_out_of_memory_says_what_to_lower(base: Base, monkeypatch: pytest.Monkey
     class Greedy(Settings):
         """Asks for too much."""
 
-        def task(self, model: Denoiser, problem: EditProblem) -> Task:
+        def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
             raise error
 
     with pytest.raises(OutOfMemory, match=r"batch \(it is 3\), or set checkpoint=true or precision=bf16"):
@@ -165,6 +167,6 @@ def test_out_of_memory_says_what_to_lower(base: Base, monkeypatch: pytest.Monkey
 
 
 def test_a_base_with_several_doors_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Base, "doors", ("text_encoder", "text_encoder_2"))
+    monkeypatch.setattr(Base, "text_inputs", ("text_encoder", "text_encoder_2"))
     with pytest.raises(Unsolvable, match=r"has 2 \(text_encoder, text_encoder_2\): use `separable`"):
         Settings().solve(EditProblem(base, Concept("cat")))

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, TextMap
-from overpaint.solvers.nullspace import NullSpace
+from overpaint.solvers.closed_form.nullspace import NullSpace
+from overpaint.solvers.closed_form.rece import RECE
+from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Solver
-from overpaint.solvers.rece import RECE
-from overpaint.solvers.uce import UCE
 from tests.bases.tiny_xl import tiny_xl_base
 
 CAT, DOG = Concept("cat"), Concept("dog")
@@ -35,8 +35,8 @@ def test_every_door_is_edited(folder: Path, solver: Solver) -> None:
     assert set(composed) <= set(solver.touches(base))
     if isinstance(delta, LowRank):
         for name, (_, down) in delta.factors.items():
-            for door in ("text_encoder", "text_encoder_2"):
-                assert down[:, base.columns(door, name)].abs().max() > 0
+            for text_input in ("text_encoder", "text_encoder_2"):
+                assert down[:, base.columns(text_input, name)].abs().max() > 0
     else:
-        assert {part.encoder for part in delta.parts if isinstance(part, TextMap)} == set(base.doors)
+        assert {part.encoder for part in delta.parts if isinstance(part, TextMap)} == set(base.text_inputs)
     assert all(not torch.equal(base.tensor(name), tensor) for name, tensor in composed.items())

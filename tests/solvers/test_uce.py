@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import TextMap
+from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.uce import UCE
 from overpaint.testing import SolverContract
 
 CAT, DOG, CAR, FOX = (Concept(name) for name in ("cat", "dog", "car", "fox"))
@@ -52,7 +52,7 @@ def test_the_text_map_is_the_published_dense_formula_for_every_projection(base: 
     edit, _ = UCE().edit(problem, erased, "text_encoder", encoder)
     pairs = [(last_token(encoder, name), last_token(encoder, "")) for name in names]
     kept = [last_token(encoder, c.name) for c in (CAR, CAT, DOG, FOX) if c.name not in names]
-    for name in base.readers():
+    for name in base.projections():
         weight = base.tensor(name).double()
         dense = published(weight, pairs, kept, ridge=0.5)
         ours = weight + weight @ edit.up @ edit.down.T

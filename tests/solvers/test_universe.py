@@ -9,14 +9,14 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import TextEncoder
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
-from overpaint.solvers.keys import PADDING, keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.closed_form.separable import Separable, leading
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.separable import Separable, leading
-from overpaint.solvers.universe import BEGIN, Preserved, Universe, universe
+from overpaint.solvers.sentences import PADDING, keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.universe import BEGIN, PreservedPrompts, Universe, universe
 from overpaint.testing.tiny import tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
@@ -48,7 +48,7 @@ def told(base: Base, concepts: tuple[Concept, ...] = (CAT, DOG), **kwargs: objec
 
 
 def test_the_defaults_are_well_conditioned_and_exact_on_encoders_of_every_shape(shaped: Base) -> None:
-    known = told(shaped, preserved=Preserved(words=6))
+    known = told(shaped, preserved=PreservedPrompts(words=6))
     # lambda is a thousandth of the mean eigenvalue; the largest is begin-of-text's, or at most all others together.
     assert known.condition <= 1e3 * max(BEGIN, len(known.cholesky)) + 1
     a = known.cholesky @ known.cholesky.T
@@ -60,12 +60,12 @@ def test_the_defaults_are_well_conditioned_and_exact_on_encoders_of_every_shape(
     # float32 resolves one part in 10^7, and loses the condition number of it at worst.
     assert (a @ narrow - keys).norm() < 1e-3 * keys.norm()
     assert (narrow - exact).norm() < 0.1 * exact.norm()
-    assert keys.shape == values.shape == (shaped.places[shaped.readers()[0]].shape[1], keys.shape[1])
+    assert keys.shape == values.shape == (shaped.places[shaped.projections()[0]].shape[1], keys.shape[1])
 
 
 def test_the_defaults_erase_and_preserve_on_encoders_of_every_shape(shaped: Base) -> None:
     solution = Separable(**FEW).solve(EditProblem(shaped, CAT, (DOG,)))
-    delta, known = solution.delta, told(shaped, preserved=Preserved(words=6))
+    delta, known = solution.delta, told(shaped, preserved=PreservedPrompts(words=6))
     assert isinstance(delta, TextMap)
     assert delta.up.dtype == torch.float32
 
@@ -83,7 +83,7 @@ def test_the_defaults_erase_and_preserve_on_encoders_of_every_shape(shaped: Base
 
 def test_a_default_patch_of_stable_diffusions_width_weighs_at_most_16_kilobytes(shaped: Base) -> None:
     solution = Separable(**FEW).solve(EditProblem(shaped, CAT, (DOG,)))
-    width = shaped.places[shaped.readers()[0]].shape[1]
+    width = shaped.places[shaped.projections()[0]].shape[1]
     patch = make_patch(shaped, CAT, solution.delta, {"name": "separable", "settings": {}, "seed": 0})
     assert patch.nbytes <= 16 * 1024 * max(1, width / 768)
 
@@ -131,7 +131,7 @@ def test_the_order_of_prompts_to_keep_changes_nothing(base: Base) -> None:
 
 def test_what_was_asked_before_changes_no_bit(base: Base, base_folder: Path) -> None:
     told(base, (CAT,))
-    told(base, (DOG, CAR), preserved=Preserved(("a moon",)))
+    told(base, (DOG, CAR), preserved=PreservedPrompts(("a moon",)))
     again = told(base)
     assert torch.equal(again.cholesky, told(Base.open(base_folder)).cholesky)
 

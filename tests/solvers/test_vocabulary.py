@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text import encoders
-from overpaint.concepts import Concept
+from overpaint.bases.text_encoder import encoders
+from overpaint.core.concepts import Concept
 from overpaint.solvers import vocabulary
-from overpaint.solvers.keys import keys_of, neutral_sentences
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.separable import Separable
-from overpaint.solvers.vocabulary import SENTENCES_PER_WORD, Task, vocabularies
-from overpaint.solvers.vocabulary_file import BadVocabulary, place, read
+from overpaint.solvers.sentences import keys_of, neutral_sentences
+from overpaint.solvers.vocabulary import SENTENCES_PER_WORD, BadVocabulary, EncodingTask, place, read, vocabularies
 from overpaint.testing.tiny import THINGS
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
@@ -30,7 +29,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def heard(base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *told: None) -> object:
-    task = Task.of(base, encoders(base), limit)
+    task = EncodingTask.of(base, encoders(base), limit)
     return vocabularies(task, encoders(base), folder, report)["text_encoder"]
 
 
@@ -130,8 +129,8 @@ def test_a_subset_is_spread_over_the_words_and_kept_under_a_name_of_its_own(base
 
 def test_another_encoder_has_another_vocabulary(base: Base, tmp_path: Path) -> None:
     xl = tiny_xl_base(tmp_path / "xl")
-    mine = Task.of(base, encoders(base), 0)
-    theirs = Task.of(xl, {"text_encoder": encoders(xl)["text_encoder"]}, 0)
+    mine = EncodingTask.of(base, encoders(base), 0)
+    theirs = EncodingTask.of(xl, {"text_encoder": encoders(xl)["text_encoder"]}, 0)
     assert place(mine.identity, tmp_path) != place(theirs.identity, tmp_path)
 
 

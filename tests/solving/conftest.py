@@ -8,16 +8,16 @@ import pytest
 
 import overpaint
 from overpaint.solvers import SOLVERS
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 
 from . import fakes
 
 
 @pytest.fixture
-def shop(tmp_path: Path, base_folder: Path, counting: None) -> Workshop:
-    shop = overpaint.open(tmp_path / "registry")
-    shop.add_base("tiny", base_folder)
-    return shop
+def workspace(tmp_path: Path, base_folder: Path, counting: None) -> Workspace:
+    workspace = overpaint.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
+    return workspace
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from overpaint.concepts import KINDS, Concept
-from overpaint.errors import NotFound
-from overpaint.solvers.settings import BadSetting
-from overpaint.solving.concept_file import BadConceptFile, read_concepts
-from overpaint.solving.orders import Order
-from overpaint.solving.yaml_text import BadText, Items, Pairs, Text, parse
+from overpaint.core.concepts import KINDS, Concept
+from overpaint.core.errors import NotFound
+from overpaint.solvers.problem import BadSetting
+from overpaint.workspace.concept_file import BadConceptFile, BadText, Items, Pairs, Text, parse, read_concepts
+from overpaint.workspace.planning import SolveRequest
 
 pytestmark = pytest.mark.usefixtures("counting")
 
@@ -56,14 +55,14 @@ def test_a_name_is_enough_and_defaults_fill_the_rest(tmp_path: Path) -> None:
         )
     )
     assert orders == (
-        Order(Concept("watercolor", "style", anchor="photo"), "counting", {"size": "0.5"}, 3),
-        Order(
+        SolveRequest(Concept("watercolor", "style", anchor="photo"), "counting", {"size": "0.5"}, 3),
+        SolveRequest(
             Concept("dog", "object", ("hound", "puppy"), "", ("a hound at the hunt", "two {} at play")),
             "counting",
             {"size": "0.5", "dense": "yes"},
             4,
         ),
-        Order(Concept("pistol", "style", ("gun",), "photo"), "separable", {}, 3),
+        SolveRequest(Concept("pistol", "style", ("gun",), "photo"), "separable", {}, 3),
     )
 
 

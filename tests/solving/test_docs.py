@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.solving.concept_file import CONCEPT_KEYS, DEFAULT_KEYS, read_concepts
+from overpaint.core.concepts import Concept
+from overpaint.workspace.concept_file import CONCEPT_KEYS, DEFAULT_KEYS, read_concepts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "solving-many.md").read_text("utf-8")
 
@@ -20,7 +20,7 @@ def test_the_example_is_read(tmp_path: Path) -> None:
     file.write_text(example)
     umbrella, sunflower, watercolor, parrot = read_concepts(file)
     assert umbrella.concept == Concept("umbrella")
-    assert sunflower.concept.spoken == (
+    assert sunflower.concept.phrases == (
         ("a field of {} blossoms", "sunflower"),
         ("{} in a vase", "sunflower"),
         ("{} in a vase", "helianthus"),

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import overpaint
-from overpaint.registry.verify import verify
-from overpaint.solving.interrupts import held_back
-from overpaint.workshop import Workshop
+from overpaint.registry.integrity import verify
+from overpaint.workspace.solving import held_back
+from overpaint.workspace.workspace import Workspace
 
 RUN = """
 import sys
@@ -49,7 +49,7 @@ def command(registry: Path, file: Path, marker: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_leaves_a_whole_registry_and_the_next_run_goes_on(shop: Workshop, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_whole_registry_and_the_next_run_goes_on(workspace: Workspace, tmp_path: Path) -> None:
     file, marker = tmp_path / "concepts.yaml", tmp_path / "marker"
     file.write_text("defaults: {solver: lingering}\nconcepts: [cat, dog, sun]")
     process = command(tmp_path / "registry", file, marker)

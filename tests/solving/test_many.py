@@ -10,14 +10,14 @@ from PIL import Image
 
 import overpaint
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.registry.concepts import ConceptDiffers
-from overpaint.registry.verify import verify
+from overpaint.core.concepts import Concept
+from overpaint.registry.integrity import verify
+from overpaint.registry.registry import ConceptDiffers
+from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.separable import Separable
-from overpaint.solving.inputs import digest_of_manifest
-from overpaint.solving.running import Outcome, duration
-from overpaint.workshop import Workshop
+from overpaint.workspace.planning import digest_of_manifest
+from overpaint.workspace.solving import SolveOutcome, duration
+from overpaint.workspace.workspace import Workspace
 
 from . import fakes
 from .shell import Shell
@@ -38,28 +38,28 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
-def solved(shop: Workshop, file: Path, *, update: bool = False, again: bool = False) -> list[Outcome]:
-    plan = shop.plan(shop.orders(file=file), base="tiny", update=update, again=again)
-    return shop.carry_out(plan, device="cpu")
+def solved(workspace: Workspace, file: Path, *, update: bool = False, again: bool = False) -> list[SolveOutcome]:
+    plan = workspace.plan(workspace.orders(file=file), base="tiny", update=update, again=again)
+    return workspace.carry_out(plan, device="cpu")
 
 
-def test_all_concepts_are_one_universe_from_the_first_solve_on(shop: Workshop, file: Path) -> None:
-    solved(shop, file)
+def test_all_concepts_are_one_universe_from_the_first_solve_on(workspace: Workspace, file: Path) -> None:
+    solved(workspace, file)
     assert fakes.CALLS == ["cat", "dog", "sun"]
     assert fakes.UNIVERSES == [("dog", "sun"), ("cat", "sun"), ("cat", "dog")]
-    assert [concept.name for concept in shop.concepts()] == ["cat", "dog", "sun"]
-    assert shop.registry.concept("dog") == Concept("dog", anchor="car")
+    assert [concept.name for concept in workspace.concepts()] == ["cat", "dog", "sun"]
+    assert workspace.registry.concept("dog") == Concept("dog", anchor="car")
 
 
-def test_what_was_solved_with_equal_inputs_is_not_solved_again(shop: Workshop, file: Path) -> None:
-    first = solved(shop, file)
-    again = solved(shop, file)
+def test_what_was_solved_with_equal_inputs_is_not_solved_again(workspace: Workspace, file: Path) -> None:
+    first = solved(workspace, file)
+    again = solved(workspace, file)
     assert fakes.CALLS == ["cat", "dog", "sun"]
     assert [outcome.before for outcome in again] == [True, True, True]
     assert [outcome.record for outcome in again] == [outcome.record for outcome in first]
-    assert [outcome.before for outcome in solved(shop, file, again=True)] == [False, False, False]
+    assert [outcome.before for outcome in solved(workspace, file, again=True)] == [False, False, False]
     assert len(fakes.CALLS) == 6
-    assert len(shop.patches()) == 3
+    assert len(workspace.patches()) == 3
 
 
 @pytest.mark.parametrize(
@@ -73,138 +73,140 @@ def test_what_was_solved_with_equal_inputs_is_not_solved_again(shop: Workshop, f
     ],
     ids=["a seed", "a setting", "the same setting", "one more concept", "another description"],
 )
-def test_what_differs_is_solved_again(shop: Workshop, file: Path, old: str, new: str, calls: list[str]) -> None:
+def test_what_differs_is_solved_again(workspace: Workspace, file: Path, old: str, new: str, calls: list[str]) -> None:
     """A concept that joins or changes changes the universe of all others."""
-    solved(shop, file)
+    solved(workspace, file)
     fakes.CALLS.clear()
     file.write_text(FILE.replace(old, new))
-    solved(shop, file, update=True)
+    solved(workspace, file, update=True)
     assert calls == fakes.CALLS
 
 
-def test_named_and_listed_concepts_give_the_same_patches(shop: Workshop, file: Path, tmp_path: Path) -> None:
-    listed = {outcome.task.order.concept.name: outcome.record for outcome in solved(shop, file)}
+def test_named_and_listed_concepts_give_the_same_patches(workspace: Workspace, file: Path, tmp_path: Path) -> None:
+    listed = {outcome.task.order.concept.name: outcome.record for outcome in solved(workspace, file)}
     for name, record in listed.items():
         assert record is not None
-        assert shop.solve(name, base="tiny", solver="counting", device="cpu").id == record.id
+        assert workspace.solve(name, base="tiny", solver="counting", device="cpu").id == record.id
 
 
-def test_a_bare_name_means_the_concept_that_is_known_by_it(shop: Workshop, file: Path) -> None:
-    shop.add_concept("sun", synonyms=["moon"])
-    solved(shop, file)
-    assert shop.registry.concept("sun").synonyms == ("moon",)
-    assert shop.patch("sun").concept.synonyms == ("moon",)
+def test_a_bare_name_means_the_concept_that_is_known_by_it(workspace: Workspace, file: Path) -> None:
+    workspace.add_concept("sun", synonyms=["moon"])
+    solved(workspace, file)
+    assert workspace.registry.concept("sun").synonyms == ("moon",)
+    assert workspace.patch("sun").concept.synonyms == ("moon",)
 
 
-def test_a_universe_is_kept_briefly_and_read_back_whole(shop: Workshop, file: Path) -> None:
-    record = solved(shop, file)[2].record
+def test_a_universe_is_kept_briefly_and_read_back_whole(workspace: Workspace, file: Path) -> None:
+    record = solved(workspace, file)[2].record
     assert record is not None
-    manifest = shop.patch(record.id).manifest
+    manifest = workspace.patch(record.id).manifest
     listed = manifest["solver"]["universe"]
     assert listed == [{"name": "cat", "synonyms": ["fox"]}, {"name": "dog", "anchor": "car"}]
-    assert tuple(Concept.from_json(each) for each in listed) == tuple(shop.concepts()[:2])
-    in_full = {**manifest["solver"], "universe": [concept.as_json() for concept in shop.concepts()[:2]]}
+    assert tuple(Concept.from_json(each) for each in listed) == tuple(workspace.concepts()[:2])
+    in_full = {**manifest["solver"], "universe": [concept.as_json() for concept in workspace.concepts()[:2]]}
     assert digest_of_manifest({**manifest, "solver": in_full}) == digest_of_manifest(manifest), (
         "as it was written before"
     )
 
 
-def test_new_pictures_are_new_inputs(shop: Workshop, tmp_path: Path) -> None:
+def test_new_pictures_are_new_inputs(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "cats"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "1.png")
     file = tmp_path / "concepts.yaml"
     file.write_text("[{name: cat, solver: counting, images: cats}]")
-    solved(shop, file)
-    assert [outcome.before for outcome in solved(shop, file)] == [True]
+    solved(workspace, file)
+    assert [outcome.before for outcome in solved(workspace, file)] == [True]
     folder.rename(tmp_path / "moved")
     file.write_text(file.read_text().replace("cats", "moved"))
     folder = tmp_path / "moved"
-    assert [outcome.before for outcome in solved(shop, file)] == [True], "what counts is what they show"
+    assert [outcome.before for outcome in solved(workspace, file)] == [True], "what counts is what they show"
     Image.new("RGB", (8, 8), "red").save(folder / "1.png")
-    assert [outcome.before for outcome in solved(shop, file)] == [False]
-    assert len(shop.patches()) == 2
+    assert [outcome.before for outcome in solved(workspace, file)] == [False]
+    assert len(workspace.patches()) == 2
 
 
-def test_a_patch_that_lost_its_bytes_is_solved_again(shop: Workshop, file: Path) -> None:
-    first = solved(shop, file)[0].record
+def test_a_patch_that_lost_its_bytes_is_solved_again(workspace: Workspace, file: Path) -> None:
+    first = solved(workspace, file)[0].record
     assert first is not None
-    shop.registry.blobs.discard(first.id)
-    assert [outcome.before for outcome in solved(shop, file)] == [False, True, True]
-    assert verify(shop.registry).problems == ()
+    workspace.registry.blobs.discard(first.id)
+    assert [outcome.before for outcome in solved(workspace, file)] == [False, True, True]
+    assert verify(workspace.registry).problems == ()
 
 
-def test_a_known_concept_is_changed_only_when_asked(shop: Workshop, file: Path) -> None:
-    shop.add_concept("cat", synonyms=["rose"])
+def test_a_known_concept_is_changed_only_when_asked(workspace: Workspace, file: Path) -> None:
+    workspace.add_concept("cat", synonyms=["rose"])
     with pytest.raises(ConceptDiffers) as caught:
-        solved(shop, file)
+        solved(workspace, file)
     assert '"rose"' in str(caught.value)
     assert '"fox"' in str(caught.value)
-    assert [concept.name for concept in shop.concepts()] == ["cat"]
+    assert [concept.name for concept in workspace.concepts()] == ["cat"]
     assert fakes.CALLS == []
-    solved(shop, file, update=True)
-    assert shop.registry.concept("cat").synonyms == ("fox",)
-    assert [patch.concept for patch in shop.search("fox").patches] == ["cat"], "a search knows the new words"
-    assert verify(shop.registry).problems == ()
+    solved(workspace, file, update=True)
+    assert workspace.registry.concept("cat").synonyms == ("fox",)
+    assert [patch.concept for patch in workspace.search("fox").patches] == ["cat"], "a search knows the new words"
+    assert verify(workspace.registry).problems == ()
 
 
-def test_an_updated_concept_is_found_by_its_new_words_and_keeps_its_old_patches(shop: Workshop, file: Path) -> None:
-    solved(shop, file)
-    shop.registry.tag("pets", patches=["cat"], who="me")
+def test_an_updated_concept_is_found_by_its_new_words_and_keeps_its_old_patches(
+    workspace: Workspace, file: Path
+) -> None:
+    solved(workspace, file)
+    workspace.registry.tag("pets", patches=["cat"], who="me")
     file.write_text(FILE.replace("[fox]", "[tree]"))
     fakes.UNSOLVABLE.update(("dog", "sun"))
-    solved(shop, file, update=True)
-    assert len(shop.patches(concept="cat")) == 2
-    assert {patch.concept for patch in shop.search("tree", tag="pets").patches} == {"cat"}
-    assert shop.search("fox").patches == ()
+    solved(workspace, file, update=True)
+    assert len(workspace.patches(concept="cat")) == 2
+    assert {patch.concept for patch in workspace.search("tree", tag="pets").patches} == {"cat"}
+    assert workspace.search("fox").patches == ()
 
 
-def test_nothing_is_stored_when_nothing_can_be_solved(shop: Workshop, file: Path) -> None:
+def test_nothing_is_stored_when_nothing_can_be_solved(workspace: Workspace, file: Path) -> None:
     fakes.UNSOLVABLE.update(("cat", "dog", "sun"))
-    outcomes = solved(shop, file)
+    outcomes = solved(workspace, file)
     assert [outcome.error.partition(" ")[0] for outcome in outcomes] == ["cat", "dog", "sun"]
-    assert shop.concepts() == []
-    assert shop.patches() == []
+    assert workspace.concepts() == []
+    assert workspace.patches() == []
 
 
-def test_one_that_cannot_be_solved_does_not_stop_the_others(shop: Workshop, file: Path) -> None:
+def test_one_that_cannot_be_solved_does_not_stop_the_others(workspace: Workspace, file: Path) -> None:
     fakes.UNSOLVABLE.add("cat")
-    assert [outcome.record is None for outcome in solved(shop, file)] == [True, False, False]
-    assert [concept.name for concept in shop.concepts()] == ["cat", "dog", "sun"]
+    assert [outcome.record is None for outcome in solved(workspace, file)] == [True, False, False]
+    assert [concept.name for concept in workspace.concepts()] == ["cat", "dog", "sun"]
     fakes.UNSOLVABLE.clear()
-    assert [outcome.before for outcome in solved(shop, file)] == [False, True, True]
+    assert [outcome.before for outcome in solved(workspace, file)] == [False, True, True]
 
 
 @pytest.mark.parametrize("at", ["cat", "dog", "sun"])
-def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(shop: Workshop, file: Path, at: str) -> None:
+def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(workspace: Workspace, file: Path, at: str) -> None:
     fakes.INTERRUPTED.add(at)
-    told: list[Outcome] = []
-    plan = shop.plan(shop.orders(file=file), base="tiny")
+    told: list[SolveOutcome] = []
+    plan = workspace.plan(workspace.orders(file=file), base="tiny")
     with pytest.raises(KeyboardInterrupt):
-        shop.carry_out(plan, device="cpu", told=told.append)
+        workspace.carry_out(plan, device="cpu", told=told.append)
     done = ["cat", "dog", "sun"].index(at)
-    assert [patch.concept for patch in shop.patches()] == [o.task.order.concept.name for o in told]
+    assert [patch.concept for patch in workspace.patches()] == [o.task.order.concept.name for o in told]
     assert len(told) == done
-    assert (shop.concepts() == []) == (done == 0)
-    assert verify(shop.registry).problems == ()
+    assert (workspace.concepts() == []) == (done == 0)
+    assert verify(workspace.registry).problems == ()
     fakes.reset()
-    assert [outcome.before for outcome in solved(shop, file)] == [True] * done + [False] * (3 - done)
+    assert [outcome.before for outcome in solved(workspace, file)] == [True] * done + [False] * (3 - done)
     assert len(fakes.CALLS) == 3 - done
 
 
-def test_two_runs_at_once_end_with_the_same_patches(shop: Workshop, file: Path, tmp_path: Path) -> None:
+def test_two_runs_at_once_end_with_the_same_patches(workspace: Workspace, file: Path, tmp_path: Path) -> None:
     """Both plan before either has stored anything; the slower one finds concepts and patches there."""
     other = overpaint.open(tmp_path / "registry")
-    plans = [each.plan(each.orders(file=file), base="tiny") for each in (shop, other)]
-    ids = [[o.record and o.record.id for o in shop.carry_out(plan, device="cpu")] for plan in plans]
+    plans = [each.plan(each.orders(file=file), base="tiny") for each in (workspace, other)]
+    ids = [[o.record and o.record.id for o in workspace.carry_out(plan, device="cpu")] for plan in plans]
     assert ids[0] == ids[1]
-    assert len(shop.patches()) == 3
+    assert len(workspace.patches()) == 3
 
 
-def test_progress_says_how_long_the_rest_takes(shop: Workshop, file: Path) -> None:
+def test_progress_says_how_long_the_rest_takes(workspace: Workspace, file: Path) -> None:
     told: list[tuple[int, int, str]] = []
-    plan = shop.plan(shop.orders(file=file), base="tiny")
-    shop.carry_out(plan, device="cpu", report=lambda *step: told.append(step))
+    plan = workspace.plan(workspace.orders(file=file), base="tiny")
+    workspace.carry_out(plan, device="cpu", report=lambda *step: told.append(step))
     assert [step for step, _, _ in told] == [1, 1, 2, 2, 3, 3]
     assert {of for _, of, _ in told} == {3}
     assert told[1][2] == "solving cat: counting 1/2"
@@ -220,7 +222,7 @@ def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> Non
 
 class TestCommand:
     @pytest.fixture
-    def shell(self, shop: Workshop, tmp_path: Path) -> Shell:
+    def shell(self, workspace: Workspace, tmp_path: Path) -> Shell:
         return Shell(tmp_path / "registry")
 
     def test_the_table_says_what_was_solved_when(self, shell: Shell, file: Path) -> None:
@@ -231,8 +233,10 @@ class TestCommand:
         assert "3 of 3 were solved before" in err
         assert fakes.CALLS == ["cat", "dog", "sun"]
 
-    def test_a_dry_run_shows_everything_and_stores_nothing(self, shell: Shell, file: Path, shop: Workshop) -> None:
-        shop.solve(Concept("sun"), base="tiny", solver="counting", device="cpu")
+    def test_a_dry_run_shows_everything_and_stores_nothing(
+        self, shell: Shell, file: Path, workspace: Workspace
+    ) -> None:
+        workspace.solve(Concept("sun"), base="tiny", solver="counting", device="cpu")
         fakes.reset()
         out, err = shell.ok("solve", "--from", str(file), "--base", "tiny", "--dry-run", "--compress", "2", "--json")
         rows = json.loads(out)
@@ -244,7 +248,7 @@ class TestCommand:
         assert {row["settings"] for row in rows} == {"compressed to rank 2"}
         assert "3 of 3 to solve, with 3 concepts in the universe" in err
         assert fakes.CALLS == []
-        assert len(shop.concepts()) == 1
+        assert len(workspace.concepts()) == 1
 
     def test_what_failed_is_named_and_the_exit_code_says_so(self, shell: Shell, file: Path) -> None:
         fakes.UNSOLVABLE.add("dog")
@@ -277,15 +281,17 @@ class TestCommand:
         ],
         ids=" ".join,
     )
-    def test_a_mistake_stores_nothing(self, shell: Shell, shop: Workshop, words: tuple[str, ...], message: str) -> None:
+    def test_a_mistake_stores_nothing(
+        self, shell: Shell, workspace: Workspace, words: tuple[str, ...], message: str
+    ) -> None:
         result = shell(*words)
         assert result.exit_code in (1, 2)
         assert message in result.stderr
-        assert shop.concepts() == []
-        assert shop.patches() == []
+        assert workspace.concepts() == []
+        assert workspace.patches() == []
 
 
 def test_a_concepts_own_prompts_are_heard_by_the_default_solver(base: Base) -> None:
-    spoken = Concept("cat", prompts=("a cat in the house by the tree",))
-    plain, own = (Separable().solve(EditProblem(base, concept)).delta for concept in (Concept("cat"), spoken))
+    phrases = Concept("cat", prompts=("a cat in the house by the tree",))
+    plain, own = (Separable().solve(EditProblem(base, concept)).delta for concept in (Concept("cat"), phrases))
     assert plain != own

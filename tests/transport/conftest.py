@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.concepts import Concept
+from overpaint.core.concepts import Concept
 from overpaint.registry import Registry
 from tests.registry.patch_maker import keep, numbers, patch_file
 from tests.registry.shelf import lay

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_file, pull
+from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobMissing
-from overpaint.registry.verify import verify
-from overpaint.transport.importing import import_file
-from overpaint.transport.receiving import MissingBase, Request, pull
-from overpaint.transport.sending import export, push
 from tests.registry.patch_maker import id_of
 from tests.registry.shelf import lay
 
 from .conftest import holdings, is_empty, labelled
 
-ALL = Request()
+ALL = PullRequest()
 
 
 @pytest.fixture

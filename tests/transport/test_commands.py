@@ -10,14 +10,14 @@ import torch
 
 import overpaint
 from overpaint.bases.base import Base
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
 from overpaint.registry.store import open_files
 from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.manifest import canonical_json
-from overpaint.workshop import Workshop
+from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
 
 from .conftest import is_empty
@@ -107,7 +107,7 @@ def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Shell, 
     """Every digest is right, but the values are not finite, or the kind is unknown."""
     delta = TextMap("text_encoder", torch.ones(64, 1), torch.ones(64, 1))
     good = make_patch(base, Concept("cat"), delta, {"name": "test", "settings": {}, "seed": 0})
-    shop = Workshop.open(bob.registry)
+    workspace = Workspace.open(bob.registry)
     for number, (kind, value) in enumerate((("text-map", float("nan")), ("wish", 1.0), ("dense", float("inf")))):
         arrays, values = {}, {}
         for name in good.manifest["arrays"]:
@@ -116,8 +116,8 @@ def test_a_patch_that_this_program_cannot_use_is_refused_on_arrival(bob: Shell, 
             arrays[name], values[name] = {"dtype": "float32", "shape": [64, 1], "digest": digest}, raw
         folder = sent(tmp_path / f"shared {number}", {**good.manifest, "kind": kind, "arrays": arrays}, values)
         with pytest.raises(OverpaintError):
-            shop.pull(folder)
-    assert is_empty(shop.registry)
+            workspace.pull(folder)
+    assert is_empty(workspace.registry)
 
 
 def test_a_registry_may_keep_its_blobs_behind_a_url(tmp_path: Path, base_folder: Path) -> None:

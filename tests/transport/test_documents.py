@@ -13,14 +13,25 @@ import pytest
 import overpaint
 from overpaint.cli import main
 from overpaint.registry import Registry
+from overpaint.registry.sharing.ingest import PullRequest, pull
+from overpaint.registry.sharing.layout import (
+    ARRAY,
+    BASE,
+    INDEX,
+    PATCH,
+    PATCH_MANIFEST,
+    RECIPE,
+    SIGNATURE,
+    BadLayout,
+    Descriptor,
+    OciLayout,
+    patch_document,
+)
+from overpaint.registry.sharing.layout import FINGERPRINT as FINGERPRINT_KEY
+from overpaint.registry.sharing.selection import PATCH_LIMIT, recipe_at
+from overpaint.registry.sharing.sending import push
 from overpaint.registry.store import open_files
 from overpaint.registry.store.patch_files import embedded_manifest
-from overpaint.transport import oci
-from overpaint.transport.layout import Layout
-from overpaint.transport.oci import RECIPE, BadLayout, Descriptor, patch_document
-from overpaint.transport.reading import PATCH_LIMIT, recipe_at
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.sending import push
 
 from .conftest import FINGERPRINT, is_empty, labelled
 
@@ -49,11 +60,11 @@ def test_the_page_shows_the_document_of_a_patch_as_it_is() -> None:
     assert shape(shown) == shape(real)
     assert shown["subject"]["size"] == real["subject"]["size"]
     assert real["config"]["digest"] == f"sha256:{manifest.id}"
-    assert real["annotations"] == {oci.FINGERPRINT: FINGERPRINT}
+    assert real["annotations"] == {FINGERPRINT_KEY: FINGERPRINT}
 
 
 def test_the_page_names_every_kind_of_document_and_the_largest_patch() -> None:
-    for kind in (oci.PATCH, oci.RECIPE, oci.SIGNATURE, oci.BASE, oci.ARRAY, oci.PATCH_MANIFEST):
+    for kind in (PATCH, RECIPE, SIGNATURE, BASE, ARRAY, PATCH_MANIFEST):
         assert kind in PAGE
     assert f"at most {PATCH_LIMIT >> 30} GiB" in PAGE
 
@@ -71,16 +82,16 @@ def test_every_command_on_the_page_is_one(line: str) -> None:
 def test_a_recipe_that_lists_more_than_its_history_is_refused(ours: Registry, theirs: Registry, tmp_path: Path) -> None:
     """Even where every digest is right: what a recipe brings is what its record says."""
     push(ours, tmp_path / "shared")
-    layout = Layout(open_files(tmp_path / "shared"))
+    layout = OciLayout(open_files(tmp_path / "shared"))
     (entry,) = (each for each in layout.entries() if each.artifact_type == RECIPE)
     content = json.loads(layout.document(entry))
     known = {each["digest"] for each in content["manifests"]}
     content["manifests"] += [each.as_json() for each in layout.entries() if f"sha256:{each.digest}" not in known][:1]
     data = json.dumps(content).encode()
-    forged = Descriptor.of(data, oci.INDEX, RECIPE, annotations=entry.annotations)
+    forged = Descriptor.of(data, INDEX, RECIPE, annotations=entry.annotations)
     layout.put(forged.digest, forged.size, [data])
     layout.update(lambda before: [*(each for each in before if each.artifact_type != RECIPE), forged])
     assert recipe_at(layout, forged).record.name == "safe"
     with pytest.raises(BadLayout, match="lists more than its record"):
-        pull(theirs, tmp_path / "shared", Request(recipes=["safe"]))
+        pull(theirs, tmp_path / "shared", PullRequest(recipes=["safe"]))
     assert is_empty(theirs)

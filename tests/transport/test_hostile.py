@@ -16,34 +16,33 @@ from typing import Any
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.store import open_files
-from overpaint.registry.store.manifest import canonical_json, read_manifest
-from overpaint.registry.store.patch_files import Parts, joined
-from overpaint.registry.verify import verify
-from overpaint.transport.importing import import_file
-from overpaint.transport.layout import Layout
-from overpaint.transport.oci import (
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.layout import (
     INDEX,
     MANIFEST,
     NAME,
     PATCH,
     RECIPE,
     Descriptor,
+    OciLayout,
     patch_document,
     recipe_document,
     record_document,
 )
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.records import record_of
-from overpaint.transport.sending import export, push
+from overpaint.registry.sharing.merge_history import record_of
+from overpaint.registry.sharing.sending import export, push
+from overpaint.registry.store import open_files
+from overpaint.registry.store.patch_files import Parts, joined, read_manifest
 from tests.registry.patch_maker import numbers
 
 from .conftest import FINGERPRINT, is_empty, labelled
 
-ALL = Request()
+ALL = PullRequest()
 
 
 def refused(registry: Registry, take: Callable[[], object], message: str) -> None:
@@ -165,7 +164,7 @@ def test_a_sparse_file_of_a_terabyte_is_refused_at_once(theirs: Registry, tmp_pa
 
 def sent(registry_folder: Path, manifest: dict[str, Any], values: dict[str, bytes]) -> Path:
     """A pushed folder with one patch of this manifest, every digest as it should be."""
-    layout = Layout(open_files(registry_folder))
+    layout = OciLayout(open_files(registry_folder))
     layout.begin()
     read = read_manifest(canonical_json(manifest))
     document = patch_document(read)
@@ -260,7 +259,7 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 def first_patch(folder: Path) -> Descriptor:
-    return next(each for each in Layout(open_files(folder)).entries() if each.artifact_type == PATCH)
+    return next(each for each in OciLayout(open_files(folder)).entries() if each.artifact_type == PATCH)
 
 
 def relist(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -278,7 +277,7 @@ def redocument(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
     data = canonical_json(content)
     new = Descriptor.of(data, MANIFEST, PATCH, annotations=entry.annotations)
     blob_path(folder, new.digest).write_bytes(data)
-    layout = Layout(open_files(folder))
+    layout = OciLayout(open_files(folder))
     layout.update(lambda before: [new])
 
 
@@ -403,7 +402,7 @@ def test_a_manifest_whose_digest_lies_is_refused(ours: Registry, theirs: Registr
 def with_record(ours: Registry, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """Push, then replace the recipe by one of a changed record, every digest as it should be."""
     push(ours, folder)
-    layout = Layout(open_files(folder))
+    layout = OciLayout(open_files(folder))
     honest = record_of(ours, "safe")
     content = json.loads(honest.raw)
     change(content)

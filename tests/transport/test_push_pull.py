@@ -12,25 +12,24 @@ from typing import Any
 
 import pytest
 
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.ingest import MissingBase, PullRequest, pull
+from overpaint.registry.sharing.layout import PATCH, RECIPE, BadLayout, OciLayout, base_document
+from overpaint.registry.sharing.merge_history import HistoriesDiverged
+from overpaint.registry.sharing.sending import push
 from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
-from overpaint.registry.store.folder import FolderFiles
-from overpaint.registry.store.manifest import read_manifest
+from overpaint.registry.store.files import FolderFiles
+from overpaint.registry.store.patch_files import read_manifest
 from overpaint.registry.store.remote import RemoteFiles
-from overpaint.registry.verify import verify
-from overpaint.transport.layout import Layout
-from overpaint.transport.oci import PATCH, RECIPE, BadLayout, base_document
-from overpaint.transport.receiving import MissingBase, Request, pull
-from overpaint.transport.records import Diverged
-from overpaint.transport.sending import push
 from tests.registry.patch_maker import id_of, keep
 from tests.registry.shelf import lay
 
 from .conftest import FINGERPRINT, LABELS, holdings, is_empty, labelled
 
-ALL = Request()
+ALL = PullRequest()
 PREFIXES = (f"pushed-{number}" for number in itertools.count())
 
 
@@ -83,7 +82,7 @@ def test_only_what_is_missing_travels(ours: Registry, theirs: Registry, place: s
 
 def test_a_recipe_brings_all_patches_of_its_history(ours: Registry, theirs: Registry, place: str) -> None:
     push(ours, place, recipes=["safe"])
-    pull(theirs, place, Request(recipes=["safe"]))
+    pull(theirs, place, PullRequest(recipes=["safe"]))
     assert len(theirs.patches()) == 2
     assert theirs.log("safe") == ours.log("safe")
     assert theirs.recipe("safe@2").laid == ours.recipe("safe@2").laid
@@ -124,12 +123,12 @@ def test_recipes_that_went_different_ways_are_refused_on_both_sides(
         lay(registry, "safe", registry.patches()[2].id, strength)
     push(ours, place)
     before = holdings(theirs), open_files(place).read("index.json")
-    with pytest.raises(Diverged, match="from revision 5 on"):
+    with pytest.raises(HistoriesDiverged, match="from revision 5 on"):
         pull(theirs, place, ALL)
-    with pytest.raises(Diverged, match="from revision 5 on"):
+    with pytest.raises(HistoriesDiverged, match="from revision 5 on"):
         push(theirs, place)
     assert (holdings(theirs), open_files(place).read("index.json")) == before
-    assert pull(theirs, place, Request(recipes=["safe"], name="their safe")).recipes == (("their safe", "new"),)
+    assert pull(theirs, place, PullRequest(recipes=["safe"], name="their safe")).recipes == (("their safe", "new"),)
     assert theirs.log("their safe")[-1].strength_after == 3.0
 
 
@@ -137,7 +136,7 @@ def test_another_name_is_for_one_recipe(ours: Registry, theirs: Registry, place:
     ours.create_recipe("empty", "sd15")
     push(ours, place)
     with pytest.raises(OverpaintError, match="this would take 2"):
-        pull(theirs, place, Request(name="x"))
+        pull(theirs, place, PullRequest(name="x"))
     assert theirs.patches() == []
 
 
@@ -146,10 +145,10 @@ def test_one_patch_can_be_pulled_by_id_by_its_beginning_and_by_concept(
 ) -> None:
     push(ours, place)
     plum = id_of(labelled("two", "plum"))
-    assert pull(theirs, place, Request(patches=[plum[:8].upper()])).new == (plum,)
-    assert pull(theirs, place, Request(patches=["plum"])).known == (plum,)
-    assert len(pull(theirs, place, Request(patches=["apple", plum])).new) == 2
-    for request in (Request(patches=["pear"]), Request(patches=[plum[:3]]), Request(recipes=["unsafe"])):
+    assert pull(theirs, place, PullRequest(patches=[plum[:8].upper()])).new == (plum,)
+    assert pull(theirs, place, PullRequest(patches=["plum"])).known == (plum,)
+    assert len(pull(theirs, place, PullRequest(patches=["apple", plum])).new) == 2
+    for request in (PullRequest(patches=["pear"]), PullRequest(patches=[plum[:3]]), PullRequest(recipes=["unsafe"])):
         with pytest.raises(NotFound, match="has no"):
             pull(theirs, place, request)
 
@@ -170,7 +169,7 @@ def test_a_concept_that_is_known_otherwise_stays_as_it_is_and_that_is_said(
     theirs.add_concept(Concept("apple", synonyms=("fruit",)))
     push(ours, place)
     said: list[str] = []
-    pull(theirs, place, Request(notice=said.append))
+    pull(theirs, place, PullRequest(notice=said.append))
     assert theirs.concept("apple") == Concept("apple", synonyms=("fruit",))
     assert len(said) == 2
     assert "known here with other synonyms" in said[0]
@@ -189,7 +188,7 @@ def test_every_new_patch_is_shown_to_the_check_before_anything_is_written(
             raise OverpaintError("this one will not do")
 
     with pytest.raises(OverpaintError, match="will not do"):
-        pull(theirs, place, Request(check=check))
+        pull(theirs, place, PullRequest(check=check))
     assert is_empty(theirs)
     assert sorted(seen) == sorted(ours.blob(record) for record in ours.patches())
 
@@ -204,7 +203,7 @@ def test_a_patch_that_lost_bytes_here_is_healed_by_pulling(ours: Registry, place
 
 def test_a_damaged_array_here_is_replaced_by_the_one_that_comes(ours: Registry, theirs: Registry, place: str) -> None:
     push(ours, place)
-    pull(theirs, place, Request(patches=["plum"]))
+    pull(theirs, place, PullRequest(patches=["plum"]))
     shared = next(
         array.digest
         for array in Layoutish(place).arrays(id_of(labelled("two", "plum")))
@@ -316,7 +315,7 @@ def test_two_pushes_at_once_are_both_listed(ours: Registry, tmp_path: Path, plac
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(Layout(open_files(place)).entries()) == 3
+    assert len(OciLayout(open_files(place)).entries()) == 3
 
 
 def test_a_list_that_somebody_else_overwrites_is_written_again(ours: Registry) -> None:
@@ -338,7 +337,7 @@ def test_a_list_that_somebody_else_overwrites_is_written_again(ours: Registry) -
         patch.setattr(RemoteFiles, "write", write_and_lose)
         push(ours, where, patches=[ours.patches()[1].id])
     assert overwritten
-    assert len(Layout(files).entries()) == 2
+    assert len(OciLayout(files).entries()) == 2
 
 
 def test_what_cannot_be_read_here_is_not_pushed(ours: Registry, place: str) -> None:

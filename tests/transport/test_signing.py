@@ -13,16 +13,13 @@ import pytest
 
 pytest.importorskip("cryptography", reason='cryptography is not installed; pip install -e ".[dev]" does')
 
-from overpaint.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.store import open_files
-from overpaint.registry.store.manifest import canonical_json
-from overpaint.transport.importing import import_file
-from overpaint.transport.layout import Layout
-from overpaint.transport.oci import RECIPE, SIGNATURE, SUBJECT, Descriptor, signature_document
-from overpaint.transport.receiving import Request, pull
-from overpaint.transport.sending import export, push
-from overpaint.transport.signing import (
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.layout import RECIPE, SIGNATURE, SUBJECT, Descriptor, OciLayout, signature_document
+from overpaint.registry.sharing.sending import export, push
+from overpaint.registry.sharing.signing import (
     BadKey,
     Keyring,
     Signer,
@@ -32,11 +29,12 @@ from overpaint.transport.signing import (
     load_signer,
     new_key,
 )
+from overpaint.registry.store import open_files
 from tests.registry.shelf import lay
 
 from .conftest import holdings, is_empty, labelled
 
-ALL = Request()
+ALL = PullRequest()
 
 
 @pytest.fixture
@@ -55,8 +53,8 @@ def public(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
-def trusting(*paths: Path) -> Request:
-    return Request(trusted=load_keyring(public(path) for path in paths))
+def trusting(*paths: Path) -> PullRequest:
+    return PullRequest(trusted=load_keyring(public(path) for path in paths))
 
 
 @pytest.fixture
@@ -90,7 +88,7 @@ def test_signing_again_writes_nothing_and_two_may_sign(
     push(ours, place, signer=load_signer(alice))
     assert push(ours, place, signer=load_signer(alice)).written == 0
     push(ours, place, signer=load_signer(bob))
-    signatures = [each for each in Layout(open_files(place)).entries() if each.artifact_type == SIGNATURE]
+    signatures = [each for each in OciLayout(open_files(place)).entries() if each.artifact_type == SIGNATURE]
     assert len(signatures) == 2 * 4
     pull(theirs, place, trusting(bob))
 
@@ -111,7 +109,7 @@ def test_an_archive_carries_its_signatures(ours: Registry, theirs: Registry, tmp
     assert holdings(theirs) == holdings(ours)
 
 
-def refused(theirs: Registry, place: Path, request: Request, message: str) -> None:
+def refused(theirs: Registry, place: Path, request: PullRequest, message: str) -> None:
     with pytest.raises(Untrusted, match=message):
         pull(theirs, place, request)
     assert is_empty(theirs)
@@ -136,7 +134,7 @@ def test_one_unsigned_patch_among_signed_ones_is_refused(
     push(ours, place, patches=["plum"], signer=load_signer(alice))
     push(ours, place, patches=["apple"])
     refused(theirs, place, trusting(alice), r"patch .* \(apple\) is not signed")
-    pull(theirs, place, Request(patches=["plum"], trusted=load_keyring([public(alice)])))
+    pull(theirs, place, PullRequest(patches=["plum"], trusted=load_keyring([public(alice)])))
     assert len(theirs.patches()) == 1
 
 
@@ -146,8 +144,8 @@ def test_a_recipe_must_be_signed_too(ours: Registry, theirs: Registry, place: Pa
     push(ours, place)
     refused(theirs, place, trusting(alice), "the recipe 'safe' is not signed")
     assert not any(
-        each.annotations[SUBJECT] not in {other.digest for other in Layout(open_files(place)).entries()}
-        for each in Layout(open_files(place)).entries()
+        each.annotations[SUBJECT] not in {other.digest for other in OciLayout(open_files(place)).entries()}
+        for each in OciLayout(open_files(place)).entries()
         if each.artifact_type == SIGNATURE
     )
 
@@ -160,7 +158,7 @@ def test_a_bare_patch_file_is_never_trusted(theirs: Registry, tmp_path: Path, al
 
 def replace_seals(place: Path, change: Callable[[Descriptor, dict[str, Any]], dict[str, Any]]) -> None:
     """Do what somebody without the key, but with the folder, can do: rewrite every signature, with digests that fit."""
-    layout, files = Layout(open_files(place)), open_files(place)
+    layout, files = OciLayout(open_files(place)), open_files(place)
 
     def changed(before: list[Descriptor]) -> list[Descriptor]:
         entries = {each.digest: each for each in before}
@@ -212,7 +210,7 @@ def test_a_signature_over_one_patch_does_not_fit_another(
     ours: Registry, theirs: Registry, place: Path, alice: Path
 ) -> None:
     push(ours, place, patches=["plum"], signer=load_signer(alice))
-    seal = load_signer(alice).seal(Layout(open_files(place)).entries()[0].digest)
+    seal = load_signer(alice).seal(OciLayout(open_files(place)).entries()[0].digest)
     push(ours, place, patches=["apple"], signer=load_signer(alice))
     replace_seals(place, lambda signed, _: json.loads(seal))
     refused(theirs, place, trusting(alice), "altered after it was signed")
@@ -224,7 +222,7 @@ def test_a_patch_that_was_altered_after_it_was_signed_is_refused(
     """Somebody with the folder puts another patch of theirs into the list and claims the old signature for it."""
     push(ours, place, patches=["plum"], signer=load_signer(alice))
     push(ours, place, patches=["apple"])
-    layout = Layout(open_files(place))
+    layout = OciLayout(open_files(place))
     entries = layout.entries()
     (signature,) = (each for each in entries if each.artifact_type == SIGNATURE)
     (stranger,) = (

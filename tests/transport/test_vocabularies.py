@@ -8,29 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from overpaint.solvers.vocabulary_file import Heard, keep, place, read
-from overpaint.transport.signing import new_key
-from overpaint.transport.vocabularies import kept
-from overpaint.workshop import Workshop
+from overpaint.registry.sharing.signing import new_key
+from overpaint.registry.sharing.vocabularies import kept
+from overpaint.solvers.vocabulary import Heard, keep, place, read
+from overpaint.workspace.workspace import Workspace
 
 IDENTITY = {"encoder": "e" * 64, "doors": {"text_encoder": "last"}, "sentences": ["{}"]}
 MOMENT = torch.tensor([[[2.0, 0.5], [0.5, 3.0]]], dtype=torch.float64)
 
 
-def cache_of(shop: Workshop) -> Path:
-    return shop.registry.folder / "cache" / "vocabulary"
+def cache_of(workspace: Workspace) -> Path:
+    return workspace.registry.folder / "cache" / "vocabulary"
 
 
 @pytest.fixture
-def sender(tmp_path: Path) -> Workshop:
+def sender(tmp_path: Path) -> Workspace:
     """A registry that kept one whole vocabulary and part of another."""
-    shop = Workshop.open(tmp_path / "sender")
-    keep(Heard(IDENTITY, 3, {"text_encoder": MOMENT}), cache_of(shop), complete=True)
-    keep(Heard({**IDENTITY, "encoder": "f" * 64}, 1, {"text_encoder": MOMENT}), cache_of(shop), complete=False)
-    return shop
+    workspace = Workspace.open(tmp_path / "sender")
+    keep(Heard(IDENTITY, 3, {"text_encoder": MOMENT}), cache_of(workspace), complete=True)
+    keep(Heard({**IDENTITY, "encoder": "f" * 64}, 1, {"text_encoder": MOMENT}), cache_of(workspace), complete=False)
+    return workspace
 
 
-def moved(sender: Workshop, receiver: Workshop, way: str, tmp_path: Path, **asked: Any) -> None:
+def moved(sender: Workspace, receiver: Workspace, way: str, tmp_path: Path, **asked: Any) -> None:
     if way == "folder":
         sender.push(tmp_path / "shared")
         receiver.pull(tmp_path / "shared", **asked)
@@ -40,15 +40,15 @@ def moved(sender: Workshop, receiver: Workshop, way: str, tmp_path: Path, **aske
 
 
 @pytest.mark.parametrize("way", ["folder", "file"])
-def test_whole_vocabularies_come_with_everything(sender: Workshop, tmp_path: Path, way: str) -> None:
-    receiver = Workshop.open(tmp_path / "receiver")
+def test_whole_vocabularies_come_with_everything(sender: Workspace, tmp_path: Path, way: str) -> None:
+    receiver = Workspace.open(tmp_path / "receiver")
     moved(sender, receiver, way, tmp_path)
     assert [file.name for file in cache_of(receiver).iterdir()] == [place(IDENTITY, Path()).name]
     assert torch.equal(read(kept(cache_of(receiver))[0]).moments["text_encoder"], MOMENT)
 
 
-def test_what_is_here_already_is_neither_sent_nor_taken_again(sender: Workshop, tmp_path: Path) -> None:
-    receiver = Workshop.open(tmp_path / "receiver")
+def test_what_is_here_already_is_neither_sent_nor_taken_again(sender: Workspace, tmp_path: Path) -> None:
+    receiver = Workspace.open(tmp_path / "receiver")
     moved(sender, receiver, "folder", tmp_path)
     file = kept(cache_of(receiver))[0]
     before = file.stat().st_mtime_ns
@@ -58,22 +58,22 @@ def test_what_is_here_already_is_neither_sent_nor_taken_again(sender: Workshop, 
     assert file.stat().st_mtime_ns == before
 
 
-def test_a_vocabulary_that_is_not_what_it_says_is_left_out_with_notice(sender: Workshop, tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_not_what_it_says_is_left_out_with_notice(sender: Workspace, tmp_path: Path) -> None:
     file = kept(cache_of(sender))[0]
     blob = bytearray(file.read_bytes())
     blob[-1] ^= 1
     file.write_bytes(blob)
-    receiver, notices = Workshop.open(tmp_path / "receiver"), list[str]()
+    receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     moved(sender, receiver, "folder", tmp_path, notice=notices.append)
     assert list(cache_of(receiver).iterdir()) == []
     assert "was left out, and is heard when it is needed" in notices[0]
 
 
-def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workshop, tmp_path: Path) -> None:
+def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workspace, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     new_key(tmp_path / "me")
     secret, public = tmp_path / "me", tmp_path / "me.pub"
-    receiver, notices = Workshop.open(tmp_path / "receiver"), list[str]()
+    receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     sender.push(tmp_path / "shared")
     receiver.pull(tmp_path / "shared", trust=[public], notice=notices.append)
     assert "is not signed" in notices[0]
@@ -84,10 +84,10 @@ def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workshop, tmp_pa
 
 
 def test_a_blob_that_is_too_large_is_not_read(
-    sender: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sender: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overpaint.transport.vocabularies.LIMIT", 10)
-    receiver, notices = Workshop.open(tmp_path / "receiver"), list[str]()
+    monkeypatch.setattr("overpaint.registry.sharing.vocabularies.LIMIT", 10)
+    receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     moved(sender, receiver, "folder", tmp_path, notice=notices.append)
     assert "at most 10" in notices[0]
     assert kept(cache_of(receiver)) == []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 HEADS = ("object", "style", "background")
 
 
-class Judge(nn.Module):
+class JudgeNetwork(nn.Module):
     """Pictures [n, 3, 64, 64] in [-1, 1] to logits by head; `classes` names each head's outputs in order."""
 
     def __init__(self, classes: dict[str, tuple[str, ...]]) -> None:
@@ -49,7 +49,7 @@ class Judge(nn.Module):
         (folder / "judge.json").write_text(json.dumps(self.classes, indent=1), "utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Judge:
+    def load(cls, folder: Path) -> JudgeNetwork:
         """Read what `save` wrote; raises FileNotFoundError when the folder has no judge."""
         classes = {k: tuple(v) for k, v in json.loads((folder / "judge.json").read_text("utf-8")).items()}
         judge = cls(classes)

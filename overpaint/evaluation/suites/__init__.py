@@ -8,11 +8,12 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 
 if TYPE_CHECKING:
-    from overpaint.evaluation.bench import Bench
-    from overpaint.evaluation.estimates import Finding
+    from overpaint.evaluation.context import EvalContext
+    from overpaint.evaluation.metrics import Measurement
+
 
 SUITES = {
     "quick": ("overpaint.evaluation.suites.quick:Quick", "erased, kept and restored, in a minute"),
@@ -23,7 +24,7 @@ SUITES = {
     ),
     "scenes": ("overpaint.evaluation.suites.scenes:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
     "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
-    "crosstalk": ("overpaint.evaluation.suites.crosstalk:Measured", "what each patch does to every other concept"),
+    "crosstalk": ("overpaint.evaluation.suites.crosstalk:CrosstalkSuite", "what each patch does to every other concept"),
     "probes": ("overpaint.evaluation.suites.probes:Probes", "four ways to bring erased objects back, as they come out"),
     "cost": ("overpaint.evaluation.suites.cost:Cost", "seconds, memory and bytes of every patch"),
 }
@@ -33,7 +34,7 @@ SUITES = {
 class Suite(Protocol):
     """What every suite offers."""
 
-    def run(self, bench: Bench) -> list[Finding]:
+    def run(self, context: EvalContext) -> list[Measurement]:
         """What was found. Raises OverpaintError when the bench has too little for this suite."""
         ...
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from overpaint.evaluation.bench import Bench, Held
-from overpaint.evaluation.estimates import Finding
+from overpaint.evaluation.context import EvalContext, EvaluatedPatch
+from overpaint.evaluation.metrics import Measurement
 from overpaint.patches.compose import compose
 
 
@@ -27,31 +27,33 @@ class Cost:
 
     repeats: int = 5
 
-    def run(self, bench: Bench) -> list[Finding]:
+    def run(self, context: EvalContext) -> list[Measurement]:
         rows = []
-        for held in bench.held:
+        for held in context.held:
             subject = f"{held.concept.name} ({held.solver})"
-            rows.append(Finding(subject, "seconds to solve", held.seconds, 1))
-            rows.append(Finding(subject, "bytes", float(held.nbytes), 1))
-            rows += self._swapped(bench, held, subject)
-        rows.append(Finding("all patches", "bytes", float(sum(held.nbytes for held in bench.held)), len(bench.held)))
-        seconds = [_timed(lambda: compose(bench.base, bench.terms())) for _ in range(self.repeats)]
-        rows.append(Finding("all patches", "seconds to compose", median(seconds), self.repeats))
-        for solver, held in {held.solver: held for held in reversed(bench.held)}.items():
-            rows.append(Finding(solver, "peak memory of solving, MB", _peak_megabytes(bench, held), 1))
+            rows.append(Measurement(subject, "seconds to solve", held.seconds, 1))
+            rows.append(Measurement(subject, "bytes", float(held.nbytes), 1))
+            rows += self._swapped(context, held, subject)
+        rows.append(
+            Measurement("all patches", "bytes", float(sum(held.nbytes for held in context.held)), len(context.held))
+        )
+        seconds = [_timed(lambda: compose(context.base, context.terms())) for _ in range(self.repeats)]
+        rows.append(Measurement("all patches", "seconds to compose", median(seconds), self.repeats))
+        for solver, held in {held.solver: held for held in reversed(context.held)}.items():
+            rows.append(Measurement(solver, "peak memory of solving, MB", _peak_megabytes(context, held), 1))
         return rows
 
-    def _swapped(self, bench: Bench, held: Held, subject: str) -> list[Finding]:
+    def _swapped(self, context: EvalContext, held: EvaluatedPatch, subject: str) -> list[Measurement]:
         """Seconds to lay one patch on a pipeline that carries the others, and to take it off again."""
-        overlay = bench.studio.overlay
-        overlay.set(bench.terms())
+        overlay = context.image_generator.overlay
+        overlay.set(context.terms())
         off, on = [], []
         for _ in range(self.repeats):
             off.append(_timed(lambda: overlay.remove(held.term.id)))
             on.append(_timed(lambda: overlay.add(held.term)))
         return [
-            Finding(subject, "seconds to lay on", median(on), self.repeats),
-            Finding(subject, "seconds to take off", median(off), self.repeats),
+            Measurement(subject, "seconds to lay on", median(on), self.repeats),
+            Measurement(subject, "seconds to take off", median(off), self.repeats),
         ]
 
 
@@ -61,9 +63,9 @@ def _timed(act: Any) -> float:
     return time.perf_counter() - started
 
 
-def _peak_megabytes(bench: Bench, held: Held) -> float:
+def _peak_megabytes(context: EvalContext, held: EvaluatedPatch) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_solve_again, bench.base.path, held.patch.manifest, str(bench.device)).result()
+        return process.submit(_solve_again, context.base.path, held.patch.manifest, str(context.device)).result()
 
 
 def _solve_again(path: Path, manifest: dict[str, Any], device: str) -> float:
@@ -71,7 +73,7 @@ def _solve_again(path: Path, manifest: dict[str, Any], device: str) -> float:
     import torch
 
     from overpaint.bases.base import Base
-    from overpaint.concepts import Concept
+    from overpaint.core.concepts import Concept
     from overpaint.solvers import solver_class
     from overpaint.solvers.problem import EditProblem
 

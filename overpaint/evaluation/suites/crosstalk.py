@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from overpaint.concepts import Concept
-from overpaint.errors import NotFound
-from overpaint.evaluation.bench import Bench, Held
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import NotFound
+from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.crosstalk import crosstalk
-from overpaint.evaluation.estimates import Finding
-from overpaint.evaluation.metrics import differences, rank_correlation
-from overpaint.evaluation.worlds import OBJECT, Question
+from overpaint.evaluation.metrics import Measurement, differences, rank_correlation
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 
 LOST, MOVED, PREDICTED = "accuracy lost", "relative change of the pictures", "predicted relative effect"
 
 
 @dataclass(frozen=True)
-class Pair:
+class MeasuredPair:
     """What one patch did to another concept: lost accuracy, the pictures' change relative to its own, the prediction."""
 
     emitter: str
@@ -35,87 +34,90 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CrosstalkSuite:
     """How many pictures of each concept are judged, and how many unlisted objects are looked at beside the registry's."""
 
     pictures: int = 6
     unlisted: int = 4
 
-    def run(self, bench: Bench) -> list[Finding]:
-        receivers = self._receivers(bench)
-        asked = {name: self._neutral(bench, concept) for name, concept in receivers.items()}
-        bench.studio.expect((1 + len(bench.held)) * sum(map(len, asked.values())))
-        where = bench.studio.gallery.folder
+    def run(self, context: EvalContext) -> list[Measurement]:
+        receivers = self._receivers(context)
+        asked = {name: self._neutral(context, concept) for name, concept in receivers.items()}
+        context.image_generator.expect((1 + len(context.held)) * sum(map(len, asked.values())))
+        where = context.image_generator.image_cache.folder
         predicted = crosstalk(
-            bench.base,
-            [held.patch for held in bench.held],
+            context.base,
+            [held.patch for held in context.held],
             list(receivers.values()),
             cache=where.parent / "moments" if where else None,
-            device=bench.device,
+            device=context.device,
         )
-        pairs: list[Pair] = []
-        for i, held in enumerate(bench.held):
+        pairs: list[MeasuredPair] = []
+        for i, held in enumerate(context.held):
             ratios = dict(zip(predicted.concepts, predicted.ratios[i], strict=True))
-            pairs += self._pairs(bench, held, receivers, asked, ratios)
+            pairs += self._pairs(context, held, receivers, asked, ratios)
         return [*_rows(pairs, self.pictures), *_correlations(pairs)]
 
-    def _receivers(self, bench: Bench) -> dict[str, Concept]:
+    def _receivers(self, context: EvalContext) -> dict[str, Concept]:
         """The concepts of the patches, those of the registry that can be judged, and a few that it does not list."""
-        found = {held.concept.name: held.concept for held in bench.held}
-        for concept in bench.known:
+        found = {held.concept.name: held.concept for held in context.held}
+        for concept in context.known:
             try:
-                bench.class_of(concept)
+                context.class_of(concept)
             except NotFound:
                 continue
             found.setdefault(concept.name, concept)
-        taken = {bench.class_of(concept)[1] for concept in found.values()}
-        free = [name for name in bench.others(OBJECT) if name not in taken]
+        taken = {context.class_of(concept)[1] for concept in found.values()}
+        free = [name for name in context.others(OBJECT) if name not in taken]
         wanted = min(self.unlisted, len(free))
         return found | {name: Concept(name) for name in (free[i * len(free) // wanted] for i in range(wanted))}
 
-    def _neutral(self, bench: Bench, concept: Concept) -> list[Question]:
+    def _neutral(self, context: EvalContext, concept: Concept) -> list[EvalPrompt]:
         """Questions about a concept; of two concepts in one sentence nobody could say which was hurt."""
-        asked = bench.ask(*bench.class_of(concept), self.pictures)
+        asked = context.ask(*context.class_of(concept), self.pictures)
         others = [each for each in asked if len(each.shows) == 1]
         return others or asked
 
     def _pairs(
         self,
-        bench: Bench,
-        held: Held,
+        context: EvalContext,
+        held: EvaluatedPatch,
         receivers: dict[str, Concept],
-        asked: dict[str, list[Question]],
+        asked: dict[str, list[EvalPrompt]],
         ratios: dict[str, float],
-    ) -> Iterable[Pair]:
+    ) -> Iterable[MeasuredPair]:
         moved, lost = {}, {}
         for name, concept in receivers.items():
-            head, _ = bench.class_of(concept)
-            before = bench.on_base(asked[name], head, name)
-            after = bench.verdicts([held.term], asked[name], head)
+            head, _ = context.class_of(concept)
+            before = context.on_base(asked[name], head, name)
+            after = context.verdicts([held.term], asked[name], head)
             lost[name] = 1 - float(after.right.mean() / before.right.mean())
-            pictures = bench.studio.draw([held.term], asked[name]), bench.studio.draw((), asked[name])
+            pictures = (
+                context.image_generator.draw([held.term], asked[name]),
+                context.image_generator.draw((), asked[name]),
+            )
             moved[name] = float(differences(*pictures).mean())
         own = max(moved[held.concept.name], 1e-9)
         return [
-            Pair(held.concept.name, name, lost[name], moved[name] / own, ratios[name])
+            MeasuredPair(held.concept.name, name, lost[name], moved[name] / own, ratios[name])
             for name in receivers
             if name != held.concept.name
         ]
 
 
-def _rows(pairs: Iterable[Pair], pictures: int) -> Iterable[Finding]:
+def _rows(pairs: Iterable[MeasuredPair], pictures: int) -> Iterable[Measurement]:
     for pair in pairs:
         subject = f"{pair.emitter} -> {pair.receiver}"
-        yield Finding(subject, LOST, pair.lost, pictures)
-        yield Finding(subject, MOVED, pair.moved, pictures)
-        yield Finding(subject, PREDICTED, pair.predicted, pictures)
+        yield Measurement(subject, LOST, pair.lost, pictures)
+        yield Measurement(subject, MOVED, pair.moved, pictures)
+        yield Measurement(subject, PREDICTED, pair.predicted, pictures)
 
 
-def _correlations(pairs: list[Pair]) -> Iterable[Finding]:
+def _correlations(pairs: list[MeasuredPair]) -> Iterable[Measurement]:
     predicted = [pair.predicted for pair in pairs]
     for what, measured in ((MOVED, [pair.moved for pair in pairs]), (LOST, [pair.lost for pair in pairs])):
         correlation = rank_correlation(predicted, measured)
         if correlation is not None:
-            yield Finding("all pairs", f"rank correlation of prediction and {what}", correlation, len(pairs))
+            yield Measurement("all pairs", f"rank correlation of prediction and {what}", correlation, len(pairs))
     lost = np.array([pair.lost for pair in pairs])
-    yield Finding("all pairs", "pairs that lost accuracy", float((lost > 0).sum()), len(pairs))
+    yield Measurement("all pairs", "pairs that lost accuracy", float((lost > 0).sum()), len(pairs))

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overpaint.evaluation.bench import ACCURACY, Bench, Held
-from overpaint.evaluation.estimates import Finding, Mean, average, found
-from overpaint.evaluation.metrics import unlearning_accuracy
-from overpaint.evaluation.worlds import OBJECT, STYLE, Question
+from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
+from overpaint.evaluation.metrics import Mean, Measurement, average, found, unlearning_accuracy
+from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
 
 HEADS = (STYLE, OBJECT)
 
@@ -28,43 +27,43 @@ class Grid:
     objects: int = 20
     seeds: int = 1
 
-    def run(self, bench: Bench) -> list[Finding]:
-        asked = bench.world.grid(self._styles(bench), self._objects(bench), self.seeds, bench.seed)
-        bench.studio.expect(len(asked) * (1 + len(bench.held)))
-        base = {head: bench.on_base(asked, head, f"the {head}s of the grid") for head in HEADS}
-        rows = [base[head].accuracy(bench.seed).found(f"base: {head}s", ACCURACY) for head in HEADS]
-        each = [self._alone(bench, held, asked) for held in bench.held]
-        for held, means in zip(bench.held, each, strict=True):
+    def run(self, context: EvalContext) -> list[Measurement]:
+        asked = context.prompt_set.grid(self._styles(context), self._objects(context), self.seeds, context.seed)
+        context.image_generator.expect(len(asked) * (1 + len(context.held)))
+        base = {head: context.on_base(asked, head, f"the {head}s of the grid") for head in HEADS}
+        rows = [base[head].accuracy(context.seed).found(f"base: {head}s", ACCURACY) for head in HEADS]
+        each = [self._alone(context, held, asked) for held in context.held]
+        for held, means in zip(context.held, each, strict=True):
             rows += [_named(f"{held.concept.name} ({held.solver})", name, one) for name, one in means.items()]
         for name in each[0]:
             rows.append(_named("average of the patches", name, average([means[name] for means in each])))
         return rows
 
-    def _styles(self, bench: Bench) -> list[str]:
-        return [style for style in bench.world.names(STYLE) if style in bench.judge.heads.get(STYLE, ())]
+    def _styles(self, context: EvalContext) -> list[str]:
+        return [style for style in context.prompt_set.names(STYLE) if style in context.judge.heads.get(STYLE, ())]
 
-    def _objects(self, bench: Bench) -> list[str]:
+    def _objects(self, context: EvalContext) -> list[str]:
         """The erased objects, and others spread over the catalogue."""
-        erased = [name for head, name in bench.erased() if head == OBJECT]
-        others = bench.others(OBJECT)
+        erased = [name for head, name in context.erased() if head == OBJECT]
+        others = context.others(OBJECT)
         wanted = min(len(others), max(2, self.objects - len(erased)))
         return [*erased, *(others[i * len(others) // wanted] for i in range(wanted))]
 
-    def _alone(self, bench: Bench, held: Held, asked: Sequence[Question]) -> dict[str, Mean]:
+    def _alone(self, context: EvalContext, held: EvaluatedPatch, asked: Sequence[EvalPrompt]) -> dict[str, Mean]:
         """UA, IRA, CRA and what belongs to them, with one patch alone on the base."""
-        head, name = bench.class_of(held.concept)
+        head, name = context.class_of(held.concept)
         other = STYLE if head == OBJECT else OBJECT
-        seen = {each: bench.verdicts([held.term], asked, each) for each in HEADS}
+        seen = {each: context.verdicts([held.term], asked, each) for each in HEADS}
         own = [i for i, q in enumerate(asked) if q.shows[head] == name]
         classes = sorted({q.shows[head] for q in asked} - {name})
         within = [seen[head].only([i for i, q in enumerate(asked) if q.shows[head] == each]) for each in classes]
         erased = seen[head].only(own)
         return {
-            "UA": _complement(erased.accuracy(bench.seed)),
-            "IRA": average([each.accuracy(bench.seed) for each in within]),
-            "CRA": seen[other].accuracy(bench.seed),
-            "retention in the prompt": seen[other].only(own).accuracy(bench.seed),
-            "probability of the erased concept": erased.certainty(bench.seed),
+            "UA": _complement(erased.accuracy(context.seed)),
+            "IRA": average([each.accuracy(context.seed) for each in within]),
+            "CRA": seen[other].accuracy(context.seed),
+            "retention in the prompt": seen[other].only(own).accuracy(context.seed),
+            "probability of the erased concept": erased.certainty(context.seed),
         }
 
 
@@ -74,5 +73,5 @@ def _complement(accuracy: Mean) -> Mean:
     )
 
 
-def _named(subject: str, metric: str, value: Mean) -> Finding:
+def _named(subject: str, metric: str, value: Mean) -> Measurement:
     return value.found(subject, metric) if value.hits is not None else found(subject, metric, value.draws, value.n)

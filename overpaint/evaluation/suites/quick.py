@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overpaint.evaluation.bench import WRONG, Bench, Held, joined
-from overpaint.evaluation.bits import touched, unequal
-from overpaint.evaluation.estimates import Finding
-from overpaint.evaluation.worlds import OBJECT, STYLE, Question
+from overpaint.evaluation.context import WRONG, EvalContext, EvaluatedPatch, joined, touched, unequal
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
 from overpaint.patches.compose import Term
 
 SPENT_ON_ERASED = 40
@@ -26,44 +25,48 @@ class Quick:
     objects: int = 1
     styles: int = 3
 
-    def run(self, bench: Bench) -> list[Finding]:
-        asked = {key: bench.ask(*key, self._each(bench)) for key in bench.erased()}
-        others = {OBJECT: bench.ask_others(OBJECT, self.objects), STYLE: bench.ask_others(STYLE, self.styles)}
-        back = bench.held[::2] if len(bench.held) > 1 else bench.held
-        returning = {key: asked[key] for key in bench.erased(back)}
-        bench.studio.expect(2 * sum(map(len, (*asked.values(), *others.values()))) + sum(map(len, returning.values())))
-        found: list[Finding] = []
+    def run(self, context: EvalContext) -> list[Measurement]:
+        asked = {key: context.ask(*key, self._each(context)) for key in context.erased()}
+        others = {OBJECT: context.ask_others(OBJECT, self.objects), STYLE: context.ask_others(STYLE, self.styles)}
+        back = context.held[::2] if len(context.held) > 1 else context.held
+        returning = {key: asked[key] for key in context.erased(back)}
+        context.image_generator.expect(
+            2 * sum(map(len, (*asked.values(), *others.values()))) + sum(map(len, returning.values()))
+        )
+        found: list[Measurement] = []
         for (head, name), questions in asked.items():
-            before = bench.on_base(questions, head, name)
-            found += bench.compared(f"erased: {name}", before, bench.verdicts(bench.terms(), questions, head))
+            before = context.on_base(questions, head, name)
+            found += context.compared(f"erased: {name}", before, context.verdicts(context.terms(), questions, head))
         for head, questions in others.items():
             if questions:
-                before = bench.on_base(questions, head, f"the other {head}s")
-                found += bench.kept(f"kept: other {head}s", before, bench.verdicts(bench.terms(), questions, head))
-        return found + self._restored(bench, back, returning)
+                before = context.on_base(questions, head, f"the other {head}s")
+                found += context.kept(
+                    f"kept: other {head}s", before, context.verdicts(context.terms(), questions, head)
+                )
+        return found + self._restored(context, back, returning)
 
-    def _each(self, bench: Bench) -> int:
-        return max(1, min(self.erased, SPENT_ON_ERASED // len(bench.held)))
+    def _each(self, context: EvalContext) -> int:
+        return max(1, min(self.erased, SPENT_ON_ERASED // len(context.held)))
 
     def _restored(
-        self, bench: Bench, back: tuple[Held, ...], returning: dict[tuple[str, str], list[Question]]
-    ) -> list[Finding]:
+        self, context: EvalContext, back: tuple[EvaluatedPatch, ...], returning: dict[tuple[str, str], list[EvalPrompt]]
+    ) -> list[Measurement]:
         """The concepts of `back` when their patches are taken off and the others stay on."""
-        rest = bench.terms(each for each in bench.held if each not in back)
-        found = [wrong_tensors(bench, rest, "restored: weights")]
+        rest = context.terms(each for each in context.held if each not in back)
+        found = [wrong_tensors(context, rest, "restored: weights")]
         seen = [
-            (bench.verdicts((), questions, head), bench.verdicts(rest, questions, head))
+            (context.verdicts((), questions, head), context.verdicts(rest, questions, head))
             for (head, _), questions in returning.items()
         ]
         before, after = (joined([pair[i] for pair in seen]) for i in (0, 1))
-        return found + bench.kept("restored: concepts taken off", before, after)
+        return found + context.kept("restored: concepts taken off", before, after)
 
 
-def wrong_tensors(bench: Bench, rest: list[Term], subject: str) -> Finding:
+def wrong_tensors(context: EvalContext, rest: list[Term], subject: str) -> Measurement:
     """How many tensors of the live pipeline are not bit for bit those of `rest`, after all patches were on."""
-    overlay = bench.studio.overlay
-    overlay.set(bench.terms())
+    overlay = context.image_generator.overlay
+    overlay.set(context.terms())
     overlay.set(rest)
-    names = touched(bench.base, bench.terms())
-    wrong = unequal(bench.studio.pipe, bench.base, rest, names)
-    return Finding(subject, WRONG, float(len(wrong)), len(names))
+    names = touched(context.base, context.terms())
+    wrong = unequal(context.image_generator.pipe, context.base, rest, names)
+    return Measurement(subject, WRONG, float(len(wrong)), len(names))

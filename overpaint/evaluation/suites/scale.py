@@ -8,22 +8,72 @@ of. The order spread counts tensors that come out differently when the patches a
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from overpaint.concepts import Concept
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.bench import ACCURACY, Bench
-from overpaint.evaluation.bits import touched, unequal
-from overpaint.evaluation.composers import task_arithmetic, ties
-from overpaint.evaluation.estimates import Finding, found
-from overpaint.evaluation.metrics import h_composed
-from overpaint.evaluation.worlds import OBJECT, Question
-from overpaint.patches.compose import Term
+import torch
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import ACCURACY, EvalContext, touched, unequal
+from overpaint.evaluation.metrics import Measurement, found, h_composed
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.patches.compose import Term, compose
+from overpaint.patches.delta import Dense
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import EditProblem, configure, settings_of
+
+# Ways to put several patches on one base, besides laying them side by side: what the `scale` suite compares.
+#
+# Task arithmetic (Ilharco et al., ICLR 2023) scales every patch by one factor. TIES (Yadav et al., NeurIPS 2023) keeps of each
+# the largest changes, lets them vote on a sign for every weight, and averages those that agree.
+
+
+TASK_SCALE = 0.4
+"""The factor that Yadav et al. recommend where nothing can be tuned."""
+TIES_KEEP, TIES_SCALE = 0.2, 1.75
+"""The share of changes that is kept, and the factor of their mean, as CUIG (ICLR 2026) merges erasers."""
+
+
+def task_arithmetic(terms: Sequence[Term], scale: float = TASK_SCALE) -> list[Term]:
+    """Every patch at `scale` times its strength; a single one as it is, because there is nothing to merge."""
+    return list(terms) if len(terms) == 1 else [replace(term, strength=scale * term.strength) for term in terms]
+
+
+def ties(base: Base, terms: Sequence[Term], keep: float = TIES_KEEP, scale: float = TIES_SCALE) -> list[Term]:
+    """One dense term, the TIES merge of `terms`; a single one as it is."""
+    if len(terms) == 1:
+        return list(terms)
+    ordered = sorted(terms, key=lambda term: term.id)
+    changes = [_trimmed(_changes(base, term), keep) for term in ordered]
+    names = sorted({name for change in changes for name in change})
+    merged = {name: scale * _elected([c[name] for c in changes if name in c]) for name in names}
+    label = "ties " + hashlib.sha256(repr([(t.id, t.strength, keep, scale) for t in ordered]).encode()).hexdigest()
+    return [Term(label, Dense(merged))]
+
+
+def _changes(base: Base, term: Term) -> dict[str, Tensor]:
+    return {name: value.float() - base.tensor(name).float() for name, value in compose(base, [term]).items()}
+
+
+def _trimmed(changes: dict[str, Tensor], keep: float) -> dict[str, Tensor]:
+    """The largest changes of one patch, over all its tensors; the others 0."""
+    sizes = torch.cat([change.abs().flatten() for change in changes.values()])
+    least = sizes.kthvalue(max(1, sizes.numel() - round(keep * sizes.numel()) + 1)).values
+    return {name: change.where(change.abs() >= least, torch.zeros(())) for name, change in changes.items()}
+
+
+def _elected(changes: Sequence[Tensor]) -> Tensor:
+    """The mean of the changes that have the sign of their sum, value by value."""
+    stacked = torch.stack(list(changes))
+    agree = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+
 
 TOLD = ("separable", "sepme")
 ORDERS = 3
@@ -41,23 +91,23 @@ class Scale:
     settings: str = ""
     pictures: int = 32
 
-    def run(self, bench: Bench) -> list[Finding]:
-        concepts = self._concepts(bench)
+    def run(self, context: EvalContext) -> list[Measurement]:
+        concepts = self._concepts(context)
         solvers = [name.strip() for name in self.solvers.split(",") if name.strip()]
         for name in solvers:
             solver_class(name)
         counts = self._counts(len(concepts))
         alone = self._merged(solvers)
         ways = len(solvers) + (3 if alone else 0)
-        bench.studio.expect(2 * self.pictures * (1 + ways * len(counts)))
-        kept = self._kept(bench, concepts)
-        before = bench.on_base(kept, OBJECT, "the kept objects").accuracy(bench.seed)
+        context.image_generator.expect(2 * self.pictures * (1 + ways * len(counts)))
+        kept = self._kept(context, concepts)
+        before = context.on_base(kept, OBJECT, "the kept objects").accuracy(context.seed)
         rows = [before.found("base: kept", ACCURACY)]
-        solved = {name: self._solved(bench, name, concepts) for name in solvers}
+        solved = {name: self._solved(context, name, concepts) for name in solvers}
         for n in counts:
-            asked = self._erased(bench, concepts[:n])
-            for label, terms in self._compositions(bench, solved, alone, concepts[:n]):
-                rows += self._judged(bench, f"{label}, N={n}", terms, asked, kept)
+            asked = self._erased(context, concepts[:n])
+            for label, terms in self._compositions(context, solved, alone, concepts[:n]):
+                rows += self._judged(context, f"{label}, N={n}", terms, asked, kept)
         return rows
 
     def _counts(self, most: int) -> list[int]:
@@ -68,33 +118,33 @@ class Scale:
         """The solvers of which the first has its patches merged in other ways, too."""
         return [name for name in solvers if name not in TOLD]
 
-    def _concepts(self, bench: Bench) -> list[Concept]:
+    def _concepts(self, context: EvalContext) -> list[Concept]:
         """The objects of the recipe first, and then others spread over the world."""
-        found = [held.concept for held in bench.held if bench.class_of(held.concept)[0] == OBJECT]
-        others = bench.others(OBJECT)
+        found = [held.concept for held in context.held if context.class_of(held.concept)[0] == OBJECT]
+        others = context.others(OBJECT)
         wanted = max(0, min(self.most - len(found), len(others) * 2 // 3))
         return [*found, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
 
-    def _kept(self, bench: Bench, concepts: list[Concept]) -> list[Question]:
-        erased = {bench.class_of(concept)[1] for concept in concepts}
-        names = [name for name in bench.others(OBJECT) if name not in erased]
+    def _kept(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
+        erased = {context.class_of(concept)[1] for concept in concepts}
+        names = [name for name in context.others(OBJECT) if name not in erased]
         each = max(1, self.pictures // len(names))
-        return [question for name in names for question in bench.ask(OBJECT, name, each)][: self.pictures]
+        return [question for name in names for question in context.ask(OBJECT, name, each)][: self.pictures]
 
-    def _erased(self, bench: Bench, concepts: list[Concept]) -> list[Question]:
+    def _erased(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
         each = max(1, self.pictures // len(concepts))
-        return [q for concept in concepts for q in bench.ask(*bench.class_of(concept), each)]
+        return [q for concept in concepts for q in context.ask(*context.class_of(concept), each)]
 
-    def _solved(self, bench: Bench, solver: str, concepts: list[Concept]) -> list[Term]:
+    def _solved(self, context: EvalContext, solver: str, concepts: list[Concept]) -> list[Term]:
         universe = tuple(concepts) if solver in TOLD else ()
-        return [self._solve(bench, solver, concept, universe) for concept in concepts]
+        return [self._solve(context, solver, concept, universe) for concept in concepts]
 
-    def _solve(self, bench: Bench, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
+    def _solve(self, context: EvalContext, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
         method = configure(solver_class(solver), self._settings(solver))
-        problem = EditProblem(bench.base, concept, universe, bench.seed, bench.device)
+        problem = EditProblem(context.base, concept, universe, context.seed, context.device)
         delta = method.solve(problem).delta
         patch = make_patch(
-            bench.base, concept, delta, {"name": solver, "settings": settings_of(method), "seed": bench.seed}
+            context.base, concept, delta, {"name": solver, "settings": settings_of(method), "seed": context.seed}
         )
         return Term(patch.id, patch.delta)
 
@@ -110,7 +160,7 @@ class Scale:
         return found
 
     def _compositions(
-        self, bench: Bench, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]
+        self, context: EvalContext, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]
     ) -> Iterable[tuple[str, list[Term]]]:
         n = len(concepts)
         for solver, terms in solved.items():
@@ -118,27 +168,27 @@ class Scale:
         if alone:
             solver, terms = alone[0], solved[alone[0]][:n]
             yield f"{solver}, task arithmetic", task_arithmetic(terms)
-            yield f"{solver}, TIES", ties(bench.base, terms)
+            yield f"{solver}, TIES", ties(context.base, terms)
             words = [word for concept in concepts for word in concept.words]
-            yield f"{solver}, joint", [self._solve(bench, solver, Concept(words[0], "object", tuple(words[1:])), ())]
+            yield f"{solver}, joint", [self._solve(context, solver, Concept(words[0], "object", tuple(words[1:])), ())]
 
     def _judged(
-        self, bench: Bench, subject: str, terms: list[Term], asked: list[Question], kept: list[Question]
-    ) -> Iterable[Finding]:
-        gone = bench.verdicts(terms, asked, OBJECT).accuracy(bench.seed)
-        left = bench.verdicts(terms, kept, OBJECT).accuracy(bench.seed)
+        self, context: EvalContext, subject: str, terms: list[Term], asked: list[EvalPrompt], kept: list[EvalPrompt]
+    ) -> Iterable[Measurement]:
+        gone = context.verdicts(terms, asked, OBJECT).accuracy(context.seed)
+        left = context.verdicts(terms, kept, OBJECT).accuracy(context.seed)
         yield found(subject, "H_c", h_composed(gone.draws, left.draws), gone.n + left.n)
         yield gone.found(subject, "accuracy on erased")
         yield left.found(subject, "accuracy on kept")
-        yield Finding(subject, "order spread", float(order_spread(bench, terms)), ORDERS)
+        yield Measurement(subject, "order spread", float(order_spread(context, terms)), ORDERS)
 
 
-def order_spread(bench: Bench, terms: list[Term]) -> int:
+def order_spread(context: EvalContext, terms: list[Term]) -> int:
     """In how many tensors a live pipeline differs from the composition after any of a few orders of laying patches on."""
-    rng, names, wrong = random.Random(bench.seed), touched(bench.base, terms), set()
+    rng, names, wrong = random.Random(context.seed), touched(context.base, terms), set()
     for _ in range(ORDERS if len(terms) > 1 else 1):
-        bench.studio.overlay.clear()
+        context.image_generator.overlay.clear()
         for term in rng.sample(terms, len(terms)):
-            bench.studio.overlay.add(term)
-        wrong |= set(unequal(bench.studio.pipe, bench.base, terms, names))
+            context.image_generator.overlay.add(term)
+        wrong |= set(unequal(context.image_generator.pipe, context.base, terms, names))
     return len(wrong)

@@ -18,12 +18,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from overpaint.errors import OverpaintError
-from overpaint.evaluation.bench import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, Bench, Held, joined
-from overpaint.evaluation.bits import touched, unequal
-from overpaint.evaluation.estimates import Finding, found, mean
-from overpaint.evaluation.metrics import differences, frechet_distance, psnr
-from overpaint.evaluation.worlds import OBJECT, Question
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import (
+    ACCURACY,
+    CHANGE,
+    DISTANCE,
+    ON_BASE,
+    SHARE,
+    WRONG,
+    EvalContext,
+    EvaluatedPatch,
+    joined,
+    touched,
+    unequal,
+)
+from overpaint.evaluation.metrics import Measurement, differences, found, frechet_distance, mean, psnr
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 
 CONCEPTS = 6
 SCENES: tuple[tuple[str, ...], ...] = (
@@ -33,7 +43,7 @@ SCENES: tuple[tuple[str, ...], ...] = (
     ("012", "12", "1234", "234", "2345", "345"),
 )
 """Which of c0 to c5 are erased after each step."""
-Asked = dict[tuple[str, str], list[Question]]
+Asked = dict[tuple[str, str], list[EvalPrompt]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,14 @@ class Scenes:
     pictures: int = 6
     regular: int = 3
 
-    def run(self, bench: Bench) -> list[Finding]:
-        groups = _groups(bench.held)
+    def run(self, context: EvalContext) -> list[Measurement]:
+        groups = _groups(context.held)
         asked: Asked = {
-            key: bench.alone(*key, self.pictures) for key in bench.erased(held for group in groups for held in group)
+            key: context.alone(*key, self.pictures)
+            for key in context.erased(held for group in groups for held in group)
         }
-        regular = self._regular(bench)
-        bench.studio.expect(
+        regular = self._regular(context)
+        context.image_generator.expect(
             sum(map(len, (*asked.values(), *regular.values()))) * (1 + len({s for t in SCENES for s in t}))
         )
         rows = []
@@ -60,25 +71,25 @@ class Scenes:
                 on = [held for i in step for held in groups[int(i)]]
                 back = [held for i in sorted(ever - set(step)) for held in groups[int(i)]]
                 where = f"scene {number}, t{time}"
-                rows.append(_bits(bench, on, where))
+                rows.append(_bits(context, on, where))
                 for label, wanted in (
-                    ("erased", {key: asked[key] for key in bench.erased(on)}),
-                    ("restored", {key: asked[key] for key in bench.erased(back)}),
+                    ("erased", {key: asked[key] for key in context.erased(on)}),
+                    ("restored", {key: asked[key] for key in context.erased(back)}),
                     ("regular", regular),
                 ):
                     if wanted:
-                        rows += _judged(bench, on, wanted, f"{where}: {label}")
-            rows.append(_bits(bench, (), f"scene {number}, all restored"))
+                        rows += _judged(context, on, wanted, f"{where}: {label}")
+            rows.append(_bits(context, (), f"scene {number}, all restored"))
         return [*rows, *_worst(rows)]
 
-    def _regular(self, bench: Bench) -> Asked:
-        names = bench.others(OBJECT)
+    def _regular(self, context: EvalContext) -> Asked:
+        names = context.others(OBJECT)
         chosen = [names[i * len(names) // self.regular] for i in range(min(self.regular, len(names)))]
-        asked = {(OBJECT, name): bench.neutral(OBJECT, name, self.pictures) for name in chosen}
+        asked = {(OBJECT, name): context.neutral(OBJECT, name, self.pictures) for name in chosen}
         return {key: questions for key, questions in asked.items() if questions}
 
 
-def _groups(held: Sequence[Held]) -> list[list[Held]]:
+def _groups(held: Sequence[EvaluatedPatch]) -> list[list[EvaluatedPatch]]:
     """The patches that stand for c0 to c5."""
     if len(held) < CONCEPTS:
         raise OverpaintError(
@@ -88,33 +99,33 @@ def _groups(held: Sequence[Held]) -> list[list[Held]]:
     return [list(held[i * each : (i + 1) * each]) for i in range(CONCEPTS)]
 
 
-def _bits(bench: Bench, on: Sequence[Held], where: str) -> Finding:
+def _bits(context: EvalContext, on: Sequence[EvaluatedPatch], where: str) -> Measurement:
     """The live pipeline goes on from the step before; its weights must be those of a composition from the base."""
-    bench.studio.overlay.set(bench.terms(on))
-    names = touched(bench.base, bench.terms())
-    wrong = unequal(bench.studio.pipe, bench.base, bench.terms(on), names)
-    return Finding(f"{where}: weights", WRONG, float(len(wrong)), len(names))
+    context.image_generator.overlay.set(context.terms(on))
+    names = touched(context.base, context.terms())
+    wrong = unequal(context.image_generator.pipe, context.base, context.terms(on), names)
+    return Measurement(f"{where}: weights", WRONG, float(len(wrong)), len(names))
 
 
-def _judged(bench: Bench, on: Sequence[Held], asked: Asked, subject: str) -> list[Finding]:
+def _judged(context: EvalContext, on: Sequence[EvaluatedPatch], asked: Asked, subject: str) -> list[Measurement]:
     """Accuracy, distance and change of the pictures of some concepts while `on` is erased."""
-    terms, seen, before = bench.terms(on), [], []
+    terms, seen, before = context.terms(on), [], []
     for (head, name), questions in asked.items():
-        before.append(bench.on_base(questions, head, name))
-        seen.append(bench.verdicts(terms, questions, head))
-    compare = bench.compared if subject.endswith(": erased") else bench.kept
+        before.append(context.on_base(questions, head, name))
+        seen.append(context.verdicts(terms, questions, head))
+    compare = context.compared if subject.endswith(": erased") else context.kept
     rows = compare(subject, joined(before), joined(seen))
     questions = [question for some in asked.values() for question in some]
-    pictures, originals = bench.studio.draw(terms, questions), bench.studio.draw((), questions)
+    pictures, originals = context.image_generator.draw(terms, questions), context.image_generator.draw((), questions)
     prompts = [question.prompt for question in questions]
-    far = frechet_distance(bench.judge.features(pictures), bench.judge.features(originals))
-    rows.append(Finding(subject, DISTANCE, far, len(questions)))
+    far = frechet_distance(context.judge.features(pictures), context.judge.features(originals))
+    rows.append(Measurement(subject, DISTANCE, far, len(questions)))
     for metric, values in ((CHANGE, differences(pictures, originals)), ("PSNR, dB", psnr(pictures, originals))):
-        rows.append(found(subject, metric, mean(values, prompts, bench.seed).draws, len(questions)))
+        rows.append(found(subject, metric, mean(values, prompts, context.seed).draws, len(questions)))
     return rows
 
 
-def _worst(rows: Iterable[Finding]) -> Iterable[Finding]:
+def _worst(rows: Iterable[Measurement]) -> Iterable[Measurement]:
     """Over all scenes and steps: the most that is left of what was erased, the least of what was not."""
     every = list(rows)
     for label, metric, worst in (
@@ -126,6 +137,6 @@ def _worst(rows: Iterable[Finding]) -> Iterable[Finding]:
     ):
         values = [row.value for row in every if row.subject.endswith(f": {label}") and row.metric == metric]
         if values:
-            yield Finding(f"all scenes, worst step: {label}", metric, worst(values), len(values))
+            yield Measurement(f"all scenes, worst step: {label}", metric, worst(values), len(values))
     base = [row.value for row in every if row.metric == ON_BASE]
-    yield Finding("all scenes: base", ACCURACY, float(np.mean(base)), len(base))
+    yield Measurement("all scenes: base", ACCURACY, float(np.mean(base)), len(base))

@@ -2,3 +2,5 @@
 
 Each dialect of a file has one module that says how it spells layers and what its tensors mean; `tables` lists them.
 """
+
+from __future__ import annotations

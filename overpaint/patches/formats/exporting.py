@@ -2,21 +2,483 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from overpaint.bases.base import Base
-from overpaint.patches.arrays import all_finite
-from overpaint.patches.compose import Term, plan
-from overpaint.patches.formats.changes import ROUNDING, Stored
-from overpaint.patches.formats.headers import About, header_of
-from overpaint.patches.formats.placing import NotExportable, Piece, place
-from overpaint.patches.formats.writing import write_file
-from overpaint.patches.publish import refuse_taken
+from overpaint.bases.safetensors_file import DTYPES, raw_bytes
+from overpaint.core import __version__
+from overpaint.core.atomic import atomic_output, refuse_taken
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
+from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
+from overpaint.patches.formats import dialects
+from overpaint.patches.formats.dialects import ENCODERS, UNET, split
+from overpaint.patches.formats.fitting import leading
+
+# The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.
+#
+# `ss_…` are kohya's, `sshs_…` A1111's, `modelspec.…` those of the Stability model metadata specification. All values are
+# texts, and nothing depends on when or where the file was written.
+
+
+KEY = "overpaint.export"
+UNKNOWN = "0" * 64
+"""Stands for the digest of the bytes that follow the header, until they are written."""
+WIDTH_OF_2 = 1024
+"""From this text width on, a base with one text encoder is a Stable Diffusion 2.x."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What an export is of: a title, each patch's id, concept and strength, and the day of the newest (YYYY-MM-DD), if known."""
+
+    title: str
+    patches: Sequence[tuple[str, str, float]] = ()
+    day: str = ""
+
+
+def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> dict[str, str]:
+    """The header of an export. `ranks` are those of the LoRA layers in it, none for a file of another kind."""
+    version, architecture = _family(base)
+    concepts = ", ".join(concept for _, concept, _ in about.patches)
+    patches = [{"id": id, "concept": concept, "strength": strength} for id, concept, strength in about.patches]
+    kind = "lora" if ranks else "weights"
+    found = {
+        "format": "pt",
+        KEY: canonical_json({"base": base.fingerprint, "format": format, "patches": patches}).decode(),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/{kind}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": about.title,
+        "modelspec.description": f"Erases {concepts or 'nothing by name'}; written by Overpaint {__version__}",
+        "modelspec.usage_hint": "Use at strength 1; at 0 what is erased comes back.",
+        "modelspec.tags": "concept erasure",
+        "modelspec.merged_from": ", ".join(id for id, _, _ in about.patches),
+        "modelspec.hash_sha256": f"0x{UNKNOWN}",
+        "sshs_model_hash": UNKNOWN,
+        "ss_base_model_version": version,
+        "ss_v2": str(version == "sd_v2"),
+        "ss_output_name": about.title,
+        **({"modelspec.date": about.day} if about.day else {}),
+    }
+    if ranks:
+        dim = str(max(ranks))
+        found |= {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": dim,
+            "ss_network_alpha": dim,
+            "ss_network_args": "{}",
+        }
+    return dict(sorted(found.items()))
+
+
+def sealed(header: Mapping[str, str], digest: str) -> dict[str, str]:
+    """A header with the digest of the bytes that follow it."""
+    return {key: text.replace(UNKNOWN, digest) if text.endswith(UNKNOWN) else text for key, text in header.items()}
+
+
+def _family(base: Base) -> tuple[str, str]:
+    """What kohya's scripts and the model specification call the architecture."""
+    if ENCODERS[1] in base.layout.components:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    width = base.places[base.projections(ENCODERS[0])[0]].shape[-1]
+    return ("sd_v2", "stable-diffusion-v2-768-v") if width >= WIDTH_OF_2 else ("sd_v1", "stable-diffusion-v1")
+
+
+# A safetensors file written in one pass: the header first, whose texts are sorted, then each array when it is computed.
+#
+# The same arrays and texts give the same bytes. The digest of everything after the header stands in the header too, and is
+# filled in at the end.
+
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class ArraySlot:
+    """An array's place in a file, known before its values."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot], arrays: Iterator[Tensor]) -> None:
+    """Write a new file whole or not at all; `arrays` come in the order of `slots`.
+
+    Raises AlreadyExists when `out` is there, OverpaintError when nothing can be written.
+    """
+    head = _head(header, slots)
+    with atomic_output(out) as scratch, scratch.open("xb") as file:
+        file.write(head)
+        digest = hashlib.sha256()
+        for slot, array in zip(slots, arrays, strict=True):
+            assert (array.dtype, tuple(array.shape)) == (slot.dtype, slot.shape), slot.key
+            data = raw_bytes(array)
+            digest.update(data)
+            file.write(data)
+        file.seek(0)
+        file.write(_head(sealed(header, digest.hexdigest()), slots))
+
+
+def _head(header: Mapping[str, str], slots: Sequence[ArraySlot]) -> bytes:
+    """The header with its length in front, padded to eight bytes."""
+    listed: dict[str, Any] = {"__metadata__": dict(header)}
+    position = 0
+    for slot in slots:
+        end = position + torch.Size(slot.shape).numel() * slot.dtype.itemsize
+        listed[slot.key] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": [position, end]}
+        position = end
+    text = canonical_json(listed)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+# What patches add to one tensor, in the form that a LoRA or a difference file can hold, and how far the stored form is off.
+#
+# Factors are kept as they are where that loses nothing beyond the rounding of the stored dtype: the text map's `down = D^T`,
+# `up = W0 U`, a low-rank patch's own. Factors of several patches stand side by side; more of them than the tensor has rows
+# or columns are reduced to as many without loss.
+
+
+ROUNDING = 2.0**-22
+"""Four roundings of float32. A stored change that is off by no more, as a part of itself, counts as exact."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's change as a file holds it (the arrays, in the file's dtype), the relative error that storing made, and how
+    many of the composed values come out differently when a reader adds it to the base."""
+
+    arrays: tuple[Tensor, ...]
+    error: float
+    differing: int
+    of: int
+
+    def padded(self, directions: int) -> Stored:
+        """Factors with so many directions, those that are missing zero; alpha is their number."""
+        down, up, _ = self.arrays
+        more = directions - len(down)
+        arrays = (pad(down, (0, 0, 0, more)), pad(up, (0, more)), torch.tensor(float(directions)))
+        return replace(self, arrays=arrays)
+
+
+def is_thin(plan: CompositionPlan, name: str) -> bool:
+    """Whether all that lies on a tensor is made of thin factors."""
+    thin = all(isinstance(part, TextMap | LowRank) for _, part in plan.pieces[name])
+    return thin and len(plan.base.places[name].shape) > 1
+
+
+def rank(plan: CompositionPlan, name: str) -> int:
+    """How many directions the factors of a tensor take in a file."""
+    shape = plan.base.places[name].shape
+    return min(sum(_directions_of(piece, name) for piece in plan.pieces[name]), shape[0], math.prod(shape[1:]))
+
+
+def _directions_of(piece: Piece, name: str) -> int:
+    part = piece[1]
+    assert isinstance(part, TextMap | LowRank)
+    return part.up.shape[1] if isinstance(part, TextMap) else part.factors[name][0].shape[1]
+
+
+def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
+    """down (r x in), up (out x r) and r of a tensor on which only thin factors lie; `directions` is its `rank`."""
+    up, down = _product(plan, name, plan.pieces[name], plan.original(name).values)
+    true = up @ down
+    found = [_stored(plan, name, true, (up, down), dtype)] if up.shape[1] == directions else []
+    if not found or found[0].error > ROUNDING:
+        # Factors that nearly cancel lose more to rounding than an orthonormal side does.
+        found.append(_stored(plan, name, true, _orthonormal(up, down), dtype))
+    return min(found, key=lambda each: each.error)
+
+
+def stored_truncated(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
+    """down, up and rank of any change, cut to so many directions."""
+    true = change(plan, name).reshape(plan.base.places[name].shape[0], -1)
+    up, values, down = leading(true, directions, rounds=8)
+    root = values.sqrt()
+    return _stored(plan, name, true, (up * root, root[:, None] * down), dtype)
+
+
+def stored_difference(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
+    """The change itself, of the tensor's shape."""
+    true = change(plan, name)
+    array = true.to(dtype)
+    return Stored((array,), _relative(array.double() - true, true), *_differing(plan, name, array.double()))
+
+
+def stored_nothing(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
+    """The change of a tensor on which nothing lies."""
+    return Stored((torch.zeros(plan.base.places[name].shape, dtype=dtype),), 0.0, 0, 0)
+
+
+def stored_whole(plan: CompositionPlan, name: str) -> Stored:
+    """The composed weight, in the base's dtype."""
+    value = plan.tensor(name)
+    return Stored((value,), 0.0, 0, value.numel())
+
+
+def change(plan: CompositionPlan, name: str) -> Tensor:
+    """What is added to a tensor, float64, of the tensor's shape.
+
+    Where patches have residual bits it is the difference that composing makes, since bits belong to one rounded result.
+    """
+    original = plan.original(name).values
+    if any(isinstance(part, Xor) for _, part in plan.pieces[name]):
+        return plan.tensor(name).double() - original.double()
+    total = torch.zeros(original.shape, dtype=torch.float64)
+    thin = [piece for piece in plan.pieces[name] if isinstance(piece[1], TextMap | LowRank)]
+    if thin:
+        up, down = _product(plan, name, thin, original)
+        total += (up @ down).reshape(original.shape)
+    for term, part in plan.pieces[name]:
+        if not isinstance(part, TextMap | LowRank):
+            total += part.tensors()[name].double() * term.strength
+    return total
+
+
+def _product(plan: CompositionPlan, name: str, pieces: Sequence[Piece], original: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of some pieces side by side, float64, strengths in `up`."""
+    ups, downs = [], []
+    for term, part in pieces:
+        if isinstance(part, TextMap):
+            columns = plan.base.columns(part.encoder, name)
+            down = torch.zeros(part.up.shape[1], original.shape[1], dtype=torch.float64)
+            down[:, columns] = part.down.double().T
+            ups.append(original[:, columns].double() @ part.up.double() * term.strength)
+            downs.append(down)
+        elif isinstance(part, LowRank):
+            up, thin = part.factors[name]
+            ups.append(up.double() * term.strength)
+            downs.append(thin.double())
+    return torch.cat(ups, 1), torch.cat(downs, 0)
+
+
+def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with orthonormal rows in `down`, and no more directions than `up` has rows."""
+    basis, rest = torch.linalg.qr(down.T)
+    up, down = up @ rest.T, basis.T
+    if up.shape[1] > up.shape[0]:
+        basis, rest = torch.linalg.qr(up)
+        up, down = basis, rest @ down
+    return up, down
+
+
+def _stored(plan: CompositionPlan, name: str, true: Tensor, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Stored:
+    up, down = (side.to(dtype) for side in pair)
+    held, alpha = up.double() @ down.double(), torch.tensor(float(up.shape[1]))
+    return Stored((down, up, alpha), _relative(held - true, true), *_differing(plan, name, held))
+
+
+def _relative(apart: Tensor, true: Tensor) -> float:
+    size = float(true.norm())
+    return float(apart.norm()) / size if size else float(bool(apart.any()))
+
+
+def _differing(plan: CompositionPlan, name: str, held: Tensor) -> tuple[int, int]:
+    """How many composed values differ when a reader adds what a file holds to the base's weight, and of how many."""
+    original, composed = plan.original(name).values, plan.tensor(name)
+    read = (original.double() + held.reshape(original.shape)).to(original.dtype)
+    return int((read != composed).sum()), composed.numel()
+
+
+# The formats that are written, and where each keeps a tensor's change.
+#
+# Every change gets the smallest form that a format's readers know: factors, a difference, or the whole weight. What has no
+# place in a format is refused; nothing is left out.
+
+
+class NotExportable(OverpaintError):
+    """Patches that a format has no place for."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format to write: who reads it, how it spells a base's modules, and what it has a place for.
+
+    `factors` are the endings of the keys of down, up and, in some, alpha; `differences` says whether readers also add
+    arrays, `whole` that it holds weights instead.
+    """
+
+    about: str
+    spelled: Callable[[Base], Mapping[str, str]]
+    factors: tuple[str, ...] = ()
+    differences: bool = False
+    whole: bool = False
+
+
+FORMATS: Mapping[str, Format] = {
+    "kohya": Format(
+        "LoRA for ComfyUI, A1111, Forge, kohya's scripts and diffusers",
+        dialects.kohya_written,
+        (".lora_down.weight", ".lora_up.weight", ".alpha"),
+    ),
+    "diffusers": Format(
+        "LoRA for diffusers and PEFT", dialects.diffusers_written, (".lora_A.weight", ".lora_B.weight")
+    ),
+    "comfy-diff": Format(
+        "LoRA where it fits and full differences elsewhere, for ComfyUI, A1111 and Forge",
+        dialects.kohya_written,
+        (".lora_down.weight", ".lora_up.weight", ".alpha"),
+        differences=True,
+    ),
+    "full": Format("the edited weights themselves, as erasers save them", dialects.weights_written, whole=True),
+}
+
+_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+"""The layers of a text encoder that readers of LoRAs know."""
+_OUTPUT = "self_attn.out_proj.weight"
+_LAYER, _NORM = {"weight": ".diff", "bias": ".diff_b"}, {"weight": ".w_norm", "bias": ".b_norm"}
+
+
+@dataclass(frozen=True)
+class TensorExport:
+    """One tensor's share of a file: where its arrays go, and how they are computed."""
+
+    name: str
+    slots: tuple[ArraySlot, ...]
+    make: Callable[[], Stored]
+
+
+def place(plan: CompositionPlan, format: str, dtype: torch.dtype, truncate: int | None) -> list[TensorExport]:
+    """Where a format keeps each changed tensor, sorted by module. Raises NotExportable when one has no place."""
+    if format not in FORMATS:
+        raise NotExportable(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    _refuse_placeless(plan, chosen, format, truncate)
+    found: dict[str, set[str]] = {}
+    for name in plan.names:
+        module, attribute = split(name)
+        found.setdefault(module, set()).add(attribute)
+    rank = max((_count_directions(plan, name, truncate) for name in plan.names), default=0)
+    placing = _Placing(plan, chosen, chosen.spelled(plan.base), dtype, truncate, rank)
+    pieces = [piece for module, attributes in sorted(found.items()) for piece in placing.pieces(module, attributes)]
+    return pieces if chosen.whole or chosen.differences else [*pieces, *placing.companions()]
+
+
+@dataclass(frozen=True)
+class _Placing:
+    plan: CompositionPlan
+    format: Format
+    spelled: Mapping[str, str]
+    dtype: torch.dtype
+    truncate: int | None
+    rank: int
+
+    def pieces(self, module: str, attributes: set[str]) -> Iterator[TensorExport]:
+        """The pieces of one module, of which these parameters change."""
+        names = [f"{module}.{attribute}" for attribute in sorted(attributes, reverse=True)]
+        if self.format.whole:
+            yield from (self._whole(name) for name in names)
+        elif not self.format.differences or (attributes == {"weight"} and is_thin(self.plan, names[0])):
+            yield from (self._factors(name) for name in names)
+        else:
+            # Readers know a difference of a bias beside one of the weight, so a weight that stays gets an empty one.
+            both = [name for name in (f"{module}.weight", f"{module}.bias") if name in self.plan.base.places]
+            is_norm = len(self.plan.base.places[both[0]].shape) == 1
+            yield from (
+                self._difference(name, is_norm) for name in (both if is_norm else dict.fromkeys([both[0], *names]))
+            )
+
+    def companions(self) -> Iterator[TensorExport]:
+        """A layer that does nothing for each text encoder of which the output of attention stays as it is.
+
+        By that layer diffusers finds out how the text encoder's keys are spelled; without one it refuses the file.
+        """
+        for encoder in ENCODERS:
+            changed = [name for name in self.plan.names if name.startswith(f"{encoder}/")]
+            if changed and not any(name.endswith(_OUTPUT) for name in changed):
+                every = (name for name in self.plan.base.names if name.startswith(f"{encoder}/"))
+                yield from (self._nothing(name) for name in every if name.endswith(f".0.{_OUTPUT}"))
+
+    def _whole(self, name: str) -> TensorExport:
+        module, attribute = split(name)
+        found = self.plan.base.places[name]
+        slot = ArraySlot(f"{self.spelled[module]}.{attribute}", DTYPES[found.entry.dtype], found.shape)
+        return TensorExport(name, (slot,), lambda: stored_whole(self.plan, name))
+
+    def _nothing(self, name: str) -> TensorExport:
+        slots = self._slots(name)
+        zeros = tuple(torch.zeros(slot.shape, dtype=slot.dtype) for slot in slots[:2])
+        return TensorExport(name, slots, lambda: Stored((*zeros, torch.tensor(float(self.rank))), 0.0, 0, 0))
+
+    def _factors(self, name: str) -> TensorExport:
+        directions = _count_directions(self.plan, name, self.truncate)
+        make = stored_factors if is_thin(self.plan, name) else stored_truncated
+        return TensorExport(
+            name, self._slots(name), lambda: make(self.plan, name, self.dtype, directions).padded(self.rank)
+        )
+
+    def _slots(self, name: str) -> tuple[ArraySlot, ...]:
+        """All layers get one rank, and so one alpha: not every reader keeps layers with different ones apart."""
+        shape, module = self.plan.base.places[name].shape, self.spelled[split(name)[0]]
+        down, up, *alpha = self.format.factors
+        return (
+            ArraySlot(f"{module}{down}", self.dtype, (self.rank, *shape[1:])),
+            ArraySlot(f"{module}{up}", self.dtype, (shape[0], self.rank, *(1,) * (len(shape) - 2))),
+            *(ArraySlot(f"{module}{ending}", torch.float32, ()) for ending in alpha),
+        )
+
+    def _difference(self, name: str, is_norm: bool) -> TensorExport:
+        module, attribute = split(name)
+        ending = (_NORM if is_norm else _LAYER)[attribute]
+        slot = ArraySlot(f"{self.spelled[module]}{ending}", self.dtype, self.plan.base.places[name].shape)
+        if name not in self.plan.pieces:
+            return TensorExport(name, (slot,), lambda: stored_nothing(self.plan, name, self.dtype))
+        return TensorExport(name, (slot,), lambda: stored_difference(self.plan, name, self.dtype))
+
+
+def _count_directions(plan: CompositionPlan, name: str, truncate: int | None) -> int:
+    """How many directions a tensor's factors have in a file; 0 where it gets none."""
+    shape = plan.base.places[name].shape
+    if is_thin(plan, name):
+        return rank(plan, name)
+    return min(truncate or 0, shape[0], math.prod(shape[1:])) if len(shape) > 1 else 0
+
+
+def _refuse_placeless(plan: CompositionPlan, chosen: Format, format: str, truncate: int | None) -> None:
+    spelled = chosen.spelled(plan.base)
+    refused = {
+        name: why for name in plan.names if (why := _placeless(plan, chosen, name, truncate, split(name)[0] in spelled))
+    }
+    if refused:
+        name, (reason, hint) = next(iter(refused.items()))
+        raise NotExportable(
+            f"{len(refused)} of {len(plan.names)} changed tensors have no place in a {format} file, first {name}: {reason}; "
+            f"{hint}"
+        )
+
+
+def _placeless(
+    plan: CompositionPlan, chosen: Format, name: str, truncate: int | None, has_name: bool
+) -> tuple[str, str] | None:
+    """Why a format has no place for a tensor's change and what else to do; None when it has one."""
+    module, attribute = split(name)
+    if chosen.whole:
+        return None
+    known = name.startswith(f"{UNET}/") or module.rpartition(".")[2] in _ENCODER_LAYERS
+    if not has_name or not known or attribute not in _LAYER:
+        return "no reader of this format has a name for it", "export as full, or build a checkpoint"
+    if chosen.differences:
+        return None
+    elsewhere = "export as comfy-diff or full, or build a checkpoint"
+    if attribute != "weight" or len(plan.base.places[name].shape) < 2:
+        return "a LoRA changes weights of linear layers and convolutions only", elsewhere
+    if truncate is None and not is_thin(plan, name):
+        return "its change is not of low rank", f"truncate it and be told the error, or {elsewhere}"
+    return None
+
 
 Report = Callable[[int, int, str], None]
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -101,7 +563,7 @@ def export(
     )
 
 
-def _arrays(pieces: list[Piece], made: dict[str, Stored], report: Report) -> Iterator[Tensor]:
+def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Report) -> Iterator[Tensor]:
     """Every array in turn, one tensor's at a time; what storing them cost is noted in `made`."""
     for step, piece in enumerate(pieces):
         report(step, len(pieces), piece.name)

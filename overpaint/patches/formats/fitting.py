@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from overpaint.patches.arithmetic import Change
-from overpaint.patches.blocks import Original, Target, Workspace
-from overpaint.patches.xor import residual
+from overpaint.patches.arithmetic import Original, ScratchBuffers, Target, TensorUpdate
+from overpaint.patches.delta import residual
 
 WIDEST = 128
 """Directions. An edit with more is kept as a difference; most are of rank 1 to 64."""
@@ -40,12 +39,12 @@ class Fitted:
     def laid_on(self, original: Tensor) -> Tensor:
         """A tensor with factors or array added, rounded to its dtype; without the bits."""
         found = torch.empty_like(original)
-        change = Change(
+        change = TensorUpdate(
             factors=() if self.factors is None else ((*self.factors, 1.0),),
             arrays=() if self.array is None else ((self.array, 1.0),),
         )
         with torch.inference_mode():
-            change.write(Target(Original(original, math.inf), found, Workspace()))
+            change.write(Target(Original(original, math.inf), found, ScratchBuffers()))
         return found
 
 

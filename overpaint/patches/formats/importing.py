@@ -15,16 +15,20 @@ from typing import Any
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.digests import dtype_name
-from overpaint.errors import NotFound
+from overpaint.bases.safetensors_file import dtype_name
+from overpaint.core.errors import NotFound
 from overpaint.patches.compose import Term, plan
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor
-from overpaint.patches.formats.dialect import ForeignFile, detect
-from overpaint.patches.formats.edits import Edit, Edits, Meaning, edits_of_checkpoint, edits_of_file
-from overpaint.patches.formats.files import open_weights
+from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, residual
+from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
 from overpaint.patches.formats.fitting import Fitted, fitted
-from overpaint.patches.formats.tables import DIALECTS
-from overpaint.patches.xor import residual
+from overpaint.patches.formats.reading import (
+    FileEdits,
+    Meaning,
+    TensorEdit,
+    edits_of_checkpoint,
+    edits_of_file,
+    open_weights,
+)
 
 Report = Callable[[int, int, str], None]
 LAYERS_SHOWN = 6
@@ -76,7 +80,7 @@ class Imported:
     """A delta, where it came from, how much of the file it covers, and how well it does what the file says."""
 
     delta: Delta
-    edits: Edits
+    edits: FileEdits
     changed: tuple[str, ...]
     proof: Proof
 
@@ -142,12 +146,12 @@ def import_weights(
     return Imported(delta, edits, tuple(sorted(fits)), _prove(base, delta, fits, edits, report))
 
 
-def _edits_of_file(base: Base, path: Path, options: Options) -> Edits:
+def _edits_of_file(base: Base, path: Path, options: Options) -> FileEdits:
     weights = open_weights(path)
     return edits_of_file(base, weights, detect(DIALECTS, base, weights.shapes), options.meaning, options.keep_rounding)
 
 
-def _fit(edit: Edit, tolerance: float) -> Fitted:
+def _fit(edit: TensorEdit, tolerance: float) -> Fitted:
     if isinstance(edit.change, tuple):
         return Fitted(factors=edit.change)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
@@ -170,7 +174,7 @@ def _delta(fits: Mapping[str, Fitted]) -> Delta:
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
-def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: Edits, report: Report) -> Proof:
+def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Report) -> Proof:
     """Compose the delta on the base, read the file once more, and compare."""
     planned = plan(base, [Term("", delta)])
     differing = of = 0

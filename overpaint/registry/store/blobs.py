@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from overpaint.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.store.files import FileInfo, Files, open_files
 
 DIGEST = re.compile(r"[0-9a-f]{64}")

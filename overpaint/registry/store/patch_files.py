@@ -7,12 +7,149 @@ it, so nothing but the id is needed to find all of it and to put the file togeth
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from overpaint.registry.store.blobs import BlobCorrupt, BlobMissing, BlobStore, digest_of
-from overpaint.registry.store.manifest import LIMIT, BadManifest, Manifest, read_json, read_manifest
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+from overpaint.registry.store.blobs import DIGEST, BlobCorrupt, BlobMissing, BlobStore, digest_of
+
+# The manifest of a patch, read without PyTorch: which arrays the patch has, and how they lie in its file.
+#
+# A patch file is a safetensors container: a header, with the manifest in its metadata, and then the arrays by name. All of
+# that follows from the manifest and the arrays, so those are what a store keeps.
+
+
+LIMIT = 8 << 20
+"""The most bytes a manifest may have."""
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+}
+LARGEST = 1 << 40
+LONGEST_NAME = 1000
+
+
+class BadManifest(OverpaintError):
+    """Bytes that are no manifest, or one that contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a patch as its manifest describes it; `digest` is over name, dtype, shape and bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values, in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def label(self) -> bytes:
+        """What is hashed before the values. Label and values are the array's blob, so its digest is the manifest's."""
+        return canonical_json([self.name, self.dtype, list(self.shape)])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest's canonical bytes, what they say, and the arrays they list, sorted by name."""
+
+    raw: bytes
+    content: Mapping[str, Any]
+    arrays: tuple[Array, ...]
+
+    @property
+    def id(self) -> str:
+        """The id of the patch."""
+        return hashlib.sha256(self.raw).hexdigest()
+
+    @property
+    def head(self) -> bytes:
+        """The beginning of the patch's file, up to the first array."""
+        header: dict[str, Any] = {"__metadata__": {"overpaint": self.raw.decode()}}
+        offset = 0
+        for array in self.arrays:
+            header[array.name] = {
+                "dtype": DTYPES[array.dtype][0],
+                "shape": list(array.shape),
+                "data_offsets": [offset, offset + array.nbytes],
+            }
+            offset += array.nbytes
+        head = canonical_json(header)
+        head += b" " * (-len(head) % 8)
+        return struct.pack("<Q", len(head)) + head
+
+    def named(self, digest: str) -> list[Array]:
+        """The arrays of this digest."""
+        return [array for array in self.arrays if array.digest == digest]
+
+
+def read_manifest(raw: bytes) -> Manifest:
+    """Read a manifest. Raises BadManifest for bytes that are not canonical JSON, and for arrays that cannot be."""
+    if len(raw) > LIMIT:
+        raise BadManifest(f"a manifest has at most {LIMIT} bytes; this one has {len(raw)}")
+    content = read_json(raw, "the manifest")
+    listed = content.get("arrays")
+    if not isinstance(listed, dict) or not listed:
+        raise BadManifest("the manifest lists no arrays; take the patch from its source again")
+    arrays = tuple(_array(name, listed[name]) for name in sorted(listed))
+    try:
+        if canonical_json(content) != raw:
+            raise BadManifest("the manifest is not in its canonical spelling; take the patch from its source again")
+    except (ValueError, RecursionError) as error:
+        raise BadManifest(f"the manifest holds what JSON cannot say ({error})") from error
+    return Manifest(raw, content, arrays)
+
+
+def read_json(raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object. Raises BadManifest for anything else."""
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadManifest(f"{what} is not UTF-8 text; take it from its source again") from error
+    except (ValueError, RecursionError) as error:
+        raise BadManifest(f"{what} is not JSON ({error}); take it from its source again") from error
+    if not isinstance(content, dict):
+        raise BadManifest(f"{what} is not a JSON object; take it from its source again")
+    return content
+
+
+def _array(name: str, entry: Any) -> Array:
+    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        raise BadManifest(f"the name of an array has 1 to {LONGEST_NAME} characters that print; got {shown!r}")
+    if name == "__metadata__" or not isinstance(entry, dict):
+        raise BadManifest(f"the manifest's array {shown!r} has no description; take the patch from its source again")
+    dtype, shape, digest = entry.get("dtype"), entry.get("shape"), entry.get("digest")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise BadManifest(f"the array {shown!r} has the dtype {dtype!r}, which no patch has")
+    if not isinstance(shape, list) or any(type(side) is not int or side < 0 for side in shape) or len(shape) > 16:
+        raise BadManifest(f"the array {shown!r} has no sensible shape; take the patch from its source again")
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+        raise BadManifest(f"the array {shown!r} has no digest of 64 hexadecimal digits")
+    array = Array(name, dtype, tuple(shape), digest)
+    if any(side > LARGEST for side in shape) or array.nbytes > LARGEST:
+        raise BadManifest(f"the array {shown!r} claims to be larger than {LARGEST >> 30} GiB")
+    return array
 
 
 @dataclass(frozen=True)

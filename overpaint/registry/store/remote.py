@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
-from overpaint.errors import OverpaintError
+from overpaint.core.errors import OverpaintError
 from overpaint.registry.store.files import FileInfo, Files, checked_parts, too_long
 
 # An object store shows an object when all of it has arrived. Elsewhere a file is visible while it is being written, so

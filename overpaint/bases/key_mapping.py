@@ -1,0 +1,204 @@
+"""How a single-file checkpoint spells a component's tensors: rules that are data (`spellings/*.json`).
+
+A rule is a pair of templates, the file's and diffusers'. `{i}` stands for a number, `{1+i}` for a number counted from
+one, `{rest}` for anything, any other name for a word. U-Net blocks are numbered through in such a file, so the canonical
+side may ask for `{block}` and `{layer}`, the quotient and remainder of `{at}` by the blocks per level; and decoder levels
+are numbered from the other end, so it may ask for `{mirror}`, `{i}` counted from the last. Where the canonical side is a
+list, the file keeps its tensors stacked in one, in equal parts from the first row down.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+_HOLE = re.compile(r"\{(?:(\d+)\+)?(\w+)\}")
+_NUMBERS = ("at", "i", "j", "mirror")
+
+
+@dataclass(frozen=True)
+class Template:
+    """One side of a rule, as found in a layout."""
+
+    text: str
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        parts, end = [], 0
+        for hole in _HOLE.finditer(self.text):
+            kind = "[0-9]{1,4}" if hole[2] in _NUMBERS else ".+" if hole[2] == "rest" else r"\w+"
+            parts += [re.escape(self.text[end : hole.start()]), f"(?P<{hole[2]}>{kind})"]
+            end = hole.end()
+        return re.compile("".join(parts) + re.escape(self.text[end:]))
+
+    @cached_property
+    def _counted_from(self) -> dict[str, int]:
+        return {hole[2]: int(hole[1] or 0) for hole in _HOLE.finditer(self.text)}
+
+    def match(self, key: str) -> dict[str, str | int] | None:
+        """What stands in the holes, numbers counted from zero; None when the key is another."""
+        found = self._pattern.fullmatch(key)
+        if found is None:
+            return None
+        values: dict[str, str | int] = {}
+        for hole, text in found.groupdict().items():
+            values[hole] = int(text) - self._counted_from[hole] if hole in _NUMBERS else text
+        return None if any(value == -1 for value in values.values()) else values
+
+    def filled(self, values: Mapping[str, str | int]) -> str:
+        """The text with these values in its holes, numbers counted from zero."""
+        found = self.text
+        for hole in _HOLE.finditer(self.text):
+            value = values[hole[2]]
+            found = found.replace(hole[0], value if isinstance(value, str) else str(value + int(hole[1] or 0)))
+        return found
+
+    def numbers(self, keys: Iterable[str]) -> set[int]:
+        """What stands in the one numeric hole, over all keys that fit."""
+        matches = (self.match(key) for key in keys)
+        return {int(value) for found in matches if found for hole, value in found.items() if hole in _NUMBERS}
+
+
+@dataclass(frozen=True)
+class KeyMapping:
+    """One component in a single file.
+
+    `prefix` starts its keys; `blocks` are rules for whole keys, the first that fits counts (none: the keys are
+    diffusers' own); `parts` are replacements within what they give. The first key like `level_end` has the number of
+    blocks per level; without one there is a single level, whose blocks `level_count` counts. `mirrored` counts the
+    decoder's levels. The others are glob patterns of keys without the prefix: `transposed` of matrices that the file keeps
+    the other way round, `convolutions` of those that it keeps as 1 x 1 convolutions, `unused` of tensors that the pipeline
+    does without; and, of whole keys, `copies` of what holds the component a second time.
+    """
+
+    prefix: str
+    blocks: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+    level_end: str = ""
+    level_count: str = ""
+    mirrored: str = ""
+    transposed: tuple[str, ...] = ()
+    convolutions: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+
+    @cached_property
+    def _rules(self) -> list[tuple[Template, tuple[str, ...]]]:
+        return [(Template(written), (name,) if isinstance(name, str) else name) for written, name in self.blocks]
+
+    def names(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """By key, diffusers' names of what it holds: one, or those of a stack from the top. Other keys are left out."""
+        local = {key: key.removeprefix(self.prefix) for key in keys if key.startswith(self.prefix)}
+        local = {key: text for key, text in local.items() if not _fits(text, self.unused)}
+        if not self.blocks:
+            return {key: (text,) for key, text in local.items()}
+        ends = Template(self.level_end).numbers(local.values())
+        per_level = min(ends, default=1 + max(Template(self.level_count).numbers(local.values()), default=0))
+        levels = 1 + max(Template(self.mirrored).numbers(local.values()), default=0)
+        found = {key: self._names(text, max(per_level, 1), levels) for key, text in local.items()}
+        return {key: names for key, names in found.items() if names}
+
+    def _names(self, key: str, per_level: int, levels: int) -> tuple[str, ...]:
+        for template, canonical in self._rules:
+            found = template.match(key)
+            if found is not None:
+                block, layer = divmod(int(found.get("at", 0)), per_level)
+                mirror = levels - 1 - int(found.get("i", 0))
+                holes = {**found, "block": block, "layer": layer, "mirror": mirror}
+                return tuple(self._with_parts(name.format(**holes)) for name in canonical)
+        return ()
+
+    def _with_parts(self, name: str) -> str:
+        for old, new in self.parts:
+            name = name.replace(old, new)
+        return name
+
+    def keys(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The way back: the keys that hold tensors of these names, for a component whose blocks are not numbered through.
+
+        Names that no rule gives are left out.
+        """
+        remaining = list(names)
+        if not self.blocks:
+            return {self.prefix + name: (name,) for name in remaining}
+        found: dict[str, tuple[str, ...]] = {}
+        rules = [(written, [Template(side) for side in canonical]) for written, canonical in self._rules]
+        matches = (sides[0].match(name) for _, sides in rules for name in remaining)
+        levels = 1 + max((int(values.get("mirror", 0)) for values in matches if values), default=0)
+        for written, sides in rules:
+            for name in list(remaining):
+                values = sides[0].match(name)
+                if values is not None:
+                    stack = tuple(side.filled(values) for side in sides)
+                    mirrored = {"i": levels - 1 - int(values["mirror"])} if "mirror" in values else {}
+                    found[self.prefix + self._without_parts(written.filled({**values, **mirrored}))] = stack
+                    remaining = [other for other in remaining if other not in stack]
+        return found
+
+    def _without_parts(self, key: str) -> str:
+        for old, new in self.parts:
+            key = key.replace(new, old)
+        return key
+
+    def is_transposed(self, key: str) -> bool:
+        """Whether the file keeps the matrix of this key the other way round than diffusers does."""
+        return bool(self.transposed) and _fits(key.removeprefix(self.prefix), self.transposed)
+
+    def is_convolution(self, key: str) -> bool:
+        """Whether the file keeps the matrix of this key as a 1 x 1 convolution."""
+        return bool(self.convolutions) and _fits(key.removeprefix(self.prefix), self.convolutions)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """One way of keeping a whole pipeline in a file: what such a file is called, how it spells each component, and which
+    published folder has the configuration and tokenizer that it lacks.
+
+    `holds` is a canonical name that a base must have to be written so; empty: any base of the layout.
+    """
+
+    about: str
+    config: str
+    spellings: Mapping[str, KeyMapping]
+    holds: str = ""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> SingleFile:
+        """As a layout writes it: each component names its spelling and may add to it or replace parts of it."""
+        components: Mapping[str, Any] = raw["components"]
+        found = {
+            name: KeyMapping(**{**_rules_of(rest["spelling"]), **_without(rest)}) for name, rest in components.items()
+        }
+        return cls(raw["about"], raw["config"], found, raw.get("holds", ""))
+
+    def lacking(self, keys: Collection[str]) -> list[str]:
+        """The beginnings that keys of such a file have and none of these has."""
+        prefixes = [spelling.prefix for spelling in self.spellings.values()]
+        return [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]
+
+
+def _rules_of(name: str) -> dict[str, Any]:
+    file = files("overpaint.bases").joinpath("spellings").joinpath(f"{name}.json")
+    rules: dict[str, Any] = frozen(json.loads(file.read_text("utf-8")))
+    return rules
+
+
+def _without(rest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rest.items() if key != "spelling"}
+
+
+def frozen(value: Any) -> Any:
+    """JSON with tuples for lists."""
+    if isinstance(value, list | tuple):
+        return tuple(frozen(item) for item in value)
+    return {key: frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,269 @@
+"""A safetensors file, read by offset: which tensors it holds and where their bytes lie, believed only when it all fits.
+
+Tensors are read, not mapped into memory: mapped pages would count as the program's own, and a file that is cut short
+beneath a mapping kills the program instead of raising. Only what passes by once, to be hashed, is mapped, a window at a
+time: copying it would take a sixth of the time that hashing takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+
+# Digests over canonical content (name, dtype, shape, little-endian bytes), never over a container file.
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16`, `bfloat16`, ...: the spelling digests and manifests use."""
+    return str(dtype).removeprefix("torch.")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, without a copy where there is no need of one."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    array: Any = flat.numpy()
+    return memoryview(array)
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """sha256 of one tensor under its canonical name."""
+    digest = hashlib.sha256(tensor_beginning(name, tensor.dtype, tensor.shape))
+    digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_beginning(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    """What a tensor's digest is over before its bytes."""
+    return canonical_json([name, dtype_name(dtype), list(shape)])
+
+
+HEADER_LIMIT = 16 << 20
+"""Bytes. The header of a whole Stable Diffusion is 0.2 MB; the format's own limit would let a file ask for gigabytes."""
+
+TENSOR_LIMIT, KEY_LIMIT = 30_000, 500
+"""Tensors in a file and letters in a key, so that nothing takes long to refuse. Stable Diffusion XL has 2,500 and 120."""
+
+WINDOW = 16 << 20
+"""Bytes that are mapped at a time."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+class BrokenFile(OverpaintError):
+    """A file that is no whole safetensors file: missing, cut short, or with a header that contradicts it."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its dtype as the format spells it, its shape, and its bytes from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An opened safetensors file: its tensors in file order, its metadata, and where the first tensor's bytes begin.
+
+    Two of them are equal when the file was not touched in between.
+    """
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    data_start: int
+    modified_ns: int
+
+    @classmethod
+    def open(cls, path: Path) -> SafetensorsFile:
+        """Read a file's header. Raises BrokenFile unless every byte of the file belongs to exactly one tensor."""
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                raw = _header(file, status.st_size, path)
+        except OSError as error:
+            raise BrokenFile(f"{path} cannot be read ({error.strerror})") from error
+        data_start = 8 + len(raw)
+        header = _parsed(raw, path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise _broken(path, "its metadata is not a map of texts")
+        found = {key: _entry(path, key, value, data_start) for key, value in header.items()}
+        entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
+        _refuse_gaps(path, entries, data_start, status.st_size)
+        return cls(path, entries, metadata, data_start, status.st_mtime_ns)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, as stored."""
+        return next(tensor for _, tensor in self.tensors([key]))
+
+    def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors one at a time, in file order, as stored. Raises BrokenFile when the file has become shorter."""
+        return self.read({key: self.entries[key] for key in keys})
+
+    def read(self, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors, or parts of them, one at a time under the names they are given here, in file order."""
+        with self._reading() as file:
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+                flat = torch.empty(entry.size, dtype=torch.uint8)
+                self._fill(file, entry.start, flat)
+                yield name, flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def beginning(self, entry: TensorEntry, values: int) -> Tensor:
+        """The first so many values of a tensor, flat."""
+        dtype = DTYPES[entry.dtype]
+        flat = torch.empty(min(entry.size, values * dtype.itemsize), dtype=torch.uint8)
+        with self._reading() as file:
+            self._fill(file, entry.start, flat)
+        return flat.view(dtype)
+
+    def passing(self, entries: Mapping[str, TensorEntry]) -> Generator[tuple[str, memoryview], None, None]:
+        """The bytes of tensors, each under its name and in order, in pieces that hold until the next one is asked for.
+
+        Raises BrokenFile when the file has become shorter.
+        """
+        start = stop = 0
+        with self._reading() as file, ExitStack() as window:
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+                position, end = entry.start, entry.start + entry.size
+                while position < end:
+                    if not start <= position < stop:
+                        window.close()
+                        start = position - position % mmap.ALLOCATIONGRANULARITY
+                        stop = min(start + WINDOW, os.fstat(file.fileno()).st_size)
+                        if position >= stop:
+                            raise _broken(self.path, "it ends early")
+                        mapped = mmap.mmap(file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start)
+                        view = window.enter_context(memoryview(window.enter_context(mapped)))
+                    with view[position - start : min(stop, end) - start] as piece:
+                        yield name, piece
+                    position = min(stop, end)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                yield file
+        except OSError as error:
+            raise BrokenFile(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def _fill(self, file: Any, start: int, flat: Tensor) -> None:
+        array: Any = flat.numpy()
+        view, position = memoryview(array), 0
+        file.seek(start)
+        # One call reads at most 2 GB.
+        while position < len(view):
+            got = file.readinto(view[position:])
+            if not got:
+                raise _broken(self.path, "it ends early")
+            position += got
+
+
+def _header(file: BinaryIO, size: int, path: Path) -> bytes:
+    start = file.read(8)
+    if len(start) < 8:
+        raise _broken(path, f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        raise _broken(path, f"its header would be {length} bytes long, the whole file has {size}")
+    if length > HEADER_LIMIT:
+        raise _broken(path, f"its header is {length >> 20} MB long, more than the {HEADER_LIMIT >> 20} MB this reads")
+    return file.read(length)
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    if raw.count(b"{") > TENSOR_LIMIT:
+        raise _broken(path, f"its header lists more than {TENSOR_LIMIT} things")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once_each)
+        if b"\\u" in raw:
+            json.dumps(header, ensure_ascii=False).encode(
+                "utf-8"
+            )  # an escaped lone surrogate could not be written back
+    except RecursionError as error:
+        raise _broken(path, "its header is nested too deeply") from error
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON: {str(error)[:80]}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a map of tensors")
+    return header
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def is_key(key: str) -> bool:
+    """Whether a key may name a tensor: nobody who takes it for a path, or prints it, is led elsewhere."""
+    return len(key) <= KEY_LIMIT and ".." not in key and key.isprintable()
+
+
+def _entry(path: Path, key: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"{key[:80]!r} has no dtype, shape and data_offsets") from error
+    if not is_key(key):
+        raise _broken(path, f"{key[:80]!r} is no name of a tensor")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise _broken(path, f"{key[:80]!r} has the dtype {str(code)[:20]!r}, which this program does not know")
+    # A shape with a zero in it may ask for anything; so much and no more can be laid out.
+    if not whole or len(shape) > 16 or math.prod(side or 1 for side in shape) >= 1 << 62:
+        raise _broken(path, f"{key[:80]!r} has a shape or offsets that are not plain counts")
+    if end - begin != math.prod(shape) * DTYPES[code].itemsize:
+        raise _broken(path, f"{key[:80]!r} has {end - begin} bytes, which its dtype and shape contradict")
+    return TensorEntry(code, tuple(shape), data_start + begin, end - begin)
+
+
+def _refuse_gaps(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
+    """Tensors must follow each other to the file's end: what no tensor names could hold anything."""
+    position = data_start
+    for key, entry in entries.items():
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise _broken(path, f"{key[:80]!r} {what}")
+        position += entry.size
+    if position != size:
+        raise _broken(path, f"its tensors end at byte {position}, the file at byte {size}")
+
+
+def _broken(path: Path, why: str) -> BrokenFile:
+    return BrokenFile(f"{path} cannot be read as safetensors ({why}); it is cut short or damaged: get it again")

@@ -1,0 +1,341 @@
+"""Prompts to embeddings: what comes through a door of a base when a word is used in a sentence."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.checkpoint import TensorLocation, read_tensors
+from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
+from overpaint.bases.loading import quiet_loading
+from overpaint.bases.safetensors_file import SafetensorsFile, TensorEntry
+from overpaint.core.errors import OverpaintError
+
+# The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
+#
+# Stable Diffusion XL's would take 3.3 GB. Their layers are read from the base's files each time a batch of prompts comes by,
+# turned into float32, used and dropped, and of the tokens' embeddings just those are read that the batch has. On two cores,
+# reading costs about a twentieth of what computing costs. Both ways compute the same from the same numbers: where batches are
+# equal, so are the bits.
+
+
+HELD = 600 << 20
+"""Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""
+
+BATCH, READ_BATCH = 128, 16
+"""Prompts at a time: for a text encoder of SD 1.x's size that is held, fewer for larger ones; and where layers are read."""
+
+_MODELS: dict[str, Any] = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
+
+
+class _Read(torch.nn.Module):
+    """A layer whose weights are there while it is used; `shell` has their shapes alone."""
+
+    def __init__(self, shell: torch.nn.Module, weights: Callable[[], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.shell, self.weights = shell, weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.shell, self.weights(), args, kwargs)
+
+
+class _Rows(torch.nn.Module):
+    """Embeddings of tokens, read when tokens come by; `place` is that of the matrix which has them as rows."""
+
+    def __init__(self, place: TensorLocation, container: SafetensorsFile) -> None:
+        super().__init__()
+        assert not place.transposed, "its rows would not lie together"
+        self.entry, self.container = place.entry, container
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        unique, which = tokens.unique(return_inverse=True)
+        size = self.entry.size // self.entry.shape[0]
+        rows = {
+            str(row): TensorEntry(self.entry.dtype, self.entry.shape[1:], self.entry.start + row * size, size)
+            for row in unique.tolist()
+        }
+        # They come in the order of the file, which is that of `unique`.
+        return torch.stack([row for _, row in self.container.read(rows)]).float()[which]
+
+
+def text_model(base: Base, component: str, device: torch.device | str) -> Any:
+    """A text encoder with the weights that the base has, whatever files they lie in, ready to be used.
+
+    What is held follows from the base and the kind of device alone, never from the memory there is. Raises BrokenBase for a
+    base that lacks one of its weights.
+    """
+    rules = base.layout.components[component]
+    kind = _MODELS[rules.model]
+    with quiet_loading():
+        config = CLIPTextConfig.from_pretrained(base.config_folder / component, local_files_only=True)
+        with torch.device("meta"):
+            shell = kind(config)
+        names = {key: f"{component}/{rules.canonical(key)}" for key in shell.state_dict()}
+        if lacking := sorted(set(names.values()) - base.places.keys()):
+            raise BrokenBase(
+                f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again"
+            )
+        # The memory of an accelerator is its own, and a layer would take longer to arrive there than to be used.
+        if torch.device(device).type != "cpu" or _size(base) <= HELD:
+            return _held(kind, config, base, names).to(device).eval()
+        return _streamed(kind, config, base, names, shell)
+
+
+def prompts_at_a_time(model: Any) -> int:
+    """How many prompts to hand to a text encoder at once, so that large ones need no more memory than small ones."""
+    if any(isinstance(layer, _Read) for layer in layers_of(model)):
+        return READ_BATCH
+    config = model.config
+    return max(1, min(BATCH, BATCH * 768 * 12 // int(config.hidden_size * config.num_hidden_layers)))
+
+
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    """The layers of a text encoder, wherever in the model they are."""
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def _size(base: Base) -> int:
+    """Bytes of all text encoders of a base in float32."""
+    components = {text_input.encoder for text_input in base.layout.text_inputs.values()}
+    return sum(4 * torch.Size(p.shape).numel() for name, p in base.places.items() if name.split("/")[0] in components)
+
+
+def _held(kind: Any, config: Any, base: Base, names: dict[str, str]) -> Any:
+    weights = base.tensors(names.values())
+    state = {key: weights[name] for key, name in names.items()}
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+
+
+def _streamed(kind: Any, config: Any, base: Base, names: dict[str, str], shell: Any) -> Any:
+    """The model without its layers and without the embeddings of tokens; in their place, such as are read."""
+    layers, where = layers_of(shell), _path_of_layers(shell)
+    inside = {key: name for key, name in names.items() if key.startswith(f"{where}.")}
+    bare = copy.deepcopy(config)
+    bare.num_hidden_layers = 0
+    model = _held(kind, bare, base, {key: name for key, name in names.items() if key not in inside}).eval()
+    model.config.num_hidden_layers = config.num_hidden_layers
+    words = model.get_input_embeddings()
+    (key,) = (key for key, held in model.named_parameters() if held is words.weight)
+    place = base.places[names[key]]
+    model.set_input_embeddings(_Rows(place, base.containers[place.file]))
+    held = layers_of(model)
+    for number, layer in enumerate(layers.eval()):
+        start = f"{where}.{number}."
+        part = {key.removeprefix(start): name for key, name in inside.items() if key.startswith(start)}
+        held.append(_Read(layer, _reading(base, part)))
+    return model
+
+
+def _path_of_layers(model: Any) -> str:
+    layers = layers_of(model)
+    where: str = next(path for path, module in model.named_modules() if module is layers)
+    return where
+
+
+def _reading(base: Base, names: dict[str, str]) -> Callable[[], dict[str, Tensor]]:
+    """Reads some weights of a base in float32, without keeping the base itself."""
+    places, containers = {key: base.places[name] for key, name in names.items()}, base.containers
+    return lambda: {key: stored.float() for key, stored in read_tensors(places, containers)}
+
+
+REMEMBERED = 64 << 20
+"""Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one."""
+
+
+class PromptTooLong(OverpaintError):
+    """A concept whose tokens lie past the end of what the text encoder reads."""
+
+
+class _OutputCache:
+    """The newest answers of some text encoders, by encoder and prompts: as many as fit into `REMEMBERED`."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._size = 0
+
+    def recall(self, asked: tuple[str, ...]) -> dict[str, Tensor] | None:
+        if asked in self._kept:
+            self._kept.move_to_end(asked)
+        return self._kept.get(asked)
+
+    def keep(self, asked: tuple[str, ...], found: dict[str, Tensor]) -> None:
+        size = _nbytes(found)
+        if size > REMEMBERED:
+            return
+        self.make_room(size)
+        self._kept[asked] = found
+        self._size += size
+
+    def make_room(self, size: int) -> None:
+        """Forget the oldest until so many bytes fit: before they are computed, or both would be in memory."""
+        while self._kept and self._size + size > REMEMBERED:
+            self._size -= _nbytes(self._kept.popitem(last=False)[1])
+
+
+def _nbytes(answer: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in answer.values())
+
+
+@dataclass
+class _BaseCache:
+    """What the doors of one text encoder share: its name, what each lets through, token ids by text, the newest answers."""
+
+    encoder: str
+    output: frozenset[str]
+    answers: _OutputCache
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class TextEncoder:
+    """A base's tokenizer and text tower in float32, on one device, heard through one door.
+
+    `says` is what the door lets through: the last hidden states, those before the last layer, or the pooled embedding.
+    """
+
+    tokenizer: CLIPTokenizer
+    model: Any
+    output: str
+    _memory: _BaseCache = field(repr=False)
+
+    @classmethod
+    def of(cls, base: Base, device: torch.device | str = "cpu", text_input: str = "text_encoder") -> TextEncoder:
+        """Load the text encoder behind a door of a base. Raises NotFound for a door the base lacks."""
+        return encoders(base, device, (text_input,))[text_input]
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a prompt is one embedding rather than one per token."""
+        return self.output == POOLED
+
+    @property
+    def width(self) -> int:
+        """Numbers in one embedding, d."""
+        return int(self.model.config.projection_dim if self.is_pooled else self.model.config.hidden_size)
+
+    @property
+    def length(self) -> int:
+        """Tokens in a padded prompt."""
+        return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text without begin, end and padding."""
+        # A concept's sentences share their beginnings, and a call of the tokenizer costs most of a millisecond.
+        if text not in self._memory.tokens:
+            self._memory.tokens[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._memory.tokens[text]
+
+    def hidden(self, prompts: Sequence[str]) -> Tensor:
+        """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
+
+        A prompt that occurs several times is encoded once.
+        """
+        unique = list(dict.fromkeys(prompts))
+        found = self._answers(unique)[self.output]
+        if len(unique) == len(prompts):
+            return found
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        return found[[place[prompt] for prompt in prompts]]
+
+    @torch.no_grad()
+    def _answers(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What every door of this encoder lets through.
+
+        The newest answers are kept: doors are asked in turn, and concepts are sent to the same sentences without them.
+        """
+        answers, asked = self._memory.answers, (self._memory.encoder, *prompts)
+        recalled = answers.recall(asked)
+        if recalled is not None:
+            return recalled
+        batch = prompts_at_a_time(self.model)
+        found: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), batch):
+            for output, part in self._forward(prompts[start : start + batch]).items():
+                if output not in found:
+                    found[output] = part.new_empty((len(prompts), *part.shape[1:]))
+                    answers.make_room(_nbytes(found))
+                found[output][start : start + batch] = part
+        answers.keep(asked, found)
+        return found
+
+    def _forward(self, prompts: list[str]) -> dict[str, Tensor]:
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).input_ids
+        wanted, before = self._memory.output, []
+        # Asked for hidden states, the model would keep those of every layer.
+        last = layers_of(self.model)[-1]
+        hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+        try:
+            found = self.model(ids.to(self.model.device))
+        finally:
+            hook.remove()
+        answers = {}
+        if LAST in wanted:
+            answers[LAST] = found.last_hidden_state
+        if PENULTIMATE in wanted:
+            answers[PENULTIMATE] = before[0]
+        if POOLED in wanted:
+            answers[POOLED] = found.text_embeds[:, None]
+        return answers
+
+    def first_position(self, template: str, word: str) -> int:
+        """The row of `hidden` from which a word in a template is heard: its first token's (begin-of-text is 0).
+
+        Where the embedding is pooled there is one row, 0. Raises PromptTooLong when the word would be cut off.
+        """
+        position = 1 + len(self.tokens(template.partition("{}")[0].strip()))
+        if position + len(self.tokens(word)) >= self.length:
+            raise PromptTooLong(
+                f"{word!r} in {template!r} ends past the {self.length} tokens this text encoder reads; use a shorter name"
+            )
+        return 0 if self.is_pooled else position
+
+    def words(self) -> list[str]:
+        """Every whole word of the tokenizer's vocabulary, sorted: the tokens of letters that end a word."""
+        ending = (token.removesuffix("</w>") for token in self.tokenizer.get_vocab() if token.endswith("</w>"))
+        return sorted(word for word in ending if len(word) > 1 and word.isalpha() and word.isascii())
+
+
+def encoders(
+    base: Base, device: torch.device | str = "cpu", text_inputs: Sequence[str] | None = None
+) -> dict[str, TextEncoder]:
+    """A text encoder for each door of a base (or each of `doors`), in order; doors of one model share it.
+
+    Asked for the same prompts one after the other, doors that share a model compute once. Raises NotFound for a door the
+    base lacks.
+    """
+    chosen = {name: base.text_input(name) for name in (base.text_inputs if text_inputs is None else text_inputs)}
+    found: dict[str, TextEncoder] = {}
+    answers = _OutputCache()
+    for name, text_input in chosen.items():
+        same = [other for other, spec in chosen.items() if spec.encoder == text_input.encoder]
+        if same[0] in found:
+            first = found[same[0]]
+            found[name] = TextEncoder(first.tokenizer, first.model, text_input.output, first._memory)
+        else:
+            memory = _BaseCache(text_input.encoder, frozenset(chosen[other].output for other in same), answers)
+            found[name] = TextEncoder(
+                _tokenizer(base, text_input), text_model(base, text_input.encoder, device), text_input.output, memory
+            )
+    return found
+
+
+def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:
+    with quiet_loading():
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+            base.config_folder / text_input.tokenizer, local_files_only=True
+        )
+    return tokenizer

@@ -1,0 +1,125 @@
+"""A file or folder that appears under its name whole, or not at all, and never in the place of another.
+
+It is written under a name of its own in the same folder, made durable, and renamed. A program that is killed leaves
+something that ends in `.partial`; nothing takes that for a checkpoint, and it can be deleted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from overpaint.core.errors import AlreadyExists, OverpaintError
+
+# What survives a power cut.
+
+
+def sync(path: Path) -> None:
+    """Return when the content of a file, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_HERE = -100
+_NO_REPLACE = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise AlreadyExists when anything is at `out`, a dangling link too."""
+    if os.path.lexists(out):
+        raise AlreadyExists(f"{out} is already there; choose a new name, or remove it first")
+
+
+@contextmanager
+def atomic_output(out: Path) -> Iterator[Path]:
+    """Within the block, a free name beside `out` at which to make a file or folder; at its end that becomes `out`.
+
+    Raises AlreadyExists when something is at `out` before the block or by its end, OverpaintError when the disk is full
+    or not writable. Then, and when the block raises, nothing is left behind, not even the folders made for it.
+    """
+    refuse_taken(out)
+    made: list[Path] = []
+    scratch = out.parent / f"{out.name[:150]}.{secrets.token_hex(6)}.partial"
+    try:
+        _make_folders(out.parent, made)
+        yield scratch
+        _sync_tree(scratch)
+        move_new(scratch, out)
+        made.clear()
+        with suppress(OSError):  # some file systems cannot sync a folder; then its durability is not ours to promise
+            sync(out.parent)
+    except OSError as error:
+        raise _explained(out, error) from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def move_new(source: Path, target: Path) -> None:
+    """Rename a file or folder unless something is at `target`, which raises AlreadyExists."""
+    try:
+        if not _rename_no_replace(source, target):
+            # Systems without that call. A link is refused where a name is taken; a folder is renamed over nothing but an
+            # empty folder.
+            if source.is_dir():
+                refuse_taken(target)
+                source.rename(target)
+            else:
+                os.link(source, target)
+                source.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise AlreadyExists(f"{target} appeared while it was being built; it was left as it is") from error
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise AlreadyExists(f"{target} appeared while it was being built; it was left as it is") from error
+        raise
+
+
+def _rename_no_replace(source: Path, target: Path) -> bool:
+    """Linux's `renameat2` with RENAME_NOREPLACE; False where the system or the file system lacks it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make a folder and those above it, noting each that was not there."""
+    if not folder.is_dir():
+        _make_folders(folder.parent, made)
+        folder.mkdir()
+        made.append(folder)
+
+
+def _sync_tree(path: Path) -> None:
+    for inner in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        sync(inner)
+
+
+def _explained(out: Path, error: OSError) -> OverpaintError:
+    why = error.strerror or str(error)
+    if error.errno in _FULL:
+        return OverpaintError(
+            f"there is no room for {out} ({why}); free some space or name another disk; nothing was left"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return OverpaintError(f"cannot write to {out.parent} ({why}); choose a folder you may write to")
+    return OverpaintError(f"building {out} stopped ({why}); nothing was left behind")

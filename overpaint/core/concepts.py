@@ -1,0 +1,84 @@
+"""What can be erased."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from overpaint.core.errors import OverpaintError
+
+KINDS = ("object", "style", "person", "unsafe")
+HOLE = "{}"
+"""Where a word stands in a sentence."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept: a name, what kind of thing it is, the words that call it up, and what it should become.
+
+    `synonyms` are further nouns for the same thing; erasing covers the name and all of them. `anchor` is the word (or
+    phrase) that replaces the concept; empty means nothing. `prompts` are sentences in which the concept occurs beside those
+    that every concept is asked in; each names one of the words, or has `{}` where any of them may stand. Raises
+    OverpaintError on an empty name, an unknown kind, an anchor that is the concept itself or a prompt without the concept.
+    """
+
+    name: str
+    kind: str = "object"
+    synonyms: tuple[str, ...] = ()
+    anchor: str = ""
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise OverpaintError("a concept needs a name; got an empty one")
+        if len(self.name) > 400:
+            raise OverpaintError(f"a concept's name has at most 400 characters; this one has {len(self.name)}")
+        if self.kind not in KINDS:
+            raise OverpaintError(f"unknown kind of concept {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.anchor and self.anchor.casefold() in {word.casefold() for word in self.words}:
+            raise OverpaintError(
+                f"the anchor of {self.name!r} is the concept itself; name something else, or leave it empty"
+            )
+        for prompt in self.prompts:
+            phrases_in(prompt, self.words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name and the synonyms, each once."""
+        return tuple(dict.fromkeys((self.name, *self.synonyms)))
+
+    @property
+    def phrases(self) -> tuple[tuple[str, str], ...]:
+        """The prompts as (sentence with `{}`, word that stands there); one that has `{}` itself, with every word."""
+        return tuple(pair for prompt in self.prompts for pair in phrases_in(prompt, self.words))
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back. Without prompts it has no such key: digests are over it."""
+        found = {"name": self.name, "kind": self.kind, "synonyms": list(self.synonyms), "anchor": self.anchor}
+        return {**found, "prompts": list(self.prompts)} if self.prompts else found
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Concept:
+        return cls(**{**data, "synonyms": tuple(data.get("synonyms", ())), "prompts": tuple(data.get("prompts", ()))})
+
+
+def phrases_in(prompt: str, words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """A prompt as pairs of a sentence with `{}` and the word that stands there.
+
+    Of several words that occur the longest is meant, and of several places the first. Raises OverpaintError for a prompt
+    that has none of the words, or other braces than one `{}`.
+    """
+    if HOLE in prompt and not set("{}") & set(prompt.replace(HOLE, "", 1)):
+        return tuple((prompt, word) for word in words)
+    if "{" in prompt or "}" in prompt:
+        raise OverpaintError(
+            f"the prompt {prompt!r} has braces; only one {HOLE} is understood, where the concept stands"
+        )
+    for word in sorted(words, key=len, reverse=True):
+        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
+        if found:
+            return ((prompt[: found.start()] + HOLE + prompt[found.end() :], found[0]),)
+    raise OverpaintError(
+        f"the prompt {prompt!r} does not name {words[0]!r}; use one of its words ({', '.join(words)}), or {HOLE} for any"
+    )

@@ -1,0 +1,93 @@
+"""What may be a name, and finding the one that was meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from overpaint.core.errors import NotFound, OverpaintError
+
+LONGEST_NAME = 400
+LONGEST_NOTE = 10_000
+# Control characters, halves of broken characters, line and paragraph separators: they spoil any table they appear in.
+UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def checked_name(name: str, what: str) -> str:
+    """`name` in Unicode's composed form, so that both spellings of "é" are one. Raises OverpaintError if unfit."""
+    # Composing makes a text shorter, by less than this; what is longer still is not worth the work.
+    composed = name if len(name) > 4 * LONGEST_NAME else unicodedata.normalize("NFC", name)
+    if not composed.strip():
+        raise OverpaintError(f"a {what} needs a name; got an empty one")
+    return _checked(composed, f"the name of a {what}", LONGEST_NAME)
+
+
+def checked_tag(tag: str) -> str:
+    """`tag` in lower case, so that two people mean one tag. Raises OverpaintError if unfit.
+
+    After the "@" of a recipe a number is a revision and anything else a tag, so a tag is no number and has no "@".
+    """
+    lowered = checked_name(tag, "tag").lower()
+    if "@" in lowered or lowered.isdecimal():
+        raise OverpaintError(f"a tag has no '@' and is not a number, because recipe@3 is a revision; got {tag!r}")
+    return lowered
+
+
+def checked_note(text: str, what: str) -> str:
+    """`text`, which may be empty or of several lines. Raises OverpaintError if it does not print or is far too long."""
+    _checked(text.replace("\n", " ").replace("\t", " "), what, LONGEST_NOTE)
+    return text
+
+
+def checked_id(id: str) -> str:
+    """`id` if it can be a patch's. Raises OverpaintError if it cannot."""
+    if not re.fullmatch(r"[0-9a-f]{64}", id):
+        raise OverpaintError(f"the id of a patch is 64 lower-case hexadecimal digits; got {quoted(id)}")
+    return id
+
+
+def checked_number(number: float, what: str) -> float:
+    """`number` as a float. Raises OverpaintError if it is not finite: SQLite would keep NaN as nothing."""
+    if not math.isfinite(number):
+        raise OverpaintError(f"{what} must be a finite number; got {number}")
+    return float(number)
+
+
+def checked_json(value: dict[str, Any], what: str) -> str:
+    """`value` as JSON text, keys sorted. Raises OverpaintError for what JSON cannot say."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OverpaintError(f"{what} cannot be written as JSON: {error}") from error
+
+
+def quoted(text: str) -> str:
+    """`text` in quotation marks for a message, cut when it is long."""
+    return repr(text) if len(text) <= 100 else f"{text[:80]!r}... ({len(text)} characters)"
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> NotFound:
+    """The error for a name that nothing answers to, with the nearest names that something does."""
+    by_folded = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=3)
+    if near:
+        hint = f"did you mean {' or '.join(repr(by_folded[each]) for each in near)}?"
+    elif by_folded:
+        hint = "there is " + ", ".join(repr(each) for each in list(by_folded.values())[:8])
+    else:
+        hint = f"the registry has no {what} yet"
+    return NotFound(f"no {what} answers to {name!r}; {hint}")
+
+
+def _checked(text: str, what: str, longest: int) -> str:
+    if len(text) > longest:
+        raise OverpaintError(f"{what} has at most {longest} characters; this one has {len(text)}")
+    for character in text:
+        if unicodedata.category(character) in UNPRINTABLE:
+            raise OverpaintError(f"{what} cannot contain {character!r}, which does not print")
+    return text

@@ -1,0 +1,465 @@
+"""The dialects that are read, in the order in which they are tried."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from overpaint.bases.base import Base
+from overpaint.core.errors import OverpaintError
+
+# The U-Net's modules as its first publication numbers them: `input_blocks`, `middle_block`, `output_blocks`.
+#
+# Layouts read checkpoints in this spelling; here is the way back, for the tools that name a LoRA's layers so.
+
+
+_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+def ldm_modules(modules: Collection[str]) -> dict[str, str]:
+    """The old name of each of a U-Net's modules, by diffusers' name (both without a component).
+
+    All modules of the U-Net must be given: blocks are numbered through. What has no old name is left out.
+    """
+    blocks = [found for module in modules if (found := _BLOCK.fullmatch(module))]
+    per_level = 2 + max((int(b[4]) for b in blocks if b[1] == "down" and b[3] == "resnets"), default=0)
+    attended = {int(b[2]) for b in blocks if b[1] == "up" and b[3] == "attentions"}
+    names = {module: _name(module, per_level, attended) for module in modules}
+    return {module: name for module, name in names.items() if name is not None}
+
+
+def _name(module: str, per_level: int, attended: set[int]) -> str | None:
+    if module in _ENDS:
+        return _ENDS[module]
+    if found := _MIDDLE.fullmatch(module):
+        part, number, rest = found[1], int(found[2]), found[3]
+        return f"middle_block.{2 * number}.{_RESNET[rest]}" if part == "resnets" else f"middle_block.1.{rest}"
+    found = _BLOCK.fullmatch(module)
+    if found is None:
+        return None
+    side, block, part, layer, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
+    if part == "downsamplers":
+        return f"input_blocks.{per_level * (block + 1)}.0.op"
+    if part == "upsamplers":
+        return f"output_blocks.{per_level * (block + 1) - 1}.{1 + (block in attended)}.conv"
+    at = per_level * block + layer + (side == "down")
+    inner = f"0.{_RESNET[rest]}" if part == "resnets" else f"1.{rest}"
+    return f"{'input' if side == 'down' else 'output'}_blocks.{at}.{inner}"
+
+
+# The modules of a base, by the names that tools give them: looked up, never guessed from a key's look.
+
+
+UNET = "unet"
+ENCODERS = ("text_encoder", "text_encoder_2")
+INNER = "text_model."
+"""What text encoders' names began with, and canonical names still do."""
+
+
+def modules_of(base: Base) -> Mapping[str, tuple[str, ...]]:
+    """The local names of each component's modules, sorted, by component."""
+    found: dict[str, set[str]] = {}
+    for name in base.names:
+        component, _, local = name.partition("/")
+        found.setdefault(component, set()).add(local.rpartition(".")[0])
+    return {component: tuple(sorted(modules)) for component, modules in found.items()}
+
+
+def split(name: str) -> tuple[str, str]:
+    """A canonical tensor name as module and attribute: `unet/conv_in.weight` is `unet/conv_in` and `weight`."""
+    module, _, attribute = name.rpartition(".")
+    return module, attribute
+
+
+def unet_modules(base: Base) -> Iterator[tuple[str, str]]:
+    """Canonical and local name of every module of the U-Net."""
+    return ((f"{UNET}/{local}", local) for local in modules_of(base).get(UNET, ()))
+
+
+def ldm_unet_modules(base: Base) -> Iterator[tuple[str, str]]:
+    """Canonical name and old local name of every module of the U-Net that has one."""
+    return ((f"{UNET}/{local}", name) for local, name in ldm_modules(modules_of(base).get(UNET, ())).items())
+
+
+def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
+    """Canonical and local name of every module of a text encoder: as it is, and without what newer libraries drop."""
+    for local in modules_of(base).get(encoder, ()):
+        yield f"{encoder}/{local}", local
+        if local.startswith(INNER):
+            yield f"{encoder}/{local}", local.removeprefix(INNER)
+
+
+def lookup(spelled: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Canonical module by spelled name, from pairs (canonical, spelled). A name that could mean two modules is left out."""
+    found: dict[str, str] = {}
+    unsure = set()
+    for module, name in spelled:
+        if found.setdefault(name, module) != module:
+            unsure.add(name)
+    return {name: module for name, module in found.items() if name not in unsure}
+
+
+# A dialect: how one family of tools spells layers and what the tensors in its files mean.
+#
+# A key is a module's name and an ending. The ending says what role a tensor has in the change of one of the module's
+# parameters; the name is looked up among those the dialect gives the base's own modules. A file is of the dialect that
+# explains most of its keys.
+
+
+Role = Literal["down", "up", "mid", "alpha", "difference", "value"]
+Endings = Mapping[str, tuple[Role, str]]
+"""What a key's ending means: the tensor's role, and the attribute of the module that it is about."""
+
+
+class ForeignFile(OverpaintError):
+    """A file of another tool that cannot be imported: unknown, unsafe, for another base, or of a kind no patch can hold."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One dialect: its name, what its endings mean, and by which names it knows a base's modules.
+
+    `spelled` gives canonical module by spelled name.
+    """
+
+    name: str
+    endings: Endings
+    spelled: Callable[[Base], Mapping[str, str]]
+
+    def read(self, base: Base, keys: Collection[str]) -> FileReading:
+        """What the keys of a file mean in this dialect."""
+        modules, endings = self.spelled(base), sorted(self.endings, key=len, reverse=True)
+        parts: dict[str, dict[Role, str]] = {}
+        unmatched = []
+        for key in keys:
+            ending = next((each for each in endings if key.endswith(each)), None)
+            module = modules.get(key.removesuffix(ending)) if ending else None
+            if ending is None or module is None:
+                unmatched.append(key)
+                continue
+            role, attribute = self.endings[ending]
+            roles = parts.setdefault(f"{module}.{attribute}", {})
+            if role in roles:
+                raise ForeignFile(f"{roles[role]} and {key} are about the same layer; take away the one not meant")
+            roles[role] = key
+        return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched))
+
+
+@dataclass(frozen=True)
+class FileReading:
+    """A file's keys explained: by canonical tensor name, the key in each role; and the keys left over."""
+
+    dialect: Dialect
+    parts: Mapping[str, Mapping[Role, str]] = field(repr=False)
+    unmatched: tuple[str, ...]
+    matched: int
+
+
+UNREAD: Mapping[str, tuple[str, ...]] = {
+    "DoRA": (
+        "dora_scale",
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.weight",
+        "lora_magnitude_vector.default.weight",
+    ),
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "OFT or BOFT": ("oft_blocks", "oft_diag"),
+    "OFT": ("oft_r", "oft_s", "oft_R.weight"),
+    "BOFT": ("boft_R", "boft_s"),
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+    "IA3": ("on_input", "ia3_l"),
+    "VeRA": ("vera_lambda_b", "vera_lambda_d"),
+    "AdaLoRA": ("lora_E", "ranknum"),
+    "FourierFT": ("fourierft_spectrum",),
+    "HRA": ("hra_u",),
+    "ComfyUI's set_weight": ("set_weight",),
+    "ComfyUI's reshape_weight": ("reshape_weight",),
+}
+"""What is known and yet not read, by what its keys end in."""
+
+_ALGORITHMS = {f".{ending}": algorithm for algorithm, endings in UNREAD.items() for ending in endings}
+_UNREAD_ENDINGS = tuple(_ALGORITHMS)
+
+
+def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> FileReading:
+    """The reading that explains most keys; the earlier dialect of two that explain as many.
+
+    Raises ForeignFile when none explains any, or for an algorithm whose change is not read.
+    """
+    for key in keys:
+        if key.endswith(_UNREAD_ENDINGS):
+            algorithm = next(name for ending, name in _ALGORITHMS.items() if key.endswith(ending))
+            raise ForeignFile(
+                f"{_short(key)} is a tensor as {algorithm} names them, and {algorithm} is not read; merge the file into a "
+                "checkpoint with the tool it comes from, and import the checkpoint"
+            )
+    best = max((dialect.read(base, keys) for dialect in dialects), key=lambda reading: reading.matched)
+    if not best.matched:
+        known = ", ".join(dialect.name for dialect in dialects)
+        example = f", such as {_short(min(keys))}" if keys else ""
+        raise ForeignFile(
+            f"none of its {len(keys)} keys{example}, names a layer of the base at {base.path} in any dialect ({known}); it may "
+            "be for another architecture"
+        )
+    return best
+
+
+def _short(key: str) -> str:
+    return repr(key if len(key) <= 100 else f"{key[:80]}...")
+
+
+# The LoRA files of diffusers, today's (`unet.….to_k.lora_A.weight`) and its older ones, and PEFT's adapters.
+#
+# Today's header or `adapter_config.json` may say by how much the factors count; `AdapterConfig` reads it. Older files name
+# the attention processor instead of the layer (`….attn2.processor.to_k_lora.down.weight`).
+
+
+HEADER = "lora_adapter_metadata"
+
+DIFFUSERS_ENDINGS: Endings = {
+    ".lora_A.weight": ("down", "weight"),
+    ".lora_B.weight": ("up", "weight"),
+    ".lora_A.default.weight": ("down", "weight"),
+    ".lora_B.default.weight": ("up", "weight"),
+    ".lora.down.weight": ("down", "weight"),
+    ".lora.up.weight": ("up", "weight"),
+    ".lora_linear_layer.down.weight": ("down", "weight"),
+    ".lora_linear_layer.up.weight": ("up", "weight"),
+    "_lora.down.weight": ("down", "weight"),
+    "_lora.up.weight": ("up", "weight"),
+    ".alpha": ("alpha", "weight"),
+}
+_PROJECTIONS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}
+_ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def _diffusers_names(base: Base) -> Iterator[tuple[str, str]]:
+    for module, local in unet_modules(base):
+        yield module, f"unet.{local}"
+        for layer, old in _PROJECTIONS.items():
+            if local.endswith(f".{layer}"):
+                block = f"unet.{local.removesuffix(layer)}"
+                yield module, f"{block}processor.{old}"
+                yield module, f"{block}{old}"
+    for encoder in ENCODERS:
+        for module, local in encoder_modules(base, encoder):
+            yield module, f"{encoder}.{local}"
+            parent, _, layer = local.rpartition(".")
+            if layer in _ENCODER_PROJECTIONS:
+                yield module, f"{encoder}.{parent}.{_ENCODER_PROJECTIONS[layer]}"
+
+
+def _bare(base: Base) -> Iterator[tuple[str, str]]:
+    """Names without a component: of attention processors that were saved alone."""
+    return ((module, name.removeprefix("unet.")) for module, name in _diffusers_names(base) if name.startswith("unet."))
+
+
+def _peft_names(base: Base) -> Iterator[tuple[str, str]]:
+    for module, local in unet_modules(base):
+        yield module, f"base_model.model.{local}"
+    for encoder in ENCODERS:
+        for module, local in encoder_modules(base, encoder):
+            yield module, f"base_model.model.{local}"
+
+
+def diffusers_written(base: Base) -> dict[str, str]:
+    """The name under which diffusers finds a module, by canonical module."""
+    found = {module: f"unet.{local}" for module, local in unet_modules(base)}
+    for encoder in ENCODERS:
+        found.update({module: module.replace("/", ".", 1) for module, _ in encoder_modules(base, encoder)})
+    return found
+
+
+DIFFUSERS = Dialect("diffusers LoRA", DIFFUSERS_ENDINGS, lambda base: lookup(_diffusers_names(base)))
+PROCESSORS = Dialect("diffusers attention processors", DIFFUSERS_ENDINGS, lambda base: lookup(_bare(base)))
+PEFT = Dialect("PEFT adapter", DIFFUSERS_ENDINGS, lambda base: lookup(_peft_names(base)))
+
+_UNREAD = ("use_dora", "fan_in_fan_out", "lora_bias", "megatron_config", "layer_replication")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """By how much the factors of an adapter count: its alpha over the rank, unless a pattern names a module."""
+
+    alpha: float
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    by_root: bool = False
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> AdapterConfig:
+        """Of a LoraConfig. Raises ForeignFile for what it asks for beyond a plain LoRA."""
+        kind = raw.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise ForeignFile(f"its configuration is of a {kind} adapter; only LORA is read")
+        if asked := [name for name in _UNREAD if raw.get(name)]:
+            raise ForeignFile(f"its configuration asks for {', '.join(asked)}, which is not read; merge it first")
+        try:
+            alphas = {str(name): float(alpha) for name, alpha in (raw.get("alpha_pattern") or {}).items()}
+            found = cls(float(raw["lora_alpha"]), alphas, bool(raw.get("use_rslora", False)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ForeignFile(f"its configuration is not that of a LoRA ({error}); get the file again") from error
+        if unclear := [name for name in alphas if not re.fullmatch(r"\^?[\w.]+", name)]:
+            raise ForeignFile(f"its alpha_pattern {unclear[0][:80]!r} is more than a module's name, which is not read")
+        return found
+
+    def scale(self, module: str, rank: int) -> float:
+        """What the product of a module's factors is multiplied by. `module` is the name without a component."""
+        alpha = self.alpha
+        for name, other in self.alphas.items():
+            if module == name.removeprefix("^") or (name[0] != "^" and module.endswith(f".{name}")):
+                alpha = other
+                break
+        return alpha / (rank**0.5 if self.by_root else rank)
+
+
+def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
+    """The configuration of each component's adapter, as diffusers writes them into a file's header; most have none."""
+    if HEADER not in metadata:
+        return {}
+    try:
+        flat = json.loads(metadata[HEADER])
+        by_component: dict[str, dict[str, Any]] = {}
+        for name, value in flat.items():
+            component, _, setting = name.partition(".")
+            by_component.setdefault(component, {})[setting] = value
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ForeignFile(f"its header's {HEADER} is not JSON ({error}); get the file again") from error
+    return {component: AdapterConfig.from_json(raw) for component, raw in by_component.items()}
+
+
+# kohya's LoRA files, the only LoRA that diffusers, ComfyUI, A1111 and sd-scripts all read; and LyCORIS's full differences.
+#
+# Layers are named with underscores: `lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k`. SPM, LECO and
+# concept sliders write the same, ComfyUI and A1111 read the differences too.
+
+
+_PREFIXES = {"text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+
+KOHYA_ENDINGS: Endings = {
+    ".lora_down.weight": ("down", "weight"),
+    ".lora_up.weight": ("up", "weight"),
+    ".lora_mid.weight": ("mid", "weight"),
+    ".alpha": ("alpha", "weight"),
+    ".diff": ("difference", "weight"),
+    ".diff_b": ("difference", "bias"),
+    ".w_norm": ("difference", "weight"),
+    ".b_norm": ("difference", "bias"),
+}
+
+
+def _spelled(base: Base) -> Mapping[str, str]:
+    return lookup(_kohya_names(base))
+
+
+def _kohya_names(base: Base) -> Iterator[tuple[str, str]]:
+    for module, local in (*unet_modules(base), *ldm_unet_modules(base)):
+        yield module, _underscored("lora_unet", local)
+    for encoder in ENCODERS:
+        for module, local in encoder_modules(base, encoder):
+            for prefix in _PREFIXES[encoder]:
+                yield module, _underscored(prefix, local)
+
+
+def kohya_written(base: Base) -> dict[str, str]:
+    """The name under which every reader finds a module, by canonical module.
+
+    For SDXL, trained on the U-Net as first published, the old names of its modules; diffusers' for all others.
+    """
+    is_xl = ENCODERS[1] in base.layout.components
+    unet = ldm_unet_modules(base) if is_xl else unet_modules(base)
+    found = {module: _underscored("lora_unet", local) for module, local in unet}
+    prefixes = {ENCODERS[0]: "lora_te1" if is_xl else "lora_te", ENCODERS[1]: "lora_te2"}
+    for encoder, prefix in prefixes.items():
+        for module, _ in encoder_modules(base, encoder):
+            found[module] = _underscored(prefix, module.partition("/")[2])
+    return found
+
+
+def _underscored(prefix: str, local: str) -> str:
+    return f"{prefix}_{local.replace('.', '_')}"
+
+
+KOHYA = Dialect("kohya LoRA", KOHYA_ENDINGS, _spelled)
+
+
+# ComfyUI's own spelling of LoRA and full differences: the names that weights have in its memory.
+#
+# `diffusion_model.input_blocks.1.1.….attn2.to_k.diff`, `text_encoders.clip_l.transformer.text_model.….fc1.lora_up.weight`.
+
+
+_TOWERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
+
+
+def _comfy_names(base: Base) -> Iterator[tuple[str, str]]:
+    for module, local in ldm_unet_modules(base):
+        yield module, f"diffusion_model.{local}"
+    for encoder in ENCODERS:
+        for module, local in encoder_modules(base, encoder):
+            for text_encoder in _TOWERS[encoder]:
+                yield module, f"text_encoders.{text_encoder}.transformer.{local}"
+
+
+COMFY = Dialect("ComfyUI LoRA", {**KOHYA_ENDINGS, **DIFFUSERS_ENDINGS}, lambda base: lookup(_comfy_names(base)))
+
+
+# Edited weights themselves, as most erasers save them: ESD, UCE, Concept Ablation, whole U-Nets, whole state dicts.
+#
+# Names are diffusers' (a U-Net's without any prefix) or those of the first publication.
+
+
+WEIGHTS_ENDINGS: Endings = {".weight": ("value", "weight"), ".bias": ("value", "bias")}
+
+
+def _weights_names(base: Base) -> Iterator[tuple[str, str]]:
+    for module, local in unet_modules(base):
+        yield module, local
+        yield module, f"unet.{local}"
+    for module, local in ldm_unet_modules(base):
+        yield module, f"model.diffusion_model.{local}"
+        yield module, f"diffusion_model.{local}"
+    for encoder in ENCODERS:
+        for module, local in encoder_modules(base, encoder):
+            yield module, f"{encoder}.{local}"
+            if local.startswith(INNER):
+                yield module, local
+    for module, local in encoder_modules(base, ENCODERS[0]):
+        yield module, f"cond_stage_model.transformer.{local}"
+    for local in modules_of(base).get("vae", ()):
+        yield f"vae/{local}", f"vae.{local}"
+
+
+def weights_written(base: Base) -> dict[str, str]:
+    """The name that erasers give a module, by canonical module: a U-Net's own, another component's with its prefix."""
+    return {
+        f"{component}/{local}": local if component == "unet" else f"{component}.{local}"
+        for component, modules in modules_of(base).items()
+        for local in modules
+    }
+
+
+WEIGHTS = Dialect("edited weights", WEIGHTS_ENDINGS, lambda base: lookup(_weights_names(base)))
+
+
+DIALECTS: tuple[Dialect, ...] = (KOHYA, DIFFUSERS, PEFT, PROCESSORS, COMFY, WEIGHTS)

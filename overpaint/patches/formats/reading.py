@@ -1,0 +1,385 @@
+"""What another tool's file makes of a base, tensor by tensor: the value from which it starts, and the one it wants there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.bases.layout import UnknownLayout
+from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, dtype_name
+from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
+from overpaint.patches.delta import FLOATS, all_finite, identical
+from overpaint.patches.formats.dialects import AdapterConfig, FileReading, ForeignFile, Role, configs_of
+
+# What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
+#
+# Nothing in a file is believed or run: safetensors are read as every container here is, pickles through
+# `torch.load(weights_only=True)` and mapped into memory; keys stay names and never become paths.
+
+
+PICKLES = (*SUFFIXES, ".bin")
+ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
+_IN_FOLDER = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+)
+_ADAPTER_CONFIG_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """An opened file: dtype and shape by key, the texts of its header, and what an adapter's configuration says.
+
+    `configs` has it by component, or under "" where it is about whatever component the keys name.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
+    metadata: Mapping[str, str]
+    configs: Mapping[str, AdapterConfig]
+    _tensor: Callable[[str], Tensor] = field(repr=False)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor. Raises ForeignFile unless it is of floating point and all its values are finite."""
+        dtype = self.shapes[key][0]
+        if dtype not in FLOATS:
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} is {dtype_name(dtype)}; what changes a weight is float16, bfloat16, float32 or "
+                "float64: convert the file first"
+            )
+        values = self._tensor(key)
+        if not all_finite(values):
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} has values that are not finite; nothing can be made of it"
+            )
+        return values
+
+
+def open_weights(path: Path) -> ForeignWeights:
+    """Open a file, or the weights in an adapter's or a model's folder.
+
+    Raises BrokenFile for a file that is damaged or would have to run a program, ForeignFile
+    for one of another kind.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix in PICKLES:
+        return _of_pickle(path)
+    if path.suffix != ".safetensors":
+        raise ForeignFile(
+            f"{path.name} is none of the files known here: .safetensors, {', '.join(PICKLES)}, or a folder"
+        )
+    container = SafetensorsFile.open(path)
+    return _of_container(container, configs_of(container.metadata))
+
+
+def _of_folder(folder: Path) -> ForeignWeights:
+    adapter = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
+    if adapter is not None:
+        opened = open_weights(adapter)
+        return ForeignWeights(folder, opened.shapes, opened.metadata, {"": _config(folder / CONFIG)}, opened._tensor)
+    found = [folder / name for name in _IN_FOLDER if (folder / name).is_file()]
+    if len(found) != 1:
+        raise ForeignFile(
+            f"{folder} is no folder of a pipeline, of an adapter ({ADAPTER[0]} with {CONFIG}) or of one model "
+            f"({', '.join(_IN_FOLDER)}); name a file in it"
+        )
+    return open_weights(found[0])
+
+
+def _config(file: Path) -> AdapterConfig:
+    try:
+        if file.stat().st_size > _ADAPTER_CONFIG_LIMIT:
+            raise ForeignFile(f"{file} is larger than any configuration; get the adapter again")
+        raw = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ForeignFile(
+            f"{file} cannot be read ({error}); without it nobody knows how much the adapter counts"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ForeignFile(f"{file} is not the configuration of an adapter; get it again")
+    return AdapterConfig.from_json(raw)
+
+
+def _of_container(container: SafetensorsFile, configs: Mapping[str, AdapterConfig]) -> ForeignWeights:
+    shapes = {key: (DTYPES[entry.dtype], entry.shape) for key, entry in container.entries.items()}
+    return ForeignWeights(container.path, shapes, container.metadata, configs, container.tensor)
+
+
+def _of_pickle(path: Path) -> ForeignWeights:
+    container = PickledCheckpoint.open(path)
+    if container.entries:
+        return _of_container(container, {})
+    values = _nested(path)
+    shapes = {key: (value.dtype, tuple(value.shape)) for key, value in values.items()}
+    return ForeignWeights(path, shapes, {}, {}, lambda key: values[key].detach().clone())
+
+
+def _nested(path: Path) -> dict[str, Tensor]:
+    """The tensors of a map of state dicts, such as `{"unet": {...}, "text_encoder": {...}}`, by dotted key.
+
+    The file was opened as a PickledContainer before, so that it is no bomb and builds nothing but tensors.
+    """
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    parts = loaded.items() if isinstance(loaded, dict) else ()
+    found = {
+        f"{name}.{key}": value
+        for name, part in parts
+        if isinstance(part, dict)
+        for key, value in part.items()
+        if isinstance(value, Tensor)
+    }
+    for key, value in found.items():
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            raise BrokenFile(f"{path}: {key[:80]} is not a plain tensor; get the file again")
+    return found
+
+
+# The factors of a LoRA as a patch keeps them: two matrices whose product is the change, with nothing left to multiply.
+
+
+Pair = tuple[Tensor, Tensor]
+"""up (out x r) and down (r x in)."""
+
+
+def factors(weights: ForeignWeights, name: str, keys: Mapping[Role, str], shape: tuple[int, ...]) -> Pair | None:
+    """The factors of one weight of a shape, None where their product is zero.
+
+    A convolution's kernel counts as the matrix out x (in h w). Alpha over rank, or what a configuration says, is folded
+    into `up`; where a file says neither, the factors count as they are. Raises ForeignFile when they do not fit.
+    """
+    shapes = {role: weights.shapes[key][1] for role, key in keys.items()}
+    if missing := {"up", "down"} - keys.keys():
+        raise ForeignFile(
+            f"{weights.path.name} has {next(iter(keys.values()))} without the factor {missing.pop()!r}; it is incomplete: get "
+            "it again"
+        )
+    if not _fit(shapes, shape):
+        found = " and ".join(str(list(shapes[role])) for role in ("up", "mid", "down") if role in shapes)
+        raise ForeignFile(
+            f"{weights.path.name} has factors {found} for {name}, which has shape {list(shape)} here; it was made for another "
+            "base"
+        )
+    up, down = (weights.tensor(keys[role]) for role in ("up", "down"))
+    if "mid" in keys:
+        down = _with_core(weights.tensor(keys["mid"]), down)
+    matrix = down.reshape(shapes["up"][1], -1)
+    scale = _scale(weights, name, keys, shapes["down"][0])
+    return _trimmed(_held(up.reshape(shape[0], -1).double() * scale, up.dtype), matrix)
+
+
+def _trimmed(up: Tensor, down: Tensor) -> Pair | None:
+    """The factors without directions that are zero, as padding is; None when no other is there."""
+    used = (up != 0).any(0) & (down != 0).any(1)
+    if bool(used.all()):
+        return up, down
+    return (up[:, used], down[used]) if bool(used.any()) else None
+
+
+def _fit(shapes: Mapping[Role, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether factors multiply to a weight's shape."""
+    up, down = shapes["up"], shapes["down"]
+    whole = all(len(each) >= 2 and 0 not in each for each in (up, down, shape))
+    if not whole or up[0] != shape[0] or math.prod(up[2:]) != 1:
+        return False
+    if "mid" not in shapes:
+        return up[1] == down[0] and math.prod(down[1:]) == math.prod(shape[1:])
+    core = shapes["mid"]
+    return (
+        len(core) == 4
+        and core[:2] == (up[1], down[0])
+        and math.prod(down[2:]) == 1
+        and (down[1], *core[2:]) == shape[1:]
+    )
+
+
+def _with_core(core: Tensor, down: Tensor) -> Tensor:
+    """`down` (s x in) of a kernel that was split in three, with the core (r x s x h x w) multiplied in: r x in x h x w."""
+    wide = torch.einsum("abhw,bi->aihw", core.double(), down.double().reshape(down.shape[:2]))
+    return _held(wide, down.dtype)
+
+
+def _held(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 array in a dtype, or float32, where that loses no bit."""
+    narrow = (wide.to(each) for each in (dtype, torch.float32))
+    return next((each for each in narrow if torch.equal(each.double(), wide)), wide)
+
+
+def _scale(weights: ForeignWeights, name: str, keys: Mapping[Role, str], rank: int) -> float:
+    if "alpha" in keys:
+        alpha = weights.tensor(keys["alpha"])
+        if alpha.numel() != 1:
+            raise ForeignFile(f"{keys['alpha'][:100]} has {alpha.numel()} values instead of one; get the file again")
+        return float(alpha) / rank
+    component, _, local = name.removesuffix(".weight").partition("/")
+    config = weights.configs.get(component, weights.configs.get(""))
+    return 1.0 if config is None else config.scale(local, rank)
+
+
+Meaning = Literal["change", "weights"]
+ALIKE = 0.25
+"""Plain tensors are edited weights when the squared difference from the base is below this part of its square."""
+SAMPLE = 32
+"""Tensors that are looked at to tell."""
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """One tensor's edit: `wanted` instead of `original`, which is the base's value, rounded to the file's dtype where that
+    is the coarser one (`rounded`); and what was added, as two factors where the file has it so, else as float64 array.
+
+    `given` says that the file holds the change itself, and not weights that it was worked out from."""
+
+    original: Tensor
+    wanted: Tensor
+    change: Tensor | Pair
+    rounded: bool = False
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class FileEdits:
+    """All edits of a file: which tensors of the base it speaks about, and each edit on demand (None: it stays the same)."""
+
+    dialect: str
+    meaning: Meaning
+    names: tuple[str, ...]
+    matched: int
+    unmatched: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    edit: Callable[[str], TensorEdit | None] = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def edits_of_file(
+    base: Base, weights: ForeignWeights, reading: FileReading, meaning: Meaning | None, keep_rounding: bool
+) -> FileEdits:
+    """The edits of a file of keys. Raises ForeignFile when it cannot be told whether it holds changes or weights."""
+    meaning = meaning or _meaning(base, weights, reading)
+
+    def edit(name: str) -> TensorEdit | None:
+        keys, original = reading.parts[name], base.tensor(name)
+        if "difference" in keys or ("value" in keys and meaning == "change"):
+            key = keys.get("difference") or keys["value"]
+            return _changed(original, _fitting(weights, key, name, original.shape).double())
+        if "value" in keys:
+            return edited(original, _fitting(weights, keys["value"], name, original.shape), keep_rounding)
+        pair = factors(weights, name, keys, tuple(original.shape))
+        return None if pair is None else _changed(original, pair)
+
+    keys = [key for roles in reading.parts.values() for role, key in roles.items() if role != "alpha"]
+    return FileEdits(
+        reading.dialect.name,
+        meaning,
+        tuple(sorted(reading.parts)),
+        reading.matched,
+        reading.unmatched,
+        _dtypes(weights.shapes[key][0] for key in keys),
+        edit,
+        weights.metadata,
+    )
+
+
+def edits_of_checkpoint(base: Base, path: Path, keep_rounding: bool) -> FileEdits | None:
+    """The edits of a whole pipeline, folder or single file; None when there is something else at the path.
+
+    Raises ForeignFile when it is of another architecture than the base.
+    """
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return None
+    try:
+        other = Base.open(path)
+    except UnknownLayout:
+        return None
+    if other.layout.name != base.layout.name:
+        raise ForeignFile(f"{path} is a {other.layout.name}, the base at {base.path} a {base.layout.name}")
+    common = [name for name in base.names if name in other.places]
+    for name in common:
+        if other.places[name].shape != base.places[name].shape:
+            raise _other_shape(path.name, name, other.places[name].shape, base.places[name].shape)
+    return FileEdits(
+        f"{'single file' if other.is_single_file else 'diffusers folder'}",
+        "weights",
+        tuple(name for name in common if DTYPES[base.places[name].entry.dtype] in FLOATS),
+        len(common),
+        tuple(name for name in other.names if name not in base.places),
+        _dtypes(DTYPES[place.entry.dtype] for place in other.places.values()),
+        lambda name: edited(base.tensor(name), other.tensor(name), keep_rounding),
+    )
+
+
+def edited(original: Tensor, value: Tensor, keep_rounding: bool) -> TensorEdit | None:
+    """The edit that makes `value` of a base's tensor, None where it changes nothing.
+
+    Raises ForeignFile when the value is too large for the base's dtype.
+    """
+    coarser = torch.finfo(value.dtype).eps > torch.finfo(original.dtype).eps
+    start = original if keep_rounding or not coarser else original.to(value.dtype)
+    wanted = value.to(start.dtype)
+    if identical(wanted, start):
+        return None
+    if not all_finite(wanted) or not all_finite(start):
+        raise ForeignFile(
+            f"a value is beyond what {dtype_name(start.dtype)} holds, in which the base has it; use a base of a wider dtype"
+        )
+    return TensorEdit(start, wanted, value.double() - start.double(), start is not original)
+
+
+def _changed(original: Tensor, change: Tensor | Pair) -> TensorEdit | None:
+    array = (change[0].double() @ change[1].double()).reshape(original.shape) if isinstance(change, tuple) else change
+    if not bool(array.any()):
+        return None
+    return TensorEdit(original, (original.double() + array).to(original.dtype), change, given=True)
+
+
+def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size) -> Tensor:
+    """A tensor of the base's shape; matrices are sometimes kept as 1 x 1 kernels, and the other way round."""
+    found = weights.shapes[key][1]
+    if found != tuple(shape) and (found[:2] != tuple(shape[:2]) or {*found[2:], *shape[2:]} != {1}):
+        raise _other_shape(weights.path.name, name, found, tuple(shape))
+    return weights.tensor(key).reshape(shape)
+
+
+def _other_shape(file: str, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ForeignFile:
+    hint = "it was made for another base"
+    if "token_embedding" in name and found[1:] == shape[1:]:
+        hint = "it adds words to the vocabulary, which a patch cannot"
+    return ForeignFile(f"{file} has shape {list(found)} for {name}, which has {list(shape)} here; {hint}")
+
+
+def _meaning(base: Base, weights: ForeignWeights, reading: FileReading) -> Meaning:
+    """Whether plain tensors are edited weights or changes, by how far they are from the base."""
+    plain = {name: keys["value"] for name, keys in reading.parts.items() if "value" in keys}
+    if not plain:
+        return "change"
+    matrices = [name for name in plain if len(base.places[name].shape) > 1]
+    apart = size = length = 0.0
+    for name in islice(sorted(matrices or plain), SAMPLE):
+        weight = base.tensor(name).double()
+        value = _fitting(weights, plain[name], name, weight.shape).double()
+        apart += float((value - weight).square().sum())
+        size += float(weight.square().sum())
+        length += float(value.square().sum())
+    if apart < ALIKE * size:
+        return "weights"
+    if length < ALIKE * size:
+        return "change"
+    raise ForeignFile(
+        f"{weights.path.name} has tensors that are neither like the base's weights nor small beside them, so it cannot be told "
+        "whether they replace or change them; name the right base, or say which it is"
+    )
+
+
+def _dtypes(found: Iterable[torch.dtype]) -> tuple[str, ...]:
+    return tuple(sorted({dtype_name(dtype) for dtype in found}))

@@ -1,0 +1,262 @@
+"""Changing a recipe: patches laid on, lifted off or laid otherwise, and the revision that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import checked_note, checked_tag
+from overpaint.registry import models, queries
+from overpaint.registry.queries import chunks, find, lookup, patches_by_id
+from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord
+
+# What a recipe held at any of its revisions, and what is different between two.
+
+
+def find_revision(session: Session, key: str) -> tuple[models.RecipeRow, int]:
+    """The recipe and the revision that `key` means: NAME (as it is now), NAME@NUMBER or NAME@TAG.
+
+    A recipe whose name has an "@" goes before another's revision. Raises NotFound.
+    """
+    name, at, mark = key.rpartition("@")
+    recipe = lookup(session, models.RecipeRow, key)
+    if recipe is not None or not at or not name.strip() or not mark.strip():
+        recipe = recipe or find(session, models.RecipeRow, key)
+        return recipe, recipe.revision
+    recipe = find(session, models.RecipeRow, name)
+    return recipe, _numbered(recipe, int(mark)) if mark.isdecimal() else _tagged(session, recipe, mark)
+
+
+def record_at(session: Session, recipe: models.RecipeRow, number: int) -> RecipeRecord:
+    """`recipe` as it was at revision `number`."""
+    if number == recipe.revision:
+        return records_now(session, [recipe])[0]
+    of_number = (models.RevisionRow.recipe_id == recipe.id) & (models.RevisionRow.number == number)
+    digest = session.scalar(select(models.RevisionRow.digest_after).where(of_number))
+    return _record(recipe, number, entries_at(session, recipe, number), digest)
+
+
+def records_now(session: Session, recipes: Sequence[models.RecipeRow]) -> list[RecipeRecord]:
+    """All of `recipes` as they are."""
+    newest = select(models.RecipeRow.id, models.RevisionRow.digest_after).join(
+        models.RevisionRow,
+        (models.RevisionRow.recipe_id == models.RecipeRow.id)
+        & (models.RevisionRow.number == models.RecipeRow.revision),
+    )
+    if len(recipes) == 1:
+        newest = newest.where(models.RecipeRow.id == recipes[0].id)
+    digests = {row.id: row.digest_after for row in session.execute(newest)}
+    return [_record(recipe, recipe.revision, entries_now(recipe), digests.get(recipe.id)) for recipe in recipes]
+
+
+def _record(recipe: models.RecipeRow, number: int, laid: dict[str, RecipeEntry], digest: str | None) -> RecipeRecord:
+    return RecipeRecord(
+        name=recipe.name,
+        base=recipe.base.name,
+        revision=number,
+        laid=tuple(laid[patch_id] for patch_id in sorted(laid)),
+        digest=digest if number else recipe.base.fingerprint,
+        tags=tuple((tag.tag, tag.revision) for tag in recipe.tags),
+        created_at=recipe.created_at,
+        deleted_at=recipe.deleted_at,
+    )
+
+
+def entries_now(recipe: models.RecipeRow) -> dict[str, RecipeEntry]:
+    """What lies on `recipe`, by patch id."""
+    return {row.patch_id: RecipeEntry(row.patch_id, row.strength, row.until) for row in recipe.patches}
+
+
+def entries_at(session: Session, recipe: models.RecipeRow, number: int) -> dict[str, RecipeEntry]:
+    """What lay on `recipe` at revision `number`: of each patch, what the last change up to then made of it."""
+    changed, revision = models.RevisionPatchRow, models.RevisionRow
+    past = (revision.recipe_id == recipe.id) & (revision.number <= number)
+    of_revision = revision.id == changed.revision_id
+    last = select(changed.patch_id, func.max(revision.number).label("number")).join(revision, of_revision).where(past)
+    each = last.group_by(changed.patch_id).subquery()
+    is_last = (each.c.patch_id == changed.patch_id) & (each.c.number == revision.number)
+    found: dict[str, RecipeEntry] = {}
+    for row in session.scalars(select(changed).join(revision, of_revision).join(each, is_last).where(past)):
+        if row.strength_after is not None:
+            found[row.patch_id] = RecipeEntry(row.patch_id, row.strength_after, row.until_after)
+    return found
+
+
+def differences(session: Session, before: RecipeRecord, after: RecipeRecord) -> list[Difference]:
+    """Every patch that does not lie on both alike, by concept."""
+    first, second = ({each.patch: each for each in record.laid} for record in (before, after))
+    changed = [patch_id for patch_id in {**first, **second} if first.get(patch_id) != second.get(patch_id)]
+    patches = patches_by_id(session, changed)
+    found = [Difference(each, patches[each].concept.name, first.get(each), second.get(each)) for each in changed]
+    return sorted(found, key=lambda each: (each.concept, each.patch))
+
+
+def _numbered(recipe: models.RecipeRow, number: int) -> int:
+    if number > recipe.revision:
+        raise NotFound(f"recipe {recipe.name!r} has no revision {number}; its newest is {recipe.revision}")
+    return number
+
+
+def _tagged(session: Session, recipe: models.RecipeRow, mark: str) -> int:
+    tag = session.get(models.RecipeTagRow, (recipe.id, checked_tag(mark)))
+    if tag is None:
+        known = ", ".join(repr(each.tag) for each in recipe.tags) or "none"
+        raise NotFound(
+            f"recipe {recipe.name!r} has no revision {mark!r}; name a number up to {recipe.revision}, or a tag ({known})"
+        )
+    return tag.revision
+
+
+class StaleRevision(OverpaintError):
+    """A recipe that no longer holds what its change was worked out for."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a revision says beside what it does: why, who, and the digests of the weights before and after."""
+
+    why: str
+    who: str
+    digest_before: str | None = None
+    digest_after: str | None = None
+
+
+def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
+    """Raise RecipeMoved unless `recipe` is at the revision `expected`; None expects nothing."""
+    if expected is not None and recipe.revision != expected:
+        raise StaleRevision(f"recipe {recipe.name!r} was changed by somebody else at the same moment; try again")
+
+
+def change(
+    session: Session, recipe: models.RecipeRow, patch: models.PatchRow, after: RecipeEntry | None, note: Note
+) -> int:
+    """Lay `patch` on `recipe` as `after` says, or take it out if None; return the number of the new revision.
+
+    Raises NotFound when taking out what is not there, AlreadyExists when nothing would change, and OverpaintError when
+    the patch was made for another base.
+    """
+    row = session.get(models.RecipePatchRow, (recipe.id, patch.id))
+    before = None if row is None else RecipeEntry(patch.id, row.strength, row.until)
+    if after is not None and before is None:
+        _refuse_other_base(recipe, patch)
+    return revise(session, recipe, {patch.id: after}, _action(recipe, patch, before, after), note)
+
+
+def exchange(session: Session, recipe: models.RecipeRow, new: Mapping[str, str], note: Note) -> int:
+    """Lay patches in the place of others, as those lay, in one revision; `new` has their ids by the others'.
+
+    Returns the revision's number. Raises NotFound for what is not there, AlreadyExists for a new patch that lies there or
+    would be there twice, and OverpaintError for one that was made for another base.
+    """
+    rows = _rows(session, recipe, [*new, *new.values()])
+    patches = patches_by_id(session, new.values())
+    wanted: dict[str, RecipeEntry | None] = dict.fromkeys(new)
+    for old, patch_id in new.items():
+        if old not in rows or patch_id not in patches:
+            raise NotFound(
+                f"recipe {recipe.name!r} has no patch {old[:12]}, or there is no {patch_id[:12]} to replace it"
+            )
+        if patch_id in rows or patch_id in wanted:
+            raise AlreadyExists(f"{_called(patches[patch_id])} would lie twice on recipe {recipe.name!r}")
+        _refuse_other_base(recipe, patches[patch_id])
+        wanted[patch_id] = RecipeEntry(patch_id, rows[old].strength, rows[old].until)
+    return revise(session, recipe, wanted, "add", note)
+
+
+def revise(
+    session: Session,
+    recipe: models.RecipeRow,
+    wanted: Mapping[str, RecipeEntry | None],
+    action: Action,
+    note: Note,
+    source: str | None = None,
+) -> int:
+    """Lay every patch of `wanted` as it says there, in one new revision of `recipe`; return the revision's number."""
+    recipe.revision += 1
+    revision = models.RevisionRow(
+        recipe_id=recipe.id,
+        number=recipe.revision,
+        action=action,
+        source=source,
+        why=checked_note(note.why, "a reason"),
+        who=checked_note(note.who, "the name of who did it"),
+        digest_before=note.digest_before,
+        digest_after=note.digest_after,
+    )
+    rows = _rows(session, recipe, wanted)
+    for patch_id, after in sorted(wanted.items()):
+        row = rows.get(patch_id)
+        revision.changes.append(_line(patch_id, row, after))
+        _lay(session, recipe, patch_id, row, after)
+    session.add(revision)
+    queries.keep_reason(session, revision)
+    session.flush()
+    return revision.number
+
+
+def _rows(session: Session, recipe: models.RecipeRow, patch_ids: Iterable[str]) -> dict[str, models.RecipePatchRow]:
+    query = select(models.RecipePatchRow).where(models.RecipePatchRow.recipe_id == recipe.id)
+    pieces = (query.where(models.RecipePatchRow.patch_id.in_(some)) for some in chunks(patch_ids))
+    return {row.patch_id: row for piece in pieces for row in session.scalars(piece)}
+
+
+def _line(patch_id: str, row: models.RecipePatchRow | None, after: RecipeEntry | None) -> models.RevisionPatchRow:
+    return models.RevisionPatchRow(
+        patch_id=patch_id,
+        strength_before=row and row.strength,
+        strength_after=after and after.strength,
+        until_before=row and row.until,
+        until_after=after and after.until,
+    )
+
+
+def _lay(
+    session: Session,
+    recipe: models.RecipeRow,
+    patch_id: str,
+    row: models.RecipePatchRow | None,
+    after: RecipeEntry | None,
+) -> None:
+    if after is None:
+        assert row is not None, "a patch is taken out that does not lie there"
+        session.delete(row)
+    elif row is None:
+        session.add(
+            models.RecipePatchRow(recipe_id=recipe.id, patch_id=patch_id, strength=after.strength, until=after.until)
+        )
+    else:
+        row.strength, row.until = after.strength, after.until
+
+
+def _action(
+    recipe: models.RecipeRow, patch: models.PatchRow, before: RecipeEntry | None, after: RecipeEntry | None
+) -> Action:
+    if before is None:
+        if after is None:
+            raise NotFound(f"recipe {recipe.name!r} does not contain {_called(patch)}, so it cannot be taken out")
+        return "add"
+    if after is None:
+        return "remove"
+    if before == after:
+        day = f" until {before.until}" if before.until else ""
+        raise AlreadyExists(
+            f"{_called(patch)} is already there: recipe {recipe.name!r} has it at strength {before.strength:g}{day}"
+        )
+    return "until" if before.strength == after.strength else "strength"
+
+
+def _refuse_other_base(recipe: models.RecipeRow, patch: models.PatchRow) -> None:
+    if patch.base_id != recipe.base_id:
+        raise OverpaintError(
+            f"{_called(patch)} was made for base {patch.base.name!r} ({patch.base.fingerprint}), "
+            f"and recipe {recipe.name!r} lies on {recipe.base.name!r} ({recipe.base.fingerprint}); "
+            f"solve {patch.concept.name!r} for {recipe.base.name!r}"
+        )
+
+
+def _called(patch: models.PatchRow) -> str:
+    return f"patch {patch.id[:12]} ({patch.concept.name})"

@@ -1,0 +1,290 @@
+"""Verify: everything the registry remembers is read again, and whatever is not as it was is named.
+
+A damaged blob goes to quarantine and is reported with the patch and the tensor it belongs to. Nothing is deleted and no
+row is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+from sqlalchemy import Date, Text, select, type_coerce
+from sqlalchemy.orm import Session, selectinload
+
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
+from overpaint.registry import models
+from overpaint.registry.history import entries_at, entries_now
+from overpaint.registry.registry import Registry
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
+from overpaint.registry.store.blobs import digest_of
+from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
+
+# The rows of a registry, for the upkeep of all of them: every patch, and what contradicts itself.
+
+
+MANY = 1000
+"""How many rows are fetched at a time."""
+
+
+@dataclass(frozen=True)
+class StoredPatch:
+    """What a row says of a patch's bytes; `concept` is a name, `fingerprint` that of the base."""
+
+    id: str
+    blob: str
+    nbytes: int
+    kind: str
+    solver: str
+    concept: str
+    fingerprint: str
+
+
+def patch_rows(registry: Registry) -> Iterator[StoredPatch]:
+    """Every patch of a registry, by id; all of one moment."""
+    patch = models.PatchRow
+    query = (
+        select(
+            patch.id,
+            patch.blob,
+            patch.nbytes,
+            patch.kind,
+            patch.solver,
+            models.ConceptRow.name,
+            models.BaseRow.fingerprint,
+        )
+        .join(models.ConceptRow, models.ConceptRow.id == patch.concept_id)
+        .join(models.BaseRow, models.BaseRow.id == patch.base_id)
+        .order_by(patch.id)
+    )
+    with registry._database.reading() as session:
+        for row in session.execute(query.execution_options(yield_per=MANY)):
+            yield StoredPatch(*row)
+
+
+def row_problems(registry: Registry) -> list[str]:
+    """What is wrong in the database itself: damage, references to nothing, rows that contradict each other."""
+    with registry._database.reading() as session:
+        # What cannot be read at all is said first, because nothing else can be checked then.
+        unreadable = [*_damage(session), *_moments(session)]
+        return unreadable or [*_concepts(session), *_patches(session), *_recipes(session)]
+
+
+def _damage(session: Session) -> Iterator[str]:
+    """A server checks its files and its references itself."""
+    if session.get_bind().dialect.name != "sqlite":
+        return
+    connection = session.connection()
+    for (verdict,) in connection.exec_driver_sql("PRAGMA integrity_check(20)"):
+        if verdict != "ok":
+            yield f"the database is damaged: {verdict}; put back a backup with `overpaint db restore`"
+    for table, row, other, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        yield f"row {row} of {table} refers to a {other} that is not there"
+
+
+def _moments(session: Session) -> Iterator[str]:
+    """Times and days are text in SQLite, which takes any text for one."""
+    for table in models.Row.metadata.sorted_tables:
+        for column in table.columns:
+            kind = {models.UtcTime: datetime, Date: date}.get(type(column.type))
+            if kind is None:
+                continue
+            query = select(*table.primary_key.columns, type_coerce(column, Text)).where(column.is_not(None))
+            for *key, text in session.execute(query.execution_options(yield_per=MANY)):
+                try:
+                    if isinstance(text, str):
+                        kind.fromisoformat(text)
+                except ValueError:
+                    yield f"row {', '.join(map(str, key))} of {table.name} has {text!r} for {column.name}, which is no time"
+
+
+def _concepts(session: Session) -> Iterator[str]:
+    for row in session.scalars(select(models.ConceptRow).execution_options(yield_per=MANY)):
+        try:
+            concept = Concept.from_json(json.loads(row.definition))
+        except (ValueError, TypeError, AttributeError, OverpaintError) as error:
+            yield f"the definition of the concept {row.name!r} cannot be read: {error}"
+            continue
+        if (concept.name, concept.kind) != (row.name, row.kind):
+            yield f"the concept {row.name!r} ({row.kind}) is defined as {concept.name!r} ({concept.kind})"
+
+
+def _patches(session: Session) -> Iterator[str]:
+    query = select(models.PatchRow.id, models.PatchRow.settings).order_by(models.PatchRow.id)
+    for id, settings in session.execute(query.execution_options(yield_per=MANY)):
+        try:
+            json.loads(settings)
+        except ValueError as error:
+            yield f"the settings of patch {id} cannot be read: {error}"
+
+
+def _recipes(session: Session) -> Iterator[str]:
+    """What lies on each recipe is what its history says, its revisions count without a gap, and its base fits."""
+    together = selectinload(models.RecipeRow.patches).joinedload(models.RecipePatchRow.patch)
+    for recipe in session.scalars(select(models.RecipeRow).options(together).order_by(models.RecipeRow.id)):
+        numbers = select(models.RevisionRow.number).where(models.RevisionRow.recipe_id == recipe.id)
+        found = list(session.scalars(numbers.order_by(models.RevisionRow.number)))
+        if found != list(range(1, recipe.revision + 1)):
+            yield f"recipe {recipe.name!r} is at revision {recipe.revision}, and its history has {found[-20:]}"
+        if entries_now(recipe) != entries_at(session, recipe, recipe.revision):
+            yield f"what lies on recipe {recipe.name!r} is not what its history says"
+        for laid in recipe.patches:
+            if laid.patch.base_id != recipe.base_id:
+                yield f"patch {laid.patch_id} lies on recipe {recipe.name!r}, which is on another base"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: in which part, of which patch and tensor if it belongs to any, and what was found."""
+
+    part: str
+    patch: str | None
+    concept: str | None
+    tensor: str | None
+    found: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was read, and all that is wrong with it."""
+
+    patches: int
+    blobs: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+
+
+def verify(registry: Registry, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
+    """Read every row, every patch and every blob of a registry, and compare each with its digest."""
+    problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
+    rows = list(patch_rows(registry))
+    check = _Check(PatchFiles(registry.blobs))
+    for step, row in enumerate(rows, 1):
+        report(step, len(rows), f"patch {row.id[:12]} ({row.concept})")
+        problems += check.patch(row)
+    problems += check.others()
+    return Verified(len(rows), len(check.sizes), sum(check.sizes.values()), tuple(problems))
+
+
+class _Check:
+    """One pass over a store; `sizes` are the bytes of every blob that was read."""
+
+    def __init__(self, files: PatchFiles) -> None:
+        self.files = files
+        self.sizes: dict[str, int] = {}
+
+    def patch(self, row: StoredPatch) -> Iterator[Problem]:
+        """What is wrong with the bytes of one patch, or between them and its row."""
+        whole, parts = self.files.blobs.exists(row.blob), row.id != row.blob and self.files.blobs.exists(row.id)
+        if whole:
+            yield from self._whole(row)
+        if parts:
+            yield from self._parts(row)
+        if not whole and not parts:
+            yield _problem(row, "manifest", None, self.files.blobs.missing(row.id))
+
+    def others(self) -> Iterator[Problem]:
+        """What is wrong with the blobs that no patch led to."""
+        for digest in self.files.blobs.digests():
+            if digest not in self.sizes:
+                try:
+                    self._read(digest)
+                except BlobCorrupt as error:
+                    yield Problem("blob", None, None, None, f"{error}; no patch that can be read names it")
+                except BlobMissing:
+                    pass  # it was collected as garbage meanwhile
+
+    def _whole(self, row: StoredPatch) -> Iterator[Problem]:
+        """A patch that is kept as one file."""
+        try:
+            file = self._read(row.blob)
+        except BlobCorrupt as error:
+            for part, tensor in _damaged_parts(row, error.found):
+                yield _problem(row, part, tensor, str(error))
+            return
+        except BlobMissing as error:  # it was set aside a moment ago, by another reader
+            yield _problem(row, "file", None, str(error))
+            return
+        manifest = embedded_manifest(file)
+        if manifest is None or manifest.id != row.id:
+            yield _problem(row, "row", None, "its file is sound, but holds no manifest that has the patch's id")
+        else:
+            yield from _compared(row, manifest, len(file))
+
+    def _parts(self, row: StoredPatch) -> Iterator[Problem]:
+        """A patch that is kept as manifest and arrays."""
+        try:
+            manifest = read_manifest(self._read(row.id))
+        except (BlobCorrupt, BlobMissing, BadManifest) as error:
+            yield _problem(row, "manifest", None, str(error))
+            return
+        file, whole = hashlib.sha256(manifest.head), True
+        nbytes = len(manifest.head)
+        for array in manifest.arrays:
+            try:
+                values = self._read(array.digest).removeprefix(array.label)
+                file.update(values)
+                nbytes += len(values)
+            except (BlobCorrupt, BlobMissing) as error:
+                whole = False
+                yield _problem(row, "array", array.name, str(error))
+        if whole and file.hexdigest() != row.blob:
+            yield _problem(row, "row", None, f"its parts are sound, but make the file {file.hexdigest()}")
+        if whole:
+            yield from _compared(row, manifest, nbytes)
+
+    def _read(self, digest: str) -> bytes:
+        data = self.files.blobs.get(digest)
+        self.sizes[digest] = len(data)
+        return data
+
+
+def _damaged_parts(row: StoredPatch, file: bytes) -> Iterator[tuple[str, str | None]]:
+    """Which parts of a damaged patch file are not what its manifest, if that is still sound, says of them."""
+    manifest = embedded_manifest(file)
+    if manifest is None or manifest.id != row.id:
+        yield "manifest", None
+        return
+    if not file.startswith(manifest.head):
+        yield "header", None
+    offset = len(manifest.head)
+    for array in manifest.arrays:
+        values = file[offset : offset + array.nbytes]
+        offset += array.nbytes
+        if digest_of((array.label, values)) != array.digest:
+            yield "array", array.name
+    if len(file) > offset:
+        yield "file", None
+
+
+def _compared(row: StoredPatch, manifest: Manifest, nbytes: int) -> Iterator[Problem]:
+    """What a row says otherwise than the manifest of its patch."""
+    content = manifest.content
+    pairs: list[tuple[str, Any, Any]] = [
+        ("size", row.nbytes, nbytes),
+        ("kind", row.kind, content.get("kind")),
+        ("concept", row.concept, _composed(_of(content.get("concept"), "name"))),
+        ("solver", row.solver, _of(content.get("solver"), "name")),
+        ("base", row.fingerprint, _of(content.get("subject"), "fingerprint")),
+    ]
+    for what, kept, found in pairs:
+        if kept != found:
+            yield _problem(row, "row", None, f"the database gives it the {what} {kept!r}, its manifest {found!r}")
+
+
+def _of(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _composed(name: Any) -> Any:
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
+def _problem(row: StoredPatch, part: str, tensor: str | None, found: str) -> Problem:
+    return Problem(part, row.id, row.concept, tensor, found)

@@ -1,0 +1,326 @@
+"""Import: what one file has, an archive that `overpaint export` wrote or a single patch file, into a registry."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import checked_json, checked_name, checked_note
+from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.queries import patches_by_id
+from overpaint.registry.registry import Registry
+from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
+from overpaint.registry.sharing.layout import BadLayout, Descriptor, OciLayout
+from overpaint.registry.sharing.merge_history import Outcome, compared, merge_recipe, record_of
+from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd, seals_of
+from overpaint.registry.sharing.signing import Keyring, Untrusted
+from overpaint.registry.sharing.vocabularies import take
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles, open_files
+from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
+from overpaint.registry.store.patch_files import Array, BadManifest, Manifest, Parts, joined, split
+
+# What a manifest that arrived means for the rows of a registry, and writing them.
+
+
+LARGEST_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The row that a manifest asks for; `fingerprint` is that of the base."""
+
+    id: str
+    concept: Concept
+    solver: str
+    kind: str
+    settings: dict[str, Any]
+    seed: int
+    fingerprint: str
+
+
+def arrival(manifest: Manifest) -> Arrival:
+    """Read a manifest that `refuse_odd` let pass. Raises BadManifest for what no row could hold."""
+    content = manifest.content
+    solver = content["solver"]
+    settings, seed = solver.get("settings", {}), solver.get("seed", 0)
+    try:
+        if not isinstance(settings, dict) or type(seed) is not int or not -LARGEST_SEED <= seed < LARGEST_SEED:
+            raise BadManifest("its solver's settings or seed are none")
+        checked_json(settings, "the settings of a patch")
+        return Arrival(
+            id=manifest.id,
+            concept=_concept(content["concept"]),
+            solver=checked_name(solver["name"], "solver"),
+            kind=checked_name(content["kind"], "kind of patch"),
+            settings=settings,
+            seed=seed,
+            fingerprint=checked_name(content["subject"]["fingerprint"], "fingerprint"),
+        )
+    except (OverpaintError, TypeError, AttributeError) as error:
+        raise BadManifest(f"the manifest {manifest.id} is no patch's: {error}; nothing was taken") from error
+
+
+def _concept(value: dict[str, Any]) -> Concept:
+    lists = [value.get(key, []) for key in ("synonyms", "prompts")]
+    words = [value.get("name"), value.get("anchor", ""), *(word for words in lists for word in words)]
+    if not all(isinstance(each, list) for each in lists) or not all(isinstance(word, str) for word in words):
+        raise BadManifest("its concept is not made of words")
+    concept = Concept.from_json(value)
+    for word in filter(None, (*concept.words, concept.anchor)):
+        checked_name(word, "concept")
+    for prompt in concept.prompts:
+        checked_note(prompt, f"a prompt of {concept.name!r}")
+    return concept
+
+
+def keep(registry: Registry, row: Arrival, file_digest: str, base: str, notice: Callable[[str], None]) -> None:
+    """Write the row of a patch, on the base of that name, whose bytes are in the store already."""
+    try:
+        registry.ensure_concept(row.concept)
+    except AlreadyExists:
+        notice(
+            f"the concept {row.concept.name!r} is known here with other synonyms or another anchor and stays as it is; "
+            f"patch {row.id[:12]} keeps its own"
+        )
+    registry.add_patch(
+        id=row.id,
+        blob=PatchFiles(registry.blobs).get(row.id, file_digest),
+        concept=row.concept.name,
+        base=base,
+        solver=row.solver,
+        kind=row.kind,
+        settings=row.settings,
+        seed=row.seed,
+        seconds=0.0,
+    )
+
+
+# Receive: patches and recipes from a layout, every digest checked on arrival, only what is missing here.
+#
+# First everything is looked at that can be known without the arrays: documents, manifests, signatures, bases, recipes. Then
+# the arrays come, into blobs that nothing names yet. The rows are written last, so what is refused leaves nothing that
+# anybody would see.
+
+
+Progress = Callable[[int, int, str], None]
+
+
+class MissingBase(NotFound):
+    """A base that patches were solved for, and that this registry does not have."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """The ids of the patches that are new here and of those that were here, what became of each recipe, bytes read."""
+
+    new: tuple[str, ...]
+    known: tuple[str, ...]
+    recipes: tuple[tuple[str, Outcome], ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """What is asked of a source, and what it must be.
+
+    Patches by id, its beginning or concept, and recipes by name; everything, if neither is named. With `trusted`, all that
+    is taken must be signed by one of its keys. `name` is another name for the one recipe that is taken. `check` is called
+    with the file of each new patch, and raises if it will not do. With everything come the kept vocabularies, if there is a
+    folder `vocabularies` for them; `check_vocabulary` is called with each file.
+    """
+
+    patches: Sequence[str] = ()
+    recipes: Sequence[str] = ()
+    trusted: Keyring | None = None
+    name: str | None = None
+    check: Callable[[bytes], object] = lambda file: None
+    vocabularies: Path | None = None
+    check_vocabulary: Callable[[Path], object] = lambda file: None
+    report: Progress = lambda step, of, text: None
+    notice: Callable[[str], None] = lambda text: None
+
+
+def pull(registry: Registry, source: str | Path, request: PullRequest) -> Received:
+    """Take what is asked for from a folder or a URL that `fsspec` knows.
+
+    Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecord for what contradicts itself or
+    its digest; MissingBase; Diverged when a recipe that is here has another history.
+    """
+    layout = OciLayout(open_files(source))
+    if not layout.is_there():
+        raise NotFound(f"nothing was ever pushed to {layout.where}: it has no file oci-layout; check the address")
+    return receive(registry, layout, request)
+
+
+def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Received:
+    """See `pull`."""
+    entries = layout.entries()
+    offers, recipe_offers = Selection(request.patches, request.recipes).of(layout, entries)
+    if request.name is not None and len(recipe_offers) != 1:
+        raise OverpaintError(
+            f"one recipe can be given another name, and this would take {len(recipe_offers)}; name one"
+        )
+    _require_trust(layout, entries, request.trusted, offers, recipe_offers)
+    rows = [arrival(each.manifest) for each in offers]
+    bases = bases_of(
+        registry, [*(each.fingerprint for each in rows), *(each.record.fingerprint for each in recipe_offers)]
+    )
+    _refuse_diverged(registry, recipe_offers, request.name)
+
+    files, nbytes, new = PatchFiles(registry.blobs), 0, dict[str, str]()
+    here = whole_here(registry, files, [row.id for row in rows])
+    for step, offer in enumerate(offers, 1):
+        id = offer.manifest.id
+        request.report(step, len(offers), f"patch {id[:12]} ({offer.concept})")
+        if id not in here:
+            file, read = _fetched(layout, files, offer.manifest)
+            request.check(file)
+            files.put(id, file)
+            new[id], nbytes = hashlib.sha256(file).hexdigest(), nbytes + read
+    for row in rows:
+        if row.id in new:
+            keep(registry, row, new[row.id], bases[row.fingerprint], request.notice)
+    outcomes = [
+        (
+            request.name or each.record.name,
+            merge_recipe(registry, each.record, bases[each.record.fingerprint], request.name),
+        )
+        for each in recipe_offers
+    ]
+    known = tuple(row.id for row in rows if row.id not in new)
+    if request.vocabularies and not request.patches and not request.recipes:
+        folder, check = request.vocabularies, request.check_vocabulary
+        nbytes += take(layout, entries, folder, check, request.trusted, request.notice)
+    return Received(tuple(new), known, tuple(outcomes), nbytes)
+
+
+def _require_trust(
+    layout: OciLayout,
+    entries: Sequence[Descriptor],
+    trusted: Keyring | None,
+    patches: Iterable[PatchOffer],
+    recipes: Iterable[RecipeOffer],
+) -> None:
+    if trusted is None:
+        return
+    for patch in patches:
+        what = f"patch {patch.manifest.id[:12]} ({patch.concept})"
+        trusted.check(patch.document, seals_of(layout, entries, patch.document), what)
+    for recipe in recipes:
+        what = f"the recipe {recipe.record.name!r}"
+        trusted.check(recipe.document, seals_of(layout, entries, recipe.document), what)
+
+
+def bases_of(registry: Registry, fingerprints: Iterable[str]) -> dict[str, str]:
+    """The names of the bases of these fingerprints. Raises MissingBase, naming all that are missing."""
+    known: dict[str, str] = {}
+    for base in registry.bases():
+        known.setdefault(base.fingerprint, base.name)
+    missing = sorted(set(fingerprints) - set(known))
+    if missing:
+        raise MissingBase(
+            f"these patches were solved for a base that this registry does not have (fingerprint {', '.join(missing)}); "
+            "add it first with `overpaint base add NAME FOLDER`. Nothing was taken"
+        )
+    return known
+
+
+def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: str | None) -> None:
+    """Before anything is taken; whoever changes the recipe meanwhile is noticed when it is laid."""
+    here = {each.name for each in registry.recipes()}
+    for each in recipes:
+        wanted = name or each.record.name
+        if wanted in here:
+            ours = record_of(registry, wanted)
+            compared(ours.revisions, ours.fingerprint, each.record, wanted)
+
+
+def whole_here(registry: Registry, files: PatchFiles, ids: Iterable[str]) -> set[str]:
+    """Which of these patches have their row and all their bytes."""
+    with registry._database.reading() as session:
+        found = {id: row.blob for id, row in patches_by_id(session, ids).items()}
+    return {id for id, blob in found.items() if files.holds(id, blob)}
+
+
+def _fetched(layout: OciLayout, files: PatchFiles, manifest: Manifest) -> tuple[bytes, int]:
+    """The file of a patch, and how many bytes of it had to be read from the layout. Raises BadLayout."""
+    values, read = {}, 0
+    for array in manifest.arrays:
+        blob = _at_hand(files, array)
+        if blob is None:
+            blob = layout.blob(array.digest, len(array.label) + array.nbytes)
+            read += len(blob)
+        if not blob.startswith(array.label):
+            raise BadLayout(f"the array {array.name} of patch {manifest.id} in {layout.where} is another array")
+        values[array.name] = memoryview(blob)[len(array.label) :]
+    return joined(Parts(manifest, values)), read
+
+
+def _at_hand(files: PatchFiles, array: Array) -> bytes | None:
+    """An array that another patch here has too."""
+    if not files.blobs.exists(array.digest):
+        return None
+    try:
+        return files.blobs.get(array.digest)
+    except (BlobCorrupt, BlobMissing):
+        return None  # it went to quarantine, and a sound one takes its place
+
+
+class BadFileKind(OverpaintError):
+    """A file that is neither an archive nor a patch file."""
+
+
+def import_file(registry: Registry, file: Path, request: PullRequest) -> Received:
+    """Take what is asked for from a file.
+
+    Nothing is unpacked, and nothing is ever executed: a file is read as an archive, as a patch file, or not at all. Raises
+    NotFound when there is no such file, BadFileKind when it is neither, and what `pull` raises.
+    """
+    if not file.is_file():
+        raise NotFound(f"there is no file {file}; name one that `overpaint export` wrote, or a patch file")
+    with plain_disk_errors(file), file.open("rb") as opened:
+        beginning = opened.read(BLOCK)
+        if is_archive(beginning):
+            return receive(registry, OciLayout(ArchiveReader(opened, str(file))), request)
+        data = _patch_file(opened, beginning, file)
+    if request.trusted is not None:
+        raise Untrusted(f"{file} is a bare patch file, which carries no signature; nothing was taken")
+    return _import_patch(registry, data, file, request)
+
+
+def _patch_file(opened: BinaryIO, beginning: bytes, path: Path) -> bytes:
+    """The bytes of a file that may be a patch file: its header's length and its size are sensible. Raises BadFileKind."""
+    nbytes = path.stat().st_size
+    (length,) = struct.unpack("<Q", beginning[:8].ljust(8, b"\xff"))
+    if length > min(nbytes - 8, 3 * MANIFEST_LIMIT) or not beginning[8:9] == b"{":
+        raise BadFileKind(
+            f"{path} is neither an archive that `overpaint export` wrote nor a patch file; nothing in it was read further"
+        )
+    if nbytes > PATCH_LIMIT:
+        raise BadFileKind(f"{path} has {nbytes} bytes, and a patch has at most {PATCH_LIMIT}; nothing was taken")
+    opened.seek(0)
+    return opened.read(nbytes)
+
+
+def _import_patch(registry: Registry, data: bytes, path: Path, request: PullRequest) -> Received:
+    parts = split(data)
+    if parts is None:
+        raise BadFileKind(
+            f"{path} looks like a safetensors file, but it is not the sound file of a patch: its manifest is missing, or "
+            "does not fit what follows it; take it from its source again"
+        )
+    refuse_odd(parts.manifest)
+    row = arrival(parts.manifest)
+    bases, files = bases_of(registry, [row.fingerprint]), PatchFiles(registry.blobs)
+    if whole_here(registry, files, [row.id]):
+        return Received((), (row.id,), (), 0)
+    request.check(data)
+    files.put(row.id, data)
+    keep(registry, row, hashlib.sha256(data).hexdigest(), bases[row.fingerprint], request.notice)
+    return Received((row.id,), (), (), len(data))

@@ -1,0 +1,197 @@
+"""Detached Ed25519 signatures over the digests of documents, so that one knows whose patches one takes.
+
+A signature says: the holder of this key has signed the document of this digest. The document of a patch follows from its
+manifest, and the manifest names every array, so all of the patch is signed. The document of a recipe names its record and
+the documents of its patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.store.patch_files import BadManifest, read_json
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+KEY_LIMIT = 10_000
+
+
+class BadKey(OverpaintError):
+    """A file that holds no Ed25519 key of the kind that was needed."""
+
+
+class Untrusted(OverpaintError):
+    """What no trusted key has signed, or was altered after it was signed."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """A private key, ready to sign."""
+
+    key: Ed25519PrivateKey
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return self.key.public_key().public_bytes_raw()
+
+    def seal(self, digest: str) -> bytes:
+        """A signature over a document's digest, as the JSON that travels. The same every time."""
+        signature = self.key.sign(_message(digest))
+        return canonical_json({"algorithm": "ed25519", "key": self.public.hex(), "signature": signature.hex()})
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The public keys that somebody trusts."""
+
+    keys: frozenset[bytes]
+
+    def check(self, digest: str, seals: Iterable[bytes], what: str) -> None:
+        """Raise Untrusted unless one of `seals` is a trusted key's valid signature over the document of `digest`."""
+        strangers = []
+        for seal in seals:
+            key, signature = _parts(seal, what)
+            if key not in self.keys:
+                strangers.append(key_id(key))
+            elif _is_valid(key, signature, digest):
+                return
+            else:
+                raise Untrusted(
+                    f"the signature of {what} by {key_id(key)} does not fit it: it was altered after it was signed. "
+                    "Nothing was taken; get it from its source again"
+                )
+        if strangers:
+            raise Untrusted(
+                f"{what} is signed by {', '.join(strangers)}, and none of your {len(self.keys)} trusted keys is among "
+                "them; nothing was taken. If you trust that key, get its .pub file from its owner and name it too"
+            )
+        raise Untrusted(
+            f"{what} is not signed, and only what a trusted key has signed was asked for; nothing was taken"
+        )
+
+
+def key_id(public: bytes) -> str:
+    """What people call a key: the first 16 digits of the SHA-256 of its 32 bytes."""
+    return hashlib.sha256(public).hexdigest()[:16]
+
+
+def new_key(path: Path) -> bytes:
+    """Make a key pair: the private key in `path`, for its owner's eyes only, and the public one beside it, with `.pub`.
+
+    Returns the public key. Raises AlreadyExists when one of the two files is there.
+    """
+    with _cryptography():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import (
+            Encoding,
+            NoEncryption,
+            PrivateFormat,
+            PublicFormat,
+        )
+    key, public = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
+    for each in (path, public):
+        if os.path.lexists(each):
+            raise AlreadyExists(f"{each} is there already; a key is never overwritten: name a new file")
+    _write_new(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    _write_new(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644)
+    return key.public_key().public_bytes_raw()
+
+
+def load_signer(path: Path) -> Signer:
+    """The private key in a file that `new_key` wrote. Raises NotFound, BadKey."""
+    with _cryptography():
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    try:
+        key = load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BadKey(f"{path} holds no private key without a password; `overpaint key new FILE` makes one") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise BadKey(f"{path} holds a key of another kind than Ed25519; `overpaint key new FILE` makes one")
+    return Signer(key)
+
+
+def load_keyring(paths: Iterable[Path]) -> Keyring:
+    """The public keys in these files, or in the `.pub` files of these folders. Raises NotFound, BadKey."""
+    files = [file for path in paths for file in (sorted(path.glob("*.pub")) if path.is_dir() else [path])]
+    if not files:
+        raise NotFound("there is no .pub file among the keys to trust; name one, or a folder with some")
+    return Keyring(frozenset(_load_public(file) for file in files))
+
+
+def _load_public(path: Path) -> bytes:
+    with _cryptography():
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    try:
+        key = load_pem_public_key(_read(path))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadKey(f"{path} holds no public key; name the .pub file of a key pair") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise BadKey(f"{path} holds a key of another kind than Ed25519; name the .pub file of a key pair")
+    return key.public_bytes_raw()
+
+
+def _message(digest: str) -> bytes:
+    """What is signed. The first line keeps signatures made for something else from meaning anything here."""
+    return b"overpaint signature 1\nsha256:" + digest.encode() + b"\n"
+
+
+def _parts(seal: bytes, what: str) -> tuple[bytes, bytes]:
+    try:
+        content = read_json(seal, f"the signature of {what}")
+        if content["algorithm"] != "ed25519":
+            raise ValueError(f"the algorithm {content['algorithm']!r}")
+        key, signature = bytes.fromhex(content["key"]), bytes.fromhex(content["signature"])
+        if (len(key), len(signature)) != (32, 64):
+            raise ValueError("a length that no key and no signature has")
+    except (BadManifest, KeyError, TypeError, ValueError) as error:
+        raise Untrusted(f"the signature of {what} cannot be read ({error}); nothing was taken") from error
+    return key, signature
+
+
+def _is_valid(key: bytes, signature: bytes, digest: str) -> bool:
+    with _cryptography():
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, _message(digest))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _cryptography() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise OverpaintError("signatures need the package cryptography; run `pip install 'overpaint[sign]'`") from error
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise NotFound(f"there is no key file {path}; `overpaint key new FILE` makes a key pair")
+    with plain_disk_errors(path), path.open("rb") as file:
+        return file.read(KEY_LIMIT)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    with plain_disk_errors(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,133 @@
+"""Separable closed-form erasure (this project; after UCE, Gandikota et al., WACV 2024, eq. 7).
+
+For concepts with keys K_j and targets V_j, and keys R to preserve, the joint minimiser of
+`w sum_{i in S} |W K_i - W0 V_i|^2 + w sum_{j not in S} |W K_j - W0 K_j|^2 + |W R - W0 R|^2 + lambda |W - W0|^2` is
+`W = W0 (I + sum_{i in S} w (V_i - K_i) K_i^T A^-1)` with `A = w sum_j K_j K_j^T + R R^T + lambda I`, for every subset S: a
+sum of terms that each depend on one concept, and the same for all projections. The patch is one such term, for each door by
+which a prompt enters the base. That begin-of-text does not move at all is a constraint (`universe.py`).
+
+Preserving the rest leaves some of the concept: of the way from K_i to V_i, keys go the share alpha on average. Asking for
+`V_i' = K_i + (V_i - K_i) / alpha` instead makes the average arrive. That is the same problem with a farther target, so that
+terms still add up to the joint solution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overpaint.core.concepts import Concept
+from overpaint.patches.delta import Delta, Sum, TextMap
+from overpaint.patches.patch import uncovered_inputs
+from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
+from overpaint.solvers.universe import PreservedPrompts, Universe, universe
+
+SPARE, ITERATIONS = 8, 8
+"""Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
+behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
+
+
+@dataclass(frozen=True)
+class Separable(Solver):
+    """Send a concept to its anchor in closed form and hold everything else; patches add up to the joint solution."""
+
+    ridge: float = setting(1e-3, "lambda over the mean eigenvalue of A", low=0.0)
+    weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
+    energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
+    reach: float = setting(
+        1.5, "at most so much farther than the target, so that keys arrive there on average", low=1.0
+    )
+    style_reach: float = setting(3.0, "the same for styles, of which every word of a sentence carries a part", low=1.0)
+    rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
+    vocabulary: int = setting(0, "preserve so many words of the tokenizer's vocabulary; 0: all", low=0)
+
+    def solve(self, problem: EditProblem) -> Solution:
+        """A text map of at most `rank` directions for each door of the base."""
+        started = time.perf_counter()
+        concept, base = problem.concept, problem.base
+        problem.report(0, 1, "reading the universe")
+        preserved = PreservedPrompts(problem.keep, self.vocabulary, problem.cache)
+        maps: list[Delta] = []
+        about: dict[str, dict[str, Any]] = {}
+        for text_input in base.text_inputs:
+            known = universe(
+                base,
+                (concept, *problem.others),
+                self.ridge,
+                self.weight,
+                problem.device,
+                text_input=text_input,
+                preserved=preserved,
+                report=problem.report,
+            )
+            up, down, about[text_input] = self._term(known, concept)
+            maps.append(TextMap(text_input, up, down))
+        delta = maps[0] if len(maps) == 1 else Sum(tuple(maps))
+        found = _together(about)
+        return Solution(
+            delta,
+            {**found, "open_doors": list(uncovered_inputs(base, delta)), "seconds": time.perf_counter() - started},
+        )
+
+    def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable.
+
+        Truncation is by the singular values of `(V - K) K^T L^-T` with `A = L L^T`, that is, in the metric of what the
+        text encoder really says, not of the bare matrix.
+        """
+        keys, values = known.keys[concept.name], known.values[concept.name]
+        way = values - keys
+        whitened = torch.linalg.solve_triangular(known.cholesky, self.weight * keys @ way.T, upper=False)
+        energy = whitened.square().sum()
+        if not energy > 0:
+            raise Unsolvable(
+                f"the text encoder says of {concept.name!r} what it says of {concept.anchor or 'nothing'!r}, or weight is 0; "
+                "name another anchor or a larger weight"
+            )
+        left, size, right = leading(whitened.T, self.rank)
+        share = size.square().cumsum(0) / energy
+        rank = min(self.rank, int((share < self.energy).sum()) + 1)
+        up = left[:, :rank] * size[:rank]
+        down = torch.linalg.solve_triangular(known.cholesky.T, right[:, :rank], upper=True)
+        went = up @ (down.T @ keys)
+        reach = self.style_reach if concept.kind == "style" else self.reach
+        gain = min(reach, max(1.0, float(way.square().sum() / (way * went).sum())))
+        about = {
+            "rank": rank,
+            "energy": float(share[rank - 1]),
+            "gain": gain,
+            "residual": float((gain * went - way).norm() / way.norm()),
+            "condition": known.condition,
+        }
+        return (gain * up).float(), down.float().contiguous(), about
+
+
+def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest singular values of a square matrix, with their left and right vectors as columns.
+
+    By subspace iteration where they are few, which is many times faster than the whole decomposition; the start is always
+    the same, and so are the bits.
+    """
+    block = count + SPARE
+    if 4 * block > len(matrix):
+        left, size, right = torch.linalg.svd(matrix)
+        return left[:, :count], size[:count], right.T[:, :count]
+    start = torch.randn(len(matrix), block, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    basis = start.to(matrix.device)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ (matrix.T @ basis)).Q
+    inner, size, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ inner)[:, :count], size[:count], right.T[:, :count]
+
+
+def _together(about: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is said of several doors: the worst of each number, and behind `doors` each one's own."""
+    if len(about) == 1:
+        return next(iter(about.values()))
+    worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max}
+    return {**{key: of(one[key] for one in about.values()) for key, of in worst.items()}, "doors": dict(about)}

@@ -1,0 +1,108 @@
+"""Few-shot unlearning by low-rank adaptation, after Shreyas and Aadarsh (arXiv 2505.12395), our formulation.
+
+The paper adapts the last layers of the text encoder and its projection, `P' = P + A B^T`, to a few pictures of the concept,
+with a weighted loss of a textual-inversion term and of prompts to retain; its weights and hyper-parameters are not published.
+Ours is `min - a E |eps - eps_theta(z_t, t, f(y))|^2 + b mean |f(r) - f0(r)|^2 + c |A B^T|^2`, over sentences y that name the
+concept and prompts r that do not; f is what the U-Net reads, f0 that of the base. Stable Diffusion has no projection
+between text encoder and cross-attention, so P is the identity, and `A B^T` a text map: the delta is low-rank throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from overpaint.bases.base import Base
+from overpaint.solvers.problem import EditProblem, setting
+from overpaint.solvers.sentences import asked, retained
+from overpaint.solvers.trained.adapters import AdapterStack, LowRankAdapter, TextMapAdapter, encoder_layer_tensors
+from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.pictures import gathered
+from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
+
+
+@dataclass(frozen=True)
+class FewShotLoRA(Training):
+    """Make the last text-encoder layers forget with a few pictures, at low rank; defaults are ours but for the rank."""
+
+    PRESETS: ClassVar = MappingProxyType(
+        {
+            "emoji": {
+                "steps": 30,
+                "lr": 3e-3,
+                "batch": 8,
+                "layers": 2,
+                "pictures": 8,
+                "sampling_steps": 12,
+                "guidance": 3.0,
+            }
+        }
+    )
+
+    steps: int = setting(100, "most gradient steps", low=1)
+    lr: float = setting(1e-4, "learning rate", low=0.0)
+    batch: int = setting(2, "noised latents per step", low=1)
+    sentences: int = setting(
+        64, "train on this many sentences that name the concept, spread over its words; 0: on its bare words", low=0
+    )
+    guidance: float = setting(7.5, "guidance scale of what the base draws to train on", low=0.0)
+    rank: int = setting(8, "directions per tensor (the paper: 4 to 8)", low=1)
+    layers: int = setting(4, "how many of the text encoder's last layers are adapted", low=1)
+    images: str = setting("", "a folder with pictures of the concept; empty: the base draws them")
+    pictures: int = setting(
+        4, "pictures that the base draws, or that the folder has at least (the paper: 4 or 5)", low=1
+    )
+    forget: float = setting(1.0, "a, the weight of the textual-inversion term", low=0.0)
+    retain: float = setting(1.0, "b, the weight of the retained prompts", low=0.0)
+    shrink: float = setting(0.0, "c, the weight of the projection's squared norm", low=0.0)
+    retained: int = setting(512, "how many prompts are retained besides the empty one", low=0)
+    retain_batch: int = setting(16, "how many of them a step looks at, besides the empty one", low=1)
+
+    def touches(self, base: Base) -> Sequence[str]:
+        return [*self._matrices(base), *base.projections("text_encoder")]
+
+    def _matrices(self, base: Base) -> list[str]:
+        found = encoder_layer_tensors(base, feed_forward=self.layers, attention=self.layers)
+        return [name for name in found if name.endswith(".weight")]
+
+    def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
+        """Low-rank factors in the text encoder, and a text map for the projection."""
+        random = generator(problem.seed, BEFORE)
+        layers = LowRankAdapter(model.pipe, problem.base, self._matrices(problem.base), self.rank, random)
+        projection = TextMapAdapter("text_encoder", model.encoder.width, self.rank, random, model.device)
+        change = AdapterStack(layers, projection)
+        pairs = asked(problem, model.encoder, self.sentences)
+        kept = retained(problem, model.encoder, self.retained)
+        meant = model.encoder.hidden(kept)
+        found = gathered(
+            model,
+            problem,
+            [prompt for prompt, _ in pairs],
+            folder=self.images,
+            count=self.pictures,
+            steps=self.sampling_steps,
+            guidance=self.guidance,
+        )
+
+        def loss(random: torch.Generator) -> StepResult:
+            x, t, goal, _ = model.noised(found.latents, random, self.batch)
+            chosen = [pairs[i] for i in torch.randint(len(pairs), (self.batch,), generator=random).tolist()]
+            prompts, without = zip(*chosen, strict=True)
+            also = [0, *torch.randint(len(kept), (self.retain_batch,), generator=random).tolist()]
+            said = projection(model.encode([*prompts, *(kept[i] for i in also)]))
+            guess = model(x, t, said[: self.batch])
+            drift = F.mse_loss(said[self.batch :], meant[also])
+            total = self.retain * drift - self.forget * F.mse_loss(guess, goal) + self.shrink * projection.size()
+            left = None
+            if self.watches:
+                left = concept_remaining(
+                    guess, model, change, x, t, model.encoder.hidden(prompts), model.encoder.hidden(without)
+                )
+            return StepResult(total, left)
+
+        return TrainingTask(change, loss, facts={"images": list(found.digests), "retained": len(kept)})

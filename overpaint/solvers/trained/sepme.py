@@ -1,0 +1,329 @@
+"""SepME: separable multi-concept erasure (Zhao et al., arXiv 2402.05947; follow-up SRS-ME).
+
+*Generating concept-irrelevant representations* (G-CiRs): with `r_c(theta) = eps(x_t, c; theta) - eps(x_t, ''; theta)`, minimise
+`sum_i eta_i mean(r_i(theta0 + dtheta) * r_i(theta0)) + regulariser * ||dtheta||_1 / M` (SRS-ME eq. 28, 34) over the M edited
+layers, on noised latents of pictures that the base makes of each concept, with `eta_i = max_k |L_k| / |L_i|` (eq. 35); stop
+when the momentum average of the weighted sum falls to tau (eq. 37).
+
+*Weight decoupling*: the increment of every cross-attention key and value projection is `w (beta S)^T` with S a
+basis of the null space of all other concepts' prompt embeddings (all positions), the empty prompt's and the kept
+prompts' (watermarks, say), and w zero at the start (eq. 22 to 26). Prompts in that stack are therefore not disturbed at all;
+nothing is promised for other sentences, and the null space of a text width d is used up after about d / (length - 1)
+prompts. As increments do not disturb each other's prompts, each can be trained alone (eq. 29 to 33); `joint=true` trains those
+of the whole universe together (SRS-ME's dagger), `decouple=false` trains all cross-attention weights without a null space
+(its double dagger: G-CiRs alone; use the preset `whole`).
+
+Two settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
+many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from overpaint.bases.base import Base
+from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.concepts import Concept
+from overpaint.patches.delta import Delta, LowRank
+from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
+from overpaint.solvers.sentences import sentences
+from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
+from overpaint.solvers.trained.denoiser import Denoiser
+
+# G-CiRs, the training half of SepME: make what a concept's prompt adds uncorrelated with what it added before.
+#
+# `sepme.py` has the loss and the equations; here are the two things that are trained, increments in a null space and whole
+# weights, and the descent.
+
+
+@torch.no_grad()
+def pictures_of(pipe: Any, problem: EditProblem, concept: Concept, settings: SepME) -> Tensor:
+    """Latents of what the base makes of a concept's bare name, [n, c, h, w]."""
+    problem.report(0, settings.iterations, f"generating pictures of {concept.name}")
+    found = []
+    for start in range(0, settings.pictures, 8):
+        seeds = range(start, min(start + 8, settings.pictures))
+        generators = [torch.Generator().manual_seed(problem.seed * 100_003 + s) for s in seeds]
+        found.append(
+            pipe(
+                [concept.name] * len(generators),
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                generator=generators,
+                output_type="latent",
+            ).images
+        )
+    return torch.cat(found)
+
+
+def descend(
+    model: Denoiser,
+    change: Increments | Whole,
+    concepts: Sequence[Concept],
+    pictures: Mapping[str, Tensor],
+    problem: EditProblem,
+    settings: SepME,
+) -> list[float]:
+    """Train the change in place; the weighted sum of the correlations at every step."""
+    optimiser = torch.optim.Adam(change.parameters, lr=settings.lr)
+    prompts = {c.name: _trained(problem.base, c, settings) for c in concepts}
+    texts = {name: model.encoder.hidden(asked) for name, asked in prompts.items()}
+    empty = model.encoder.hidden([""]).expand(settings.batch, -1, -1)
+    # A generator each: what one concept is trained on does not depend on which others are.
+    random = {c.name: torch.Generator().manual_seed(problem.seed) for c in concepts}
+    mean = 0.0
+    history: list[float] = []
+    for step in range(settings.iterations):
+        found = []
+        for concept in concepts:
+            name = concept.name
+            x, t, text = _drawn(model, pictures[name], texts[name], random[name], settings.batch)
+            with torch.no_grad(), change.off():
+                frozen = _representation(model, x, t, text, empty)
+            found.append((_representation(model, x, t, text, empty) * frozen).mean())
+        correlations = torch.stack(found)
+        size = correlations.detach().abs()
+        weighted = (correlations * size.max() / size.clamp_min(1e-30)).sum() if found[1:] else correlations.sum()
+        loss = weighted + settings.regulariser * change.norm()
+        finite(loss.item(), step, f"lr ({settings.lr:g}) or beta ({settings.beta:g})")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        value = weighted.item()
+        mean = value if not history else settings.momentum * mean + (1 - settings.momentum) * value
+        history.append(value)
+        problem.report(step + 1, settings.iterations, f"correlation {mean:.2e}")
+        if step > settings.warm_up and mean <= settings.tau:
+            break
+    return history
+
+
+def _drawn(
+    model: Denoiser, latents: Tensor, text: Tensor, random: torch.Generator, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised latents x_t [n, c, h, w], their timesteps [n] and a prompt's embeddings for each [n, length, d]."""
+    chosen = torch.randint(len(latents), (batch,), generator=random)
+    t = torch.randint(model.levels, (batch,), generator=random).to(latents.device)
+    noise = torch.randn((batch, *latents.shape[1:]), generator=random).to(latents)
+    asked = text[torch.randint(len(text), (batch,), generator=random)] if len(text) > 1 else text
+    return model.pipe.scheduler.add_noise(latents[chosen], noise, t), t, asked.expand(batch, -1, -1)
+
+
+def _trained(base: Base, concept: Concept, settings: SepME) -> list[str]:
+    """The prompts whose representation is made irrelevant: the bare name, or the concept's words in sentences."""
+    found = [template.format(word) for template, _ in sentences(base, concept.kind).pairs for word in concept.words]
+    count = min(settings.sentences, len(found))
+    return [found[i * len(found) // count] for i in range(count)] or [concept.name]
+
+
+def _representation(model: Denoiser, x: Tensor, t: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+    with_concept, without = model.both(x, t, text, empty)
+    return with_concept - without
+
+
+class Increments:
+    """Adds `sum_k x (w_k (beta S_k)^T)^T` to the output of every key and value projection; the weights stay as they are."""
+
+    def __init__(self, pipe: Any, base: Base, bases: Mapping[str, Tensor], beta: float) -> None:
+        modules, names = modules_by_parameter(pipe, base), base.projections()
+        self.scaled = {concept: beta * basis.T for concept, basis in bases.items()}
+        self.active = True
+        self.w: dict[str, dict[str, nn.Parameter]] = {}
+        for concept, scaled in self.scaled.items():
+            outs = {name: base.places[name].shape[0] for name in names}
+            self.w[concept] = {
+                name: nn.Parameter(torch.zeros(out, len(scaled), device=scaled.device)) for name, out in outs.items()
+            }
+        for name in names:
+            modules[name].register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for concept, scaled in self.scaled.items() if self.active else ():
+                output = output + (inputs[0] @ scaled.T) @ self.w[concept][name].T
+            return output
+
+        return add
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [w for own in self.w.values() for w in own.values()]
+
+    def norm(self) -> Tensor:
+        """The L1 norm of the whole increment, averaged over layers."""
+        names = next(iter(self.w.values()))
+        whole = (sum(self.w[c][name] @ scaled for c, scaled in self.scaled.items()) for name in names)
+        return torch.stack([torch.as_tensor(increment).abs().sum() for increment in whole]).mean()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block, the increments are not added."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def delta_of(self, concept: str) -> Delta:
+        return LowRank({name: (w.detach(), self.scaled[concept]) for name, w in self.w[concept].items()})
+
+
+class Whole:
+    """All cross-attention weights, trained in place."""
+
+    def __init__(self, pipe: Any, base: Base, names: Sequence[str]) -> None:
+        self._weights = DenseAdapter(pipe, base, names)
+        self.parameters = self._weights.parameters
+        self._before = [parameter.detach().clone() for parameter in self.parameters]
+
+    def norm(self) -> Tensor:
+        """The L1 norm of the change, averaged over tensors."""
+        pairs = zip(self.parameters, self._before, strict=True)
+        return torch.stack([(now - before).abs().sum() for now, before in pairs]).mean()
+
+    def off(self) -> Any:
+        return self._weights.off()
+
+    def delta_of(self, concept: str) -> Delta:
+        return self._weights.delta()
+
+
+@dataclass(frozen=True)
+class SepME(Solver):
+    """Train increments in the null space of everything else that is listed; defaults are the paper's."""
+
+    PRESETS: ClassVar = MappingProxyType(
+        {
+            "emoji": {
+                "iterations": 60,
+                "beta": 0.02,
+                "batch": 8,
+                "tau": -0.01,
+                "guidance": 3.0,
+                "sentences": 24,
+                "tolerance": 0.05,
+            },
+            "whole": {"decouple": False, "lr": 1e-5},
+        }
+    )
+
+    iterations: int = setting(1000, "most gradient steps", low=1)
+    warm_up: int = setting(10, "steps before the stopping rule is asked", low=0)
+    lr: float = setting(0.1, "Adam's learning rate for w (the paper has 1e-5 for whole weights)", low=0.0)
+    beta: float = setting(1e-4, "scale of the basis", low=0.0)
+    regulariser: float = setting(1e-6, "weight of the mean layer-wise L1 norm of the increment", low=0.0)
+    momentum: float = setting(0.9, "alpha of the momentum average", low=0.0, high=1.0)
+    tau: float = setting(1e-4, "stop when the averaged correlation is at most this")
+    pictures: int = setting(16, "pictures of the concept the base generates to train on", low=1)
+    batch: int = setting(1, "noised latents per step and concept", low=1)
+    guidance: float = setting(7.5, "guidance scale of those pictures", low=0.0)
+    steps: int = setting(20, "sampling steps of those pictures", low=1)
+    keep: str = setting("", "further prompts to leave undisturbed, such as watermarks, separated by ;")
+    tolerance: float = setting(
+        0.0, "directions weaker than this share of the others' strongest may be used; 0: only unused ones", 0.0, 1.0
+    )
+    sentences: int = setting(0, "train on this many sentences that name the concept; 0: on the bare name", low=0)
+    joint: bool = setting(False, "train the increments of all concepts of the universe together, and keep one's own")
+    decouple: bool = setting(True, "train in the null space; false: all cross-attention weights, disturbing whatever")
+
+    def touches(self, base: Base) -> Sequence[str]:
+        return base.projections() if self.decouple else tensors(base, CROSS_ATTENTION)
+
+    def solve(self, problem: EditProblem) -> Solution:
+        """Low-rank on `attn2.to_k` and `attn2.to_v`, one down factor for all; dense on all of `attn2` without decoupling.
+
+        Raises Unsolvable when no null space is left, or a base has more than one door; Diverged; OutOfMemory.
+        """
+        concepts = (problem.concept, *(problem.others if self.joint else ()))
+        return self.together(problem, concepts)[problem.concept.name]
+
+    def together(self, problem: EditProblem, concepts: Sequence[Concept]) -> dict[str, Solution]:
+        """The increments of several concepts, trained together (in any order), by concept.
+
+        Without decoupling they are one change of all, which every concept is given.
+        """
+        started = time.perf_counter()
+        ordered = sorted(concepts, key=lambda concept: concept.name)
+        with within_memory(f"batch ({self.batch}) or pictures ({self.pictures})"):
+            model = Denoiser.of(problem)
+            bases = {c.name: self._null_space(problem, model.encoder, c) for c in ordered} if self.decouple else {}
+            pictures = {c.name: pictures_of(model.pipe, problem, c, self) for c in ordered}
+            change = (
+                Increments(model.pipe, problem.base, bases, self.beta)
+                if self.decouple
+                else Whole(model.pipe, problem.base, self.touches(problem.base))
+            )
+            history = descend(model, change, ordered, pictures, problem, self)
+        found = {
+            "iterations": len(history),
+            "correlation": history[-1],
+            "stopped_early": len(history) < self.iterations,
+            "seconds": time.perf_counter() - started,
+        }
+        return {
+            c.name: Solution(change.delta_of(c.name), {**_room(model.encoder, bases.get(c.name)), **found})
+            for c in ordered
+        }
+
+    def _null_space(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> Tensor:
+        """What is free of the empty prompt, every other concept's bare name (as in the paper) and the kept prompts."""
+        kept = sorted({prompt.strip() for prompt in self.keep.split(";") if prompt.strip()})
+        others = {c.name: c for c in (problem.concept, *problem.others)}
+        names = [name for name in sorted(others) if name != concept.name]
+        return null_space(encoder, ["", *names, *kept], self.tolerance)[0]
+
+
+def null_space(encoder: TextEncoder, prompts: Sequence[str], tolerance: float = 0.0) -> tuple[Tensor, int]:
+    """An orthonormal basis S, float32 [d, d - r], of the directions that no embedding of `prompts` has; and the rank r.
+
+    Raises Unsolvable when the prompts fill the whole width.
+    """
+    basis, rank = free_of(encoder.hidden(prompts), tolerance)
+    if rank >= encoder.width:
+        raise Unsolvable(
+            f"the {len(prompts)} prompts to leave undisturbed span all {encoder.width} text directions, so SepME has no null "
+            f"space left (about {encoder.length - 1} directions each); name fewer concepts, raise tolerance, or use `separable`"
+        )
+    return basis.to(encoder.model.device), rank
+
+
+def free_of(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
+    """An orthonormal basis, float32 [d, d - r], of the directions that no embedding of `hidden` [n, length, d] has; and r.
+
+    By singular value decomposition in float64 with NumPy's rank rule; the paper eliminates symbolically, which takes
+    minutes to hours. Directions below `tolerance` times the strongest count as unused. The first embedding of each prompt is
+    begin-of-text, the same in all.
+    """
+    hidden = hidden.double().cpu()
+    width = hidden.shape[-1]
+    # Begin-of-text is larger than all else: it would set the scale of the tolerance.
+    begin = hidden[0, 0] / hidden[0, 0].norm()
+    rest = hidden[:, 1:].reshape(-1, width)
+    rest = rest - (rest @ begin)[:, None] * begin
+    _, size, right = torch.linalg.svd(rest, full_matrices=False)
+    # Embeddings come out of a float32 encoder: what is below its rounding is noise, not a direction.
+    noise = max(rest.shape) * torch.finfo(torch.float32).eps
+    used = torch.cat([begin[None], right[: int((size > size[0] * max(noise, tolerance)).sum())]])
+    rank = len(used)
+    return torch.linalg.qr(used.T, mode="complete").Q[:, rank:].float().contiguous(), rank
+
+
+def _room(encoder: TextEncoder, basis: Tensor | None) -> dict[str, int]:
+    """How much of the text width is used, and how many prompts' worth of directions the width has and has left."""
+    if basis is None:
+        return {}
+    each = encoder.length - 1
+    return {
+        "null_space": basis.shape[1],
+        "rank_of_others": encoder.width - basis.shape[1],
+        "capacity": (encoder.width - 1) // each,
+        "capacity_left": basis.shape[1] // each,
+    }

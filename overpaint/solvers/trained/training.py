@@ -1,0 +1,160 @@
+"""The one loop in which every training solver descends: seeded, watched, stopped when enough is forgotten.
+
+A solver says what changes and what one step loses (`Task`); the loop does the rest. How much of the concept is left is
+measured alike for all of them: the part of the base's guidance that the prompt still gives,
+`<eps(x, c) - eps0(x, c0), eps0(x, c) - eps0(x, c0)> / |eps0(x, c) - eps0(x, c0)|^2`, with eps0 the base and c0 the prompt
+without the concept (where a method learns from itself, its own prediction for c0 takes the place of the base's in the first
+difference). It is 1 at first, 0 where the concept is drawn as if it were not named, and negative beyond.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from overpaint.solvers.problem import EditProblem, Solution, Solver, finite, setting, within_memory
+from overpaint.solvers.trained.adapters import Adapter, MovingAverage
+from overpaint.solvers.trained.denoiser import Denoiser
+
+BEFORE = -1
+"""The stream of random numbers that is used up before the first step; pictures are drawn from those below it."""
+
+MakeOptimiser: TypeAlias = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found: the loss to descend, and what is left of the concept where the solver knows it."""
+
+    loss: Tensor
+    left: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What a solver gives the loop: the change that is trained, and the loss of one step from the step's generator.
+
+    `rate(step)` multiplies the learning rate. With an `average`, the result is the averaged change. `facts` join the
+    diagnostics.
+    """
+
+    change: Adapter
+    loss: Callable[[torch.Generator], StepResult]
+    optimiser: MakeOptimiser = lambda parameters, lr: torch.optim.Adam(parameters, lr)
+    rate: Callable[[int], float] = lambda step: 1.0
+    average: MovingAverage | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training(Solver):
+    """The settings that every training solver has; each solver puts its paper's values in their place."""
+
+    steps: int = setting(1000, "most gradient steps", low=1)
+    lr: float = setting(1e-5, "learning rate", low=0.0)
+    batch: int = setting(1, "noised latents per step", low=1)
+    sentences: int = setting(
+        0, "train on this many sentences that name the concept, spread over its words; 0: on its bare words", low=0
+    )
+    guidance: float = setting(3.0, "guidance scale of what the base draws to train on", low=0.0)
+    sampling_steps: int = setting(50, "denoising steps of what the base draws to train on", low=1, high=1000)
+    until: float = setting(1.0, "stop when at most this share of the concept's guidance is left; 1: never", -10.0, 1.0)
+    momentum: float = setting(0.9, "weight of the past in the average that `until` looks at", low=0.0, high=0.999)
+    clip: float = setting(0.0, "largest norm of all gradients together; 0: any", low=0.0)
+    precision: str = setting(
+        "fp32", "arithmetic of the models; what is trained is fp32 in any case", choices=("fp32", "bf16")
+    )
+    checkpoint: bool = setting(
+        False, "compute the U-Net's activations again for the gradients: less memory, about a third more time"
+    )
+
+    def solve(self, problem: EditProblem) -> Solution:
+        """Train on a copy of the base's models. Raises Diverged, OutOfMemory, Unsolvable, PromptTooLong, BadPictures."""
+        started = time.perf_counter()
+        with within_memory(f"batch (it is {self.batch}), or set checkpoint=true or precision=bf16"):
+            model = Denoiser.of(problem, precision=self.precision, checkpoint=self.checkpoint)
+            task = self.task(model, problem)
+            history = descend(task, self, problem)
+            delta = task.change.delta()
+        return Solution(delta, {**task.facts, **history, "seconds": time.perf_counter() - started})
+
+    @abstractmethod
+    def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
+        """What to train and what a step loses; may draw what it trains on."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether what is left has to be known where it costs a solver a pass through the model."""
+        return self.until < 1
+
+
+def descend(task: TrainingTask, settings: Training, problem: EditProblem) -> dict[str, Any]:
+    """Train `task.change` in place and tell how it went.
+
+    Every step has a CPU generator of its own, so that devices and interruptions do not change what is drawn. Raises Diverged
+    when a loss or a gradient is no number, naming the step.
+    """
+    optimiser = task.optimiser(task.change.parameters, settings.lr)
+    lower = f"lr (it is {settings.lr:g})"
+    losses: list[float] = []
+    left, known = 1.0, False
+    for step in range(settings.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.lr * task.rate(step)
+        optimiser.zero_grad(set_to_none=True)
+        reading = task.loss(generator(problem.seed, step))
+        losses.append(finite(reading.loss.item(), step, lower))
+        reading.loss.backward()
+        size = nn.utils.clip_grad_norm_(task.change.parameters, settings.clip or torch.inf)
+        finite(size.item(), step, lower)
+        optimiser.step()
+        if task.average is not None:
+            task.average.update()
+        if reading.left is not None:
+            known, left = True, settings.momentum * left + (1 - settings.momentum) * reading.left
+        problem.report(
+            step + 1, settings.steps, f"loss {losses[-1]:.2e}" + (f", {max(left, 0):.0%} left" if known else "")
+        )
+        if known and settings.until < 1 and left <= settings.until:
+            break
+    if task.average is not None:
+        task.average.take()
+    found = {"steps": len(losses), "first_loss": losses[0], "loss": losses[-1]}
+    return {**found, "stopped_early": len(losses) < settings.steps, **({"left": left} if known else {})}
+
+
+def generator(seed: int, stream: int) -> torch.Generator:
+    """The CPU generator of one stream of a seed: steps count from 0, and what comes before them has negative numbers."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+
+
+def share_left(found: Tensor, named: Tensor, unnamed: Tensor) -> float:
+    """What the prediction `found` has left of the base's guidance `named - unnamed` (see the module)."""
+    way = named - unnamed
+    return float(((found.detach() - unnamed) * way).sum() / way.square().sum().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def concept_remaining(
+    found: Tensor,
+    model: Denoiser,
+    change: Adapter,
+    x: Tensor,
+    t: Tensor,
+    named: Tensor,
+    unnamed: Tensor,
+    own: Tensor | None = None,
+) -> float:
+    """`share_left` for solvers that have no use for the base's own predictions: they are made here, in one pass.
+
+    `own` is what the model in training predicts without the concept, where that is what it learns from.
+    """
+    with change.off():
+        with_it, without = model.both(x, t, named, unnamed)
+    return share_left(found if own is None else found - own + without, with_it, without)

@@ -1,1 +1,0 @@
-"""Sharing patches and recipes: OCI image layouts in folders and behind URLs, archives of one file, signatures."""

@@ -1,0 +1,207 @@
+"""A compressed patch: a patch of its own, whose manifest names the one it came from and the error that was paid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.compose import Term, plan
+from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
+from overpaint.patches.patch import Patch, make_patch
+from overpaint.workspace.planning import Truncation
+
+# Truncation: the best change of few directions, tensor by tensor, and how far it is from the whole.
+#
+# The change of a matrix is replaced by its truncated singular value decomposition, which no other matrix of that rank comes
+# closer to (Eckart and Young, Psychometrika 1936); what is lost is the norm of the discarded singular values. Factors are
+# never multiplied out for that: with `up = Q R` and `down^T = P S`, the singular values of `up down` are those of `R S^T`. A text
+# map is one change of all tensors that read its door, stacked: `[W_1; W_2; ...] U D^T`. Projected on its leading right
+# singular directions V it becomes `U (D^T V) V^T`, which is a text map again.
+
+
+@dataclass(frozen=True, eq=False)
+class Truncated:
+    """A delta of fewer directions, and by tensor `|change - truncated change| / |change|` (Frobenius), 0 for no change."""
+
+    delta: Delta
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The tensor with the largest error, and that."""
+        return max(self.errors.items(), key=lambda item: (item[1], item[0]))
+
+
+def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
+    """A delta with what `keep` says of every tensor's change, in float32 factors.
+
+    What would not get smaller stays as it is: vectors, and changes that have so few directions already. Residual bits
+    count as part of the change and are not kept as bits: they belong to the one result that is no longer wanted. Errors are
+    measured on the factors that are returned. Raises BadDelta when the delta does not fit the base.
+    """
+    whole = _without_bits(base, delta)
+    texts = [_text_map(base, part, keep) for part in whole.parts if isinstance(part, TextMap)]
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    arrays: dict[str, Tensor] = {}
+    for name, (pairs, dense) in _gathered(whole).items():
+        found = _matrix(pairs, dense, keep)
+        if found is not None:
+            factors[name] = found
+            continue
+        if pairs:
+            factors[name] = pairs[0]
+        if dense is not None:
+            arrays[name] = dense
+    parts: list[Delta] = [*texts]
+    parts += [LowRank(factors)] if factors else []
+    parts += [Dense(arrays)] if arrays else []
+    small = parts[0] if len(parts) == 1 else Sum(tuple(parts))
+    return Truncated(small, {name: _error(base, name, whole, small) for name in whole.targets(base)})
+
+
+def size_of(delta: Delta) -> int:
+    """Bytes of a delta's arrays."""
+    return sum(array.nbytes for array in delta.tensors().values())
+
+
+def _without_bits(base: Base, delta: Delta) -> Delta:
+    if not delta.has_bits:
+        return delta
+    planned = plan(base, [Term("", delta)])
+    return Dense({name: planned.tensor(name).double() - base.tensor(name).double() for name in planned.names})
+
+
+def _gathered(delta: Delta) -> dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]]:
+    """By tensor, all that is not a text map: at most one pair of factors and one array."""
+    found: dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]] = {}
+    for part in delta.parts:
+        if isinstance(part, LowRank):
+            found |= {name: ([pair], found.get(name, ([], None))[1]) for name, pair in part.factors.items()}
+        elif isinstance(part, Dense):
+            found |= {name: (found.get(name, ([], None))[0], array) for name, array in part.changes.items()}
+    return found
+
+
+def _matrix(pairs: list[tuple[Tensor, Tensor]], dense: Tensor | None, keep: Truncation) -> tuple[Tensor, Tensor] | None:
+    """Thin factors of the sum, or None where they would not be smaller than what is there."""
+    if dense is not None and dense.ndim < 2:
+        return None
+    if dense is None:
+        ((up, down),) = pairs
+        left, sizes, right = thin_svd(up.double(), down.double().T)
+    else:
+        total = dense.double().reshape(dense.shape[0], -1)
+        for up, down in pairs:
+            total = total + up.double() @ down.double()
+        left, sizes, right_rows = torch.linalg.svd(total, full_matrices=False)
+        right = right_rows.T
+    rank = directions(sizes, keep)
+    before = sum(up.nbytes + down.nbytes for up, down in pairs) + (dense.nbytes if dense is not None else 0)
+    if rank * (len(left) + len(right)) * torch.float32.itemsize >= before:
+        return None
+    return (left[:, :rank] * sizes[:rank]).float(), right[:, :rank].T.float()
+
+
+def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
+    """The text map whose change of all readers together is the truncated one; itself where it has so few directions."""
+    up, down = text.up.double(), text.down.double()
+    stacked = torch.cat([_read(base, text, name) @ up for name in text.targets(base)])
+    _, sizes, right = thin_svd(stacked, down)
+    rank = directions(sizes, keep)
+    if rank >= text.up.shape[1]:
+        return text
+    kept = right[:, :rank]
+    return TextMap(text.encoder, (up @ (down.T @ kept)).float(), kept.float())
+
+
+def _read(base: Base, text: TextMap, name: str) -> Tensor:
+    """The columns of a tensor that read a text map's door, float64."""
+    return base.tensor(name)[:, base.columns(text.encoder, name)].double()
+
+
+def thin_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m x k), singular values and V (n x k) of `left right^T`, for factors m x r and n x r, exactly."""
+    (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
+    inner, sizes, outer = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return first @ inner, sizes, second @ outer.T
+
+
+def directions(sizes: Tensor, keep: Truncation) -> int:
+    """How many of the singular values, in descending order, are kept: at least one, and none that is rounding error."""
+    present = max(1, int((sizes > sizes[0] * len(sizes) * torch.finfo(sizes.dtype).eps).sum()))
+    if keep.rank is not None:
+        return min(keep.rank, present)
+    share = sizes.square().cumsum(0) / sizes.square().sum()
+    assert keep.energy is not None
+    return min(int((share < keep.energy).sum()) + 1, present)
+
+
+def _error(base: Base, name: str, whole: Delta, small: Delta) -> float:
+    change = _change(base, name, whole.parts)
+    norm = float(change.norm())
+    return float((change - _change(base, name, small.parts)).norm()) / norm if norm else 0.0
+
+
+def _change(base: Base, name: str, parts: Iterable[Delta]) -> Tensor:
+    """What parts add to one tensor, float64, as a matrix."""
+    shape = base.places[name].shape
+    total = torch.zeros(shape[0] if shape else 1, math.prod(shape[1:]), dtype=torch.float64)
+    for part in parts:
+        if isinstance(part, TextMap) and name in part.targets(base):
+            columns = base.columns(part.encoder, name)
+            total[:, columns] += _read(base, part, name) @ part.up.double() @ part.down.double().T
+        elif isinstance(part, LowRank) and name in part.factors:
+            up, down = part.factors[name]
+            total += up.double() @ down.double()
+        elif isinstance(part, Dense) and name in part.changes:
+            total += part.changes[name].double().reshape(total.shape)
+    return total
+
+
+class NothingSmaller(OverpaintError):
+    """A patch that a compression would not make smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed patch, the one it came from, and the relative error of every tensor's change."""
+
+    patch: Patch
+    source: Patch
+    errors: Mapping[str, float]
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether the arrays take less room than they did."""
+        return size_of(self.patch.delta) < size_of(self.source.delta)
+
+
+def compressed(base: Base, patch: Patch, keep: Truncation) -> Compressed:
+    """Keep of a patch what `keep` says (see `truncation`).
+
+    To the provenance is added what was asked, the id of the patch it came from (which need not be stored), and the largest
+    relative error with its tensor. Raises WrongBase for a patch of another base.
+    """
+    patch.check(base)
+    found = truncated(base, patch.delta, keep)
+    tensor, error = found.worst
+    solver = patch.manifest["solver"]
+    # Rounded, because the last digits of an error are the business of whoever did the sums.
+    step = {**keep.as_json(), "from": patch.id, "error": float(f"{error:.3g}"), "tensor": tensor}
+    told = {**solver, "compressed": [*solver.get("compressed", []), step]}
+    return Compressed(make_patch(base, patch.concept, found.delta, told), patch, found.errors)
+
+
+def refuse_if_not_smaller(found: Compressed, keep: Truncation) -> None:
+    """Raise NothingSmaller for a compression that would only cost accuracy."""
+    if not found.is_smaller:
+        raise NothingSmaller(
+            f"patch {found.source.id[:12]} ({found.source.concept.name}) takes {size_of(found.source.delta)} bytes, and with "
+            f"{keep} no less; nothing was stored: keep less, or leave it as it is"
+        )

@@ -1,0 +1,155 @@
+"""Sharing for a workshop: what `transport` does, with the workshop's keys, vocabularies and its reading of patches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overpaint.core.errors import OverpaintError
+from overpaint.registry.records import PatchRecord
+from overpaint.registry.sharing import ingest, sending
+from overpaint.registry.sharing.ingest import PullRequest, Received
+from overpaint.registry.sharing.sending import Sent
+from overpaint.registry.sharing.signing import load_keyring, load_signer
+
+if TYPE_CHECKING:
+    from overpaint.core.concepts import Concept
+    from overpaint.patches.compose import Term
+    from overpaint.patches.formats.exporting import Exported
+    from overpaint.patches.formats.importing import Imported
+    from overpaint.workspace.workspace import Workspace
+
+
+# Patches from and for other tools, in a registry: a foreign file becomes a stored patch, patches become a foreign file.
+
+
+Report = Callable[[int, int, str], None]
+SOLVER = "import"
+"""What stands in a patch's record where others have the solver that made them."""
+
+
+@dataclass(frozen=True)
+class ImportedPatch:
+    """A patch that was imported and stored, and what was found in the file."""
+
+    record: PatchRecord
+    found: Imported
+
+
+def import_patch(
+    workspace: Workspace,
+    file: Path,
+    *,
+    base: str,
+    concept: Concept,
+    report: Report = lambda step, of, text: None,
+    **options: Any,
+) -> ImportedPatch:
+    """Store another tool's erasure as a patch; `options` are those of `formats.importing.Options`.
+
+    Raises OverpaintError before anything is stored.
+    """
+    from overpaint.patches.formats.importing import Options, import_weights
+    from overpaint.patches.patch import make_patch
+
+    opened, started = workspace.base(base), time.perf_counter()
+    found = import_weights(opened, file, Options(**options), report=report)
+    settings = {"file": file.name, **found.settings()}
+    patch = make_patch(opened, concept, found.delta, {"name": SOLVER, "settings": settings, "seed": 0, "universe": []})
+    workspace.registry.ensure_concept(concept)
+    record = workspace.registry.add_patch(
+        id=patch.id,
+        blob=patch.blob,
+        concept=concept.name,
+        base=base,
+        solver=SOLVER,
+        kind=patch.delta.kind,
+        settings=settings,
+        seed=0,
+        seconds=time.perf_counter() - started,
+    )
+    return ImportedPatch(record, found)
+
+
+def export_patches(
+    workspace: Workspace, keys: Iterable[str], out: Path, format: str, strength: float, **how: Any
+) -> Exported:
+    """Write patches (by id, beginning of an id, or concept) of one base, all at one strength, as one file of a format."""
+    from overpaint.patches.compose import Term
+
+    records = list({record.id: record for record in (workspace.registry.patch(key) for key in keys)}.values())
+    if len(bases := sorted({record.base for record in records})) != 1:
+        raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
+    base = workspace.base(bases[0])
+    terms = []
+    for record in records:
+        patch = workspace.patch(record.id)
+        patch.check(base)
+        terms.append(Term(patch.id, patch.delta, strength))
+    return _exported(workspace, bases[0], terms, records, out, format, out.stem, how)
+
+
+def export_recipe(workspace: Workspace, name: str, out: Path, format: str, **how: Any) -> Exported:
+    """Write what lies on a recipe as one file of a format."""
+    recipe = workspace.known_recipe(name)
+    records = [record for record, _ in recipe.patches()]
+    return _exported(workspace, recipe.record.base, recipe.terms(), records, out, format, name, how)
+
+
+def _exported(
+    workspace: Workspace,
+    base: str,
+    terms: list[Term],
+    records: list[PatchRecord],
+    out: Path,
+    format: str,
+    title: str,
+    how: dict[str, Any],
+) -> Exported:
+    from overpaint.patches.formats.exporting import About, export
+
+    concepts = {record.id: record.concept for record in records}
+    day = max((record.solved_at.date().isoformat() for record in records), default="")
+    patches = [(term.id, concepts[term.id], term.strength) for term in sorted(terms, key=lambda term: term.id)]
+    return export(workspace.base(base), terms, out, format, About(title, patches, day), **how)
+
+
+def export_archive(workspace: Workspace, file: Path, *, sign: Path | None = None, **what: Any) -> Sent:
+    """See `Workshop.export`."""
+    signer = load_signer(sign) if sign else None
+    return sending.export(workspace.registry, file, signer=signer, vocabularies=workspace.vocabularies, **what)
+
+
+def push(workspace: Workspace, destination: str | Path, *, sign: Path | None = None, **what: Any) -> Sent:
+    """See `Workshop.push`."""
+    signer = load_signer(sign) if sign else None
+    return sending.push(workspace.registry, destination, signer=signer, vocabularies=workspace.vocabularies, **what)
+
+
+def import_file(workspace: Workspace, file: Path, **asked: Any) -> Received:
+    """See `Workshop.import_file`."""
+    return ingest.import_file(workspace.registry, file, _request(workspace, **asked))
+
+
+def pull(workspace: Workspace, source: str | Path, **asked: Any) -> Received:
+    """See `Workshop.pull`."""
+    return ingest.pull(workspace.registry, source, _request(workspace, **asked))
+
+
+def _request(workspace: Workspace, *, trust: Iterable[Path] = (), **asked: Any) -> PullRequest:
+    """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
+    # Whoever only sends waits for no torch.
+    from overpaint.patches.patch import read_patch
+    from overpaint.solvers.vocabulary import read as read_vocabulary
+
+    keys = [Path(path) for path in trust]
+    return PullRequest(
+        trusted=load_keyring(keys) if keys else None,
+        check=read_patch,
+        check_vocabulary=read_vocabulary,
+        vocabularies=workspace.vocabularies,
+        **asked,
+    )

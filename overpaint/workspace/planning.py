@@ -1,0 +1,352 @@
+"""A plan: what a list of orders comes down to on a registry. Nothing is stored or solved yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.registry.records import BaseRecord, PatchRecord
+from overpaint.registry.registry import ConceptDiffers, Registry, told_apart
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
+from overpaint.registry.store.patch_files import embedded_manifest
+
+if TYPE_CHECKING:
+    from overpaint.solvers.problem import Solver
+
+
+# An order: one patch that somebody wants, as a command line or a file of concepts says it.
+
+
+DEFAULT_SOLVER = "separable"
+
+
+class BadTruncation(OverpaintError):
+    """An amount to keep that is neither a rank nor a share of energy."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How much of a change a compression keeps of each tensor: at most `rank` directions, or as many as hold `energy`.
+
+    The energy of a change is the sum of its squared singular values; a share is above 0 and at most 1. One of the two is
+    None.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Truncation:
+        """`4` is a rank, `0.99` (and `1.0`) a share of energy. Raises BadKeep for anything else."""
+        try:
+            if text.strip().isdecimal():
+                return cls.from_json({"rank": int(text)})
+            return cls.from_json({"energy": float(text)})
+        except ValueError:
+            raise BadTruncation(
+                f"a compression keeps a rank, such as 4, or a share of energy, such as 0.99; got {text!r}"
+            ) from None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Truncation:
+        """What `as_json` gave; other keys are passed over. Raises BadKeep."""
+        rank, energy = data.get("rank"), data.get("energy")
+        if (type(rank) is int and rank >= 1 and energy is None) or (
+            rank is None and isinstance(energy, float) and math.isfinite(energy) and 0 < energy <= 1
+        ):
+            return cls(rank, energy)
+        raise BadTruncation(
+            f"a compression keeps a rank of at least 1, or a share of energy above 0 and at most 1.0; got {rank or energy}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The one that is set, under its name."""
+        return {"energy": self.energy} if self.rank is None else {"rank": self.rank}
+
+    def __str__(self) -> str:
+        return f"{self.energy:g} of the energy" if self.rank is None else f"rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class SolveRequest:
+    """A concept, the solver that is to erase it with its settings (texts, as `--set` takes them), and the seed.
+
+    `keeps` are the compressions that follow, one after the other. What is not `described` is a name and nothing else: where
+    a registry knows the concept, its description counts.
+    """
+
+    concept: Concept
+    solver: str = DEFAULT_SOLVER
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    keeps: tuple[Truncation, ...] = ()
+    described: bool = True
+
+    def method(self) -> Solver:
+        """The configured solver. Raises NotFound for an unknown one, BadSetting for settings that it cannot take."""
+        from overpaint.solvers import solver_class
+        from overpaint.solvers.problem import configure
+
+        found: Solver = configure(solver_class(self.solver), self.settings)
+        return found
+
+
+@dataclass(frozen=True)
+class SolveContext:
+    """What a solve knows beside its order: all concepts, prompts to leave undisturbed, a folder for what is worth keeping.
+
+    Concepts and prompts decide what comes out, the folder only how fast.
+    """
+
+    universe: tuple[Concept, ...] = ()
+    keep: tuple[str, ...] = ()
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What counts for every concept that does not say otherwise. Settings are those of `solver`, and of no other."""
+
+    kind: str = "object"
+    anchor: str = ""
+    solver: str = DEFAULT_SOLVER
+    settings: Mapping[str, str] = field(default_factory=dict, hash=False)
+    seed: int = 0
+
+    def order(
+        self,
+        concept: Concept,
+        solver: str | None = None,
+        settings: Mapping[str, str] | None = None,
+        seed: int | None = None,
+    ) -> SolveRequest:
+        """The order for a concept with what it says for itself."""
+        method = solver or self.solver
+        inherited = self.settings if method == self.solver else {}
+        return SolveRequest(concept, method, {**inherited, **(settings or {})}, self.seed if seed is None else seed)
+
+    def overridden(self, solver: str | None, settings: Mapping[str, str], seed: int | None) -> Defaults:
+        """These defaults with what a command line says instead."""
+        found = self.order(Concept("any"), solver, settings, seed)
+        return Defaults(self.kind, self.anchor, found.solver, found.settings, found.seed)
+
+
+def completed(
+    orders: Iterable[SolveRequest], known: Iterable[Concept], keeps: tuple[Truncation, ...]
+) -> list[SolveRequest]:
+    """Orders with the descriptions that are known of concepts they only name, and with compressions."""
+    by_name = {concept.name: concept for concept in known}
+    return [
+        replace(
+            order,
+            concept=order.concept if order.described else by_name.get(order.concept.name, order.concept),
+            keeps=keeps,
+            described=True,
+        )
+        for order in orders
+    ]
+
+
+# All that a patch follows from, as its manifest tells it: equal inputs give equal patches, so nothing is solved twice.
+
+
+FEW = 20
+"""Of so many concepts, patches are asked for one concept at a time."""
+_PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
+
+
+def provenance(order: SolveRequest, method: Solver, around: SolveContext) -> dict[str, Any]:
+    """What a manifest says about how its patch was solved, before any compression.
+
+    The order's own concept is left out of the universe. Prompts to keep and pictures are named where there are any;
+    pictures by what is in their files.
+    """
+    from overpaint.solvers.problem import settings_of
+
+    settings = settings_of(method)
+    others = sorted((each for each in around.universe if each.name != order.concept.name), key=lambda each: each.name)
+    found: dict[str, Any] = {
+        "name": order.solver,
+        "settings": settings,
+        "seed": order.seed,
+        "universe": [brief(each) for each in others],
+    }
+    if around.keep:
+        found["keep"] = sorted(around.keep)
+    if settings.get("images"):
+        found["pictures"] = _digests(Path(settings["images"]))
+    return found
+
+
+def brief(concept: Concept) -> dict[str, Any]:
+    """A concept as a universe lists it: its name, and what differs from a plain object; `Concept.from_json` reads it back.
+
+    In full, the universe of two hundred concepts would weigh more than the patch.
+    """
+    return {key: value for key, value in concept.as_json().items() if value != _PLAIN.get(key)}
+
+
+def universe_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The other concepts that a patch was solved for, each in full; earlier versions wrote them so."""
+    listed = manifest["solver"].get("universe")
+    items = listed if isinstance(listed, list) else []
+    return [{**_PLAIN, **item} for item in items if isinstance(item, dict)]
+
+
+def _digests(folder: Path) -> list[str]:
+    """The digests of a folder's files, sorted; none for a folder that is not there, which the solver will say."""
+    files = sorted(folder.expanduser().iterdir()) if folder.expanduser().is_dir() else []
+    return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file())
+
+
+def digest_of_order(order: SolveRequest, solved: Mapping[str, Any], fingerprint: str) -> str:
+    """The digest of the inputs of an order on a base, `solved` being its provenance."""
+    asked = {**solved, "compressed": [keep.as_json() for keep in order.keeps]} if order.keeps else solved
+    return digest_of_manifest(
+        {"concept": order.concept.as_json(), "solver": asked, "subject": {"fingerprint": fingerprint}}
+    )
+
+
+def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """The digest of the inputs that a manifest names: base, concept, and how it was solved.
+
+    Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they lie.
+    """
+    solved = {**manifest["solver"], "universe": universe_of(manifest)}
+    if "pictures" in solved:
+        solved["settings"] = {**solved["settings"], "images": ""}
+    if "compressed" in solved:
+        solved["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
+    meant = [manifest["subject"]["fingerprint"], manifest["concept"], solved]
+    return hashlib.sha256(canonical_json(meant)).hexdigest()
+
+
+def keeps_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
+    """The compressions that a patch went through. Raises BadKeep for what this program cannot do again."""
+    steps = manifest["solver"].get("compressed", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise BadTruncation("the patch's manifest does not say how it was compressed; solve its concept again")
+    return tuple(Truncation.from_json(step) for step in steps)
+
+
+def manifest_of(registry: Registry, record: PatchRecord) -> Mapping[str, Any]:
+    """What a stored patch says about itself, without reading its arrays where they are kept apart.
+
+    Raises BlobMissing or BlobCorrupt.
+    """
+    files = PatchFiles(registry.blobs)
+    try:
+        return files.manifest(record.id).content
+    except BlobMissing:
+        manifest = embedded_manifest(registry.blob(record))
+        if manifest is None:
+            raise
+        return manifest.content
+
+
+def solved_before(registry: Registry, base: str, orders: Sequence[SolveRequest]) -> dict[str, PatchRecord]:
+    """The patches on a base that may be what `orders` ask for, by the digest of their inputs.
+
+    Only those are read whose row already fits: concept, solver and seed. What cannot be read, or has lost bytes, is as good
+    as not solved: solving it puts the bytes back.
+    """
+    files = PatchFiles(registry.blobs)
+    wanted = {(order.concept.name, order.solver, order.seed) for order in orders}
+    found = {}
+    for record in _candidates(registry, base, orders):
+        if (record.concept, record.solver, record.seed) in wanted and files.holds(record.id, record.blob):
+            with suppress(BadTruncation, BlobCorrupt, BlobMissing):
+                found[digest_of_manifest(manifest_of(registry, record))] = record
+    return found
+
+
+def _candidates(registry: Registry, base: str, orders: Sequence[SolveRequest]) -> Iterator[PatchRecord]:
+    """The patches of a few concepts one by one; of many, all that their solvers made."""
+    names = sorted({order.concept.name for order in orders})
+    if len(names) > FEW:
+        for solver in sorted({order.solver for order in orders}):
+            yield from registry.patches(base=base, solver=solver)
+        return
+    for name in names:
+        with suppress(NotFound):  # a concept that is new here
+            yield from registry.patches(base=base, concept=name)
+
+
+def as_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as provenance keeps them, in the spelling of `--set`, which reads back the same values."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+
+
+@dataclass(frozen=True)
+class PlannedSolve:
+    """An order, what its patch's manifest will say about how it was solved, and the patch if it is there already."""
+
+    order: SolveRequest
+    provenance: Mapping[str, Any] = field(repr=False, hash=False)
+    done: PatchRecord | None = None
+
+
+@dataclass(frozen=True)
+class SolvePlan:
+    """Tasks on one base. The universe of `around` has all concepts that will be known; `new` and `changed` are not yet."""
+
+    base: BaseRecord
+    tasks: tuple[PlannedSolve, ...]
+    around: SolveContext
+    new: tuple[Concept, ...]
+    changed: tuple[Concept, ...]
+
+    @property
+    def open(self) -> list[PlannedSolve]:
+        """What is left to solve."""
+        return [task for task in self.tasks if task.done is None]
+
+
+def plan(
+    registry: Registry,
+    orders: Iterable[SolveRequest],
+    around: SolveContext,
+    *,
+    base: str,
+    update: bool = False,
+    again: bool = False,
+) -> SolvePlan:
+    """What `orders` come down to. To the universe of `around`, what the registry knows, is added all that is ordered.
+
+    An order whose inputs are those of a stored patch is done, unless `again`. Raises ConceptDiffers for concepts that are
+    known by another description, unless `update`; NotFound and BadSetting for a base, a solver or settings that are none;
+    OverpaintError for a concept that is ordered by two descriptions.
+    """
+    orders, on = tuple(dict.fromkeys(orders)), registry.base(base)
+    wanted = _concepts(orders)
+    known = {concept.name: concept for concept in around.universe}
+    new = tuple(concept for name, concept in wanted.items() if name not in known)
+    changed = tuple(concept for name, concept in wanted.items() if name in known and known[name] != concept)
+    if changed and not update:
+        raise ConceptDiffers(told_apart([(known[concept.name], concept) for concept in changed]))
+    around = replace(around, universe=tuple({**known, **wanted}.values()))
+    methods = [order.method() for order in orders]
+    before = {} if again else solved_before(registry, base, orders)
+    tasks = []
+    for order, method in zip(orders, methods, strict=True):
+        solved = provenance(order, method, around)
+        tasks.append(PlannedSolve(order, solved, before.get(digest_of_order(order, solved, on.fingerprint))))
+    return SolvePlan(on, tuple(tasks), around, new, changed)
+
+
+def _concepts(orders: tuple[SolveRequest, ...]) -> dict[str, Concept]:
+    """The ordered concepts by name. Raises OverpaintError when a name means two of them."""
+    found: dict[str, Concept] = {}
+    for order in orders:
+        if found.setdefault(order.concept.name, order.concept) != order.concept:
+            raise OverpaintError(f"{order.concept.name!r} is ordered by two descriptions; keep one of them")
+    return found

@@ -1,0 +1,164 @@
+"""Re-separation: patches that were solved for another universe are solved again for the one that the registry knows now.
+
+Separable patches of one universe add up to the joint solution, exactly; patches of different universes do not. When a
+concept joins, the others' terms change (by a low-rank update of the second moment that they share), and solving them anew
+takes milliseconds each, from nothing but the registry's concepts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from overpaint.core.concepts import Concept
+from overpaint.core.digests import canonical_json
+from overpaint.core.errors import OverpaintError
+from overpaint.registry.records import HistoryRecord, PatchRecord
+from overpaint.registry.registry import Registry
+from overpaint.workspace.planning import (
+    SolveRequest,
+    as_texts,
+    digest_of_manifest,
+    digest_of_order,
+    keeps_of,
+    manifest_of,
+    provenance,
+    universe_of,
+)
+
+if TYPE_CHECKING:
+    from overpaint.workspace.planning import SolveContext, SolvePlan
+    from overpaint.workspace.workspace import Workspace
+
+
+CLOSED_FORM = ("separable", "uce", "rece", "nullspace")
+"""Solvers that answer at once, from the concepts alone: no pictures, no training."""
+
+
+class NotReseparable(OverpaintError):
+    """A recipe whose patches cannot be exchanged one for one."""
+
+
+@dataclass(frozen=True)
+class RecipeUniverse:
+    """The universe that patches of a recipe were solved for: a digest of all its concepts, how many, and whose patches."""
+
+    digest: str
+    concepts: int
+    patches: tuple[PatchRecord, ...]
+
+
+def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
+    """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up."""
+    found: dict[str, tuple[int, list[PatchRecord]]] = {}
+    for record, _ in registry.patches_on(recipe):
+        if record.solver in CLOSED_FORM:
+            concepts = _universe(manifest_of(registry, record))
+            digest = hashlib.sha256(canonical_json(concepts)).hexdigest()
+            found.setdefault(digest, (len(concepts), []))[1].append(record)
+    ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
+    return [RecipeUniverse(digest, count, tuple(patches)) for digest, (count, patches) in ordered]
+
+
+def mixture(registry: Registry, recipe: str) -> str:
+    """One sentence when a recipe mixes universes, else nothing."""
+    found = universes(registry, recipe)
+    if len(found) < 2:
+        return ""
+    shares = ", ".join(f"{len(each.patches)} for {_concepts(each.concepts)}" for each in found)
+    return (
+        f"the patches on {recipe} were solved for different universes ({shares}), so each may disturb what it was not told "
+        f"of; `overpaint recipe reseparate {shlex.quote(recipe)}` solves them again for all concepts"
+    )
+
+
+def _universe(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All concepts that a patch was solved for, its own among them, in a fixed order."""
+    return sorted([manifest["concept"], *universe_of(manifest)], key=canonical_json)
+
+
+@dataclass(frozen=True)
+class Reseparated:
+    """The lines of the recipe's new revision, and the patches that stayed although they were solved for another universe."""
+
+    lines: list[HistoryRecord]
+    left: tuple[PatchRecord, ...]
+    concepts: int
+
+
+def reseparate(
+    workspace: Workspace,
+    recipe: str,
+    *,
+    device: str = "auto",
+    why: str = "",
+    report: Callable[[int, int, str], None] = lambda step, of, text: None,
+) -> Reseparated:
+    """Solve a recipe's closed-form patches for the registry's universe, and exchange them in one revision.
+
+    Each new patch has the settings, seed and compressions of the old one, and lies as that did: its strength, its day. The
+    concepts are those of the registry as they are described now. Patches of other solvers stay. Raises what the solvers
+    raise, and NotReseparable where two patches would become one; the recipe is then as it was.
+    """
+    held = workspace.known_recipe(recipe)
+    if held.record.name != recipe:
+        raise OverpaintError(
+            f"{recipe!r} is as it was then and cannot be changed; re-separate {held.record.name!r} itself"
+        )
+    around = workspace.surroundings(held.record.base)
+    stale, left = _stale(workspace, recipe, around)
+    if not stale:
+        return Reseparated([], left, len(around.universe))
+    plan = workspace.plan(stale.values(), base=held.record.base)
+    _refuse_collisions(workspace, recipe, stale, plan)
+    made = dict[SolveRequest, str]()
+    for outcome in workspace.carry_out(plan, device=device, report=report):
+        if outcome.record is None:
+            raise OverpaintError(
+                f"{outcome.task.order.concept.name}: {outcome.error}; the recipe {recipe!r} is as it was"
+            )
+        made[outcome.task.order] = outcome.record.id
+    new = {old: made[order] for old, order in stale.items()}
+    reason = why or f"re-separated for {_concepts(len(plan.around.universe))}"
+    return Reseparated(held.replace(new, why=reason), left, len(plan.around.universe))
+
+
+def _stale(
+    workspace: Workspace, recipe: str, around: SolveContext
+) -> tuple[dict[str, SolveRequest], tuple[PatchRecord, ...]]:
+    """By id, the orders of patches to solve again; and those of other solvers, solved for another universe than today's."""
+    known = {concept.name: concept for concept in around.universe}
+    stale, left = dict[str, SolveRequest](), []
+    for record, _ in workspace.registry.patches_on(recipe):
+        manifest = manifest_of(workspace.registry, record)
+        if record.solver in CLOSED_FORM:
+            concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
+            order = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed, keeps_of(manifest))
+            asked = digest_of_order(
+                order, provenance(order, order.method(), around), manifest["subject"]["fingerprint"]
+            )
+            if asked != digest_of_manifest(manifest):
+                stale[record.id] = order
+        elif _universe(manifest) != sorted((concept.as_json() for concept in known.values()), key=canonical_json):
+            left.append(record)
+    return stale, tuple(left)
+
+
+def _refuse_collisions(workspace: Workspace, recipe: str, stale: Mapping[str, SolveRequest], plan: SolvePlan) -> None:
+    """Two patches for one concept that differ in nothing but their universe would be one patch afterwards."""
+    lying = {record.id for record, _ in workspace.registry.patches_on(recipe)}
+    taken = {task.order for task in plan.tasks if task.done is not None and task.done.id in lying}
+    for order in stale.values():
+        if order in taken:
+            raise NotReseparable(
+                f"two patches for {order.concept.name!r} lie on the recipe {recipe!r} and differ in nothing but their "
+                "universe; remove one of them first"
+            )
+        taken.add(order)
+
+
+def _concepts(count: int) -> str:
+    return f"{count} concept{'' if count == 1 else 's'}"

@@ -1,0 +1,210 @@
+"""Carrying out a plan: one patch after the other, each stored before the next is begun."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from overpaint.bases.base import Base
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.patch import Patch, make_patch
+from overpaint.registry.records import PatchRecord
+from overpaint.registry.registry import Registry
+from overpaint.solvers.problem import EditProblem
+from overpaint.workspace.compression import compressed
+from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest
+
+# One patch from one order: solved, compressed where that is asked, and stored.
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A patch that is not stored yet, what its solver said about it, and the seconds that took."""
+
+    order: SolveRequest
+    patch: Patch
+    diagnostics: Mapping[str, Any]
+    seconds: float
+
+
+def make(
+    order: SolveRequest,
+    provenance: Mapping[str, Any],
+    base: Base,
+    around: SolveContext,
+    device: torch.device,
+    report: Callable[[int, int, str], None],
+) -> Made:
+    """Solve an order. Nothing is stored; what the solver raises passes through."""
+    problem = EditProblem(
+        base, order.concept, around.universe, order.seed, device, report, keep=around.keep, cache=around.cache
+    )
+    started = time.perf_counter()
+    solution = order.method().solve(problem)
+    seconds = time.perf_counter() - started
+    patch = make_patch(base, order.concept, solution.delta, dict(provenance))
+    errors: dict[str, float] = {}
+    for keep in order.keeps:
+        found = compressed(base, patch, keep)
+        patch = found.patch
+        errors = {"compression error": max(found.errors.values())}
+    return Made(order, patch, {**solution.diagnostics, **errors}, seconds)
+
+
+def store(registry: Registry, made: Made, base: str) -> PatchRecord:
+    """Keep a patch under the name of a base. Its concept must be known."""
+    return store_patch(registry, made.patch, base, made.seconds)
+
+
+def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> PatchRecord:
+    """Keep a patch with the row that its manifest asks for. Raises NotFound for a concept or a base that is not known."""
+    solver = patch.manifest["solver"]
+    return registry.add_patch(
+        id=patch.id,
+        blob=patch.blob,
+        concept=patch.concept.name,
+        base=base,
+        solver=solver["name"],
+        kind=patch.delta.kind,
+        settings=solver.get("settings", {}),
+        seed=solver.get("seed", 0),
+        seconds=seconds,
+    )
+
+
+# Ctrl-C while something is stored waits until it is stored, so that what was said to be done is done.
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block, the first Ctrl-C is put off to its end; a second one does not wait.
+
+    Where somebody else has decided what Ctrl-C does, or in a thread that it does not reach, nothing changes.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class SolveOutcome:
+    """What became of one task: its patch, or the error; `before` when the patch was there already."""
+
+    task: PlannedSolve
+    record: PatchRecord | None
+    before: bool = False
+    error: str = ""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    seconds: float = 0.0
+
+
+def carry_out(
+    registry: Registry,
+    plan: SolvePlan,
+    open_base: Callable[[str], Base],
+    device: torch.device,
+    *,
+    report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    told: Callable[[SolveOutcome], None] = lambda outcome: None,
+) -> list[SolveOutcome]:
+    """Solve and store what a plan leaves open; the outcome of every task, in the plan's order.
+
+    `open_base` gives the plan's base by name, and is not asked when there is nothing to solve.
+    The registry learns the plan's concepts in one transaction when the first patch is there to be stored: whatever stops
+    before that leaves nothing. A task whose solver gives up is told and the others go on. `told` hears of every outcome
+    when it is final; KeyboardInterrupt leaves what was told stored, and nothing half done.
+    """
+    outcomes: list[SolveOutcome] = []
+    base = open_base(plan.base.name) if plan.open else None
+    clock = Clock(len(plan.open))
+    learnt = False
+    for task in plan.tasks:
+        if task.done is not None:
+            outcomes.append(SolveOutcome(task, task.done, before=True, seconds=task.done.seconds))
+            told(outcomes[-1])
+            continue
+        assert base is not None, "a task is open in a plan without open tasks"
+        try:
+            tell = clock.reporter(task, report)
+            made = make(task.order, task.provenance, base, plan.around, device, tell)
+        except OverpaintError as error:
+            outcomes.append(SolveOutcome(task, None, error=str(error)))
+            told(outcomes[-1])
+        else:
+            with held_back():
+                if not learnt:
+                    _learn(registry, plan)
+                    learnt = True
+                outcomes.append(_stored(registry, plan, task, made))
+                told(outcomes[-1])
+        clock.tick()
+    return outcomes
+
+
+def _learn(registry: Registry, plan: SolvePlan) -> None:
+    wanted = {task.order.concept.name: task.order.concept for task in plan.tasks}
+    registry.learn_concepts(wanted.values(), update=bool(plan.changed))
+
+
+def _stored(registry: Registry, plan: SolvePlan, task: PlannedSolve, made: Made) -> SolveOutcome:
+    record = store(registry, made, plan.base.name)
+    return SolveOutcome(task, record, diagnostics=made.diagnostics, seconds=made.seconds)
+
+
+class Clock:
+    """How far a run is, and how long the rest will take."""
+
+    def __init__(self, tasks: int) -> None:
+        self._tasks, self._done = tasks, 0
+        self._began: float | None = None
+
+    def tick(self) -> None:
+        """A task is done. The first is no measure: it may have read the vocabulary for all."""
+        self._done += 1
+        self._began = self._began or time.monotonic()
+
+    def reporter(self, task: PlannedSolve, report: Callable[[int, int, str], None]) -> Callable[[int, int, str], None]:
+        """Where a solver reports its steps; passed on as steps of the run."""
+        name, step = task.order.concept.name, self._done + 1
+        report(step, self._tasks, f"solving {name}{self.left()}")
+        return lambda inner, of, text: report(
+            step, self._tasks, f"solving {name}: {text}{f' {inner}/{of}' if of > 1 else ''}{self.left()}"
+        )
+
+    def left(self) -> str:
+        """The time left in words, once there is something to go by."""
+        if self._began is None or self._done < 2:
+            return ""
+        seconds = (time.monotonic() - self._began) / (self._done - 1) * (self._tasks - self._done)
+        return f", about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
