@@ -10,12 +10,8 @@ from dataclasses import dataclass
 
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.patches.delta import TextMap
+from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
 from overpaint.solvers.sentences import keys_and_values
-from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.problem import Solution
-from overpaint.solvers.problem import Solver
-from overpaint.solvers.problem import Unsolvable
-from overpaint.solvers.problem import setting
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ SUITES = {
     ),
     "scenes": ("overpaint.evaluation.suites.scenes:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
     "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
-    "crosstalk": ("overpaint.evaluation.suites.crosstalk:CrosstalkSuite", "what each patch does to every other concept"),
+    "crosstalk": (
+        "overpaint.evaluation.suites.crosstalk:CrosstalkSuite",
+        "what each patch does to every other concept",
+    ),
     "probes": ("overpaint.evaluation.suites.probes:Probes", "four ways to bring erased objects back, as they come out"),
     "cost": ("overpaint.evaluation.suites.cost:Cost", "seconds, memory and bytes of every patch"),
 }
