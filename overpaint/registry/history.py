@@ -250,7 +250,7 @@ def _action(
 
 
 def _refuse_other_base(recipe: models.RecipeRow, patch: models.PatchRow) -> None:
-    if patch.base_id != recipe.base_id:
+    if patch.base.fingerprint != recipe.base.fingerprint:
         raise OverpaintError(
             f"{_called(patch)} was made for base {patch.base.name!r} ({patch.base.fingerprint}), "
             f"and recipe {recipe.name!r} lies on {recipe.base.name!r} ({recipe.base.fingerprint}); "

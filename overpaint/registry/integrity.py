@@ -135,7 +135,7 @@ def _recipes(session: Session) -> Iterator[str]:
         if entries_now(recipe) != entries_at(session, recipe, recipe.revision):
             yield f"what lies on recipe {recipe.name!r} is not what its history says"
         for laid in recipe.patches:
-            if laid.patch.base_id != recipe.base_id:
+            if laid.patch.base.fingerprint != recipe.base.fingerprint:
                 yield f"patch {laid.patch_id} lies on recipe {recipe.name!r}, which is on another base"
 
 

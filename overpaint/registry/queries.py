@@ -137,24 +137,34 @@ def patches_by_id(session: Session, ids: Iterable[str]) -> dict[str, models.Patc
     return {row.id: row for some in chunks(ids) for row in session.scalars(query.where(models.PatchRow.id.in_(some)))}
 
 
-def find_patch(session: Session, key: str) -> models.PatchRow:
-    """The patch that `key` means: a full id, a concept's name (its newest patch) or the beginning of an id.
+def same_bases(session: Session, name: str) -> list[int]:
+    """The ids of the base of that name and of those with its fingerprint, which are the same base. Raises NotFound."""
+    fingerprint = find(session, models.BaseRow, name).fingerprint
+    query = select(models.BaseRow.id).where(models.BaseRow.fingerprint == fingerprint)
+    return list(session.scalars(query.order_by(models.BaseRow.id)))
+
+
+def find_patch(session: Session, key: str, *, base: str | None = None) -> models.PatchRow:
+    """The patch that `key` means: a full id, a concept's name (its newest patch, on `base` if given) or the beginning of an id.
 
     A name goes before a beginning: "face" is both, and one can type more of an id but not more of a name. Raises
     NotFound, or OverpaintError with the candidates of an ambiguous beginning.
     """
     checked_name(key, "patch")
-    patch = session.get(models.PatchRow, key.lower()) or _newest_of(session, key) or _beginning_with(session, key)
+    by_id = session.get(models.PatchRow, key.lower())
+    patch = by_id or _newest_of(session, key, base) or _beginning_with(session, key)
     if patch is None:
-        raise _no_patch(session, key)
+        raise _no_patch(session, key, base)
     return patch
 
 
-def _newest_of(session: Session, concept: str) -> models.PatchRow | None:
+def _newest_of(session: Session, concept: str, base: str | None) -> models.PatchRow | None:
     known = lookup(session, models.ConceptRow, concept)
     if known is None:
         return None
     newest = select(models.PatchRow).order_by(models.PatchRow.solved_at.desc(), models.PatchRow.id.desc()).limit(1)
+    if base is not None:
+        newest = newest.where(models.PatchRow.base_id.in_(same_bases(session, base)))
     return session.scalar(newest.where(models.PatchRow.concept_id == known.id))
 
 
@@ -172,9 +182,10 @@ def _beginning_with(session: Session, prefix: str) -> models.PatchRow | None:
     return found[0] if found else None
 
 
-def _no_patch(session: Session, key: str) -> NotFound:
+def _no_patch(session: Session, key: str, base: str | None) -> NotFound:
     if lookup(session, models.ConceptRow, key) is not None:
-        return NotFound(f"the concept {key!r} has no patch yet; solve one for it first")
+        there = "" if base is None else f" for the base {base!r}"
+        return NotFound(f"the concept {key!r} has no patch{there} yet; solve one for it first")
     solved = select(models.PatchRow.concept_id).where(models.PatchRow.concept_id == models.ConceptRow.id).exists()
     names = select(models.ConceptRow.name).where(
         solved, models.ConceptRow.name.in_(_candidates(session, models.ConceptRow, key))

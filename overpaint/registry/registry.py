@@ -10,7 +10,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, delete, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.concepts import Concept
@@ -51,6 +51,7 @@ from overpaint.registry.queries import (
     lookup,
     mentions,
     patches_by_id,
+    same_bases,
 )
 from overpaint.registry.records import (
     BaseRecord,
@@ -115,7 +116,7 @@ def _patch_record(
     if concept is not None:
         query = query.where(models.PatchRow.concept_id == find(session, models.ConceptRow, concept).id)
     if base is not None:
-        query = query.where(models.PatchRow.base_id == find(session, models.BaseRow, base).id)
+        query = query.where(models.PatchRow.base_id.in_(same_bases(session, base)))
     if solver is not None:
         query = query.where(models.PatchRow.solver == checked_name(solver, "solver"))
     if tag is not None:
@@ -128,6 +129,54 @@ def _shelved(session: Session, row: models.PatchRow) -> models.PatchRow:
     added(session, row)
     queries.keep_patch(session, row)
     return row
+
+
+def _refuse_needed_base(session: Session, base: models.BaseRow) -> None:
+    counts = [
+        session.scalar(select(func.count()).select_from(table).where(table.base_id == base.id))
+        for table in (models.PatchRow, models.RecipeRow)
+    ]
+    if any(counts):
+        raise OverpaintError(
+            f"the base {base.name!r} is needed by {counts[0]} patches and {counts[1]} recipes (deleted ones too); if its "
+            f"files are elsewhere now, run `overpaint base move {base.name} FOLDER`"
+        )
+
+
+def _inherit(session: Session, base: models.BaseRow, heir: models.BaseRow) -> None:
+    """Give `heir`, the same base by another name, all that `base` has."""
+    known = {each.prompt for each in _preserved_of(session, heir)}
+    for prompt in _preserved_of(session, base):
+        if prompt.prompt not in known:
+            session.add(models.PreservedPromptRow(base_id=heir.id, prompt=prompt.prompt, who=prompt.who, at=prompt.at))
+    for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.base_id == base.id)).all():
+        patch.base = heir
+        queries.keep_patch(session, patch, [tag.tag for tag in patch.tags])
+    for recipe in session.scalars(select(models.RecipeRow).where(models.RecipeRow.base_id == base.id)).all():
+        recipe.base = heir
+        queries.keep_recipe(session, recipe, [tag.tag for tag in recipe.tags])
+    session.flush()
+
+
+def _refuse_needed_patch(session: Session, patch: models.PatchRow) -> None:
+    """Every change of a recipe is in its history, so what has no line there is on no recipe."""
+    lines = select(models.RevisionPatchRow.revision_id).where(models.RevisionPatchRow.patch_id == patch.id)
+    needing = select(models.RecipeRow.name).join(
+        models.RevisionRow, models.RevisionRow.recipe_id == models.RecipeRow.id
+    )
+    names = session.scalars(needing.where(models.RevisionRow.id.in_(lines)).distinct().limit(9)).all()
+    if names:
+        listed = ", ".join(repr(name) for name in sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+        raise OverpaintError(
+            f"patch {patch.id[:12]} ({patch.concept.name}) stays: the history of {listed} needs it, so that every revision "
+            "can be restored"
+        )
+
+
+def _checked_time(moment: datetime | None) -> datetime:
+    if moment is not None and moment.tzinfo is None:
+        raise OverpaintError(f"the time of solving needs a time zone; got {moment.isoformat()}, add +00:00 for UTC")
+    return moment or models.now()
 
 
 def _checked_seed(seed: int) -> int:
@@ -250,10 +299,17 @@ def _on_recipe(row: models.RecipeTagRow) -> TagRecord:
 
 
 def _patches(
-    session: Session, words: Sequence[str], marks: Sequence[tuple[str, str]], limit: int | None, offset: int
+    session: Session,
+    words: Sequence[str],
+    marks: Sequence[tuple[str, str]],
+    base_ids: Sequence[int],
+    limit: int | None,
+    offset: int,
 ) -> tuple[PatchRecord, ...]:
     text = models.PatchTextRow.text
     conditions = [*mentions(text, words), *(is_marked(text, mark, value) for mark, value in marks)]
+    if base_ids:
+        conditions.append(or_(*(is_marked(text, BASE, str(each)) for each in base_ids)))
     page = select(models.PatchTextRow.patch_id).where(*conditions).order_by(models.PatchTextRow.id.desc())
     ids = session.scalars(page.limit(limit).offset(offset)).all()
     by_id = patches_by_id(session, ids)
@@ -261,7 +317,7 @@ def _patches(
 
 
 def _recipes(
-    session: Session, words: Sequence[str], tag: str | None, base_id: int | None, limit: int | None, offset: int
+    session: Session, words: Sequence[str], tag: str | None, base_ids: Sequence[int], limit: int | None, offset: int
 ) -> list[RecipeRecord]:
     query = select(models.RecipeRow).where(models.RecipeRow.deleted_at.is_(None))
     if words:
@@ -270,8 +326,8 @@ def _recipes(
     if tag is not None:
         tagged = select(models.RecipeTagRow.recipe_id).where(models.RecipeTagRow.tag == checked_tag(tag))
         query = query.where(models.RecipeRow.id.in_(tagged))
-    if base_id is not None:
-        query = query.where(models.RecipeRow.base_id == base_id)
+    if base_ids:
+        query = query.where(models.RecipeRow.base_id.in_(base_ids))
     return records_now(
         session, session.scalars(query.order_by(models.RecipeRow.id.desc()).limit(limit).offset(offset)).all()
     )
@@ -443,6 +499,38 @@ class Registry:
         with self._database.reading() as session:
             return BaseRecord.of(find(session, models.BaseRow, name))
 
+    def move_base(self, name: str, source: Path, fingerprint: str) -> BaseRecord:
+        """Remember that a base is at `source` now, where somebody found `fingerprint`.
+
+        Raises NotFound, OverpaintError when it is another base that was found there.
+        """
+        with self._database.writing() as session:
+            row = find(session, models.BaseRow, name)
+            if row.fingerprint != fingerprint:
+                raise OverpaintError(
+                    f"what is at {source} is not the base {row.name!r}: its fingerprint is {fingerprint}, and "
+                    f"{row.fingerprint} is needed; name the folder or file that was moved, or add this one as another base"
+                )
+            row.source = checked_note(str(source), "the source of a base")
+            return BaseRecord.of(row)
+
+    def remove_base(self, name: str) -> None:
+        """Forget a base and the prompts preserved on it; its files are left alone.
+
+        Where another name has the same fingerprint, patches, recipes and preserved prompts go over to it. Raises NotFound,
+        OverpaintError when there is no other name and patches or recipes (deleted ones too) need the base.
+        """
+        with self._database.writing() as session:
+            row = find(session, models.BaseRow, name)
+            others = [each for each in same_bases(session, row.name) if each != row.id]
+            heir = session.get(models.BaseRow, others[0]) if others else None
+            if heir is None:
+                _refuse_needed_base(session, row)
+            else:
+                _inherit(session, row, heir)
+            session.execute(delete(models.PreservedPromptRow).where(models.PreservedPromptRow.base_id == row.id))
+            session.delete(row)
+
     # Concepts
 
     def add_concept(self, concept: Concept) -> None:
@@ -511,11 +599,13 @@ class Registry:
         settings: dict[str, Any],
         seed: int,
         seconds: float,
+        solved_at: datetime | None = None,
     ) -> PatchRecord:
         """Keep a patch: first its bytes, then the row that names them.
 
-        An id that is there already is returned as it was (and its bytes put back should they have been lost). Raises
-        NotFound for an unknown concept or base, OverpaintError for values that cannot be kept.
+        `solved_at` is when it was solved, now if None: of a concept's patches the one solved last is the newest, wherever
+        that was. An id that is there already is returned as it was (and its bytes put back should they have been lost).
+        Raises NotFound for an unknown concept or base, OverpaintError for values that cannot be kept.
         """
         row = models.PatchRow(
             id=checked_id(id),
@@ -526,6 +616,7 @@ class Registry:
             nbytes=len(blob),
             blob=hashlib.sha256(blob).hexdigest(),
             seconds=checked_number(seconds, "the seconds a solver took"),
+            solved_at=_checked_time(solved_at),
         )
         with self._database.reading() as session:
             row.concept_id = find(session, models.ConceptRow, concept).id
@@ -580,13 +671,32 @@ class Registry:
             )
             return session.scalar(query) or 0
 
-    def patch(self, key: str) -> PatchRecord:
+    def patch(self, key: str, *, base: str | None = None) -> PatchRecord:
         """The patch that `key` means: its id, four or more digits that only its id begins with, or its concept's name.
 
-        A name means the newest patch of that concept. Raises NotFound, or OverpaintError if several ids begin so.
+        A name means the newest patch of that concept; with `base`, the newest that was solved for that base. Raises
+        NotFound, or OverpaintError if several ids begin so.
         """
         with self._database.reading() as session:
-            return PatchRecord.of(find_patch(session, key))
+            return PatchRecord.of(find_patch(session, key, base=base))
+
+    def remove_patch(self, key: str) -> PatchRecord:
+        """Forget a patch (see `patch` for `key`) with its tags and evaluations; its bytes go when garbage is collected.
+
+        Raises NotFound, OverpaintError when a recipe has it, or had it at a revision (deleted recipes too).
+        """
+        with self._database.writing() as session:
+            row = find_patch(session, key)
+            record = PatchRecord.of(row)
+            _refuse_needed_patch(session, row)
+            runs = select(models.EvaluationRow.id).where(models.EvaluationRow.patch_id == row.id)
+            session.execute(
+                delete(models.EvaluationResultRow).where(models.EvaluationResultRow.evaluation_id.in_(runs))
+            )
+            for table in (models.EvaluationRow, models.PatchTagRow, models.PatchTextRow):
+                session.execute(delete(table).where(table.patch_id == row.id))
+            session.execute(delete(models.PatchRow).where(models.PatchRow.id == row.id))
+            return record
 
     def blob(self, record: PatchRecord) -> bytes:
         """The bytes of a patch, checked. Raises BlobMissing or BlobCorrupt."""
@@ -604,7 +714,7 @@ class Registry:
         with self._database.writing() as session:
             wanted = find(session, models.BaseRow, base)
             row = lookup(session, models.RecipeRow, name) or _created(session, name, wanted)
-            if row.base_id != wanted.id:
+            if row.base.fingerprint != wanted.fingerprint:
                 raise AlreadyExists(
                     f"recipe {row.name!r} is there already, on base {row.base.name!r} and not on {wanted.name!r}"
                 )
@@ -844,13 +954,13 @@ class Registry:
         if not words and {kind, solver, tag, base} == {None}:
             raise OverpaintError("say what to search for: words, or a kind, a solver, a tag or a base")
         with self._database.reading() as session:
-            base_id = None if base is None else find(session, models.BaseRow, base).id
-            marks = [(KIND, kind), (SOLVER, solver), (TAG, tag and checked_tag(tag)), (BASE, base_id)]
-            given = [(mark, checked_name(str(value), "search")) for mark, value in marks if value is not None]
+            base_ids = [] if base is None else same_bases(session, base)
+            marks = [(KIND, kind), (SOLVER, solver), (TAG, tag and checked_tag(tag))]
+            given = [(mark, checked_name(value, "search")) for mark, value in marks if value is not None]
             recipes: list[RecipeRecord] = []
             if kind is None and solver is None:
-                recipes = _recipes(session, words, tag, base_id, limit, offset)
-            return SearchResult(_patches(session, words, given, limit, offset), tuple(recipes))
+                recipes = _recipes(session, words, tag, base_ids, limit, offset)
+            return SearchResult(_patches(session, words, given, base_ids, limit, offset), tuple(recipes))
 
     # Evaluations
 

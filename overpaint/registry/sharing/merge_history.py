@@ -16,7 +16,7 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import checked_name, checked_note, checked_tag
 from overpaint.registry import models, queries
-from overpaint.registry.queries import added, find, lookup, patches_by_id
+from overpaint.registry.queries import added, find, lookup
 from overpaint.registry.records import Action, RecipeEntry
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import DIGEST
@@ -226,10 +226,10 @@ def merge_recipe(registry: Registry, record: Record, base: str, name: str | None
     """Make the recipe of a record on the base of that name, or let the one that is there catch up with the record.
 
     `name` is another name for it here. Its patches must be in the registry. Raises Diverged when the recipe that is there
-    has another history, OverpaintError when one of its patches is kept for another base.
+    has another history, NotFound for an unknown base.
     """
     with registry._database.writing() as session:
-        wanted = _base(session, record, base)
+        wanted = find(session, models.BaseRow, base)
         recipe = lookup(session, models.RecipeRow, name or record.name)
         outcome: Outcome = "new"
         if recipe is None:
@@ -242,24 +242,6 @@ def merge_recipe(registry: Registry, record: Record, base: str, name: str | None
         if outcome != "newer here":
             _tag(session, recipe, record)
         return outcome
-
-
-def _base(session: Session, record: Record, name: str) -> models.BaseRow:
-    """The base that the record's patches are kept for: there may be several of one fingerprint."""
-    found = {patch.base_id: patch for patch in patches_by_id(session, record.patches).values()}
-    if len(found) > 1:
-        first, second = list(found.values())[:2]
-        raise OverpaintError(
-            f"the patches of recipe {record.name!r} are kept here for more than one base: {first.id[:12]} for "
-            f"{first.base.name!r}, {second.id[:12]} for {second.base.name!r}; nothing was changed"
-        )
-    return next((patch.base for patch in found.values()), None) or _named(session, name)
-
-
-def _named(session: Session, name: str) -> models.BaseRow:
-    base = lookup(session, models.BaseRow, name)
-    assert base is not None, "a base is never removed"
-    return base
 
 
 def _append(session: Session, recipe: models.RecipeRow, record: Record) -> None:
