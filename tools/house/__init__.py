@@ -1,0 +1,1 @@
+"""Measures of the code itself: what the bars of the house are held to."""
