@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,15 @@ from overpaint.core.errors import OverpaintError
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 
 
 class BrokenBase(OverpaintError):
     """A base with a file missing, or one that contradicts itself."""
+
+
+class LoneShard(UnknownLayout):
+    """One file of a model that is kept in several, given as if it were the whole."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def open_folder(folder: Path) -> ResolvedCheckpoint:
     layout = layout_of(folder)
     parts, variants = [], set()
     for name, component in layout.components.items():
-        variant, files = _weight_files(folder / name, component.weights)
+        variant, files = weight_files(folder / name, component.weights)
         variants.add(variant)
         for file in files:
             container = SafetensorsFile.open(file)
@@ -151,12 +156,14 @@ def open_folder(folder: Path) -> ResolvedCheckpoint:
 def open_single_file(file: Path) -> ResolvedCheckpoint:
     """A checkpoint with all components in one file, spelled as one of the layouts' single files.
 
-    Raises BrokenFile when it is damaged or would have to run a program, UnknownLayout when no layout has such files.
+    Raises BrokenFile when it is damaged or would have to run a program, UnknownLayout when no layout has such files,
+    LoneShard for one shard of several.
     """
     if file.suffix not in (".safetensors", *SUFFIXES):
         raise UnknownLayout(
             f"{file} is not a checkpoint known here; name a diffusers folder, or a file that ends in .safetensors or .ckpt"
         )
+    refuse_lone_shard(file)
     container = open_weights(file)
     lacking = []
     for layout in layouts():
@@ -179,14 +186,43 @@ def open_weights(file: Path) -> SafetensorsFile:
     return PickledCheckpoint.open(file) if file.suffix in SUFFIXES else SafetensorsFile.open(file)
 
 
-def _weight_files(folder: Path, stem: str) -> tuple[str, list[Path]]:
-    """The variant of a component's weights ("" for plain files) and the files: one, or the shards of an index."""
-    if not folder.is_dir():
-        raise BrokenBase(f"the base lacks its folder {folder}; download it again")
-    for variant in weight_variants([entry.name for entry in folder.iterdir()], stem):
-        plain = folder / f"{stem}{variant}.safetensors"
-        return variant.removeprefix("."), [plain] if plain.is_file() else list(_shards(folder, stem, variant))
-    raise BrokenBase(f"{folder} has no {stem}.safetensors; a base in another format has to be converted first")
+def weight_files(source: Path, stem: str) -> tuple[str, list[Path]]:
+    """The files of one model's weights, and their variant (`fp16`; "" for plain ones).
+
+    `source` is the folder in which their names begin with `stem`, an index of shards (`.safetensors.index.json`), or the
+    one file that holds everything. Plain weights go before variants, and one file before shards.
+
+    Raises LoneShard for one shard of several, BrokenBase for a folder without such weights and for a damaged index.
+    """
+    if source.name.endswith(".json"):
+        stem, found, suffix = source.name.partition(".safetensors.index")
+        if not found:
+            raise BrokenBase(f"{source} is no index of shards; name one that ends in .safetensors.index.json")
+        return suffix.removesuffix(".json").removeprefix("."), _shards(source)
+    if source.is_file():
+        refuse_lone_shard(source)
+        return "", [source]
+    if not source.is_dir():
+        raise BrokenBase(f"there is no folder {source}; download the model again")
+    for variant in weight_variants([entry.name for entry in source.iterdir()], stem):
+        whole = source / f"{stem}{variant}.safetensors"
+        files = [whole] if whole.is_file() else _shards(source / f"{stem}.safetensors.index{variant}.json")
+        return variant.removeprefix("."), files
+    raise BrokenBase(f"{source} has no {stem}.safetensors; a model in another format has to be converted first")
+
+
+def refuse_lone_shard(file: Path) -> None:
+    """Raise LoneShard when a file's name, or an index beside it, says that it is one shard of several."""
+    found = _SHARD.search(file.name)
+    count = int(found[1]) if found else 1
+    for index in [] if found else file.parent.glob("*.safetensors.index*.json"):
+        with suppress(BrokenBase):  # another model's index, damaged or not
+            shards = _shards(index)
+            count = max(count, len(shards) if file in shards else 1)
+    if count > 1:
+        raise LoneShard(
+            f"{file} is one of {count} shards, a part of the model; name its folder, or the .safetensors.index.json beside it"
+        )
 
 
 def weight_variants(names: Iterable[str], stem: str) -> list[str]:
@@ -212,16 +248,15 @@ def _variant_of_index(name: str) -> str:
     return name.rpartition(".safetensors.index")[2].removesuffix(".json")
 
 
-def _shards(folder: Path, stem: str, variant: str) -> Iterator[Path]:
-    index = folder / f"{stem}.safetensors.index{variant}.json"
+def _shards(index: Path) -> list[Path]:
     try:
         shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         # A name with a folder in it could point anywhere.
         if not shards or any(Path(name).name != name for name in shards):
             raise ValueError("a shard is not a file beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenBase(f"{index} is not an index of shards ({error}); download the base again") from error
-    return (folder / name for name in sorted(shards))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenBase(f"{index} is not an index of shards ({error}); download the model again") from error
+    return [index.parent / name for name in sorted(shards)]
 
 
 BATCH = 32 << 20
