@@ -151,7 +151,7 @@ class Dialect:
         """What the keys of a file mean in this dialect."""
         modules, endings = self.spelled(base), sorted(self.endings, key=len, reverse=True)
         parts: dict[str, dict[Role, str]] = {}
-        unmatched = []
+        unmatched, layers = [], set()
         for key in keys:
             ending = next((each for each in endings if key.endswith(each)), None)
             module = modules.get(key.removesuffix(ending)) if ending else None
@@ -163,26 +163,35 @@ class Dialect:
             if role in roles:
                 raise ForeignFile(f"{roles[role]} and {key} are about the same layer; take away the one not meant")
             roles[role] = key
-        return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched))
+            layers.add(key.removesuffix(ending))
+        partly = tuple(key for key in unmatched if any(parent in layers for parent in _parents(key)))
+        return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched), partly)
 
 
 @dataclass(frozen=True)
 class FileReading:
-    """A file's keys explained: by canonical tensor name, the key in each role; and the keys left over."""
+    """A file's keys explained: by canonical tensor name, the key in each role; and the keys left over.
+
+    `partly` are those of the keys left over that belong to a layer of which other keys were explained: without them nobody
+    knows what the layer does.
+    """
 
     dialect: Dialect
     parts: Mapping[str, Mapping[Role, str]] = field(repr=False)
     unmatched: tuple[str, ...]
     matched: int
+    partly: tuple[str, ...] = ()
+
+
+def _parents(key: str) -> Iterator[str]:
+    """`a.b.c` to `a.b` and `a`."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 UNREAD: Mapping[str, tuple[str, ...]] = {
-    "DoRA": (
-        "dora_scale",
-        "lora_magnitude_vector",
-        "lora_magnitude_vector.weight",
-        "lora_magnitude_vector.default.weight",
-    ),
+    "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "OFT or BOFT": ("oft_blocks", "oft_diag"),
@@ -199,8 +208,11 @@ UNREAD: Mapping[str, tuple[str, ...]] = {
 }
 """What is known and yet not read, by what its keys end in."""
 
-_ALGORITHMS = {f".{ending}": algorithm for algorithm, endings in UNREAD.items() for ending in endings}
-_UNREAD_ENDINGS = tuple(_ALGORITHMS)
+_ALGORITHMS = {ending: algorithm for algorithm, endings in UNREAD.items() for ending in endings}
+_UNREAD_KEY = re.compile(
+    # Whoever wrote the file may have put the adapter's name, and `weight`, behind the word.
+    rf"[._](?P<word>{'|'.join(map(re.escape, sorted(_ALGORITHMS, key=len, reverse=True)))})(\.\w+)?(\.weight)?$"
+)
 
 
 def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> FileReading:
@@ -209,8 +221,8 @@ def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Fi
     Raises ForeignFile when none explains any, or for an algorithm whose change is not read.
     """
     for key in keys:
-        if key.endswith(_UNREAD_ENDINGS):
-            algorithm = next(name for ending, name in _ALGORITHMS.items() if key.endswith(ending))
+        if unread := _UNREAD_KEY.search(key):
+            algorithm = _ALGORITHMS[unread["word"]]
             raise ForeignFile(
                 f"{_short(key)} is a tensor as {algorithm} names them, and {algorithm} is not read; merge the file into a "
                 "checkpoint with the tool it comes from, and import the checkpoint"
@@ -222,6 +234,11 @@ def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Fi
         raise ForeignFile(
             f"none of its {len(keys)} keys{example}, names a layer of the base at {base.path} in any dialect ({known}); it may "
             "be for another architecture"
+        )
+    if best.partly:
+        raise ForeignFile(
+            f"{_short(best.partly[0])} belongs to a layer that is read as {best.dialect.name}, and is not read itself; without "
+            "it the layer would mean something else: merge the file into a checkpoint with the tool it comes from, and import that"
         )
     return best
 
@@ -237,6 +254,7 @@ def _short(key: str) -> str:
 
 
 HEADER = "lora_adapter_metadata"
+PEFT_PREFIX = "base_model.model."
 
 DIFFUSERS_ENDINGS: Endings = {
     ".lora_A.weight": ("down", "weight"),
@@ -278,10 +296,10 @@ def _bare(base: Base) -> Iterator[tuple[str, str]]:
 
 def _peft_names(base: Base) -> Iterator[tuple[str, str]]:
     for module, local in unet_modules(base):
-        yield module, f"base_model.model.{local}"
+        yield module, f"{PEFT_PREFIX}{local}"
     for encoder in ENCODERS:
         for module, local in encoder_modules(base, encoder):
-            yield module, f"base_model.model.{local}"
+            yield module, f"{PEFT_PREFIX}{local}"
 
 
 def diffusers_written(base: Base) -> dict[str, str]:
@@ -296,7 +314,27 @@ DIFFUSERS = Dialect("diffusers LoRA", DIFFUSERS_ENDINGS, lambda base: lookup(_di
 PROCESSORS = Dialect("diffusers attention processors", DIFFUSERS_ENDINGS, lambda base: lookup(_bare(base)))
 PEFT = Dialect("PEFT adapter", DIFFUSERS_ENDINGS, lambda base: lookup(_peft_names(base)))
 
-_UNREAD = ("use_dora", "fan_in_fan_out", "lora_bias", "megatron_config", "layer_replication")
+INITIALISATIONS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
+"""Values of PEFT's `init_lora_weights` that leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change
+them before training, so that their factors are differences from a base that nobody has."""
+
+LORA_SETTINGS: Mapping[str, str] = {
+    **dict.fromkeys(("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights"), "read"),
+    **dict.fromkeys(("r", "rank_pattern"), "the factors' shapes say it"),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), "the keys say it"),
+    **dict.fromkeys(
+        ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "parent_library"),
+        "describes",
+    ),
+    **dict.fromkeys(
+        ("lora_dropout", "inference_mode", "runtime_config", "ensure_weight_tying"), "concerns training alone"
+    ),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size"),
+        "details a setting that is judged by itself",
+    ),
+}
+"""The settings of PEFT's LoraConfig with which a file means what a plain LoRA means, and why. Any other has to be off."""
 
 
 @dataclass(frozen=True)
@@ -313,8 +351,16 @@ class AdapterConfig:
         kind = raw.get("peft_type", "LORA")
         if kind != "LORA":
             raise ForeignFile(f"its configuration is of a {kind} adapter; only LORA is read")
-        if asked := [name for name in _UNREAD if raw.get(name)]:
-            raise ForeignFile(f"its configuration asks for {', '.join(asked)}, which is not read; merge it first")
+        if asked := [name for name, value in raw.items() if name not in LORA_SETTINGS and value and value != "none"]:
+            raise ForeignFile(
+                f"its configuration asks for {', '.join(map(str, asked))}, which is not read; merge it first"
+            )
+        initialised = raw.get("init_lora_weights", True)
+        if initialised is not None and str(initialised).lower() not in INITIALISATIONS:
+            raise ForeignFile(
+                f"its configuration has init_lora_weights={str(initialised)[:80]!r}, which changes the base's weights before "
+                "training; convert the adapter to a plain LoRA, or merge it into a checkpoint and import that"
+            )
         try:
             alphas = {str(name): float(alpha) for name, alpha in (raw.get("alpha_pattern") or {}).items()}
             found = cls(float(raw["lora_alpha"]), alphas, bool(raw.get("use_rslora", False)))

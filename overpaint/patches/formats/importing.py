@@ -100,7 +100,7 @@ class Imported:
         yield f"changes {len(self.changed)} tensors ({_layers(self.changed)})" + (
             f", leaves {same} as they are" if same else ""
         )
-        yield self.proof.sentence()
+        yield f"of the keys that were read, {self.proof.sentence()}" if self.unmatched else self.proof.sentence()
 
     def settings(self) -> dict[str, Any]:
         """What a patch's manifest says about how it was imported."""

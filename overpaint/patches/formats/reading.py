@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, dtype_name
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.patches.delta import FLOATS, all_finite, identical
-from overpaint.patches.formats.dialects import AdapterConfig, FileReading, ForeignFile, Role, configs_of
+from overpaint.patches.formats.dialects import PEFT_PREFIX, AdapterConfig, FileReading, ForeignFile, Role, configs_of
 
 # What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
 #
@@ -65,15 +65,34 @@ class ForeignWeights:
             )
         return values
 
+    def number(self, key: str) -> float:
+        """A tensor of one real number, of whatever dtype. Raises ForeignFile for any other."""
+        values = self._tensor(key)
+        if values.numel() != 1 or values.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} is {dtype_name(values.dtype)} of shape {list(values.shape)} instead of one real "
+                "number; get the file again"
+            )
+        number = float(values)
+        if not math.isfinite(number):
+            raise ForeignFile(f"{self.path.name}: {key[:100]} is {number}, not finite; nothing can be made of it")
+        return number
+
 
 def open_weights(path: Path) -> ForeignWeights:
     """Open a file, or the weights in an adapter's or a model's folder.
 
-    Raises BrokenFile for a file that is damaged or would have to run a program, ForeignFile
-    for one of another kind.
+    An adapter's weights are read with the configuration beside them, whether the folder is named or the file in it.
+    Raises BrokenFile for a file that is damaged or would have to run a program, ForeignFile for one of another kind, or for
+    an adapter without its configuration.
     """
     if path.is_dir():
         return _of_folder(path)
+    weights = _of_file(path)
+    return replace(weights, configs={"": _config(path.with_name(CONFIG))}) if path.name in ADAPTER else weights
+
+
+def _of_file(path: Path) -> ForeignWeights:
     if path.suffix in PICKLES:
         return _of_pickle(path)
     if path.suffix != ".safetensors":
@@ -87,8 +106,7 @@ def open_weights(path: Path) -> ForeignWeights:
 def _of_folder(folder: Path) -> ForeignWeights:
     adapter = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
     if adapter is not None:
-        opened = open_weights(adapter)
-        return ForeignWeights(folder, opened.shapes, opened.metadata, {"": _config(folder / CONFIG)}, opened._tensor)
+        return replace(open_weights(adapter), path=folder)
     found = [folder / name for name in _IN_FOLDER if (folder / name).is_file()]
     if len(found) != 1:
         raise ForeignFile(
@@ -218,12 +236,14 @@ def _held(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scale(weights: ForeignWeights, name: str, keys: Mapping[Role, str], rank: int) -> float:
     if "alpha" in keys:
-        alpha = weights.tensor(keys["alpha"])
-        if alpha.numel() != 1:
-            raise ForeignFile(f"{keys['alpha'][:100]} has {alpha.numel()} values instead of one; get the file again")
-        return float(alpha) / rank
+        return weights.number(keys["alpha"]) / rank
     component, _, local = name.removesuffix(".weight").partition("/")
     config = weights.configs.get(component, weights.configs.get(""))
+    if config is None and any(key.startswith(PEFT_PREFIX) for key in keys.values()):
+        raise ForeignFile(
+            f"{weights.path.name} is a PEFT adapter without its {CONFIG}, which says by how much its factors count; name the "
+            "adapter's folder, or the weights in it under their own name"
+        )
     return 1.0 if config is None else config.scale(local, rank)
 
 

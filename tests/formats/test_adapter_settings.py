@@ -1,0 +1,139 @@
+"""What an adapter's configuration means is read with its weights, or the adapter is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from overpaint.bases.base import Base
+from overpaint.patches.compose import Term, plan
+from overpaint.patches.formats.dialects import INITIALISATIONS, LORA_SETTINGS, AdapterConfig, ForeignFile
+from overpaint.patches.formats.importing import Options, import_weights
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+NAME = f"unet/{LAYER}.weight"
+
+
+def adapter(base: Base, folder: Path, weights: str = "adapter_model.safetensors", **settings: Any) -> Path:
+    """A PEFT adapter of rank 2 for one layer; with `settings` None no configuration is written."""
+    folder.mkdir()
+    out, width = base.tensor(NAME).shape
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.{LAYER}.lora_A.weight": torch.randn(2, width, generator=random),
+        f"base_model.model.{LAYER}.lora_B.weight": torch.randn(out, 2, generator=random),
+    }
+    if weights.endswith(".bin"):
+        torch.save(tensors, folder / weights)
+    else:
+        save_file(tensors, folder / weights)
+    if settings:
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_file_of_an_adapter_imports_as_its_folder_does(base: Base, tmp_path: Path, weights: str) -> None:
+    folder = adapter(base, tmp_path / "a", weights, lora_alpha=16)
+    by_folder, by_file = (import_weights(base, path).delta for path in (folder, folder / weights))
+    assert by_folder == by_file
+    tensors = _loaded(folder / weights)
+    up, down = (tensors[f"base_model.model.{LAYER}.lora_{each}.weight"] for each in "BA")
+    wanted = base.tensor(NAME) + 8 * (up.double() @ down.double()).to(torch.float32)
+    assert torch.allclose(plan(base, [Term("", by_file)]).tensor(NAME), wanted, atol=1e-5)
+
+
+def _loaded(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix == ".bin":
+        tensors: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
+        return tensors
+    return load_file(file)
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", "renamed.safetensors"])
+def test_an_adapter_without_its_configuration_is_refused(base: Base, tmp_path: Path, weights: str) -> None:
+    folder = adapter(base, tmp_path / "a", weights)
+    with pytest.raises(ForeignFile, match=r"adapter_config\.json"):
+        import_weights(base, folder / weights)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(4), torch.tensor(4, dtype=torch.uint8), torch.tensor([4.0])])
+def test_any_real_number_is_an_alpha(base: Base, tmp_path: Path, alpha: torch.Tensor) -> None:
+    out, width = base.tensor(NAME).shape
+    layer = f"lora_unet_{LAYER.replace('.', '_')}"
+    up, down = torch.ones(out, 2), torch.ones(2, width)
+    save_file(
+        {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": alpha},
+        tmp_path / "x.safetensors",
+    )
+    composed = plan(base, [Term("", import_weights(base, tmp_path / "x.safetensors").delta)]).tensor(NAME)
+    assert torch.allclose(composed, base.tensor(NAME) + 4 / 2 * (up @ down))
+
+
+@pytest.mark.parametrize(
+    "name", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "loftq", "a_later_one"]
+)
+def test_an_adapter_that_starts_from_changed_weights_is_refused_by_name(base: Base, tmp_path: Path, name: str) -> None:
+    folder = adapter(base, tmp_path / "a", lora_alpha=2, init_lora_weights=name)
+    with pytest.raises(ForeignFile, match=f"init_lora_weights='{name}'"):
+        import_weights(base, folder, Options(allow_unmatched=True))
+
+
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva"])
+def test_an_adapter_that_starts_from_the_base_is_read(base: Base, tmp_path: Path, value: object) -> None:
+    folder = adapter(base, tmp_path / "a", lora_alpha=2, init_lora_weights=value)
+    assert import_weights(base, folder).proof.differing == 0
+
+
+def test_every_setting_of_the_installed_peft_is_read_harmless_or_refused_when_it_is_on() -> None:
+    """A new field of LoraConfig is refused until somebody has thought about it."""
+    for setting in dataclasses.fields(LoraConfig):
+        if setting.name in LORA_SETTINGS:
+            continue
+        with pytest.raises(ForeignFile, match=f"asks for {setting.name}"):
+            AdapterConfig.from_json({"lora_alpha": 1, setting.name: True})
+
+
+def test_what_peft_writes_by_default_is_read() -> None:
+    written = json.loads(json.dumps(LoraConfig(lora_alpha=4).to_dict(), default=list))
+    assert AdapterConfig.from_json(written).scale("x", 2) == 2
+
+
+def test_initialisations_are_compared_without_case() -> None:
+    assert all(name == name.lower() for name in INITIALISATIONS)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.mine.weight", "dora_scale.weight"],
+)
+def test_dora_is_refused_by_whatever_name_its_magnitudes_have(base: Base, tmp_path: Path, ending: str) -> None:
+    out, width = base.tensor(NAME).shape
+    tensors = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(out, 2), ending: torch.ones(out)}
+    save_file({f"unet.{LAYER}.{end}": value for end, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ForeignFile, match="DoRA is not read"):
+        import_weights(base, tmp_path / "x.safetensors", Options(allow_unmatched=True))
+
+
+def test_a_key_of_a_layer_that_is_read_cannot_be_left_out(base: Base, tmp_path: Path) -> None:
+    out, width = base.tensor(NAME).shape
+    tensors = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(out, 2), "gate": torch.ones(out)}
+    save_file({f"unet.{LAYER}.{end}": value for end, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ForeignFile, match="would mean something else"):
+        import_weights(base, tmp_path / "x.safetensors", Options(allow_unmatched=True))
+
+
+def test_an_import_that_leaves_keys_out_speaks_of_those_it_read(base: Base, tmp_path: Path) -> None:
+    out, width = base.tensor(NAME).shape
+    tensors = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(out, 2)}
+    keys = {f"unet.{LAYER}.{end}": value for end, value in tensors.items()}
+    save_file({**keys, "other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    *_, last = import_weights(base, tmp_path / "x.safetensors", Options(allow_unmatched=True)).sentences()
+    assert last.startswith("of the keys that were read")
