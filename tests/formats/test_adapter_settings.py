@@ -102,7 +102,7 @@ def test_every_setting_of_the_installed_peft_is_read_harmless_or_refused_when_it
 
 
 def test_what_peft_writes_by_default_is_read() -> None:
-    written = json.loads(json.dumps(LoraConfig(lora_alpha=4).to_dict(), default=list))
+    written = json.loads(json.dumps(dataclasses.asdict(LoraConfig(lora_alpha=4)), default=list))
     assert AdapterConfig.from_json(written).scale("x", 2) == 2
 
 

@@ -238,7 +238,7 @@ def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Fi
     if best.partly:
         raise ForeignFile(
             f"{_short(best.partly[0])} belongs to a layer that is read as {best.dialect.name}, and is not read itself; without "
-            "it the layer would mean something else: merge the file into a checkpoint with the tool it comes from, and import that"
+            "it the layer would mean something else: merge the file with the tool it comes from, and import the checkpoint"
         )
     return best
 
