@@ -102,7 +102,7 @@ def collect(
     waiting = list(reversed(planned.unneeded))
     while waiting:
         report(len(planned.unneeded) - len(waiting), len(planned.unneeded), "collecting")
-        with registry._database.writing():
+        with registry.without_writers():
             new = [row for row in patch_rows(registry) if row.id not in planned.patches]
             needed = set(needed_by(PatchFiles(registry.blobs), new))
             for blob in _for_a_moment(waiting):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_note, checked_tag
 from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
-from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord
+from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision
 
 # What a recipe held at any of its revisions, and what is different between two.
 
@@ -111,6 +112,67 @@ def _tagged(session: Session, recipe: models.RecipeRow, mark: str) -> int:
     return tag.revision
 
 
+class HistoriesDiverged(OverpaintError):
+    """Two recipes of one name whose histories went different ways."""
+
+
+MergeOutcome = Literal["new", "updated", "the same", "newer here"]
+
+
+def compare_histories(
+    name: str, ours: Sequence[object], fingerprint: str, theirs: Sequence[object], their_fingerprint: str
+) -> Literal["updated", "the same", "newer here"]:
+    """What the revisions `theirs` are to `ours`, each with the fingerprint of its base.
+
+    Raises HistoriesDiverged when neither continues the other.
+    """
+    common = min(len(ours), len(theirs))
+    different = next((n for n in range(common) if ours[n] != theirs[n]), None)
+    if different is not None or fingerprint != their_fingerprint:
+        at = "the base" if different is None else f"revision {different + 1}"
+        raise HistoriesDiverged(
+            f"the recipe {name!r} is there already and has another history, from {at} on; neither was changed. "
+            "Give one of them another name"
+        )
+    if len(ours) == len(theirs):
+        return "the same"
+    return "newer here" if len(ours) > common else "updated"
+
+
+def revisions_of(session: Session, recipe: models.RecipeRow) -> tuple[Revision, ...]:
+    """Every revision of a recipe, oldest first."""
+    of_recipe = models.RevisionRow.recipe_id == recipe.id
+    query = select(models.RevisionRow).where(of_recipe).order_by(models.RevisionRow.number)
+    return tuple(map(Revision.of, session.scalars(query.options(selectinload(models.RevisionRow.changes)))))
+
+
+def append_revisions(session: Session, recipe: models.RecipeRow, revisions: Iterable[Revision]) -> None:
+    """Add revisions that continue a recipe's history, as they were made elsewhere, and their patches to the recipe."""
+    entries: dict[str, RecipeEntry | None] = {}
+    for each in revisions:
+        row = models.RevisionRow(
+            recipe_id=recipe.id,
+            number=each.number,
+            action=each.action,
+            source=each.source,
+            why=each.why,
+            who=each.who,
+            at=each.at,
+            digest_before=each.digest_before,
+            digest_after=each.digest_after,
+            changes=[_change_row(change.patch, change.before, change.after) for change in each.changes],
+        )
+        session.add(row)
+        queries.keep_reason(session, row)
+        recipe.revision = each.number
+        entries.update({change.patch: change.after for change in each.changes})
+    rows = _rows(session, recipe, entries)
+    for patch_id, after in entries.items():
+        if after is not None or patch_id in rows:
+            _lay(session, recipe, patch_id, rows.get(patch_id), after)
+    session.flush()
+
+
 class StaleRevision(OverpaintError):
     """A recipe that no longer holds what its change was worked out for."""
 
@@ -190,7 +252,8 @@ def revise(
     rows = _rows(session, recipe, wanted)
     for patch_id, after in sorted(wanted.items()):
         row = rows.get(patch_id)
-        revision.changes.append(_line(patch_id, row, after))
+        before = None if row is None else RecipeEntry(patch_id, row.strength, row.until)
+        revision.changes.append(_change_row(patch_id, before, after))
         _lay(session, recipe, patch_id, row, after)
     session.add(revision)
     queries.keep_reason(session, revision)
@@ -204,12 +267,12 @@ def _rows(session: Session, recipe: models.RecipeRow, patch_ids: Iterable[str]) 
     return {row.patch_id: row for piece in pieces for row in session.scalars(piece)}
 
 
-def _line(patch_id: str, row: models.RecipePatchRow | None, after: RecipeEntry | None) -> models.RevisionPatchRow:
+def _change_row(patch_id: str, before: RecipeEntry | None, after: RecipeEntry | None) -> models.RevisionPatchRow:
     return models.RevisionPatchRow(
         patch_id=patch_id,
-        strength_before=row and row.strength,
+        strength_before=before and before.strength,
         strength_after=after and after.strength,
-        until_before=row and row.until,
+        until_before=before and before.until,
         until_after=after and after.until,
     )
 

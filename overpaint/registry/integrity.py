@@ -63,14 +63,14 @@ def patch_rows(registry: Registry) -> Iterator[StoredPatch]:
         .join(models.BaseRow, models.BaseRow.id == patch.base_id)
         .order_by(patch.id)
     )
-    with registry._database.reading() as session:
+    with registry.reading() as session:
         for row in session.execute(query.execution_options(yield_per=MANY)):
             yield StoredPatch(*row)
 
 
 def row_problems(registry: Registry) -> list[str]:
     """What is wrong in the database itself: damage, references to nothing, rows that contradict each other."""
-    with registry._database.reading() as session:
+    with registry.reading() as session:
         # What cannot be read at all is said first, because nothing else can be checked then.
         unreadable = [*_damage(session), *_moments(session)]
         return unreadable or [*_concepts(session), *_patches(session), *_recipes(session)]

@@ -147,6 +147,63 @@ def _action(row: models.RevisionRow, line: models.RevisionPatchRow) -> Action:
 
 
 @dataclass(frozen=True)
+class PatchChange:
+    """What a revision did to one patch: its entry before and after, None where the recipe did not hold it."""
+
+    patch: str
+    before: RecipeEntry | None
+    after: RecipeEntry | None
+
+    @classmethod
+    def of(cls, row: models.RevisionPatchRow) -> PatchChange:
+        before, after = (
+            None if strength is None else RecipeEntry(row.patch_id, strength, until)
+            for strength, until in ((row.strength_before, row.until_before), (row.strength_after, row.until_after))
+        )
+        return cls(row.patch_id, before, after)
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision of a recipe, with all that it changed."""
+
+    number: int
+    action: Action
+    source: str | None
+    why: str
+    who: str
+    at: datetime
+    digest_before: str | None
+    digest_after: str | None
+    changes: tuple[PatchChange, ...]
+
+    @classmethod
+    def of(cls, row: models.RevisionRow) -> Revision:
+        return cls(
+            number=row.number,
+            action=cast(Action, row.action),
+            source=row.source,
+            why=row.why,
+            who=row.who,
+            at=row.at,
+            digest_before=row.digest_before,
+            digest_after=row.digest_after,
+            changes=tuple(map(PatchChange.of, row.changes)),
+        )
+
+
+@dataclass(frozen=True)
+class RecipeHistory:
+    """A recipe with its revisions from 1 on, and its tags."""
+
+    name: str
+    base: BaseRecord
+    created_at: datetime
+    revisions: tuple[Revision, ...]
+    tags: tuple[TagRecord, ...]
+
+
+@dataclass(frozen=True)
 class Difference:
     """One patch that lies differently on two recipes, or on two revisions of one."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -27,8 +28,11 @@ from overpaint.core.names import (
 from overpaint.registry import models, queries, schema
 from overpaint.registry.database import Database, connect, database_at
 from overpaint.registry.history import (
+    MergeOutcome,
     Note,
+    append_revisions,
     change,
+    compare_histories,
     differences,
     entries_at,
     entries_now,
@@ -38,6 +42,7 @@ from overpaint.registry.history import (
     records_now,
     refuse_if_moved,
     revise,
+    revisions_of,
 )
 from overpaint.registry.queries import (
     BASE,
@@ -60,7 +65,9 @@ from overpaint.registry.records import (
     HistoryRecord,
     PatchRecord,
     RecipeEntry,
+    RecipeHistory,
     RecipeRecord,
+    Revision,
     SearchResult,
     TagRecord,
 )
@@ -473,6 +480,16 @@ class Registry:
         """
         return schema.upgrade(database_at(location))
 
+    def reading(self) -> AbstractContextManager[Session]:
+        """A session for upkeep and statistics: it sees one moment of the database and cannot change it."""
+        return self._database.reading()
+
+    @contextmanager
+    def without_writers(self) -> Iterator[None]:
+        """Within the block nobody else changes a row; what the collector of garbage needs."""
+        with self._database.writing():
+            yield
+
     # Bases
 
     def add_base(self, name: str, source: Path, layout: str, fingerprint: str) -> BaseRecord:
@@ -698,6 +715,13 @@ class Registry:
             session.execute(delete(models.PatchRow).where(models.PatchRow.id == row.id))
             return record
 
+    def whole_patches(self, ids: Iterable[str]) -> set[str]:
+        """Which of these patches have their row and all their bytes."""
+        with self._database.reading() as session:
+            rows = {id: row.blob for id, row in patches_by_id(session, ids).items()}
+        files = PatchFiles(self.blobs)
+        return {id for id, blob in rows.items() if files.holds(id, blob)}
+
     def blob(self, record: PatchRecord) -> bytes:
         """The bytes of a patch, checked. Raises BlobMissing or BlobCorrupt."""
         return PatchFiles(self.blobs).get(record.id, record.blob)
@@ -738,6 +762,41 @@ class Registry:
         """The recipe NAME as it is, or as it was at NAME@NUMBER or NAME@TAG. Raises NotFound."""
         with self._database.reading() as session:
             return record_at(session, *find_revision(session, key))
+
+    def history(self, name: str) -> RecipeHistory:
+        """A recipe with its base, all its revisions and its tags, of one moment. Raises NotFound."""
+        with self._database.reading() as session:
+            recipe = find(session, models.RecipeRow, name)
+            base, tags = BaseRecord.of(recipe.base), tuple(map(_on_recipe, recipe.tags))
+            return RecipeHistory(recipe.name, base, recipe.created_at, revisions_of(session, recipe), tags)
+
+    def merge_history(
+        self, name: str, base: str, revisions: Sequence[Revision], tags: Iterable[TagRecord], created_at: datetime
+    ) -> MergeOutcome:
+        """Make the recipe `name` with the history it has elsewhere, or let the one that is here catch up.
+
+        `revisions` are all of its revisions and their patches must be here; tags that are here stay on their revisions.
+        Raises HistoriesDiverged when neither history continues the other, NotFound for an unknown base.
+        """
+        with self._database.writing() as session:
+            wanted = find(session, models.BaseRow, base)
+            recipe = lookup(session, models.RecipeRow, name)
+            outcome: MergeOutcome = "new"
+            if recipe is None:
+                row = models.RecipeRow(name=checked_name(name, "recipe"), base=wanted, created_at=created_at)
+                recipe = added(session, row)
+            else:
+                ours = revisions_of(session, recipe)
+                outcome = compare_histories(recipe.name, ours, recipe.base.fingerprint, revisions, wanted.fingerprint)
+            if outcome == "newer here":
+                return outcome
+            append_revisions(session, recipe, revisions[recipe.revision :])
+            for tag in tags:
+                if session.get(models.RecipeTagRow, (recipe.id, tag.tag)) is None:
+                    key = {"recipe_id": recipe.id, "revision": tag.revision}
+                    session.add(models.RecipeTagRow(tag=tag.tag, who=tag.who, at=tag.at, **key))
+            _rewrite_recipe(session, recipe)
+            return outcome
 
     def patches_on(self, key: str) -> list[tuple[PatchRecord, RecipeEntry]]:
         """What lies on a recipe (or lay, at a revision), sorted by patch id. Raises NotFound."""

@@ -15,10 +15,10 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.history import HistoriesDiverged
 from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.ingest import MissingBase, PullRequest, pull
 from overpaint.registry.sharing.layout import PATCH, RECIPE, BadLayout, OciLayout, base_document
-from overpaint.registry.sharing.merge_history import HistoriesDiverged
 from overpaint.registry.sharing.sending import push
 from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
 from overpaint.registry.store.files import FolderFiles

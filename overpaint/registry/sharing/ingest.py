@@ -13,11 +13,11 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note
 from overpaint.registry.db_errors import plain_disk_errors
-from overpaint.registry.queries import patches_by_id
+from overpaint.registry.history import MergeOutcome
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
 from overpaint.registry.sharing.layout import BadLayout, Descriptor, OciLayout
-from overpaint.registry.sharing.merge_history import Outcome, compared, merge_recipe, record_of
+from overpaint.registry.sharing.merge_history import compared, merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd, seals_of
 from overpaint.registry.sharing.signing import Keyring, Untrusted
 from overpaint.registry.sharing.vocabularies import take
@@ -121,7 +121,7 @@ class Received:
 
     new: tuple[str, ...]
     known: tuple[str, ...]
-    recipes: tuple[tuple[str, Outcome], ...]
+    recipes: tuple[tuple[str, MergeOutcome], ...]
     nbytes: int
 
 
@@ -174,7 +174,7 @@ def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Rece
     _refuse_diverged(registry, recipe_offers, request.name)
 
     files, nbytes, new = PatchFiles(registry.blobs), 0, dict[str, str]()
-    here = whole_here(registry, files, [row.id for row in rows])
+    here = registry.whole_patches([row.id for row in rows])
     for step, offer in enumerate(offers, 1):
         id = offer.manifest.id
         request.report(step, len(offers), f"patch {id[:12]} ({offer.concept})")
@@ -239,13 +239,6 @@ def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: s
         if wanted in here:
             ours = record_of(registry, wanted)
             compared(ours.revisions, ours.fingerprint, each.record, wanted)
-
-
-def whole_here(registry: Registry, files: PatchFiles, ids: Iterable[str]) -> set[str]:
-    """Which of these patches have their row and all their bytes."""
-    with registry._database.reading() as session:
-        found = {id: row.blob for id, row in patches_by_id(session, ids).items()}
-    return {id for id, blob in found.items() if files.holds(id, blob)}
 
 
 def _fetched(layout: OciLayout, files: PatchFiles, manifest: Manifest) -> tuple[bytes, int]:
@@ -318,7 +311,7 @@ def _import_patch(registry: Registry, data: bytes, path: Path, request: PullRequ
     refuse_odd(parts.manifest)
     row = arrival(parts.manifest)
     bases, files = bases_of(registry, [row.fingerprint]), PatchFiles(registry.blobs)
-    if whole_here(registry, files, [row.id]):
+    if registry.whole_patches([row.id]):
         return Received((), (row.id,), (), 0)
     request.check(data)
     files.put(row.id, data)

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any, Literal, get_args
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session, selectinload
-
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import checked_name, checked_note, checked_tag
-from overpaint.registry import models, queries
-from overpaint.registry.queries import added, find, lookup
-from overpaint.registry.records import Action, RecipeEntry
+from overpaint.registry.history import MergeOutcome, compare_histories
+from overpaint.registry.records import Action, PatchChange, RecipeEntry, Revision, TagRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import DIGEST
 from overpaint.registry.store.patch_files import BadManifest, read_json
@@ -31,15 +27,9 @@ from overpaint.registry.store.patch_files import BadManifest, read_json
 FORMAT = 1
 LIMIT = 64 << 20
 
-Outcome = Literal["new", "updated", "the same", "newer here"]
-
 
 class BadRecipeRecord(OverpaintError):
     """A recipe's record that contradicts itself."""
-
-
-class HistoriesDiverged(OverpaintError):
-    """Two recipes of one name whose histories went different ways."""
 
 
 @dataclass(frozen=True)
@@ -64,63 +54,50 @@ class Record:
         """The ids of all patches that the history names, sorted."""
         return sorted({change["patch"] for revision in self.revisions for change in revision["changes"]})
 
-    def laid(self) -> dict[str, RecipeEntry]:
-        """What lies on the recipe in the end, by patch id."""
-        found: dict[str, RecipeEntry] = {}
-        for revision in self.revisions:
-            for change in revision["changes"]:
-                if change["strength_after"] is None:
-                    found.pop(change["patch"], None)
-                else:
-                    found[change["patch"]] = RecipeEntry(
-                        change["patch"], change["strength_after"], day(change["until_after"])
-                    )
-        return found
-
 
 def record_of(registry: Registry, name: str) -> Record:
     """The record of a recipe. Raises NotFound."""
-    with registry._database.reading() as session:
-        recipe = find(session, models.RecipeRow, name)
-        content = {
-            "format": FORMAT,
-            "name": recipe.name,
-            "base": {"name": recipe.base.name, "layout": recipe.base.layout, "fingerprint": recipe.base.fingerprint},
-            "created_at": recipe.created_at.isoformat(),
-            "revisions": history(session, recipe),
-            "tags": [
-                {"tag": tag.tag, "revision": tag.revision, "who": tag.who, "at": tag.at.isoformat()}
-                for tag in recipe.tags
-            ],
-        }
+    recipe = registry.history(name)
+    content = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "base": {"name": recipe.base.name, "layout": recipe.base.layout, "fingerprint": recipe.base.fingerprint},
+        "created_at": recipe.created_at.isoformat(),
+        "revisions": [_revision_json(each) for each in recipe.revisions],
+        "tags": [
+            {"tag": tag.tag, "revision": tag.revision, "who": tag.who, "at": tag.at.isoformat()} for tag in recipe.tags
+        ],
+    }
     return read_record(canonical_json(content))
 
 
-def history(session: Session, recipe: models.RecipeRow) -> list[dict[str, Any]]:
-    """The revisions of a recipe as records spell them."""
-    query = (
-        select(models.RevisionRow).where(models.RevisionRow.recipe_id == recipe.id).order_by(models.RevisionRow.number)
-    )
-    rows = session.scalars(query.options(selectinload(models.RevisionRow.changes)))
-    return [
+def _revision_json(revision: Revision) -> dict[str, Any]:
+    changes = [
         {
-            **{key: getattr(row, key) for key in ("number", "action", "source", "why", "who")},
-            "at": row.at.isoformat(),
-            "digest_before": row.digest_before,
-            "digest_after": row.digest_after,
-            "changes": [
-                {
-                    "patch": change.patch_id,
-                    "strength_before": change.strength_before,
-                    "strength_after": change.strength_after,
-                    "until_before": change.until_before and change.until_before.isoformat(),
-                    "until_after": change.until_after and change.until_after.isoformat(),
-                }
-                for change in row.changes
-            ],
+            "patch": change.patch,
+            "strength_before": change.before and change.before.strength,
+            "strength_after": change.after and change.after.strength,
+            "until_before": change.before and change.before.until and change.before.until.isoformat(),
+            "until_after": change.after and change.after.until and change.after.until.isoformat(),
         }
-        for row in rows
+        for change in revision.changes
     ]
+    plain = ("number", "action", "source", "why", "who", "digest_before", "digest_after")
+    return {**{key: getattr(revision, key) for key in plain}, "at": revision.at.isoformat(), "changes": changes}
+
+
+def _revision(content: Mapping[str, Any]) -> Revision:
+    changes = tuple(
+        PatchChange(change["patch"], *(_entry(change, when) for when in ("before", "after")))
+        for change in content["changes"]
+    )
+    plain = ("number", "action", "source", "why", "who", "digest_before", "digest_after")
+    return Revision(**{key: content[key] for key in plain}, at=moment(content["at"]), changes=changes)
+
+
+def _entry(change: Mapping[str, Any], when: str) -> RecipeEntry | None:
+    strength = change[f"strength_{when}"]
+    return None if strength is None else RecipeEntry(change["patch"], strength, day(change[f"until_{when}"]))
 
 
 def read_record(raw: bytes) -> Record:
@@ -196,17 +173,7 @@ def compared(
     ours: Sequence[Mapping[str, Any]], fingerprint: str, theirs: Record, name: str
 ) -> Literal["updated", "the same", "newer here"]:
     """What a record's history is to `ours`, on a base of this fingerprint. Raises Diverged when neither continues the other."""
-    common = min(len(ours), len(theirs.revisions))
-    different = next((n for n in range(common) if ours[n] != theirs.revisions[n]), None)
-    if different is not None or fingerprint != theirs.fingerprint:
-        at = "the base" if different is None else f"revision {different + 1}"
-        raise HistoriesDiverged(
-            f"the recipe {name!r} is there already and has another history, from {at} on; neither was changed. "
-            "Give one of them another name"
-        )
-    if len(ours) == len(theirs.revisions):
-        return "the same"
-    return "newer here" if len(ours) > common else "updated"
+    return compare_histories(name, ours, fingerprint, theirs.revisions, theirs.fingerprint)
 
 
 def moment(text: str) -> datetime:
@@ -222,67 +189,16 @@ def day(text: str | None) -> date | None:
     return None if text is None else date.fromisoformat(text)
 
 
-def merge_recipe(registry: Registry, record: Record, base: str, name: str | None = None) -> Outcome:
+def merge_recipe(registry: Registry, record: Record, base: str, name: str | None = None) -> MergeOutcome:
     """Make the recipe of a record on the base of that name, or let the one that is there catch up with the record.
 
     `name` is another name for it here. Its patches must be in the registry. Raises Diverged when the recipe that is there
     has another history, NotFound for an unknown base.
     """
-    with registry._database.writing() as session:
-        wanted = find(session, models.BaseRow, base)
-        recipe = lookup(session, models.RecipeRow, name or record.name)
-        outcome: Outcome = "new"
-        if recipe is None:
-            made = checked_name(name or record.name, "recipe")
-            recipe = added(session, models.RecipeRow(name=made, base=wanted, created_at=record.created_at))
-        else:
-            outcome = compared(history(session, recipe), recipe.base.fingerprint, record, recipe.name)
-        if outcome in ("new", "updated"):
-            _append(session, recipe, record)
-        if outcome != "newer here":
-            _tag(session, recipe, record)
-        return outcome
-
-
-def _append(session: Session, recipe: models.RecipeRow, record: Record) -> None:
-    for revision in record.revisions[recipe.revision :]:
-        row = models.RevisionRow(
-            recipe_id=recipe.id,
-            **{key: revision[key] for key in ("number", "action", "source", "why", "who")},
-            at=moment(revision["at"]),
-            digest_before=revision["digest_before"],
-            digest_after=revision["digest_after"],
-            changes=[
-                models.RevisionPatchRow(
-                    patch_id=change["patch"],
-                    strength_before=change["strength_before"],
-                    strength_after=change["strength_after"],
-                    until_before=day(change["until_before"]),
-                    until_after=day(change["until_after"]),
-                )
-                for change in revision["changes"]
-            ],
-        )
-        session.add(row)
-        queries.keep_reason(session, row)
-    recipe.revision = len(record.revisions)
-    for old in session.scalars(select(models.RecipePatchRow).where(models.RecipePatchRow.recipe_id == recipe.id)):
-        session.delete(old)
-    session.flush()
-    for each in record.laid().values():
-        row_now = models.RecipePatchRow(
-            recipe_id=recipe.id, patch_id=each.patch, strength=each.strength, until=each.until
-        )
-        session.add(row_now)
-    session.flush()
-
-
-def _tag(session: Session, recipe: models.RecipeRow, record: Record) -> None:
-    """Tags that are here already stay on their revisions."""
-    for tag in record.tags:
-        if session.get(models.RecipeTagRow, (recipe.id, tag["tag"])) is None:
-            marks = {key: tag[key] for key in ("tag", "revision", "who")}
-            session.add(models.RecipeTagRow(recipe_id=recipe.id, at=moment(tag["at"]), **marks))
-    session.flush()
-    session.refresh(recipe, ["tags"])
-    queries.keep_recipe(session, recipe, [each.tag for each in recipe.tags])
+    revisions = [_revision(each) for each in record.revisions]
+    called = name or record.name
+    tags = [
+        TagRecord(each["tag"], "recipe", called, each["revision"], each["who"], moment(each["at"]))
+        for each in record.tags
+    ]
+    return registry.merge_history(called, base, revisions, tags, record.created_at)
