@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.checkpoint import refuse_lone_shard, weight_files, weight_variants
 from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, dtype_name
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
@@ -28,12 +29,9 @@ from overpaint.patches.formats.dialects import PEFT_PREFIX, AdapterConfig, FileR
 
 PICKLES = (*SUFFIXES, ".bin")
 ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
-_IN_FOLDER = (
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-)
+_STEMS = ("pytorch_lora_weights", "diffusion_pytorch_model", "model")
+"""What the names of a model's weights begin with, in a folder that holds one model."""
+_PICKLED_LORA = "pytorch_lora_weights.bin"
 _ADAPTER_CONFIG_LIMIT = 1 << 20
 
 
@@ -88,6 +86,9 @@ def open_weights(path: Path) -> ForeignWeights:
     """
     if path.is_dir():
         return _of_folder(path)
+    if path.name.endswith(".json"):
+        return _of_weight_files(path, "")
+    refuse_lone_shard(path)
     weights = _of_file(path)
     return replace(weights, configs={"": _config(path.with_name(CONFIG))}) if path.name in ADAPTER else weights
 
@@ -107,13 +108,29 @@ def _of_folder(folder: Path) -> ForeignWeights:
     adapter = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
     if adapter is not None:
         return replace(open_weights(adapter), path=folder)
-    found = [folder / name for name in _IN_FOLDER if (folder / name).is_file()]
-    if len(found) != 1:
-        raise ForeignFile(
-            f"{folder} is no folder of a pipeline, of an adapter ({ADAPTER[0]} with {CONFIG}) or of one model "
-            f"({', '.join(_IN_FOLDER)}); name a file in it"
-        )
-    return open_weights(found[0])
+    names = [entry.name for entry in folder.iterdir()]
+    stems = [stem for stem in _STEMS if weight_variants(names, stem)]
+    if len(stems) == 1:
+        return _of_weight_files(folder, stems[0])
+    if not stems and _PICKLED_LORA in names:
+        return replace(_of_pickle(folder / _PICKLED_LORA), path=folder)
+    raise ForeignFile(
+        f"{folder} is no folder of a pipeline, of an adapter ({ADAPTER[0]} with {CONFIG}) or of one model "
+        f"({', '.join(f'{stem}.safetensors' for stem in _STEMS)}); name one of these"
+    )
+
+
+def _of_weight_files(source: Path, stem: str) -> ForeignWeights:
+    """All weights of one model, which may lie in several files."""
+    _, files = weight_files(source, stem)
+    if len(files) == 1:
+        return replace(open_weights(files[0]), path=source)
+    parts = [_of_file(file) for file in files]
+    owner = {key: part for part in parts for key in part.shapes}
+    if len(owner) != sum(len(part.shapes) for part in parts):
+        raise ForeignFile(f"{source} has a tensor in two of its files; get it again")
+    shapes = {key: part.shapes[key] for key, part in owner.items()}
+    return ForeignWeights(source, shapes, parts[0].metadata, {}, lambda key: owner[key]._tensor(key))
 
 
 def _config(file: Path) -> AdapterConfig:
