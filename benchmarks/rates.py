@@ -13,7 +13,7 @@ from benchmarks.cells import BASE, Cell, Verdict
 from benchmarks.protocol import NEVER, OTHERS
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import SHARE
-from overpaint.evaluation.metrics import Mean, Measurement, Score, found, h_composed, mean
+from overpaint.evaluation.metrics import Mean, Measurement, Score, h_composed, mean, measured
 from overpaint.solvers import SOLVERS
 
 Cells = Sequence[Cell]
@@ -65,7 +65,7 @@ def share(cells: Cells, group: str, base: Base) -> Measurement | None:
     now, before = rate(verdicts), rate(base.same(group, verdicts))
     if now is None or before is None or not before.value:
         return None
-    ratio = found(group, SHARE, _ratio(now, before), now.n)
+    ratio = measured(group, SHARE, _ratio(now, before), now.n)
     if ratio.low != ratio.high:
         return ratio
     # Pictures that are all judged alike have only equal replicates; Wilson's interval still knows how many there were.

@@ -63,7 +63,7 @@ def _place(concept: str) -> tuple[int, str]:
 
 def _judged(cells: Cells, group: str) -> str:
     here = rate(pooled(cells, group))
-    return _spelled(here.found(group, ACCURACY) if here is not None else None)
+    return _spelled(here.measurement(group, ACCURACY) if here is not None else None)
 
 
 def _erased(cells: Cells) -> Table:

@@ -55,7 +55,9 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     """Draw a prompt with a recipe applied."""
     from overpaint.workspace.evaluating import draw
 
-    draw(open_workspace(ctx), recipe, prompt, out, compare=compare, **options)
+    wanted, talk = open_workspace(ctx).known_recipe(recipe), Talk()
+    draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
+    talk.clear()
     click.echo(str(out))
 
 

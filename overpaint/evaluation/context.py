@@ -1,7 +1,7 @@
-"""What a suite works with: patches on a base, questions about them, a studio that draws and a judge that looks.
+"""What a suite works with: patches on a base, prompts, an image generator and a judge.
 
-Suites ask, draw and judge through a `Bench`, so that all of them choose the same questions, refuse the same blind judges and
-know the same doubt.
+All suites choose prompts, draw and judge through an `EvalContext`: the same prompts, the same refusal of a judge that cannot
+recognise a class, the same intervals.
 """
 
 from __future__ import annotations
@@ -20,33 +20,12 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.images import ImageGenerator
 from overpaint.evaluation.judges import Judge
-from overpaint.evaluation.metrics import Mean, Measurement, found, mean
+from overpaint.evaluation.metrics import Mean, Measurement, mean, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import identical
 from overpaint.patches.live import Parameters
 from overpaint.patches.patch import Patch
-
-# Whether a pipeline carries exactly the weights that it should: no tolerance, one bit is too many.
-
-
-def touched(base: Base, terms: Iterable[Term]) -> list[str]:
-    """Canonical names of all tensors that any of `terms` changes, sorted."""
-    return sorted({name for term in terms for name in term.delta.targets(base)})
-
-
-def unequal(pipe: Any, base: Base, terms: Sequence[Term], names: Iterable[str]) -> list[str]:
-    """Those of the tensors `names` in which a pipeline differs from `compose(base, terms)`, in its own dtype."""
-    parameters, planned = Parameters(pipe, base), plan(base, terms)
-    changed = set(planned.names)
-    found = []
-    for name, parameter in parameters.of(names).items():
-        wanted = planned.tensor(name) if name in changed else base.tensor(name)
-        carried = parameter.detach().cpu()
-        if not identical(carried, wanted.to(carried.dtype)):
-            found.append(name)
-    return found
-
 
 BLIND = 0.4
 """A class that a judge finds in less of the base's own pictures is not scored; SRS-ME left out a class by this rule."""
@@ -57,16 +36,16 @@ CHANGE = "change of the pictures"
 """The root mean square difference to the base's pictures for the same seeds, in grey levels; 0 is no change at all."""
 WRONG = "tensors that differ in any bit"
 _SPARE = 4
-"""Times as many questions as are wanted, so that enough are left without those that name something else."""
+"""Times as many prompts as are wanted, so that enough are left without those that name something else."""
 
 
 class BlindJudge(OverpaintError):
-    """A judge that does not see in the base's own pictures what they show, so that its verdicts say nothing."""
+    """A judge that does not recognise in the base's own pictures what they show, so that its verdicts mean nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedPatch:
-    """A patch under judgement: at which strength it lies, what it cost, and how many bytes it has."""
+    """A patch under evaluation: its strength, the seconds it took to solve, and its bytes."""
 
     patch: Patch
     strength: float = 1.0
@@ -87,8 +66,8 @@ class EvaluatedPatch:
         return str(self.patch.manifest["solver"].get("name", "unknown"))
 
     @property
-    def told(self) -> frozenset[str]:
-        """The words of every concept that the patch's solver knew of: its own, and those it preserved."""
+    def known_words(self) -> frozenset[str]:
+        """The words, in lower case, of every concept that the patch's solver knew of: its own and its universe's."""
         universe = self.patch.manifest["solver"].get("universe", [])
         known = [self.concept, *(Concept.from_json(each) for each in universe)]
         return frozenset(word.casefold() for concept in known for word in (*concept.words, concept.anchor) if word)
@@ -96,61 +75,66 @@ class EvaluatedPatch:
 
 @dataclass(frozen=True, eq=False)
 class Verdicts:
-    """What a judge saw in pictures: whether each shows what it should, how sure it was of that, and for which prompt."""
+    """What a judge saw in pictures, one entry each: 1 where it shows what its prompt asked for, the probability that the
+    judge gave to that, and the prompt."""
 
     right: NDArray[np.float64]
-    certain: NDArray[np.float64]
+    probability: NDArray[np.float64]
     prompts: list[str]
 
     def accuracy(self, seed: int = 0) -> Mean:
         return mean(self.right, self.prompts, seed)
 
-    def certainty(self, seed: int = 0) -> Mean:
-        """The mean probability of the class that should be there: finer than accuracy, which counts in steps."""
-        return mean(self.certain, self.prompts, seed)
+    def mean_probability(self, seed: int = 0) -> Mean:
+        """The mean probability of the class that was asked for: finer than accuracy, which counts in steps."""
+        return mean(self.probability, self.prompts, seed)
 
     def only(self, chosen: Sequence[int]) -> Verdicts:
-        """The verdicts on some of the pictures, by their places."""
-        return Verdicts(self.right[chosen], self.certain[chosen], [self.prompts[i] for i in chosen])
+        """The verdicts on some of the pictures, by their index."""
+        return Verdicts(self.right[chosen], self.probability[chosen], [self.prompts[i] for i in chosen])
 
-    def __add__(self, other: Verdicts) -> Verdicts:
-        right, certain = (np.concatenate(pair) for pair in ((self.right, other.right), (self.certain, other.certain)))
-        return Verdicts(right, certain, [*self.prompts, *other.prompts])
+    @classmethod
+    def joined(cls, parts: Sequence[Verdicts]) -> Verdicts:
+        """Several verdicts as one."""
+        right, probability = (np.concatenate([getattr(p, name) for p in parts]) for name in ("right", "probability"))
+        return cls(right, probability, [prompt for part in parts for prompt in part.prompts])
 
 
 @dataclass(frozen=True, eq=False)
 class EvalContext:
-    """One evaluation's surroundings. `own` are questions of one's own, by head and class, instead of the world's."""
+    """One evaluation: a base, the patches on it, and who draws and judges.
+
+    `own_prompts`, by head and class, take the place of the prompt set's; `known` are all concepts of the registry.
+    """
 
     base: Base
     prompt_set: PromptSet
     judge: Judge
     image_generator: ImageGenerator
-    held: tuple[EvaluatedPatch, ...]
+    patches: tuple[EvaluatedPatch, ...]
     known: tuple[Concept, ...] = ()
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    own: Mapping[tuple[str, str], list[EvalPrompt]] = field(default_factory=dict)
+    own_prompts: Mapping[tuple[str, str], list[EvalPrompt]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.held:
+        if not self.patches:
             raise OverpaintError("there is no patch to evaluate; add one to the recipe first")
-        for concept in (each.concept for each in self.held):
-            self.class_of(concept)
+        self.erased()  # raises where a concept cannot be judged
 
-    # What is asked
+    # Prompts
 
     def class_of(self, concept: Concept) -> tuple[str, str]:
-        """The head and class that a concept is judged by. Raises NotFound when world or judge do not know it."""
+        """The head and class that a concept is judged by. Raises NotFound when prompt set or judge lack it."""
         head, name = self.prompt_set.class_of(concept)
         if name not in self.judge.heads.get(head, ()):
             known = ", ".join(self.judge.heads.get(head, ())) or "nothing"
             raise NotFound(f"the judge {self.judge.name} cannot tell the {head} {name!r} (it knows {known})")
         return head, name
 
-    def erased(self, held: Iterable[EvaluatedPatch] | None = None) -> dict[tuple[str, str], Concept]:
-        """The concepts under judgement, by head and class."""
-        return {self.class_of(each.concept): each.concept for each in (self.held if held is None else held)}
+    def erased(self, patches: Iterable[EvaluatedPatch] | None = None) -> dict[tuple[str, str], Concept]:
+        """The concepts that the patches (or all of them) erase, by head and class."""
+        return {self.class_of(each.concept): each.concept for each in (self.patches if patches is None else patches)}
 
     def others(self, head: str) -> list[str]:
         """The classes of a head that no patch here erases, and that the judge knows."""
@@ -158,61 +142,65 @@ class EvalContext:
         known = self.judge.heads.get(head, ())
         return [name for name in self.prompt_set.names(head) if (head, name) not in erased and name in known]
 
-    def ask(self, head: str, name: str, count: int) -> list[EvalPrompt]:
-        """Questions about one class."""
-        if self.own:
-            return self.own.get((head, name), [])
-        return self.prompt_set.ask(head, name, count, self.seed)
+    def prompts(self, head: str, name: str, count: int) -> list[EvalPrompt]:
+        """`count` prompts for one class; one's own prompts instead, all of them, where there are any."""
+        if self.own_prompts:
+            return self.own_prompts.get((head, name), [])
+        return self.prompt_set.prompts(head, name, count, self.seed)
 
-    def neutral(self, head: str, name: str, count: int) -> list[EvalPrompt]:
-        """Questions about one class, without those whose sentence names what is erased."""
-        return [question for question in self.ask(head, name, count) if not self.names_erased(question)]
+    def neutral_prompts(self, head: str, name: str, count: int) -> list[EvalPrompt]:
+        """Prompts for one class, without those whose sentence names what is erased."""
+        return [prompt for prompt in self.prompts(head, name, count) if not self.names_erased(prompt)]
 
-    def alone(self, head: str, name: str, count: int) -> list[EvalPrompt]:
-        """Questions about one class that name nothing else which is erased: its patch alone decides about their pictures."""
-        asked = self.ask(head, name, _SPARE * count)
-        clear = [each for each in asked if not self.names_erased(each, (head, name))]
-        return (clear or asked)[:count]
+    def prompts_alone(self, head: str, name: str, count: int) -> list[EvalPrompt]:
+        """Prompts for one class that name nothing else which is erased: its patch alone decides about their pictures."""
+        prompts = self.prompts(head, name, _SPARE * count)
+        clear = [prompt for prompt in prompts if not self.names_erased(prompt, (head, name))]
+        return (clear or prompts)[:count]
 
-    def ask_others(self, head: str, count: int) -> list[EvalPrompt]:
-        """Neutral questions about every other class of a head."""
-        return [question for name in self.others(head) for question in self.neutral(head, name, count)]
+    def prompts_for_others(self, head: str, count: int) -> list[EvalPrompt]:
+        """Neutral prompts for every other class of a head."""
+        return [prompt for name in self.others(head) for prompt in self.neutral_prompts(head, name, count)]
 
-    def names_erased(self, question: EvalPrompt, but: tuple[str, str] | None = None) -> bool:
+    def names_erased(self, prompt: EvalPrompt, but: tuple[str, str] | None = None) -> bool:
         """Whether a sentence has a word of an erased concept, other than those of the class `but`."""
-        words = set(re.findall(r"\w+", question.prompt.casefold()))
-        return any(set(re.findall(r"\w+", word.casefold())) <= words for word in self._erased_words(but))
+        words = set(re.findall(r"\w+", prompt.prompt.casefold()))
+        return any(
+            set(re.findall(r"\w+", word.casefold())) <= words
+            for (head, name), concept in self.erased().items()
+            if (head, name) != but
+            for word in (*self.prompt_set.classes[head][name], name, *concept.words)
+        )
 
-    def _erased_words(self, but: tuple[str, str] | None) -> set[str]:
-        erased = [(key, each.concept) for each in self.held if (key := self.class_of(each.concept)) != but]
-        known = ((*self.prompt_set.classes[head][name], name, *concept.words) for (head, name), concept in erased)
-        return {word for words in known for word in words}
+    # Pictures and what the judge sees in them
 
-    # What is seen
-
-    def terms(self, held: Iterable[EvaluatedPatch] | None = None) -> list[Term]:
+    def terms(self, patches: Iterable[EvaluatedPatch] | None = None) -> list[Term]:
         """The terms of some of the patches, or of all of them."""
-        return [each.term for each in (self.held if held is None else held)]
+        return [each.term for each in (self.patches if patches is None else patches)]
 
-    def verdicts(self, terms: Sequence[Term], questions: Sequence[EvalPrompt], head: str = OBJECT) -> Verdicts:
-        """What the judge sees in the pictures of `questions` under `terms`. Raises OverpaintError without a question."""
-        if not questions:
+    def verdicts(self, terms: Sequence[Term], prompts: Sequence[EvalPrompt], head: str = OBJECT) -> Verdicts:
+        """What the judge sees in the pictures of `prompts` under `terms`. Raises OverpaintError without a prompt."""
+        if not prompts:
             raise OverpaintError(
-                f"there is no question about any {head} here; ask with --prompts, or for more pictures"
+                f"there is no prompt for any {head} here; give some with --prompts, or ask for more pictures"
             )
-        likely = self.judge.probabilities(self.image_generator.draw(terms, questions), head)
-        names = self.judge.heads[head]
-        truth = np.array([names.index(question.shows[head]) for question in questions])
-        certain = likely[np.arange(len(truth)), truth].astype(np.float64)
-        return Verdicts((likely.argmax(1) == truth).astype(np.float64), certain, [q.prompt for q in questions])
+        return self.judged(self.image_generator.draw(terms, prompts), prompts, head)
 
-    def on_base(self, questions: Sequence[EvalPrompt], head: str, what: str) -> Verdicts:
+    def judged(self, pictures: NDArray[np.uint8], prompts: Sequence[EvalPrompt], head: str = OBJECT) -> Verdicts:
+        """Whether each of `pictures`, uint8 [n, h, w, 3], shows what its prompt asked for."""
+        probabilities, names = self.judge.probabilities(pictures, head), self.judge.heads[head]
+        truth = np.array([names.index(prompt.shows[head]) for prompt in prompts])
+        asked = probabilities[np.arange(len(truth)), truth].astype(np.float64)
+        right = (probabilities.argmax(1) == truth).astype(np.float64)
+        return Verdicts(right, asked, [prompt.prompt for prompt in prompts])
+
+    def on_base(self, prompts: Sequence[EvalPrompt], head: str, what: str) -> Verdicts:
         """What the judge sees in the base's own pictures. Raises BlindJudge when that is too little to mean anything."""
-        seen = self.verdicts((), questions, head)
+        seen = self.verdicts((), prompts, head)
         rate = float(seen.right.mean())
         if rate < BLIND:
             raise BlindJudge(
-                f"the judge {self.judge.name} finds {what} in only {rate:.0%} of the base's own {len(questions)} pictures, "
+                f"the judge {self.judge.name} finds {what} in only {rate:.0%} of the base's own {len(prompts)} pictures, "
                 f"and below {BLIND:.0%} its verdicts mean nothing; name another judge with --judge"
             )
         return seen
@@ -220,20 +208,37 @@ class EvalContext:
     def compared(self, subject: str, base: Verdicts, after: Verdicts) -> list[Measurement]:
         """Accuracy on the base and under the patches."""
         return [
-            base.accuracy(self.seed).found(subject, ON_BASE),
-            after.accuracy(self.seed).found(subject, ACCURACY),
+            base.accuracy(self.seed).measurement(subject, ON_BASE),
+            after.accuracy(self.seed).measurement(subject, ACCURACY),
         ]
 
-    def kept(self, subject: str, base: Verdicts, after: Verdicts) -> list[Measurement]:
-        """The same for what should have stayed, and the share of the base's accuracy that did."""
+    def preserved(self, subject: str, base: Verdicts, after: Verdicts) -> list[Measurement]:
+        """The same for what should not have changed, and the share of the base's accuracy that is left."""
         before, now = base.accuracy(self.seed), after.accuracy(self.seed)
         share = now.draws / np.maximum(before.draws, 1e-9)
-        return [*self.compared(subject, base, after), found(subject, SHARE, share, now.n)]
+        return [*self.compared(subject, base, after), measured(subject, SHARE, share, now.n)]
+
+    def wrong_tensors(self, applied: Sequence[Term], subject: str) -> Measurement:
+        """How many tensors of the live pipeline, once it carries `applied`, differ in a bit from a fresh composition."""
+        self.image_generator.overlay.set(applied)
+        names = changed_tensors(self.base, self.terms())
+        wrong = differing_tensors(self.image_generator.pipe, self.base, applied, names)
+        return Measurement(subject, WRONG, float(len(wrong)), len(names))
 
 
-def joined(parts: Sequence[Verdicts]) -> Verdicts:
-    """Several verdicts as one."""
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    return whole
+def changed_tensors(base: Base, terms: Iterable[Term]) -> list[str]:
+    """Canonical names of all tensors that any of `terms` changes, sorted."""
+    return sorted({name for term in terms for name in term.delta.targets(base)})
+
+
+def differing_tensors(pipe: Any, base: Base, terms: Sequence[Term], names: Iterable[str]) -> list[str]:
+    """Those of the tensors `names` in which a pipeline differs from `compose(base, terms)`, in its own dtype."""
+    planned = plan(base, terms)
+    changed = set(planned.names)
+    different = []
+    for name, parameter in Parameters(pipe, base).of(names).items():
+        wanted = planned.tensor(name) if name in changed else base.tensor(name)
+        carried = parameter.detach().cpu()
+        if not identical(carried, wanted.to(carried.dtype)):
+            different.append(name)
+    return different

@@ -151,19 +151,16 @@ class Mean:
     def value(self) -> float:
         return float(self.draws[0])
 
-    def found(self, subject: str, metric: str) -> Measurement:
-        """This mean as a finding.
-
-        A share of 0 or 1 has only equal replicates; its interval is Wilson's, which still knows n.
-        """
+    def measurement(self, subject: str, metric: str) -> Measurement:
+        """This mean with its 95% interval. A share of 0 or 1 has only equal replicates: its interval is Wilson's."""
         if self.hits in (0, self.n):
             low, high = Score(self.hits, self.n).interval
             return Measurement(subject, metric, self.value, self.n, low, high)
-        return found(subject, metric, self.draws, self.n)
+        return measured(subject, metric, self.draws, self.n)
 
 
-def found(subject: str, metric: str, draws: ArrayLike, n: int) -> Measurement:
-    """A function of means as a finding: the value at place 0, the 95% percentile interval of the rest."""
+def measured(subject: str, metric: str, draws: ArrayLike, n: int) -> Measurement:
+    """A function of means: its value at index 0 of `draws`, and the 95% percentile interval of the replicates behind it."""
     numbers = np.asarray(draws, np.float64)
     low, high = np.percentile(numbers[1:], (2.5, 97.5))
     return Measurement(subject, metric, float(numbers[0]), n, float(low), float(high))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
 from overpaint.core.concepts import Concept
@@ -27,6 +27,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 # the same pictures come up before and after something is erased.
 
 
+T = TypeVar("T")
 SPREAD = 10_000
 """Seeds set aside for each object or style."""
 
@@ -127,6 +128,12 @@ class EvalPrompt:
     shows: Mapping[str, str] = field(hash=False)
 
 
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, or all where there are fewer, spread evenly from the first on."""
+    wanted = min(count, len(items))
+    return [items[i * len(items) // wanted] for i in range(wanted)]
+
+
 def head_of(concept: Concept) -> str:
     """The head of a judge that can tell whether a concept is there."""
     return STYLE if concept.kind == "style" else OBJECT
@@ -157,11 +164,11 @@ class PromptSet:
         known = ", ".join(self.classes[head])
         raise NotFound(f"no judge here can tell the {head} {concept.name!r} (known: {known}); name another judge")
 
-    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         """`count` questions for a class; those of one class do not depend on which others are asked."""
         raise NotImplementedError
 
-    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         """`count` questions that call an object by each of its other names; empty where it has none."""
         raise NotImplementedError
 
@@ -179,11 +186,11 @@ class EmojiPrompts(PromptSet):
         classes = {OBJECT: dict(words.names), STYLE: styles}
         super().__init__(classes, {OBJECT: ("a {}", "a picture of a {}", "an emoji of a {}"), STYLE: ("{} style",)})
 
-    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         scenes = object_scenes if head == OBJECT else style_scenes
         return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed)]
 
-    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         found, words = [], catalogue()
         for i, word in enumerate(words.names[name][1:]):
             first = seed + SPREAD * (1000 + 10 * words.objects.index(name) + i)
@@ -217,7 +224,7 @@ class ListedPrompts(PromptSet):
             classes[head] |= {other: (other,) for other in others if other.casefold() not in taken}
         super().__init__(classes, words["labels"])
 
-    def ask(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         place = self.names(head).index(name)
         first = seed + SPREAD * (place + (0 if head == OBJECT else 500))
         return [EvalPrompt(*self._sentence(head, name, place, i), first + i, {head: name}) for i in range(count)]
@@ -230,7 +237,7 @@ class ListedPrompts(PromptSet):
         objects = _asking()["others"][OBJECT]
         return (sentence.format(objects[(place + turn) % len(objects)], name),)
 
-    def ask_synonyms(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
+    def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         place, sentences = self.names(OBJECT).index(name), _asking()["sentences"][OBJECT]
         return [
             EvalPrompt(

@@ -1,13 +1,16 @@
-"""`evaluate`: one suite on a patch or a recipe of a registry, and its numbers kept beside it."""
+"""Pictures, cross-talk and evaluations of what a registry holds; the numbers are stored in it.
+
+Every function takes what it needs: a registry, an opened base, loaded patches.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import overpaint
 from overpaint.bases.base import Base
@@ -15,101 +18,93 @@ from overpaint.bases.loading import resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
-from overpaint.evaluation.crosstalk import Crosstalk, Pair, crosstalk, has_closed_form
+from overpaint.evaluation.crosstalk import Pair, crosstalk, has_closed_form
 from overpaint.evaluation.figures import labelled_grid
-from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler, generate
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import open_judge
-from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.prompts import EmojiPrompts, ListedPrompts, PromptSet, read_prompts
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
 from overpaint.evaluation.suites import Suite, configured
+from overpaint.patches.compose import Term
+from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord
-from overpaint.registry.registry import EvaluationRecord, ResultRecord
-from overpaint.workspace.recipe import current_user
+from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
 
-if TYPE_CHECKING:
-    from overpaint.workspace.workspace import Workspace
-
-
-# `generate`: pictures of a prompt with a recipe applied, alone or beside the base's for the same seeds.
+Progress = Callable[[int, int, str], None]
 
 
 def draw(
-    workspace: Workspace,
-    recipe: str,
+    base: Base,
+    terms: Sequence[Term],
     prompt: str,
     out: Path,
     *,
-    compare: bool,
-    seed: int,
-    count: int,
-    steps: int,
-    guidance: float | None,
-    device: str,
+    label: str,
+    compare: bool = False,
+    seed: int = 0,
+    count: int = 4,
+    steps: int = 20,
+    guidance: float | None = None,
+    device: str = "auto",
+    progress: Progress = lambda done, of, text: None,
 ) -> None:
-    """Save one labelled picture of `count` drawings to `out`; with `compare`, a row for the base above the recipe's.
+    """Save `count` pictures of a prompt under `terms` as one labelled sheet; with `compare`, the base's stand above them.
 
-    Raises OverpaintError when the recipe is unknown or the file cannot be written.
+    `guidance` None is what the base likes. Raises OverpaintError when the file cannot be written.
     """
-    if not out.parent.is_dir():
-        raise OverpaintError(f"there is no folder {out.parent}; make it first")
-    pipe, overlay = workspace.live(recipe, device=device)
-    liked = overlay.base.extras.get("guidance", 7.5)
-    sampler = Sampler(steps=steps, guidance=liked if guidance is None else guidance)
-    seeds = list(range(seed, seed + count))
-    rows = [(recipe, list(generate(pipe, [prompt] * count, seeds, sampler)))]
-    if compare:
-        overlay.clear()
-        rows.insert(0, ("base", list(generate(pipe, [prompt] * count, seeds, sampler))))
-    picture = labelled_grid(rows, [f"seed {s}" for s in seeds], title=prompt)
+    if not out.absolute().parent.is_dir():
+        raise OverpaintError(f"there is no folder {out.absolute().parent} to write {out.name} in; make it first")
+    sampler = Sampler(steps, liked_guidance(base) if guidance is None else guidance)
+    generator = ImageGenerator(base, sampler, ImageCache(None), resolve_device(device), progress)
+    prompts = [EvalPrompt(prompt, seed + i, {}) for i in range(count)]
+    shown: list[tuple[str, Sequence[Term]]] = [*([("base", ())] if compare else []), (label, terms)]
+    generator.expect(count * len(shown))
+    rows = [(name, list(generator.draw(applied, prompts))) for name, applied in shown]
     try:
-        picture.save(out)
+        labelled_grid(rows, [f"seed {each.seed}" for each in prompts], title=prompt).save(out)
     except (OSError, ValueError) as error:
         raise OverpaintError(
             f"cannot write the picture {out} ({error}); choose a .png file in a folder you may write to"
         ) from error
 
 
-# Cross-talk for a workshop: which patches are meant, and the table of what each of them moves.
+def liked_guidance(base: Base) -> float:
+    """The guidance scale that a base likes: its own, else 7.5, the usual one of Stable Diffusion."""
+    return float(base.extras.get("guidance", 7.5))
 
 
-def crosstalk_on(
-    workspace: Workspace, recipe: str | None, base: str | None, everything: bool, device: str
-) -> Crosstalk:
-    """See `Workshop.crosstalk`."""
+def patches_for_crosstalk(registry: Registry, recipe: str | None, base: str | None) -> tuple[str, list[str]]:
+    """A base's name and patch ids: those of a recipe, else the newest patch of each concept on `base` (or the only one).
+
+    Raises NotFound for an unknown name, OverpaintError when there is no patch or the base is not clear.
+    """
     if recipe is not None:
-        record = workspace.registry.recipe(recipe)
+        record = registry.recipe(recipe)
         base, ids = record.base, [patch_id for patch_id, _ in record.patches]
     else:
-        base = base or _only_base(workspace)
-        ids = list({record.concept: record.id for record in workspace.registry.patches(base=base)}.values())
+        base = base or _only_base(registry)
+        ids = list({record.concept: record.id for record in registry.patches(base=base)}.values())
     if not ids:
         place = f"the recipe {recipe!r}" if recipe is not None else f"the base {base!r}"
         raise OverpaintError(f"there is no patch on {place}; solve one and add it first")
-    return crosstalk(
-        workspace.base(base),
-        [workspace.patch(patch_id) for patch_id in ids],
-        workspace.concepts() if everything else (),
-        cache=workspace.registry.folder / "cache" / "moments",
-        device=resolve_device(device),
-    )
+    return base, ids
 
 
-def disturbances(workspace: Workspace, recipe: str, patch_id: str) -> list[Pair]:
-    """See `Workshop.disturbances`."""
-    record = workspace.registry.recipe(recipe)
-    base = workspace.base(record.base)
-    found = [workspace.patch(other) for other, _ in record.patches]
-    known = [patch for patch in found if has_closed_form(base, patch)]
-    name = workspace.patch(patch_id).concept.name
-    result = crosstalk(base, known, cache=workspace.registry.folder / "cache" / "moments")
-    return [pair for pair in result.above() if name in (pair.emitter, pair.receiver)]
-
-
-def _only_base(workspace: Workspace) -> str:
-    known = [record.name for record in workspace.registry.bases()]
+def _only_base(registry: Registry) -> str:
+    known = [record.name for record in registry.bases()]
     if len(known) != 1:
         raise OverpaintError(f"say which base is meant (known: {', '.join(known) or 'none; add one first'})")
     return known[0]
+
+
+def moments_cache(registry: Registry) -> Path:
+    """The folder in which the second moments of concepts' keys are kept."""
+    return registry.folder / "cache" / "moments"
+
+
+def disturbances(base: Base, patches: Sequence[Patch], concept: str, *, cache: Path) -> list[Pair]:
+    """The strong cross-talk between one concept's patch and the other `patches`, both ways, where it has a closed form."""
+    known = [patch for patch in patches if has_closed_form(base, patch)]
+    return [pair for pair in crosstalk(base, known, cache=cache).above() if concept in (pair.emitter, pair.receiver)]
 
 
 @dataclass(frozen=True)
@@ -138,25 +133,49 @@ class Evaluated:
     redrawn: tuple[Path, ...]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, a recipe (as it is, or NAME@REVISION) or one patch: its base, and patches with their strengths."""
+
+    base: str
+    entries: tuple[tuple[PatchRecord, float], ...]
+    recipe: str | None = None
+    patch: str | None = None
+
+    @classmethod
+    def named(cls, registry: Registry, name: str) -> Subject:
+        """The recipe of that name, or else the patch. Raises NotFound."""
+        if registry.has_recipe(name) or "@" in name:
+            entries = [(record, entry.strength) for record, entry in registry.patches_on(name)]
+            ordered = sorted(entries, key=lambda entry: entry[0].concept)
+            return cls(registry.recipe(name).base, tuple(ordered), recipe=name)
+        record = registry.patch(name)
+        return cls(record.base, ((record, 1.0),), patch=record.id)
+
+
 def evaluate(
-    workspace: Workspace,
-    name: str,
+    registry: Registry,
+    subject: Subject,
+    base: Base,
+    patches: Sequence[Patch],
     request: EvaluationRequest,
     *,
-    report: Callable[[int, int, str], None] = lambda done, of, text: None,
+    who: str,
+    progress: Progress = lambda done, of, text: None,
 ) -> Evaluated:
-    """Run a suite on the recipe of that name (NAME@REVISION too), or else on the patch; keep and return its numbers.
+    """Run a suite on a recipe or a patch; store and return its numbers. `patches` are those of `subject.entries`.
 
-    Pictures are cached beside the registry, so that a run that was interrupted goes on where it was. Nothing is kept of
-    a run that fails. Raises NotFound for a name, suite or judge that is not there, BlindJudge for one that cannot see.
+    Pictures are cached beside the registry, so that an interrupted run continues where it was. Nothing is stored of
+    a run that fails. Raises NotFound for an unknown suite or judge, BlindJudge for a judge that recognises too little.
     """
     suite = configured(request.suite, request.settings)
     started = time.monotonic()
-    context, subject = open_context(workspace, name, request, report)
-    findings = suite.run(context)
+    context = open_context(registry, subject, base, patches, request, progress)
+    measurements = suite.run(context)
     seconds = time.monotonic() - started
-    record = workspace.registry.add_evaluation(
-        **subject,
+    record = registry.add_evaluation(
+        recipe=subject.recipe,
+        patch=subject.patch,
         digest=context.image_generator.digest(context.terms()),
         suite=request.suite,
         judge=context.judge.name,
@@ -164,43 +183,49 @@ def evaluate(
         settings=_settings(suite, context, request),
         versions=versions(),
         seconds=seconds,
-        who=current_user(),
-        results=[_kept(found) for found in findings],
+        who=who,
+        results=[ResultRecord(m.subject, m.metric, m.value, m.low, m.high, m.n) for m in measurements],
     )
     return Evaluated(record, tuple(context.image_generator.image_cache.damaged))
 
 
 def open_context(
-    workspace: Workspace, name: str, request: EvaluationRequest, report: Callable[[int, int, str], None]
-) -> tuple[EvalContext, dict[str, str]]:
-    """The bench for a recipe or a patch, and which of the two it is, as `Registry.add_evaluation` takes it."""
-    base_name, laid, subject = _meant(workspace, name)
-    base, device = workspace.base(base_name), resolve_device(request.device)
-    held = tuple(
-        EvaluatedPatch(workspace.patch(record.id), strength, record.seconds, record.nbytes) for record, strength in laid
-    )
-    for each in held:
-        each.patch.check(base)
-    known = tuple(workspace.concepts())
-    prompt_set = prompt_set_of(base, (*known, *(each.concept for each in held)))
-    guidance = float(base.extras.get("guidance", 7.5)) if request.guidance is None else request.guidance
+    registry: Registry,
+    subject: Subject,
+    base: Base,
+    patches: Sequence[Patch],
+    request: EvaluationRequest,
+    progress: Progress,
+) -> EvalContext:
+    """What a suite works with, for a recipe or a patch. Raises WrongBase for a patch of another base."""
+    for patch in patches:
+        patch.check(base)
+    device, known = resolve_device(request.device), tuple(registry.concepts())
+    prompt_set = prompt_set_of(base, (*known, *(patch.concept for patch in patches)))
+    guidance = liked_guidance(base) if request.guidance is None else request.guidance
     sampler = Sampler(request.steps, guidance, request.batch)
-    image_cache = ImageCache(workspace.registry.folder / "cache" / "pictures")
-    context = EvalContext(
+    return EvalContext(
         base=base,
         prompt_set=prompt_set,
         judge=open_judge(request.judge, base, prompt_set, device),
-        image_generator=ImageGenerator(base, sampler, image_cache, device, report),
-        held=held,
+        image_generator=ImageGenerator(base, sampler, image_cache(registry), device, progress),
+        patches=tuple(
+            EvaluatedPatch(patch, strength, record.seconds, record.nbytes)
+            for patch, (record, strength) in zip(patches, subject.entries, strict=True)
+        ),
         known=known,
         seed=request.seed,
         device=device,
-        own=read_prompts(request.prompts, prompt_set) if request.prompts else {},
+        own_prompts=read_prompts(request.prompts, prompt_set) if request.prompts else {},
     )
-    return context, subject
 
 
-def prompt_set_of(base: Base, concepts: tuple[Concept, ...]) -> PromptSet:
+def image_cache(registry: Registry) -> ImageCache:
+    """The pictures that evaluations and reports of a registry share."""
+    return ImageCache(registry.folder / "cache" / "pictures")
+
+
+def prompt_set_of(base: Base, concepts: Sequence[Concept]) -> PromptSet:
     """The catalogue for the embedded base and others that ship its judge; for any other base, `concepts`."""
     return EmojiPrompts() if (base.path / "judge" / "judge.json").is_file() else ListedPrompts(dict.fromkeys(concepts))
 
@@ -221,23 +246,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _meant(workspace: Workspace, name: str) -> tuple[str, list[tuple[PatchRecord, float]], dict[str, str]]:
-    """The base's name, what lies on it, and the subject. A recipe goes before a patch of the same name."""
-    registry = workspace.registry
-    if registry.has_recipe(name) or "@" in name:
-        recipe = workspace.known_recipe(name)
-        return recipe.record.base, recipe.patches(), {"recipe": name}
-    record = registry.patch(name)
-    return record.base, [(record, 1.0)], {"patch": record.id}
-
-
 def _settings(suite: Suite, context: EvalContext, request: EvaluationRequest) -> dict[str, Any]:
     """What one must know to run it again: the suite's own settings, the sampler, the list of prompts."""
     sampler = context.image_generator.sampler
     drawn = {"steps": sampler.steps, "guidance": sampler.guidance, "device": context.device.type}
     own: dict[str, Any] = asdict(suite)  # type: ignore[call-overload]
     return {"suite": own, "sampler": drawn, "judge": request.judge, "prompts": str(request.prompts or "")}
-
-
-def _kept(found: Measurement) -> ResultRecord:
-    return ResultRecord(found.subject, found.metric, found.value, found.low, found.high, found.n)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.context import EvaluatedPatch
-from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet
+from overpaint.evaluation.images import ImageGenerator, Sampler
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet, evenly_spaced
 from overpaint.evaluation.reports import sections
 from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, write_report
-from overpaint.evaluation.reports.sections import Numbers, crosstalk, save_figures, save_numbers
+from overpaint.evaluation.reports.sections import Numbers, save_figures
 from overpaint.patches.compose import Term
-from overpaint.registry.registry import EvaluationRecord
-from overpaint.workspace.evaluating import prompt_set_of
-from overpaint.workspace.recipe import Recipe
-
-if TYPE_CHECKING:
-    from overpaint.workspace.workspace import Workspace
-
+from overpaint.patches.patch import Patch
+from overpaint.registry.records import RecipeRecord
+from overpaint.registry.registry import EvaluationRecord, Registry
+from overpaint.workspace.evaluating import Progress, Subject, image_cache, prompt_set_of
 
 SHOWN = 6
 """Pictures in a row."""
@@ -37,28 +37,39 @@ class Reported:
 
 
 def report(
-    workspace: Workspace,
-    name: str,
+    registry: Registry,
+    subject: Subject,
+    base: Base,
+    patches: Sequence[Patch],
     out: Path,
     *,
     device: str = "auto",
-    progress: Callable[[int, int, str], None] = lambda done, of, text: None,
+    progress: Progress = lambda done, of, text: None,
 ) -> Reported:
     """Write `out` (HTML) about a recipe, and beside it its numbers as JSON and CSV and its figures as PNG.
 
     Everything is read from the registry except for the pictures, which are drawn (or taken from the cache of the last
-    evaluation). Raises NotFound for an unknown recipe, OverpaintError when it was never evaluated, AlreadyExists when one
-    of the files is there.
+    evaluation); `patches` are those of `subject.entries`. Raises OverpaintError when the recipe was never evaluated,
+    AlreadyExists when one of the files is there.
     """
-    recipe = workspace.known_recipe(name)
-    records = recipe.evaluations()
+    assert subject.recipe is not None
+    records = registry.evaluations(recipe=subject.recipe, latest=True)
     if not records:
-        raise OverpaintError(f"recipe {name!r} was not evaluated as it is now; run `overpaint evaluate {name}` first")
+        raise OverpaintError(
+            f"recipe {subject.recipe!r} was not evaluated as it is now; run `overpaint evaluate {subject.recipe}` first"
+        )
     _refuse_existing(out)
-    found = {record.suite: Numbers(record) for record in records}
-    drawn = _Drawn.of(workspace, recipe, records, device, progress)
-    write_report(out, _page(recipe, found, drawn))
-    figures, notices = save_figures(out, found)
+    sampler = Sampler(records[-1].settings["sampler"]["steps"], records[-1].settings["sampler"]["guidance"])
+    generator = ImageGenerator(base, sampler, image_cache(registry), resolve_device(device), progress)
+    evaluated = [EvaluatedPatch(p, strength) for p, (_, strength) in zip(patches, subject.entries, strict=True)]
+    prompt_set = prompt_set_of(base, (*registry.concepts(), *(patch.concept for patch in patches)))
+    rows = _picture_rows(generator, prompt_set, evaluated, records[-1].seed)
+    runs = {record.suite: record for record in records}
+    weights = generator.digest([each.term for each in evaluated])
+    provenance = _provenance(subject, runs, {"base fingerprint": base.fingerprint, "weights of the recipe": weights})
+    numbers = {suite: _numbers(record) for suite, record in runs.items()}
+    write_report(out, _page(registry.recipe(subject.recipe), subject, runs, numbers, rows, provenance))
+    figures, notices = save_figures(out, numbers)
     return Reported((out, *save_numbers(out, records), *figures), tuple(notices))
 
 
@@ -66,121 +77,125 @@ def _refuse_existing(out: Path) -> None:
     if not out.absolute().parent.is_dir():
         raise OverpaintError(f"there is no folder {out.absolute().parent} to write {out.name} in; make it first")
     beside = [out, *(out.with_suffix(suffix) for suffix in (".json", ".csv")), *out.parent.glob(f"{out.stem}-*.png")]
-    if taken := [path for path in beside if path.exists()]:
-        raise AlreadyExists(f"{taken[0]} is already there; name another file")
+    if existing := [path for path in beside if path.exists()]:
+        raise AlreadyExists(f"{existing[0]} is already there; name another file")
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _PictureRows:
     """The rows of pictures of the page."""
 
     erased: tuple[PictureRow, ...]
-    kept: tuple[PictureRow, ...]
+    preserved: tuple[PictureRow, ...]
     restored: tuple[PictureRow, ...]
 
-    @classmethod
-    def of(
-        cls,
-        workspace: Workspace,
-        recipe: Recipe,
-        records: Sequence[EvaluationRecord],
-        device: str,
-        progress: Callable[[int, int, str], None],
-    ) -> _Drawn:
-        base, where, made = recipe.base, resolve_device(device), records[-1]
-        steps, guidance = made.settings["sampler"]["steps"], made.settings["sampler"]["guidance"]
-        image_cache = ImageCache(workspace.registry.folder / "cache" / "pictures")
-        image_generator = ImageGenerator(base, Sampler(steps, guidance), image_cache, where, progress)
-        held = [EvaluatedPatch(workspace.patch(record.id), strength) for record, strength in recipe.patches()]
-        prompt_set = prompt_set_of(base, (*workspace.concepts(), *(each.concept for each in held)))
-        return cls(*_rows(image_generator, prompt_set, held, made.seed))
 
-
-def _rows(
-    image_generator: ImageGenerator, prompt_set: PromptSet, held: Sequence[EvaluatedPatch], seed: int
-) -> tuple[tuple[PictureRow, ...], ...]:
-    terms, classes = [each.term for each in held], [prompt_set.class_of(each.concept) for each in held]
-    questions = [prompt_set.ask(head, name, SHOWN, seed) for head, name in classes]
+def _picture_rows(
+    generator: ImageGenerator, prompt_set: PromptSet, patches: Sequence[EvaluatedPatch], seed: int
+) -> _PictureRows:
+    terms, classes = [each.term for each in patches], [prompt_set.class_of(each.concept) for each in patches]
+    prompts = [prompt_set.prompts(head, name, SHOWN, seed) for head, name in classes]
     free = [name for name in prompt_set.names(OBJECT) if (OBJECT, name) not in classes]
-    wanted = min(SHOWN, len(free))
-    others = [prompt_set.ask(OBJECT, free[i * len(free) // wanted], 1, seed)[0] for i in range(wanted)]
-    image_generator.expect(2 * (sum(map(len, questions)) + len(others)) + SHOWN)
+    others = [prompt_set.prompts(OBJECT, name, 1, seed)[0] for name in evenly_spaced(free, SHOWN)]
+    generator.expect(2 * (sum(map(len, prompts)) + len(others)) + SHOWN)
     erased: list[PictureRow] = []
-    for (_, name), asked in zip(classes, questions, strict=True):
-        erased += [
-            _row(image_generator, (), asked, f"{name}: base"),
-            _row(image_generator, terms, asked, f"{name}: erased"),
-        ]
-    kept = [
-        _row(image_generator, (), others, "others: base"),
-        _row(image_generator, terms, others, "others: recipe on"),
+    for (_, name), asked in zip(classes, prompts, strict=True):
+        erased.append(_row(generator, (), asked, f"{name}: base"))
+        erased.append(_row(generator, terms, asked, f"{name}: erased"))
+    preserved = [
+        _row(generator, (), others, "others: base"),
+        _row(generator, terms, others, "others: recipe on"),
     ]
-    first = f"{classes[0][1]}: taken off"
+    first = classes[0][1]
     restored = [
-        _row(image_generator, (), questions[0], f"{classes[0][1]}: base"),
-        _row(image_generator, terms[1:], questions[0], first),
+        _row(generator, (), prompts[0], f"{first}: base"),
+        _row(generator, terms[1:], prompts[0], f"{first}: patch removed"),
     ]
-    return tuple(erased), tuple(kept), tuple(restored)
+    return _PictureRows(tuple(erased), tuple(preserved), tuple(restored))
 
 
-def _row(image_generator: ImageGenerator, terms: Sequence[Term], asked: Sequence[EvalPrompt], label: str) -> PictureRow:
-    pictures = image_generator.draw(terms, asked)
-    output = (f"{label}; prompt: {question.prompt}; seed {question.seed}" for question in asked)
-    return PictureRow(label, tuple(Picture(p, alt) for p, alt in zip(pictures, output, strict=True)))
+def _row(generator: ImageGenerator, terms: Sequence[Term], prompts: Sequence[EvalPrompt], label: str) -> PictureRow:
+    pictures = generator.draw(terms, prompts)
+    alts = (f"{label}; prompt: {prompt.prompt}; seed {prompt.seed}" for prompt in prompts)
+    return PictureRow(label, tuple(Picture(p, alt) for p, alt in zip(pictures, alts, strict=True)))
 
 
-def _page(recipe: Recipe, found: dict[str, Numbers], drawn: _Drawn) -> Report:
-    record = recipe.record
+def _numbers(record: EvaluationRecord) -> Numbers:
+    return Numbers([Measurement(r.subject, r.metric, r.value, r.n, r.low, r.high) for r in record.results])
+
+
+def _page(
+    recipe: RecipeRecord,
+    subject: Subject,
+    runs: Mapping[str, EvaluationRecord],
+    numbers: Mapping[str, Numbers],
+    rows: _PictureRows,
+    provenance: tuple[tuple[str, str], ...],
+) -> Report:
     parts: list[Section] = [
-        sections.summary(found),
-        sections.erased(found, (), drawn.erased),
-        sections.kept(found, (), drawn.kept),
-        sections.restored(found, (), drawn.restored),
+        sections.summary(numbers),
+        sections.erased(numbers, rows.erased),
+        sections.preserved(numbers, rows.preserved),
+        sections.restored(numbers, rows.restored),
     ]
-    if "crosstalk" in found:
-        parts.append(crosstalk(found["crosstalk"]))
-    if "scale" in found:
-        parts.append(sections.scale(found["scale"]))
-    if "probes" in found:
-        parts.append(sections.probes(found["probes"]))
-    parts += [sections.cost(found, _patches(recipe)), sections.limits()]
-    names = ", ".join(f"{patch.concept}" for patch, _ in recipe.patches())
+    for suite in ("crosstalk", "scale", "probes"):
+        if suite in numbers:
+            parts.append(getattr(sections, suite)(numbers[suite]))
+    parts += [sections.cost(numbers, _patches(subject)), sections.limits()]
+    names = ", ".join(patch.concept for patch, _ in subject.entries)
     return Report(
-        title=f"Recipe {record.name}: what it erases, keeps and gives back",
-        intro=f"Recipe {record.name}, revision {record.revision}, lays {len(record.laid)} patches on the base {record.base}. "
-        f"Erased are: {names}. Every number says how many pictures it is of, and its 95% interval.",
+        title=f"Recipe {recipe.name}: what it erases, preserves and restores",
+        intro=f"Recipe {recipe.name}, revision {recipe.revision}, applies {len(subject.entries)} patches to the base "
+        f"{recipe.base}. Erased are: {names}. Every number says how many pictures it is of, and its 95% interval.",
         sections=tuple(parts),
-        provenance=_provenance(recipe, found),
-        commands=tuple(_command(record.name, each.record) for each in found.values()),
+        provenance=provenance,
+        commands=tuple(_command(recipe.name, record) for record in runs.values()),
     )
 
 
-def _patches(recipe: Recipe) -> Table:
+def _patches(subject: Subject) -> Table:
     rows = tuple(
-        (p.concept, p.solver, f"{strength:g}", f"{p.nbytes:,}", f"{p.seconds:.2f} s")
-        for p, strength in recipe.patches()
+        (p.concept, p.solver, f"{strength:g}", f"{p.nbytes:,}", f"{p.seconds:.2f} s") for p, strength in subject.entries
     )
     return Table(("concept", "solver", "strength", "bytes", "solved in"), rows, "The patches of the recipe")
 
 
-def _provenance(recipe: Recipe, found: dict[str, Numbers]) -> tuple[tuple[str, str], ...]:
-    pairs = [("base fingerprint", recipe.base.fingerprint), ("weights of the recipe", recipe.digest())]
-    for patch, _ in recipe.patches():
-        settings = ", ".join(f"{key} {value}" for key, value in patch.settings.items())
+def _provenance(
+    subject: Subject, runs: Mapping[str, EvaluationRecord], digests: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
+    pairs = list(digests.items())
+    for patch, _ in subject.entries:
+        settings = _listed(patch.settings)
         pairs.append((f"patch for {patch.concept}", f"{patch.id} ({patch.solver}: {settings}; seed {patch.seed})"))
-    for suite, numbers in found.items():
-        made = numbers.record
-        sampler = ", ".join(f"{key} {value}" for key, value in made.settings["sampler"].items())
-        software = ", ".join(f"{key} {value}" for key, value in made.versions.items())
-        output = f"judge {made.judge}; seed {made.seed}; {sampler}; {made.seconds:.0f} s; {software}"
-        pairs.append((f"{suite}, {made.at.isoformat(timespec='seconds')} by {made.who}", output))
+    for suite, run in runs.items():
+        drawn, software = _listed(run.settings["sampler"]), _listed(run.versions)
+        how = f"judge {run.judge}; seed {run.seed}; {drawn}; {run.seconds:.0f} s; {software}"
+        pairs.append((f"{suite}, {run.at.isoformat(timespec='seconds')} by {run.who}", how))
     return tuple(pairs)
 
 
-def _command(name: str, made: EvaluationRecord) -> str:
-    sampler = made.settings["sampler"]
-    chosen = "".join(f" --set '{key}={value}'" for key, value in made.settings["suite"].items() if value != "")
-    judge = f" --judge {made.settings['judge']}" if made.settings.get("judge") else ""
-    prompts = f" --prompts {made.settings['prompts']}" if made.settings.get("prompts") else ""
-    drawn = f" --steps {sampler['steps']} --guidance {sampler['guidance']:g} --seed {made.seed}"
-    return f"overpaint evaluate {name} --suite {made.suite}{chosen}{judge}{prompts}{drawn}"
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _command(name: str, run: EvaluationRecord) -> str:
+    sampler = run.settings["sampler"]
+    chosen = "".join(f" --set '{key}={value}'" for key, value in run.settings["suite"].items() if value != "")
+    judge = f" --judge {run.settings['judge']}" if run.settings.get("judge") else ""
+    prompts = f" --prompts {run.settings['prompts']}" if run.settings.get("prompts") else ""
+    drawn = f" --steps {sampler['steps']} --guidance {sampler['guidance']:g} --seed {run.seed}"
+    return f"overpaint evaluate {name} --suite {run.suite}{chosen}{judge}{prompts}{drawn}"
+
+
+def save_numbers(out: Path, records: Sequence[EvaluationRecord]) -> tuple[Path, ...]:
+    """Every number of `records` in `out`'s name with .json and .csv."""
+    files = out.with_suffix(".json"), out.with_suffix(".csv")
+    runs = [{**asdict(record), "at": record.at.isoformat()} for record in records]
+    files[0].write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    with files[1].open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["suite", "subject", "metric", "value", "low", "high", "n", "judge", "seed"])
+        for run in records:
+            for r in run.results:
+                writer.writerow([run.suite, r.subject, r.metric, r.value, r.low, r.high, r.n, run.judge, run.seed])
+    return files

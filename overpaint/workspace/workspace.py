@@ -376,15 +376,27 @@ class Workspace:
         Without a recipe, the newest patch of each concept on `base` (or on the only base there is); with `everything`, also
         what moves the registry's concepts that have no patch here. Raises OverpaintError when there is no patch.
         """
-        from overpaint.workspace.evaluating import crosstalk_on
+        from overpaint.bases.loading import resolve_device
+        from overpaint.evaluation.crosstalk import crosstalk
+        from overpaint.workspace.evaluating import moments_cache, patches_for_crosstalk
 
-        return crosstalk_on(self, recipe, base, everything, device)
+        base, ids = patches_for_crosstalk(self.registry, recipe, base)
+        return crosstalk(
+            self.base(base),
+            [self.patch(patch_id) for patch_id in ids],
+            self.concepts() if everything else (),
+            cache=moments_cache(self.registry),
+            device=resolve_device(device),
+        )
 
     def disturbances(self, recipe: str, patch_id: str) -> list[Pair]:
         """The strong cross-talk between one patch of a recipe and the others, both ways, where it has a closed form."""
-        from overpaint.workspace.evaluating import disturbances
+        from overpaint.workspace.evaluating import disturbances, moments_cache
 
-        return disturbances(self, recipe, patch_id)
+        record = self.registry.recipe(recipe)
+        patches = [self.patch(each) for each, _ in record.patches]
+        concept = self.patch(patch_id).concept.name
+        return disturbances(self.base(record.base), patches, concept, cache=moments_cache(self.registry))
 
     def evaluate(
         self,
@@ -397,15 +409,25 @@ class Workspace:
 
         See `overpaint.workspace.evaluating`.
         """
-        from overpaint.workspace.evaluating import EvaluationRequest, evaluate
+        from overpaint.workspace.evaluating import EvaluationRequest, Subject, evaluate
 
-        return evaluate(self, name, request or EvaluationRequest(), report=report)
+        subject = Subject.named(self.registry, name)
+        patches = [self.patch(record.id) for record, _ in subject.entries]
+        asked = request or EvaluationRequest()
+        return evaluate(
+            self.registry, subject, self.base(subject.base), patches, asked, who=current_user(), progress=report
+        )
 
-    def report(self, recipe: str, out: str | Path, **options: Any) -> Reported:
+    def report(self, recipe: str, out: str | Path, *, device: str = "auto", progress: Report = silent) -> Reported:
         """Write what was measured of a recipe as one HTML page, with JSON, CSV and PNG beside it."""
+        from overpaint.workspace.evaluating import Subject
         from overpaint.workspace.report import report
 
-        return report(self, recipe, Path(out), **options)
+        self.registry.recipe(recipe)
+        subject = Subject.named(self.registry, recipe)
+        patches = [self.patch(record.id) for record, _ in subject.entries]
+        base = self.base(subject.base)
+        return report(self.registry, subject, base, patches, Path(out), device=device, progress=progress)
 
     # Upkeep and sharing
 

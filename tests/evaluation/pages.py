@@ -33,7 +33,7 @@ def evaluated(folder: Path, base_folder: Path) -> Workspace:
     workspace.add_base("tiny", base_folder)
     found = context(Base.open(base_folder), faithful)
     recipe = workspace.recipe("safe", base="tiny")
-    for concept, held in zip(CONCEPTS, found.held, strict=True):
+    for concept, held in zip(CONCEPTS, found.patches, strict=True):
         workspace.registry.add_concept(concept)
         record = workspace.registry.add_patch(
             id=held.patch.id, blob=held.patch.blob, concept=concept.name, base="tiny", solver="separable",

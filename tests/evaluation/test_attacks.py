@@ -104,7 +104,7 @@ def probed(base: Base, image_generator: ImageGenerator, delta: TextMap) -> list[
     concept = Concept("cat")
     prompt_set = ListedPrompts([concept])
     held = (EvaluatedPatch(make_patch(base, concept, delta, {"name": "test"})),)
-    judge = Twin(prompt_set, image_generator.draw((), prompt_set.ask("object", "cat", 2)))
+    judge = Twin(prompt_set, image_generator.draw((), prompt_set.prompts("object", "cat", 2)))
     found = EvalContext(base, prompt_set, judge, image_generator, held)
     return Probes(pictures=2, clean=2, inversion=1, revival=1).run(found)
 

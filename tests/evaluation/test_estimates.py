@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import bootstrap  # type: ignore[import-untyped]
 
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.metrics import Score, average, found, h_composed, mean
+from overpaint.evaluation.metrics import Score, average, h_composed, mean, measured
 
 RIGHT = [1.0] * 30 + [0.0] * 20
 APART = [f"prompt {i}" for i in range(50)]
@@ -15,7 +15,7 @@ APART = [f"prompt {i}" for i in range(50)]
 
 def test_the_interval_is_that_of_scipys_percentile_bootstrap() -> None:
     values = np.random.default_rng(1).gamma(2.0, size=80)
-    ours = mean(values, list(range(80))).found("x", "mean")
+    ours = mean(values, list(range(80))).measurement("x", "mean")
     theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
     # Two draws of some thousand replicates each; the interval itself is 0.6 wide.
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
@@ -28,8 +28,8 @@ def test_the_same_call_gives_the_same_numbers_and_another_seed_does_not() -> Non
 
 
 def test_pictures_of_one_prompt_are_one_doubt() -> None:
-    alone = mean(RIGHT, APART).found("x", "accuracy")
-    together = mean(RIGHT, [f"prompt {i // 10}" for i in range(50)]).found("x", "accuracy")
+    alone = mean(RIGHT, APART).measurement("x", "accuracy")
+    together = mean(RIGHT, [f"prompt {i // 10}" for i in range(50)]).measurement("x", "accuracy")
     assert alone.value == together.value == 0.6
     assert alone.low is not None
     assert together.low is not None
@@ -38,20 +38,20 @@ def test_pictures_of_one_prompt_are_one_doubt() -> None:
 
 def test_two_models_on_the_same_prompts_are_a_pair() -> None:
     base, after = mean(RIGHT, APART), mean(RIGHT, APART)
-    ratio = found("x", "share of the base", after.draws / base.draws, 50)
+    ratio = measured("x", "share of the base", after.draws / base.draws, 50)
     assert (ratio.low, ratio.value, ratio.high) == (1.0, 1.0, 1.0)
 
 
 def test_a_rate_of_nothing_still_has_doubt() -> None:
-    none = mean([0.0] * 20, APART[:20]).found("cat", "accuracy")
+    none = mean([0.0] * 20, APART[:20]).measurement("cat", "accuracy")
     assert (none.low, none.high) == Score(0, 20).interval
-    every = average([mean([1.0] * 10, APART[:10]), mean([1.0] * 10, APART[10:20])]).found("kept", "accuracy")
+    every = average([mean([1.0] * 10, APART[:10]), mean([1.0] * 10, APART[10:20])]).measurement("kept", "accuracy")
     assert (every.low, every.high) == Score(20, 20).interval
 
 
 def test_a_harmonic_mean_is_bootstrapped_with_its_parts() -> None:
     erased, kept = mean([0.0] * 9 + [1.0], APART[:10]), mean([1.0] * 18 + [0.0] * 2, APART[10:30])
-    whole = found("recipe", "H", h_composed(erased.draws, kept.draws), 30)
+    whole = measured("recipe", "H", h_composed(erased.draws, kept.draws), 30)
     assert whole.value == pytest.approx(0.9)
     assert whole.low is not None
     assert whole.high is not None

@@ -31,7 +31,7 @@ def emoji() -> Base:
 @pytest.fixture(scope="module")
 def drawings(emoji: Base) -> tuple[list[EvalPrompt], NDArray[np.uint8]]:
     """A few pictures of the embedded base."""
-    asked = [q for name in ("sun", "bus", "rose", "robot") for q in EmojiPrompts().ask("object", name, 1)]
+    asked = [q for name in ("sun", "bus", "rose", "robot") for q in EmojiPrompts().prompts("object", name, 1)]
     sampler = Sampler(steps=8, guidance=3.0)
     return asked, generate(emoji.pipeline(), [q.prompt for q in asked], [q.seed for q in asked], sampler)
 
@@ -112,20 +112,20 @@ WORLDS = (EmojiPrompts(), WORLD)
 @pytest.mark.parametrize("prompt_set", WORLDS)
 def test_questions_do_not_depend_on_their_company_and_name_what_they_show(prompt_set: Any) -> None:
     for head, name in (("object", "cat"), ("style", "ink")):
-        asked = prompt_set.ask(head, name, 6)
-        assert asked[:3] == prompt_set.ask(head, name, 3)
+        asked = prompt_set.prompts(head, name, 6)
+        assert asked[:3] == prompt_set.prompts(head, name, 3)
         assert len({q.seed for q in asked}) == 6
         assert all(q.shows[head] == name and name in q.prompt for q in asked)
-        assert {q.seed for q in prompt_set.ask(head, name, 6, seed=7)} == {q.seed + 7 for q in asked}
+        assert {q.seed for q in prompt_set.prompts(head, name, 6, seed=7)} == {q.seed + 7 for q in asked}
 
 
 @pytest.mark.parametrize("prompt_set", WORLDS)
 def test_synonyms_are_asked_for_without_the_name(prompt_set: Any) -> None:
-    asked = prompt_set.ask_synonyms("cat", 4)
+    asked = prompt_set.synonym_prompts("cat", 4)
     assert len(asked) == 4 * (len(prompt_set.classes["object"]["cat"]) - 1)
     assert all("kitty" in q.prompt or "feline" in q.prompt for q in asked)
     assert all(q.shows == {"object": "cat"} for q in asked)
-    assert prompt_set.ask_synonyms("car", 0) == []
+    assert prompt_set.synonym_prompts("car", 0) == []
 
 
 @pytest.mark.parametrize("prompt_set", WORLDS)

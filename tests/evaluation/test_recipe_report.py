@@ -6,7 +6,6 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,11 @@ from PIL import Image
 from overpaint.cli import main
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation import figures
+from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, heat_map, line_chart
 from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
-from overpaint.registry.registry import EvaluationRecord, ResultRecord
+from overpaint.registry.registry import ResultRecord
 from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
@@ -199,14 +199,11 @@ def test_numbers_are_spelled_by_what_they_measure() -> None:
 )
 def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: float, output: str) -> None:
     results = (
-        ResultRecord("a -> b", MOVED, 0.1, None, None, 6),
-        ResultRecord("a -> b", PREDICTED, predicted, None, None, 6),
-        ResultRecord("all pairs", f"rank correlation of prediction and {MOVED}", agreement, None, None, 2),
+        Measurement("a -> b", MOVED, 0.1, 6),
+        Measurement("a -> b", PREDICTED, predicted, 6),
+        Measurement("all pairs", f"rank correlation of prediction and {MOVED}", agreement, 2),
     )
-    record = EvaluationRecord(
-        None, "safe", 1, "d" * 64, "crosstalk", "reader", 0, {}, {}, 1.0, "tester", datetime(2026, 1, 1), results
-    )
-    text = crosstalk(Numbers(record)).text
+    text = crosstalk(Numbers(results)).text
     assert f"{agreement:.2f} over 2 pairs" in text
     assert output in text
     assert ("largest predicted" in text) == bool(output)

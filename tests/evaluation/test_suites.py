@@ -194,10 +194,10 @@ def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(b
 
 def test_every_patch_of_a_class_counts_for_what_a_sentence_names(base: Base) -> None:
     surroundings = context(base, faithful)
-    first = surroundings.held[0]
+    first = surroundings.patches[0]
     twin = replace(first.concept, synonyms=("wordofmine",))
     patch = replace(first.patch, manifest={**first.patch.manifest, "concept": twin.as_json()})
-    both = replace(surroundings, held=(replace(first, patch=patch), *surroundings.held))
+    both = replace(surroundings, patches=(replace(first, patch=patch), *surroundings.patches))
     assert both.names_erased(EvalPrompt("a wordofmine", 0, {}))
     assert not both.names_erased(EvalPrompt("a wordofmine", 0, {}), both.class_of(first.concept))
 
@@ -344,7 +344,7 @@ def test_progress_is_told_of_every_picture_once(base: Base) -> None:
     assert isinstance(found.image_generator, Script)
     found.image_generator._report = lambda done, of, text: told.append((done, of))
     found.image_generator.expect(4)
-    asked = found.ask("object", "cat", 4)
+    asked = found.prompts("object", "cat", 4)
     for _ in range(2):
         found.image_generator._tell("weights", asked[:2])
     found.image_generator._tell("weights", asked)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +16,9 @@ from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG
 from overpaint.evaluation.crosstalk import WARN_ABOVE
 from overpaint.evaluation.figures import heat_map, line_chart
+from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, PictureRow, Section, Table
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
-from overpaint.registry.registry import EvaluationRecord, ResultRecord
 
 # Kept results, looked up and spelled for a page.
 
@@ -31,22 +28,22 @@ SHARES = re.compile(r"accuracy|share|UA|IRA|CRA|retention|probability|H_[co]")
 
 
 class Numbers:
-    """The results of one evaluation, by subject and metric."""
+    """The measurements of one suite, by subject and metric."""
 
-    def __init__(self, record: EvaluationRecord) -> None:
-        self.record = record
-        self._found = {(result.subject, result.metric): result for result in record.results}
+    def __init__(self, measurements: Sequence[Measurement]) -> None:
+        self.measurements = tuple(measurements)
+        self._by_name = {(each.subject, each.metric): each for each in measurements}
 
-    def get(self, subject: str, metric: str) -> ResultRecord | None:
-        return self._found.get((subject, metric))
+    def get(self, subject: str, metric: str) -> Measurement | None:
+        return self._by_name.get((subject, metric))
 
     def value(self, subject: str, metric: str) -> float | None:
-        found = self.get(subject, metric)
-        return None if found is None else found.value
+        measurement = self.get(subject, metric)
+        return None if measurement is None else measurement.value
 
     def subjects(self, beginning: str = "") -> list[str]:
-        """The subjects that begin so, in the order in which they were found."""
-        return list(dict.fromkeys(r.subject for r in self.record.results if r.subject.startswith(beginning)))
+        """The subjects that begin so, in the order in which they were measured."""
+        return list(dict.fromkeys(each.subject for each in self.measurements if each.subject.startswith(beginning)))
 
     def table(self, subjects: Sequence[str], metrics: Sequence[str], caption: str, *, strip: str = "") -> Table:
         """One row for each subject, one column for each metric; what was not measured is a dash."""
@@ -57,7 +54,7 @@ class Numbers:
         return Table(("", *metrics), rows, caption)
 
 
-def spelled(result: ResultRecord | None) -> str:
+def spelled(result: Measurement | None) -> str:
     """A number with its interval and n: in percent where it is a share."""
     if result is None:
         return "—"
@@ -77,7 +74,7 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def worst(numbers: Numbers, subjects: Iterable[str], metric: str, *, lowest: bool) -> tuple[str, ResultRecord] | None:
+def worst(numbers: Numbers, subjects: Iterable[str], metric: str, *, lowest: bool) -> tuple[str, Measurement] | None:
     """The subject with the highest (or lowest) value of a metric, where there is any."""
     found = [(subject, result) for subject in subjects if (result := numbers.get(subject, metric)) is not None]
     if not found:
@@ -119,7 +116,7 @@ def crosstalk(numbers: Numbers) -> Section:
     """What each patch does to every other concept."""
     correlations = [
         f"{r.metric}: {r.value:.2f} over {r.n} pairs"
-        for r in numbers.record.results
+        for r in numbers.measurements
         if r.subject == "all pairs" and "rank" in r.metric
     ]
     lost = numbers.get("all pairs", "pairs that lost accuracy")
@@ -140,10 +137,10 @@ def crosstalk(numbers: Numbers) -> Section:
 
 def _doubt(numbers: Numbers) -> str:
     """Why predicted and measured cross-talk are ordered differently, where they are."""
-    ranked = [r.value for r in numbers.record.results if r.subject == "all pairs" and "rank" in r.metric]
+    ranked = [r.value for r in numbers.measurements if r.subject == "all pairs" and "rank" in r.metric]
     if not ranked or max(ranked) >= BELIEVED:
         return ""
-    predicted = [r.value for r in numbers.record.results if r.metric == PREDICTED]
+    predicted = [r.value for r in numbers.measurements if r.metric == PREDICTED]
     most = percent(max(predicted, default=0.0))
     if max(predicted, default=0.0) < WARN_ABOVE:
         why = "so small a change of what is read ends in a picture's chance details, and there is little to rank but those"
@@ -231,7 +228,7 @@ def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
 
 
-def erased(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow, ...]) -> Section:
+def erased(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe erases, in pictures and numbers."""
     table = None
     if "quick" in found:
@@ -240,7 +237,7 @@ def erased(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow, .
         caption = "How often the judge finds the concept, with 95% intervals"
         table = numbers.table(subjects, (ON_BASE, ACCURACY), caption, strip="erased: ")
     text = "Each pair of rows has the same prompts and the same seeds: above the base, below the base with the recipe on it."
-    return Section("What is erased", text, table, columns, pictures, more=_generality(found))
+    return Section("What is erased", text, table, (), pictures, more=_generality(found))
 
 
 def _generality(found: Found) -> tuple[Table, ...]:
@@ -253,7 +250,7 @@ def _generality(found: Found) -> tuple[Table, ...]:
     return (numbers.table(subjects, (ON_BASE, ACCURACY, SHARE), caption), *published("generality"))
 
 
-def kept(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow, ...]) -> Section:
+def preserved(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe leaves alone."""
     table: Table | None = None
     more: tuple[Table, ...] = ()
@@ -268,10 +265,10 @@ def kept(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow, ...
         base = ", ".join(f"{s.removeprefix('base: ')} {spelled(grid.get(s, ACCURACY))}" for s in grid.subjects("base"))
         caption = f"Each patch alone (protocol of UnlearnCanvas); the judge on the base itself: {base}"
         more = (grid.table(subjects, GRID, caption), *published("grid"))
-    return Section("What is kept", "Concepts that nothing here erases.", table, columns, pictures, more=more)
+    return Section("What is kept", "Concepts that nothing here erases.", table, (), pictures, more=more)
 
 
-def restored(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow, ...]) -> Section:
+def restored(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
     """What comes back when patches are taken off."""
     text = (
         "Taking a patch off composes the weights anew from the base; nothing is subtracted. Restored concepts are drawn "
@@ -287,7 +284,7 @@ def restored(found: Found, columns: tuple[str, ...], pictures: tuple[PictureRow,
         table = numbers.table(["restored: concepts taken off"], (ON_BASE, ACCURACY, SHARE), caption, strip="restored: ")
     if "scenes" in found:
         more = (_scenes(found["scenes"]), *published("scenes"))
-    return Section("What restores", text, table, columns, pictures, more=more)
+    return Section("What restores", text, table, (), pictures, more=more)
 
 
 def _scenes(numbers: Numbers) -> Table:
@@ -341,7 +338,7 @@ def probes(numbers: Numbers) -> Section:
         "noise; a new word is learned from pictures of the concept; the model is trained on pictures of other things. What "
         "comes back was hidden and not destroyed."
     )
-    attacks = list(dict.fromkeys(r.metric for r in numbers.record.results if r.metric not in (ON_BASE, ACCURACY)))
+    attacks = list(dict.fromkeys(r.metric for r in numbers.measurements if r.metric not in (ON_BASE, ACCURACY)))
     subjects = [subject for subject in numbers.subjects() if subject != "average of the concepts"]
     table = numbers.table([*subjects, "average of the concepts"], (ON_BASE, ACCURACY, *attacks), "Attacked")
     return Section("Can it be brought back?", text, table)
@@ -368,21 +365,6 @@ def limits() -> Section:
         "Distances are measured in the judge's own features and are not FID. Published numbers come from other bases, "
         "concepts and judges, and are shown for the pattern.",
     )
-
-
-def save_numbers(out: Path, records: Sequence[EvaluationRecord]) -> tuple[Path, ...]:
-    """Every number of `records` in `out`'s name with .json and .csv."""
-    files = out.with_suffix(".json"), out.with_suffix(".csv")
-    runs = [{**asdict(record), "at": record.at.isoformat()} for record in records]
-    files[0].write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["suite", "subject", "metric", "value", "low", "high", "n", "judge", "seed"])
-    for record in records:
-        for r in record.results:
-            writer.writerow([record.suite, r.subject, r.metric, r.value, r.low, r.high, r.n, record.judge, record.seed])
-    files[1].write_text(text.getvalue(), "utf-8")
-    return files
 
 
 def save_figures(out: Path, found: Mapping[str, Numbers]) -> tuple[list[Path], list[str]]:

@@ -1,4 +1,4 @@
-"""One suite per file: a bench in, findings out. A suite is a frozen dataclass whose fields are its settings."""
+"""One suite per file: an `EvalContext` in, measurements out. A suite is a frozen dataclass; its fields are its settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Suite(Protocol):
     """What every suite offers."""
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        """What was found. Raises OverpaintError when the bench has too little for this suite."""
+        """What was measured. Raises OverpaintError when the context has too little for this suite."""
         ...
 
 
@@ -49,8 +49,8 @@ def suite_class(name: str) -> type[Any]:
         hint = f"did you mean {near[0]}? " if near else ""
         raise NotFound(f"no suite is called {name!r}; {hint}known are: {', '.join(SUITES)}")
     module, _, attribute = SUITES[name][0].partition(":")
-    found: type[Any] = getattr(import_module(module), attribute)
-    return found
+    suite: type[Any] = getattr(import_module(module), attribute)
+    return suite
 
 
 def configured(name: str, settings: Mapping[str, str]) -> Suite:
@@ -71,5 +71,5 @@ def configured(name: str, settings: Mapping[str, str]) -> Suite:
             values[key] = int(text)
         else:
             values[key] = text
-    found: Suite = kind(**values)
-    return found
+    suite: Suite = kind(**values)
+    return suite

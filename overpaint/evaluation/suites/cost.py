@@ -1,4 +1,4 @@
-"""Cost: seconds, memory and bytes of every patch, and the seconds to lay it on and take it off a live pipeline.
+"""Cost: seconds, memory and bytes of every patch, and the seconds to add it to a live pipeline and to remove it.
 
 The seconds of solving are those of the day on which the patch was solved. For memory, the first patch of each solver is
 solved once more in a process of its own; what is counted is how far that process grew while it solved. Nothing is judged.
@@ -29,31 +29,33 @@ class Cost:
 
     def run(self, context: EvalContext) -> list[Measurement]:
         rows = []
-        for held in context.held:
-            subject = f"{held.concept.name} ({held.solver})"
-            rows.append(Measurement(subject, "seconds to solve", held.seconds, 1))
-            rows.append(Measurement(subject, "bytes", float(held.nbytes), 1))
-            rows += self._swapped(context, held, subject)
+        for patch in context.patches:
+            subject = f"{patch.concept.name} ({patch.solver})"
+            rows.append(Measurement(subject, "seconds to solve", patch.seconds, 1))
+            rows.append(Measurement(subject, "bytes", float(patch.nbytes), 1))
+            rows += self._swapped(context, patch, subject)
         rows.append(
-            Measurement("all patches", "bytes", float(sum(held.nbytes for held in context.held)), len(context.held))
+            Measurement(
+                "all patches", "bytes", float(sum(patch.nbytes for patch in context.patches)), len(context.patches)
+            )
         )
         seconds = [_timed(lambda: compose(context.base, context.terms())) for _ in range(self.repeats)]
         rows.append(Measurement("all patches", "seconds to compose", median(seconds), self.repeats))
-        for solver, held in {held.solver: held for held in reversed(context.held)}.items():
-            rows.append(Measurement(solver, "peak memory of solving, MB", _peak_megabytes(context, held), 1))
+        for solver, patch in {patch.solver: patch for patch in reversed(context.patches)}.items():
+            rows.append(Measurement(solver, "peak memory of solving, MB", _peak_megabytes(context, patch), 1))
         return rows
 
-    def _swapped(self, context: EvalContext, held: EvaluatedPatch, subject: str) -> list[Measurement]:
-        """Seconds to lay one patch on a pipeline that carries the others, and to take it off again."""
+    def _swapped(self, context: EvalContext, patch: EvaluatedPatch, subject: str) -> list[Measurement]:
+        """Seconds to add one patch to a pipeline that carries the others, and to remove it again."""
         overlay = context.image_generator.overlay
         overlay.set(context.terms())
-        off, on = [], []
+        removing, adding = [], []
         for _ in range(self.repeats):
-            off.append(_timed(lambda: overlay.remove(held.term.id)))
-            on.append(_timed(lambda: overlay.add(held.term)))
+            removing.append(_timed(lambda: overlay.remove(patch.term.id)))
+            adding.append(_timed(lambda: overlay.add(patch.term)))
         return [
-            Measurement(subject, "seconds to lay on", median(on), self.repeats),
-            Measurement(subject, "seconds to take off", median(off), self.repeats),
+            Measurement(subject, "seconds to lay on", median(adding), self.repeats),
+            Measurement(subject, "seconds to take off", median(removing), self.repeats),
         ]
 
 
@@ -63,9 +65,9 @@ def _timed(act: Any) -> float:
     return time.perf_counter() - started
 
 
-def _peak_megabytes(context: EvalContext, held: EvaluatedPatch) -> float:
+def _peak_megabytes(context: EvalContext, patch: EvaluatedPatch) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_solve_again, context.base.path, held.patch.manifest, str(context.device)).result()
+        return process.submit(_solve_again, context.base.path, patch.patch.manifest, str(context.device)).result()
 
 
 def _solve_again(path: Path, manifest: dict[str, Any], device: str) -> float:

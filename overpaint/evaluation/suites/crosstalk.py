@@ -17,7 +17,7 @@ from overpaint.core.errors import NotFound
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.crosstalk import crosstalk
 from overpaint.evaluation.metrics import Measurement, differences, rank_correlation
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
 
 LOST, MOVED, PREDICTED = "accuracy lost", "relative change of the pictures", "predicted relative effect"
 
@@ -42,66 +42,65 @@ class CrosstalkSuite:
 
     def run(self, context: EvalContext) -> list[Measurement]:
         receivers = self._receivers(context)
-        asked = {name: self._neutral(context, concept) for name, concept in receivers.items()}
-        context.image_generator.expect((1 + len(context.held)) * sum(map(len, asked.values())))
+        prompts = {name: self._neutral(context, concept) for name, concept in receivers.items()}
+        context.image_generator.expect((1 + len(context.patches)) * sum(map(len, prompts.values())))
         where = context.image_generator.image_cache.folder
         predicted = crosstalk(
             context.base,
-            [held.patch for held in context.held],
+            [each.patch for each in context.patches],
             list(receivers.values()),
             cache=where.parent / "moments" if where else None,
             device=context.device,
         )
         pairs: list[MeasuredPair] = []
-        for i, held in enumerate(context.held):
+        for i, patch in enumerate(context.patches):
             ratios = dict(zip(predicted.concepts, predicted.ratios[i], strict=True))
-            pairs += self._pairs(context, held, receivers, asked, ratios)
+            pairs += self._pairs(context, patch, receivers, prompts, ratios)
         return [*_rows(pairs, self.pictures), *_correlations(pairs)]
 
     def _receivers(self, context: EvalContext) -> dict[str, Concept]:
         """The concepts of the patches, those of the registry that can be judged, and a few that it does not list."""
-        found = {held.concept.name: held.concept for held in context.held}
+        receivers = {patch.concept.name: patch.concept for patch in context.patches}
         for concept in context.known:
             try:
                 context.class_of(concept)
             except NotFound:
                 continue
-            found.setdefault(concept.name, concept)
-        taken = {context.class_of(concept)[1] for concept in found.values()}
-        free = [name for name in context.others(OBJECT) if name not in taken]
-        wanted = min(self.unlisted, len(free))
-        return found | {name: Concept(name) for name in (free[i * len(free) // wanted] for i in range(wanted))}
+            receivers.setdefault(concept.name, concept)
+        classes = {context.class_of(concept)[1] for concept in receivers.values()}
+        free = [name for name in context.others(OBJECT) if name not in classes]
+        return receivers | {name: Concept(name) for name in evenly_spaced(free, self.unlisted)}
 
     def _neutral(self, context: EvalContext, concept: Concept) -> list[EvalPrompt]:
-        """Questions about a concept; of two concepts in one sentence nobody could say which was hurt."""
-        asked = context.ask(*context.class_of(concept), self.pictures)
-        others = [each for each in asked if len(each.shows) == 1]
-        return others or asked
+        """Prompts for a concept; of two concepts in one sentence nobody could say which was hurt."""
+        prompts = context.prompts(*context.class_of(concept), self.pictures)
+        others = [each for each in prompts if len(each.shows) == 1]
+        return others or prompts
 
     def _pairs(
         self,
         context: EvalContext,
-        held: EvaluatedPatch,
+        patch: EvaluatedPatch,
         receivers: dict[str, Concept],
-        asked: dict[str, list[EvalPrompt]],
+        prompts: dict[str, list[EvalPrompt]],
         ratios: dict[str, float],
     ) -> Iterable[MeasuredPair]:
         moved, lost = {}, {}
         for name, concept in receivers.items():
             head, _ = context.class_of(concept)
-            before = context.on_base(asked[name], head, name)
-            after = context.verdicts([held.term], asked[name], head)
+            before = context.on_base(prompts[name], head, name)
+            after = context.verdicts([patch.term], prompts[name], head)
             lost[name] = 1 - float(after.right.mean() / before.right.mean())
             pictures = (
-                context.image_generator.draw([held.term], asked[name]),
-                context.image_generator.draw((), asked[name]),
+                context.image_generator.draw([patch.term], prompts[name]),
+                context.image_generator.draw((), prompts[name]),
             )
             moved[name] = float(differences(*pictures).mean())
-        own = max(moved[held.concept.name], 1e-9)
+        own = max(moved[patch.concept.name], 1e-9)
         return [
-            MeasuredPair(held.concept.name, name, lost[name], moved[name] / own, ratios[name])
+            MeasuredPair(patch.concept.name, name, lost[name], moved[name] / own, ratios[name])
             for name in receivers
-            if name != held.concept.name
+            if name != patch.concept.name
         ]
 
 

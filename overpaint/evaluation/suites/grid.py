@@ -14,64 +14,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
-from overpaint.evaluation.metrics import Mean, Measurement, average, found, unlearning_accuracy
-from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
+from overpaint.evaluation.metrics import Mean, Measurement, average, unlearning_accuracy
+from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt, evenly_spaced
 
 HEADS = (STYLE, OBJECT)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How many objects stand in the grid (the erased ones among them), and how many seeds each cell has."""
+    """How many objects the grid has (the erased ones among them), and how many seeds each cell has."""
 
     objects: int = 20
     seeds: int = 1
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        asked = context.prompt_set.grid(self._styles(context), self._objects(context), self.seeds, context.seed)
-        context.image_generator.expect(len(asked) * (1 + len(context.held)))
-        base = {head: context.on_base(asked, head, f"the {head}s of the grid") for head in HEADS}
-        rows = [base[head].accuracy(context.seed).found(f"base: {head}s", ACCURACY) for head in HEADS]
-        each = [self._alone(context, held, asked) for held in context.held]
-        for held, means in zip(context.held, each, strict=True):
-            rows += [_named(f"{held.concept.name} ({held.solver})", name, one) for name, one in means.items()]
-        for name in each[0]:
-            rows.append(_named("average of the patches", name, average([means[name] for means in each])))
+        prompts = self._prompts(context)
+        context.image_generator.expect(len(prompts) * (1 + len(context.patches)))
+        base = {head: context.on_base(prompts, head, f"the {head}s of the grid") for head in HEADS}
+        rows = [base[head].accuracy(context.seed).measurement(f"base: {head}s", ACCURACY) for head in HEADS]
+        alone = [self._alone(context, patch, prompts) for patch in context.patches]
+        for patch, means in zip(context.patches, alone, strict=True):
+            subject = f"{patch.concept.name} ({patch.solver})"
+            rows += [mean.measurement(subject, metric) for metric, mean in means.items()]
+        for metric in alone[0]:
+            whole = average([means[metric] for means in alone])
+            rows.append(whole.measurement("average of the patches", metric))
         return rows
 
-    def _styles(self, context: EvalContext) -> list[str]:
-        return [style for style in context.prompt_set.names(STYLE) if style in context.judge.heads.get(STYLE, ())]
-
-    def _objects(self, context: EvalContext) -> list[str]:
-        """The erased objects, and others spread over the catalogue."""
+    def _prompts(self, context: EvalContext) -> list[EvalPrompt]:
+        """The judge's styles times the erased objects and others spread over the catalogue."""
+        styles = [style for style in context.prompt_set.names(STYLE) if style in context.judge.heads.get(STYLE, ())]
         erased = [name for head, name in context.erased() if head == OBJECT]
-        others = context.others(OBJECT)
-        wanted = min(len(others), max(2, self.objects - len(erased)))
-        return [*erased, *(others[i * len(others) // wanted] for i in range(wanted))]
+        others = evenly_spaced(context.others(OBJECT), max(2, self.objects - len(erased)))
+        return context.prompt_set.grid(styles, [*erased, *others], self.seeds, context.seed)
 
-    def _alone(self, context: EvalContext, held: EvaluatedPatch, asked: Sequence[EvalPrompt]) -> dict[str, Mean]:
+    def _alone(self, context: EvalContext, patch: EvaluatedPatch, prompts: Sequence[EvalPrompt]) -> dict[str, Mean]:
         """UA, IRA, CRA and what belongs to them, with one patch alone on the base."""
-        head, name = context.class_of(held.concept)
+        head, name = context.class_of(patch.concept)
         other = STYLE if head == OBJECT else OBJECT
-        seen = {each: context.verdicts([held.term], asked, each) for each in HEADS}
-        own = [i for i, q in enumerate(asked) if q.shows[head] == name]
-        classes = sorted({q.shows[head] for q in asked} - {name})
-        within = [seen[head].only([i for i, q in enumerate(asked) if q.shows[head] == each]) for each in classes]
-        erased = seen[head].only(own)
+        seen = {each: context.verdicts([patch.term], prompts, each) for each in HEADS}
+
+        def showing(wanted: str) -> list[int]:
+            return [i for i, prompt in enumerate(prompts) if prompt.shows[head] == wanted]
+
+        erased = seen[head].only(showing(name))
+        classes = sorted({prompt.shows[head] for prompt in prompts} - {name})
         return {
             "UA": _complement(erased.accuracy(context.seed)),
-            "IRA": average([each.accuracy(context.seed) for each in within]),
+            "IRA": average([seen[head].only(showing(each)).accuracy(context.seed) for each in classes]),
             "CRA": seen[other].accuracy(context.seed),
-            "retention in the prompt": seen[other].only(own).accuracy(context.seed),
-            "probability of the erased concept": erased.certainty(context.seed),
+            "retention in the prompt": seen[other].only(showing(name)).accuracy(context.seed),
+            "probability of the erased concept": erased.mean_probability(context.seed),
         }
 
 
 def _complement(accuracy: Mean) -> Mean:
-    return Mean(
-        unlearning_accuracy(accuracy.draws), accuracy.n, None if accuracy.hits is None else accuracy.n - accuracy.hits
-    )
-
-
-def _named(subject: str, metric: str, value: Mean) -> Measurement:
-    return value.found(subject, metric) if value.hits is not None else found(subject, metric, value.draws, value.n)
+    hits = None if accuracy.hits is None else accuracy.n - accuracy.hits
+    return Mean(unlearning_accuracy(accuracy.draws), accuracy.n, hits)

@@ -230,24 +230,24 @@ class Probes:
         names = [name for head, name in context.erased() if head == OBJECT]
         if not names:
             raise OverpaintError("the probes bring objects back, and no patch here erases one")
-        asked = {name: context.ask(OBJECT, name, self.pictures) for name in names}
+        asked = {name: context.prompts(OBJECT, name, self.pictures) for name in names}
         context.image_generator.expect(2 * sum(map(len, asked.values())) + 2 * self.pictures)
-        other = context.ask_others(OBJECT, 1)[: 4 * self.pictures]
+        other = context.prompts_for_others(OBJECT, 1)[: 4 * self.pictures]
         rows: list[Measurement] = []
         scores: dict[str, list[NDArray[np.float64]]] = {}
         for name, questions in asked.items():
             before = context.on_base(questions, OBJECT, name)
-            rows.append(before.accuracy(context.seed).found(name, ON_BASE))
+            rows.append(before.accuracy(context.seed).measurement(name, ON_BASE))
             rows.append(
-                context.verdicts(context.terms(), questions, OBJECT).accuracy(context.seed).found(name, ACCURACY)
+                context.verdicts(context.terms(), questions, OBJECT).accuracy(context.seed).measurement(name, ACCURACY)
             )
             for attack, draw in self._attacks(context, questions, other):
                 right = self._right(context, draw(), name)
                 scores.setdefault(attack, []).append(right)
-                rows.append(mean(right, [q.seed for q in questions], context.seed).found(name, attack))
+                rows.append(mean(right, [q.seed for q in questions], context.seed).measurement(name, attack))
         for attack, each in scores.items():
             means = [mean(right, list(range(len(right))), context.seed) for right in each]
-            rows.append(average(means).found("average of the concepts", attack))
+            rows.append(average(means).measurement("average of the concepts", attack))
         return rows
 
     def _attacks(

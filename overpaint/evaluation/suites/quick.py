@@ -1,19 +1,19 @@
-"""Quick: is it erased, is the rest kept, does it come back? About 250 pictures, a minute on the embedded base.
+"""Quick: is it erased, is the rest preserved, does it come back? About 250 pictures, a minute on the embedded base.
 
-Restoring is judged twice: half of the patches are taken off and their concepts judged again, and every weight of the live
-pipeline is compared bit for bit with what it would be had they never been on.
+Restoring is tested twice: half of the patches are removed and their concepts judged again, and every weight of the live
+pipeline is compared bit for bit with what it would be had they never been applied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from overpaint.evaluation.context import WRONG, EvalContext, EvaluatedPatch, joined, touched, unequal
+from overpaint.evaluation.context import EvalContext, Verdicts
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
 from overpaint.patches.compose import Term
 
-SPENT_ON_ERASED = 40
+ERASED_PICTURES = 40
 """Pictures of erased concepts, shared among them."""
 
 
@@ -26,47 +26,33 @@ class Quick:
     styles: int = 3
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        asked = {key: context.ask(*key, self._each(context)) for key in context.erased()}
-        others = {OBJECT: context.ask_others(OBJECT, self.objects), STYLE: context.ask_others(STYLE, self.styles)}
-        back = context.held[::2] if len(context.held) > 1 else context.held
-        returning = {key: asked[key] for key in context.erased(back)}
-        context.image_generator.expect(
-            2 * sum(map(len, (*asked.values(), *others.values()))) + sum(map(len, returning.values()))
-        )
-        found: list[Measurement] = []
-        for (head, name), questions in asked.items():
-            before = context.on_base(questions, head, name)
-            found += context.compared(f"erased: {name}", before, context.verdicts(context.terms(), questions, head))
-        for head, questions in others.items():
-            if questions:
-                before = context.on_base(questions, head, f"the other {head}s")
-                found += context.kept(
-                    f"kept: other {head}s", before, context.verdicts(context.terms(), questions, head)
-                )
-        return found + self._restored(context, back, returning)
-
-    def _each(self, context: EvalContext) -> int:
-        return max(1, min(self.erased, SPENT_ON_ERASED // len(context.held)))
-
-    def _restored(
-        self, context: EvalContext, back: tuple[EvaluatedPatch, ...], returning: dict[tuple[str, str], list[EvalPrompt]]
-    ) -> list[Measurement]:
-        """The concepts of `back` when their patches are taken off and the others stay on."""
-        rest = context.terms(each for each in context.held if each not in back)
-        found = [wrong_tensors(context, rest, "restored: weights")]
-        seen = [
-            (context.verdicts((), questions, head), context.verdicts(rest, questions, head))
-            for (head, _), questions in returning.items()
-        ]
-        before, after = (joined([pair[i] for pair in seen]) for i in (0, 1))
-        return found + context.kept("restored: concepts taken off", before, after)
+        each = max(1, min(self.erased, ERASED_PICTURES // len(context.patches)))
+        erased = {key: context.prompts(*key, each) for key in context.erased()}
+        others = {head: context.prompts_for_others(head, getattr(self, f"{head}s")) for head in (OBJECT, STYLE)}
+        removed = context.patches[::2] if len(context.patches) > 1 else context.patches
+        restored = {key: erased[key] for key in context.erased(removed)}
+        count = 2 * sum(map(len, (*erased.values(), *others.values()))) + sum(map(len, restored.values()))
+        context.image_generator.expect(count)
+        terms = context.terms()
+        rows: list[Measurement] = []
+        for (head, name), prompts in erased.items():
+            before = context.on_base(prompts, head, name)
+            rows += context.compared(f"erased: {name}", before, context.verdicts(terms, prompts, head))
+        for head, prompts in others.items():
+            if prompts:
+                before = context.on_base(prompts, head, f"the other {head}s")
+                rows += context.preserved(f"kept: other {head}s", before, context.verdicts(terms, prompts, head))
+        return rows + _restored(context, context.terms(p for p in context.patches if p not in removed), restored)
 
 
-def wrong_tensors(context: EvalContext, rest: list[Term], subject: str) -> Measurement:
-    """How many tensors of the live pipeline are not bit for bit those of `rest`, after all patches were on."""
-    overlay = context.image_generator.overlay
-    overlay.set(context.terms())
-    overlay.set(rest)
-    names = touched(context.base, context.terms())
-    wrong = unequal(context.image_generator.pipe, context.base, rest, names)
-    return Measurement(subject, WRONG, float(len(wrong)), len(names))
+def _restored(
+    context: EvalContext, rest: list[Term], restored: dict[tuple[str, str], list[EvalPrompt]]
+) -> list[Measurement]:
+    """After all patches were applied, only `rest` still is: the weights, and the concepts whose patches were removed."""
+    context.image_generator.overlay.set(context.terms())
+    weights = context.wrong_tensors(rest, "restored: weights")
+    before, after = (
+        Verdicts.joined([context.verdicts(terms, prompts, head) for (head, _), prompts in restored.items()])
+        for terms in ((), rest)
+    )
+    return [weights, *context.preserved("restored: concepts taken off", before, after)]

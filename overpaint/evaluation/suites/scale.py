@@ -19,8 +19,8 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.context import ACCURACY, EvalContext, touched, unequal
-from overpaint.evaluation.metrics import Measurement, found, h_composed
+from overpaint.evaluation.context import ACCURACY, EvalContext, changed_tensors, differing_tensors
+from overpaint.evaluation.metrics import Measurement, h_composed, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense
@@ -102,7 +102,7 @@ class Scale:
         context.image_generator.expect(2 * self.pictures * (1 + ways * len(counts)))
         kept = self._kept(context, concepts)
         before = context.on_base(kept, OBJECT, "the kept objects").accuracy(context.seed)
-        rows = [before.found("base: kept", ACCURACY)]
+        rows = [before.measurement("base: kept", ACCURACY)]
         solved = {name: self._solved(context, name, concepts) for name in solvers}
         for n in counts:
             asked = self._erased(context, concepts[:n])
@@ -120,7 +120,7 @@ class Scale:
 
     def _concepts(self, context: EvalContext) -> list[Concept]:
         """The objects of the recipe first, and then others spread over the world."""
-        found = [held.concept for held in context.held if context.class_of(held.concept)[0] == OBJECT]
+        found = [held.concept for held in context.patches if context.class_of(held.concept)[0] == OBJECT]
         others = context.others(OBJECT)
         wanted = max(0, min(self.most - len(found), len(others) * 2 // 3))
         return [*found, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
@@ -129,11 +129,11 @@ class Scale:
         erased = {context.class_of(concept)[1] for concept in concepts}
         names = [name for name in context.others(OBJECT) if name not in erased]
         each = max(1, self.pictures // len(names))
-        return [question for name in names for question in context.ask(OBJECT, name, each)][: self.pictures]
+        return [question for name in names for question in context.prompts(OBJECT, name, each)][: self.pictures]
 
     def _erased(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
         each = max(1, self.pictures // len(concepts))
-        return [q for concept in concepts for q in context.ask(*context.class_of(concept), each)]
+        return [q for concept in concepts for q in context.prompts(*context.class_of(concept), each)]
 
     def _solved(self, context: EvalContext, solver: str, concepts: list[Concept]) -> list[Term]:
         universe = tuple(concepts) if solver in TOLD else ()
@@ -177,18 +177,18 @@ class Scale:
     ) -> Iterable[Measurement]:
         gone = context.verdicts(terms, asked, OBJECT).accuracy(context.seed)
         left = context.verdicts(terms, kept, OBJECT).accuracy(context.seed)
-        yield found(subject, "H_c", h_composed(gone.draws, left.draws), gone.n + left.n)
-        yield gone.found(subject, "accuracy on erased")
-        yield left.found(subject, "accuracy on kept")
+        yield measured(subject, "H_c", h_composed(gone.draws, left.draws), gone.n + left.n)
+        yield gone.measurement(subject, "accuracy on erased")
+        yield left.measurement(subject, "accuracy on kept")
         yield Measurement(subject, "order spread", float(order_spread(context, terms)), ORDERS)
 
 
 def order_spread(context: EvalContext, terms: list[Term]) -> int:
     """In how many tensors a live pipeline differs from the composition after any of a few orders of laying patches on."""
-    rng, names, wrong = random.Random(context.seed), touched(context.base, terms), set()
+    rng, names, wrong = random.Random(context.seed), changed_tensors(context.base, terms), set()
     for _ in range(ORDERS if len(terms) > 1 else 1):
         context.image_generator.overlay.clear()
         for term in rng.sample(terms, len(terms)):
             context.image_generator.overlay.add(term)
-        wrong |= set(unequal(context.image_generator.pipe, context.base, terms, names))
+        wrong |= set(differing_tensors(context.image_generator.pipe, context.base, terms, names))
     return len(wrong)

@@ -3,9 +3,9 @@
 In Scene 1 all six are erased, then c0 and c1 restored, then c2; Scene 2 does the same with c3, c4 and c5; in Scene 3 concepts
 are restored and erased in turn; Scene 4 erases three and goes on. After every step the erased, the restored and the regular
 concepts (never erased) are judged, their pictures compared with the base's for the same seeds, and every weight of the live
-pipeline compared bit for bit with a composition of the patches that are on, as if the restored ones had never been erased; at
-the end of a scene all are restored, and the weights must be the base's. A concept is asked about in sentences that name no other
-erased one, so that its own patch decides about its pictures. With twelve patches or more, each c is two.
+pipeline compared bit for bit with a composition of the applied patches, as if the restored ones had never been applied; at the
+end of a scene all are restored, and the weights must be the base's. A concept's prompts name no other erased one, so that its
+own patch decides about its pictures. With twelve patches or more, each c is two.
 
 Differences to the paper: pictures per concept are fewer, distances are in the judge's features and not Inception's, and
 pictures are compared by their difference and PSNR instead of LPIPS.
@@ -28,12 +28,10 @@ from overpaint.evaluation.context import (
     WRONG,
     EvalContext,
     EvaluatedPatch,
-    joined,
-    touched,
-    unequal,
+    Verdicts,
 )
-from overpaint.evaluation.metrics import Measurement, differences, found, frechet_distance, mean, psnr
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.metrics import Measurement, differences, frechet_distance, mean, measured, psnr
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
 
 CONCEPTS = 6
 SCENES: tuple[tuple[str, ...], ...] = (
@@ -43,7 +41,7 @@ SCENES: tuple[tuple[str, ...], ...] = (
     ("012", "12", "1234", "234", "2345", "345"),
 )
 """Which of c0 to c5 are erased after each step."""
-Asked = dict[tuple[str, str], list[EvalPrompt]]
+Prompts = dict[tuple[str, str], list[EvalPrompt]]
 
 
 @dataclass(frozen=True)
@@ -54,74 +52,62 @@ class Scenes:
     regular: int = 3
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        groups = _groups(context.held)
-        asked: Asked = {
-            key: context.alone(*key, self.pictures)
-            for key in context.erased(held for group in groups for held in group)
-        }
+        groups = _groups(context.patches)
+        members = [patch for group in groups for patch in group]
+        prompts: Prompts = {key: context.prompts_alone(*key, self.pictures) for key in context.erased(members)}
         regular = self._regular(context)
-        context.image_generator.expect(
-            sum(map(len, (*asked.values(), *regular.values()))) * (1 + len({s for t in SCENES for s in t}))
-        )
+        steps = {step for scene in SCENES for step in scene}
+        context.image_generator.expect(sum(map(len, (*prompts.values(), *regular.values()))) * (1 + len(steps)))
         rows = []
-        for number, steps in enumerate(SCENES, 1):
-            ever: set[str] = set()
-            for time, step in enumerate(steps):
-                ever |= set(step)
-                on = [held for i in step for held in groups[int(i)]]
-                back = [held for i in sorted(ever - set(step)) for held in groups[int(i)]]
+        for number, scene in enumerate(SCENES, 1):
+            erased_before: set[str] = set()
+            for time, step in enumerate(scene):
+                erased_before |= set(step)
+                applied = [patch for i in step for patch in groups[int(i)]]
+                removed = [patch for i in sorted(erased_before - set(step)) for patch in groups[int(i)]]
                 where = f"scene {number}, t{time}"
-                rows.append(_bits(context, on, where))
-                for label, wanted in (
-                    ("erased", {key: asked[key] for key in context.erased(on)}),
-                    ("restored", {key: asked[key] for key in context.erased(back)}),
+                rows.append(context.wrong_tensors(context.terms(applied), f"{where}: weights"))
+                for label, judged in (
+                    ("erased", {key: prompts[key] for key in context.erased(applied)}),
+                    ("restored", {key: prompts[key] for key in context.erased(removed)}),
                     ("regular", regular),
                 ):
-                    if wanted:
-                        rows += _judged(context, on, wanted, f"{where}: {label}")
-            rows.append(_bits(context, (), f"scene {number}, all restored"))
+                    if judged:
+                        rows += _judged(context, applied, judged, f"{where}: {label}")
+            rows.append(context.wrong_tensors([], f"scene {number}, all restored: weights"))
         return [*rows, *_worst(rows)]
 
-    def _regular(self, context: EvalContext) -> Asked:
-        names = context.others(OBJECT)
-        chosen = [names[i * len(names) // self.regular] for i in range(min(self.regular, len(names)))]
-        asked = {(OBJECT, name): context.neutral(OBJECT, name, self.pictures) for name in chosen}
-        return {key: questions for key, questions in asked.items() if questions}
+    def _regular(self, context: EvalContext) -> Prompts:
+        names = evenly_spaced(context.others(OBJECT), self.regular)
+        prompts = {(OBJECT, name): context.neutral_prompts(OBJECT, name, self.pictures) for name in names}
+        return {key: some for key, some in prompts.items() if some}
 
 
-def _groups(held: Sequence[EvaluatedPatch]) -> list[list[EvaluatedPatch]]:
+def _groups(patches: Sequence[EvaluatedPatch]) -> list[list[EvaluatedPatch]]:
     """The patches that stand for c0 to c5."""
-    if len(held) < CONCEPTS:
-        raise OverpaintError(
-            f"the scenes are played with {CONCEPTS} patches, as in the paper; this recipe has {len(held)}"
-        )
-    each = len(held) // CONCEPTS
-    return [list(held[i * each : (i + 1) * each]) for i in range(CONCEPTS)]
+    if len(patches) < CONCEPTS:
+        raise OverpaintError(f"the scenes need {CONCEPTS} patches, as in the paper; this recipe has {len(patches)}")
+    each = len(patches) // CONCEPTS
+    return [list(patches[i * each : (i + 1) * each]) for i in range(CONCEPTS)]
 
 
-def _bits(context: EvalContext, on: Sequence[EvaluatedPatch], where: str) -> Measurement:
-    """The live pipeline goes on from the step before; its weights must be those of a composition from the base."""
-    context.image_generator.overlay.set(context.terms(on))
-    names = touched(context.base, context.terms())
-    wrong = unequal(context.image_generator.pipe, context.base, context.terms(on), names)
-    return Measurement(f"{where}: weights", WRONG, float(len(wrong)), len(names))
-
-
-def _judged(context: EvalContext, on: Sequence[EvaluatedPatch], asked: Asked, subject: str) -> list[Measurement]:
-    """Accuracy, distance and change of the pictures of some concepts while `on` is erased."""
-    terms, seen, before = context.terms(on), [], []
-    for (head, name), questions in asked.items():
-        before.append(context.on_base(questions, head, name))
-        seen.append(context.verdicts(terms, questions, head))
-    compare = context.compared if subject.endswith(": erased") else context.kept
-    rows = compare(subject, joined(before), joined(seen))
-    questions = [question for some in asked.values() for question in some]
-    pictures, originals = context.image_generator.draw(terms, questions), context.image_generator.draw((), questions)
-    prompts = [question.prompt for question in questions]
+def _judged(
+    context: EvalContext, applied: Sequence[EvaluatedPatch], prompts: Prompts, subject: str
+) -> list[Measurement]:
+    """Accuracy, distance and change of the pictures of some concepts while `applied` are."""
+    terms, before, after = context.terms(applied), [], []
+    for (head, name), some in prompts.items():
+        before.append(context.on_base(some, head, name))
+        after.append(context.verdicts(terms, some, head))
+    compare = context.compared if subject.endswith(": erased") else context.preserved
+    rows = compare(subject, Verdicts.joined(before), Verdicts.joined(after))
+    every = [prompt for some in prompts.values() for prompt in some]
+    pictures, originals = context.image_generator.draw(terms, every), context.image_generator.draw((), every)
+    sentences = [prompt.prompt for prompt in every]
     far = frechet_distance(context.judge.features(pictures), context.judge.features(originals))
-    rows.append(Measurement(subject, DISTANCE, far, len(questions)))
+    rows.append(Measurement(subject, DISTANCE, far, len(every)))
     for metric, values in ((CHANGE, differences(pictures, originals)), ("PSNR, dB", psnr(pictures, originals))):
-        rows.append(found(subject, metric, mean(values, prompts, context.seed).draws, len(questions)))
+        rows.append(measured(subject, metric, mean(values, sentences, context.seed).draws, len(every)))
     return rows
 
 
