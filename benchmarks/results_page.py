@@ -12,6 +12,7 @@ from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.registry import EvaluationRecord
 from overpaint.solvers import SOLVERS
+from overpaint.workspace.report import numbers_of
 
 INTRO = """# Results on the embedded base
 
@@ -41,7 +42,7 @@ def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str])
         ("probes", "Can it be brought back?", _probes),
         ("cost", "Cost", _cost),
     ):
-        found = {record.recipe or "": Numbers(record) for record in records if record.suite == suite}
+        found = {record.recipe or "": numbers_of(record) for record in records if record.suite == suite}
         if found:
             blocks += [f"## {heading}", *(markdown(table) for table in (*tables(found), *published(suite)))]
     if left_out := {**_missing(records), **failed}:
@@ -149,7 +150,7 @@ def _scale(found: NAMED) -> Iterable[Table]:
 
 
 def _crosstalk(found: NAMED) -> Iterable[Table]:
-    correlations = list(dict.fromkeys(r.metric for n in found.values() for r in n.record.results if "rank" in r.metric))
+    correlations = list(dict.fromkeys(r.metric for n in found.values() for r in n.measurements if "rank" in r.metric))
     metrics = ("pairs that lost accuracy", *correlations)
     rows = [
         (name, *("—" if (value := n.value("all pairs", metric)) is None else plain(value) for metric in metrics))
@@ -184,7 +185,7 @@ def _all_pairs(found: NAMED, metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _probes(found: NAMED) -> Iterable[Table]:
     average = "average of the concepts"
-    attacks = list(dict.fromkeys(r.metric for n in found.values() for r in n.record.results if r.subject == average))
+    attacks = list(dict.fromkeys(r.metric for n in found.values() for r in n.measurements if r.subject == average))
     rows = [(name, *(spelled(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
     yield Table(("recipe", *attacks), tuple(rows), "Accuracy on erased objects after each attack, averaged over them.")
 

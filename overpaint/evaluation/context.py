@@ -167,9 +167,9 @@ class EvalContext:
         words = set(re.findall(r"\w+", prompt.prompt.casefold()))
         return any(
             set(re.findall(r"\w+", word.casefold())) <= words
-            for (head, name), concept in self.erased().items()
-            if (head, name) != but
-            for word in (*self.prompt_set.classes[head][name], name, *concept.words)
+            for patch in self.patches
+            if (key := self.class_of(patch.concept)) != but
+            for word in (*self.prompt_set.classes[key[0]][key[1]], key[1], *patch.concept.words)
         )
 
     # Pictures and what the judge sees in them

@@ -67,7 +67,7 @@ def report(
     runs = {record.suite: record for record in records}
     weights = generator.digest([each.term for each in evaluated])
     provenance = _provenance(subject, runs, {"base fingerprint": base.fingerprint, "weights of the recipe": weights})
-    numbers = {suite: _numbers(record) for suite, record in runs.items()}
+    numbers = {suite: numbers_of(record) for suite, record in runs.items()}
     write_report(out, _page(registry.recipe(subject.recipe), subject, runs, numbers, rows, provenance))
     figures, notices = save_figures(out, numbers)
     return Reported((out, *save_numbers(out, records), *figures), tuple(notices))
@@ -120,7 +120,8 @@ def _row(generator: ImageGenerator, terms: Sequence[Term], prompts: Sequence[Eva
     return PictureRow(label, tuple(Picture(p, alt) for p, alt in zip(pictures, alts, strict=True)))
 
 
-def _numbers(record: EvaluationRecord) -> Numbers:
+def numbers_of(record: EvaluationRecord) -> Numbers:
+    """The measurements that a record holds."""
     return Numbers([Measurement(r.subject, r.metric, r.value, r.n, r.low, r.high) for r in record.results])
 
 

@@ -19,7 +19,6 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, heat_map, line_chart
 from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
-from overpaint.registry.registry import ResultRecord
 from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
@@ -183,8 +182,8 @@ def test_a_heat_map_has_a_number_in_every_cell_but_the_empty_ones() -> None:
 
 
 def test_numbers_are_spelled_by_what_they_measure() -> None:
-    assert spelled(ResultRecord("x", "accuracy", 0.5, 0.25, 0.75, 8)) == "50.0% (25.0% to 75.0%, n=8)"
-    assert spelled(ResultRecord("x", "PSNR, dB", 31.2345, None, None, 8)) == "31.23"
+    assert spelled(Measurement("x", "accuracy", 0.5, 8, 0.25, 0.75)) == "50.0% (25.0% to 75.0%, n=8)"
+    assert spelled(Measurement("x", "PSNR, dB", 31.2345, 8)) == "31.23"
     assert spelled(None) == "—"
     assert (percent(1.0), plain(12345.0), plain(0.000123456)) == ("100.0%", "12,345", "0.0001235")
 

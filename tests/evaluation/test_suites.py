@@ -14,7 +14,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge
 from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.prompts import EvalPrompt
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
 from overpaint.evaluation.suites.cost import Cost
 from overpaint.evaluation.suites.crosstalk import LOST, CrosstalkSuite
@@ -110,7 +110,7 @@ def test_grid_by_hand_with_a_patch_that_hurts_its_neighbour(base: Base) -> None:
     suite = Grid(objects=8)
     found = context(base, greedy)
     rows = suite.run(found)
-    others = len(suite._objects(found)) - 1
+    others = len({prompt.shows[OBJECT] for prompt in suite._prompts(found)}) - 1
     assert value(rows, "cat (separable)", "IRA") == pytest.approx(1 - 1 / others)
     assert value(rows, "fox (separable)", "IRA") == 1
 
@@ -186,7 +186,7 @@ def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(b
     surroundings = context(base, faithful)
     for key in surroundings.erased():
         others = [name for _, name in surroundings.erased() if name != key[1]]
-        asked = surroundings.alone(*key, 6)
+        asked = surroundings.prompts_alone(*key, 6)
         assert len(asked) == 6
         assert not [each.prompt for each in asked if set(others) & set(each.prompt.split())]
         assert all(each.shows[key[0]] == key[1] for each in asked)
