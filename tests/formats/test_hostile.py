@@ -113,9 +113,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: lora(f / "x.safetensors", lora_down__weight=torch.ones(2, 64, dtype=torch.int32)),
         "is int32; what changes a weight",
     ),
-    "eight bits for weights": (
-        lambda f: lora(f / "x.safetensors", lora_up__weight=torch.ones(8, 2).to(torch.float8_e4m3fn)),
-        "is float8_e4m3fn",
+    "a boolean for weights": (
+        lambda f: lora(f / "x.safetensors", lora_up__weight=torch.ones(8, 2, dtype=torch.bool)),
+        "is bool; what changes a weight",
     ),
     "not a number": (lambda f: lora(f / "x.safetensors", lora_up__weight=torch.full((8, 2), torch.nan)), "not finite"),
     "infinity": (lambda f: lora(f / "x.safetensors", lora_down__weight=torch.full((2, 64), torch.inf)), "not finite"),

@@ -287,6 +287,42 @@ def test_a_whole_edited_unet(base: Base, tmp_path: Path, suffix: str) -> None:
     assert is_composed(base, imported, values)
 
 
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("what", ["pipeline", "unet"])
+def test_float8_weights_hold_the_edit_and_not_the_rounding(
+    base: Base, tmp_path: Path, what: str, fp8: torch.dtype
+) -> None:
+    """As ComfyUI and Forge keep checkpoints: one edited matrix, and everything rounded to eight bits."""
+    name = attention(base)[0]
+    pipe = base.pipeline()
+    pipe.unet.get_parameter(name.removeprefix("unet/")).data += 0.5
+    pipe.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*/*.safetensors"):
+        save_file({key: value.to(fp8) for key, value in load_file(file).items()}, file)
+    imported = import_weights(base, tmp_path if what == "pipeline" else tmp_path / "unet")
+    assert (imported.changed, imported.proof.rounded, imported.proof.dtype) == ((name,), True, str(fp8)[6:])
+    (change,) = imported.delta.tensors().values()
+    was, now = (weight.to(fp8).double() for weight in (base.tensor(name), base.tensor(name) + 0.5))
+    assert torch.equal(change.double(), now - was)
+
+
+def test_float8_factors_are_widened_without_loss(base: Base, tmp_path: Path) -> None:
+    found = factors(base, attention(base), dtype=torch.float8_e4m3fn)
+    imported = import_weights(base, writers.kohya(tmp_path / "x.safetensors", found))
+    assert is_composed(base, imported, with_product(base, found))
+
+
+def test_a_float8_base_is_refused_with_one_sentence(base: Base, tmp_path: Path) -> None:
+    base.pipeline().save_pretrained(tmp_path / "narrow")
+    for file in (tmp_path / "narrow").glob("*/*.safetensors"):
+        save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}, file)
+    narrow = Base.open(tmp_path / "narrow")
+    file = writers.kohya(tmp_path / "x.safetensors", factors(base, attention(base)))
+    for path in (file, base.path):
+        with pytest.raises(ForeignFile, match="in float8, which has no room for a change"):
+            import_weights(narrow, path)
+
+
 def test_a_text_encoder_alone(base: Base, tmp_path: Path) -> None:
     encoder = {n: t for n, t in base.tensors(base.names).items() if n.startswith("text_encoder/")}
     values = edited(base, [n for n in encoder if ".fc1.weight" in n])

@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.safetensors_file import dtype_name
+from overpaint.bases.safetensors_file import DTYPES, dtype_name
 from overpaint.core.errors import NotFound
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, residual
 from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
 from overpaint.patches.formats.fitting import Fitted, fitted
 from overpaint.patches.formats.reading import (
+    FP8,
     FileEdits,
     Meaning,
     TensorEdit,
@@ -134,6 +135,11 @@ def import_weights(
             f"keys name nothing in the base at {base.path}, first {edits.unmatched[0][:100]!r}; nothing was imported: name the "
             "right base, or allow unmatched keys if they may be left out"
         )
+    if narrow := [name for name in edits.names if DTYPES[base.places[name].entry.dtype] in FP8]:
+        raise ForeignFile(
+            f"the base at {base.path} has {narrow[0]} in float8, which has no room for a change; import for the base in float16 "
+            "or wider"
+        )
     fits: dict[str, Fitted] = {}
     for step, name in enumerate(edits.names):
         report(step, 2 * len(edits.names), name)
@@ -155,7 +161,7 @@ def _fit(edit: TensorEdit, tolerance: float) -> Fitted:
     if isinstance(edit.change, tuple):
         return Fitted(factors=edit.change)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
-    with_bits = not (edit.rounded or edit.given)
+    with_bits = edit.rounded is None and not edit.given
     return fitted(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
 
 
@@ -190,8 +196,8 @@ def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdit
         error = _relative(found, edit.wanted)
         if error > worst:
             worst, where = error, name
-        dtypes[dtype_name(found.dtype)] += 1
-        rounded = rounded or edit.rounded
+        dtypes[dtype_name(edit.rounded or found.dtype)] += 1
+        rounded = rounded or edit.rounded is not None
     return Proof(differing, of, worst, where, dtypes.most_common(1)[0][0], rounded)
 
 

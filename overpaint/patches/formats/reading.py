@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_c
 _STEMS = ("pytorch_lora_weights", "diffusion_pytorch_model", "model")
 """What the names of a model's weights begin with, in a folder that holds one model."""
 _PICKLED_LORA = "pytorch_lora_weights.bin"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ADAPTER_CONFIG_LIMIT = 1 << 20
 
 
@@ -49,14 +51,19 @@ class ForeignWeights:
     _tensor: Callable[[str], Tensor] = field(repr=False)
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor. Raises ForeignFile unless it is of floating point and all its values are finite."""
+        """One tensor; float8 is widened to float32, which holds it exactly.
+
+        Raises ForeignFile unless it is of floating point and all its values are finite.
+        """
         dtype = self.shapes[key][0]
-        if dtype not in FLOATS:
+        if dtype not in (*FLOATS, *FP8):
             raise ForeignFile(
-                f"{self.path.name}: {key[:100]} is {dtype_name(dtype)}; what changes a weight is float16, bfloat16, float32 or "
-                "float64: convert the file first"
+                f"{self.path.name}: {key[:100]} is {dtype_name(dtype)}; what changes a weight is float8, float16, bfloat16, "
+                "float32 or float64: convert the file first"
             )
         values = self._tensor(key)
+        if dtype in FP8:
+            values = values.to(torch.float32)
         if not all_finite(values):
             raise ForeignFile(
                 f"{self.path.name}: {key[:100]} has values that are not finite; nothing can be made of it"
@@ -105,6 +112,7 @@ def _of_file(path: Path) -> ForeignWeights:
 
 
 def _of_folder(folder: Path) -> ForeignWeights:
+    """An adapter's, a LoRA's or one model's folder: weights in one file or in shards, plain or of one variant."""
     adapter = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
     if adapter is not None:
         return replace(open_weights(adapter), path=folder)
@@ -281,7 +289,7 @@ class TensorEdit:
     original: Tensor
     wanted: Tensor
     change: Tensor | Pair
-    rounded: bool = False
+    rounded: torch.dtype | None = None
     given: bool = False
 
 
@@ -311,7 +319,8 @@ def edits_of_file(
             key = keys.get("difference") or keys["value"]
             return _changed(original, _fitting(weights, key, name, original.shape).double())
         if "value" in keys:
-            return edited(original, _fitting(weights, keys["value"], name, original.shape), keep_rounding)
+            value = _fitting(weights, keys["value"], name, original.shape)
+            return edited(original, value, weights.shapes[keys["value"]][0], keep_rounding)
         pair = factors(weights, name, keys, tuple(original.shape))
         return None if pair is None else _changed(original, pair)
 
@@ -348,29 +357,38 @@ def edits_of_checkpoint(base: Base, path: Path, keep_rounding: bool) -> FileEdit
     return FileEdits(
         f"{'single file' if other.is_single_file else 'diffusers folder'}",
         "weights",
-        tuple(name for name in common if DTYPES[base.places[name].entry.dtype] in FLOATS),
+        tuple(name for name in common if DTYPES[base.places[name].entry.dtype] in (*FLOATS, *FP8)),
         len(common),
         tuple(name for name in other.names if name not in base.places),
         _dtypes(DTYPES[place.entry.dtype] for place in other.places.values()),
-        lambda name: edited(base.tensor(name), other.tensor(name), keep_rounding),
+        lambda name: edited(base.tensor(name), *_as_stored(other.tensor(name)), keep_rounding),
     )
 
 
-def edited(original: Tensor, value: Tensor, keep_rounding: bool) -> TensorEdit | None:
-    """The edit that makes `value` of a base's tensor, None where it changes nothing.
+def _as_stored(value: Tensor) -> tuple[Tensor, torch.dtype]:
+    """A value in a dtype that can be added up, and the dtype in which its file has it."""
+    return (value.to(torch.float32) if value.dtype in FP8 else value), value.dtype
+
+
+def edited(original: Tensor, value: Tensor, stored: torch.dtype, keep_rounding: bool) -> TensorEdit | None:
+    """The edit that makes `value`, which its file has in the dtype `stored`, of a base's tensor; None where it changes nothing.
 
     Raises ForeignFile when the value is too large for the base's dtype.
     """
-    coarser = torch.finfo(value.dtype).eps > torch.finfo(original.dtype).eps
-    start = original if keep_rounding or not coarser else original.to(value.dtype)
+    start, rounded = original, None
+    if not keep_rounding and torch.finfo(stored).eps > torch.finfo(original.dtype).eps:
+        start, rounded = original.to(stored), stored
+    # No sum is computed in float8; all dtypes that a base may have hold its values exactly.
+    start = start.to(original.dtype) if stored in FP8 else start
     wanted = value.to(start.dtype)
     if identical(wanted, start):
         return None
     if not all_finite(wanted) or not all_finite(start):
         raise ForeignFile(
-            f"a value is beyond what {dtype_name(start.dtype)} holds, in which the base has it; use a base of a wider dtype"
+            f"a value is beyond what {dtype_name(rounded or start.dtype)} holds, in which it is kept or compared; use a base or "
+            "a file of a wider dtype"
         )
-    return TensorEdit(start, wanted, value.double() - start.double(), start is not original)
+    return TensorEdit(start, wanted, value.double() - start.double(), rounded)
 
 
 def _changed(original: Tensor, change: Tensor | Pair) -> TensorEdit | None:
@@ -401,16 +419,17 @@ def _meaning(base: Base, weights: ForeignWeights, reading: FileReading) -> Meani
     if not plain:
         return "change"
     matrices = [name for name in plain if len(base.places[name].shape) > 1]
-    apart = size = length = 0.0
+    apart, length = [], []
     for name in islice(sorted(matrices or plain), SAMPLE):
         weight = base.tensor(name).double()
         value = _fitting(weights, plain[name], name, weight.shape).double()
-        apart += float((value - weight).square().sum())
-        size += float(weight.square().sum())
-        length += float(value.square().sum())
-    if apart < ALIKE * size:
+        size = float(weight.square().sum()) or 1.0
+        apart.append(float((value - weight).square().sum()) / size)
+        length.append(float(value.square().sum()) / size)
+    # The median, because one layer that was edited much says nothing about all the others.
+    if median(apart) < ALIKE:
         return "weights"
-    if length < ALIKE * size:
+    if median(length) < ALIKE:
         return "change"
     raise ForeignFile(
         f"{weights.path.name} has tensors that are neither like the base's weights nor small beside them, so it cannot be told "
