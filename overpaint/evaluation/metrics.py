@@ -139,6 +139,26 @@ class Measurement:
     high: float | None = None
 
 
+UNDECIDED = "not enough pictures"
+
+
+def verdict(measurement: Measurement, *, at_most: float | None = None, at_least: float | None = None) -> str:
+    """Whether a number holds a bar: "yes" or "no" where its whole interval does or does not, else `UNDECIDED`.
+
+    A number without an interval was counted, and is compared as it is. Raises OverpaintError unless there is one bar.
+    """
+    if (at_most is None) == (at_least is None):
+        raise OverpaintError("a verdict needs one bar: at_most or at_least")
+    low = measurement.value if measurement.low is None else measurement.low
+    high = measurement.value if measurement.high is None else measurement.high
+    if at_most is not None:
+        holds, fails = high <= at_most, low > at_most
+    else:
+        assert at_least is not None
+        holds, fails = low >= at_least, high < at_least
+    return "yes" if holds else "no" if fails else UNDECIDED
+
+
 @dataclass(frozen=True, eq=False)
 class Mean:
     """A mean over `n` pictures: itself at place 0, and then its bootstrap replicates; float64 [1 + replicates]."""

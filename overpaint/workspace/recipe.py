@@ -229,19 +229,6 @@ class Recipe:
 
     def card(self) -> str:
         """A model card for a build: what is erased, and what that is worth."""
-        rows = [f"| {p.concept} | {p.solver} | {s:g} | `{p.id}` |" for p, s in self.patches()]
-        return "\n".join(
-            [
-                f"# {self.name}",
-                "",
-                f"A checkpoint built by Overpaint from the base `{self.record.base}` (fingerprint `{self.base.fingerprint}`).",
-                "",
-                "| erased | solver | strength | patch |",
-                "|---|---|--:|---|",
-                *rows,
-                "",
-                "A patch hides a concept. Published attacks (textual inversion, fine-tuning) can bring it back after every "
-                "known eraser; do not rely on this checkpoint alone where that matters.",
-                "",
-            ]
-        )
+        from overpaint.workspace.report import model_card
+
+        return model_card(self.name, self.record.base, self.base.fingerprint, self.patches())

@@ -1,4 +1,7 @@
-"""Putting a report together: the latest run of every suite, pictures for the same seeds, where it all comes from."""
+"""Pages about a recipe: the report of what was measured, and the model card of a build.
+
+A report has the latest run of every suite, pictures for the same seeds, and where it all comes from.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from overpaint.evaluation.images import ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet, evenly_spaced
 from overpaint.evaluation.reports import sections
-from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, write_report
+from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, rendered, write_report
 from overpaint.evaluation.reports.sections import Numbers, save_figures
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
-from overpaint.registry.records import RecipeRecord
+from overpaint.registry.records import PatchRecord, RecipeRecord
 from overpaint.registry.registry import EvaluationRecord, Registry
 from overpaint.workspace.evaluating import Progress, Subject, image_cache, prompt_set_of
 
@@ -186,6 +189,11 @@ def _command(name: str, run: EvaluationRecord) -> str:
     prompts = f" --prompts {run.settings['prompts']}" if run.settings.get("prompts") else ""
     drawn = f" --steps {sampler['steps']} --guidance {sampler['guidance']:g} --seed {run.seed}"
     return f"overpaint evaluate {name} --suite {run.suite}{chosen}{judge}{prompts}{drawn}"
+
+
+def model_card(name: str, base: str, fingerprint: str, entries: Sequence[tuple[PatchRecord, float]]) -> str:
+    """The card of a build, Markdown: what is erased in it, and what that is worth. No name can break its table."""
+    return rendered("card.md.j2", name=name, base=base, fingerprint=fingerprint, entries=entries)
 
 
 def save_numbers(out: Path, records: Sequence[EvaluationRecord]) -> tuple[Path, ...]:

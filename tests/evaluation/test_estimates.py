@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import bootstrap  # type: ignore[import-untyped]
 
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.metrics import Score, average, h_composed, mean, measured
+from overpaint.evaluation.metrics import UNDECIDED, Measurement, Score, average, h_composed, mean, measured, verdict
 
 RIGHT = [1.0] * 30 + [0.0] * 20
 APART = [f"prompt {i}" for i in range(50)]
@@ -65,3 +65,22 @@ def test_what_has_no_mean_is_refused() -> None:
         mean([1.0], ["a", "b"])
     with pytest.raises(OverpaintError, match="nothing was judged"):
         average([])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "at_most", "at_least"),
+    [
+        (0.0, 0.04, "yes", "no"),
+        (0.0, 0.28, UNDECIDED, UNDECIDED),
+        (0.06, 0.28, "no", "yes"),
+        (None, None, "yes", "no"),
+    ],
+)
+def test_no_verdict_where_the_interval_spans_the_bar(
+    low: float | None, high: float | None, at_most: str, at_least: str
+) -> None:
+    measurement = Measurement("cat", "accuracy", 0.0 if low is None else 0.03, 10, low, high)
+    assert verdict(measurement, at_most=0.05) == at_most
+    assert verdict(measurement, at_least=0.05) == at_least
+    with pytest.raises(OverpaintError, match="one bar"):
+        verdict(measurement)

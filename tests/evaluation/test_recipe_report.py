@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -15,10 +18,12 @@ from PIL import Image
 from overpaint.cli import main
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation import figures
-from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.reports.html import Chart, HeatMap, Line, heat_map, line_chart
-from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled
+from overpaint.evaluation.context import SHARE
+from overpaint.evaluation.metrics import UNDECIDED, Measurement
+from overpaint.evaluation.reports.html import Chart, HeatMap, Line, Report, Section, render
+from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled, summary
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
+from overpaint.workspace.report import model_card
 from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
@@ -166,15 +171,15 @@ def test_the_page_prints(files: Sequence[Path], tmp_path: Path) -> None:
 
 def test_a_chart_says_its_numbers_and_keeps_its_whiskers() -> None:
     chart = Chart((Line("a & b", ((1, 0.5, 0.25, 0.75), (4, 1.0, None, None))),), "Caption.", "N", "H")
-    drawn = "".join(line_chart(chart))
+    drawn = render(Report("t", "", (Section("s", charts=(chart,)),)))
     assert 'aria-label="Caption. H over N. a &amp; b: 0.50 at 1, 1.00 at 4"' in drawn
-    assert drawn.count("whisker") == 1
+    assert drawn.count('class="whisker') == 1
     with pytest.raises(OverpaintError, match="no points"):
-        list(line_chart(Chart((), "empty", "x", "y")))
+        Chart((), "empty", "x", "y")
 
 
 def test_a_heat_map_has_a_number_in_every_cell_but_the_empty_ones() -> None:
-    drawn = "".join(heat_map(HeatMap(("a",), ("x", "y"), ((0.5, None),), "c")))
+    drawn = render(Report("t", "", (Section("s", heats=(HeatMap(("a",), ("x", "y"), ((0.5, None),), "c"),)),)))
     assert "--depth:50%" in drawn
     assert "<td></td>" in drawn
     with pytest.raises(OverpaintError, match="do not fit its 2 columns"):
@@ -206,3 +211,23 @@ def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: floa
     assert f"{agreement:.2f} over 2 pairs" in text
     assert output in text
     assert ("largest predicted" in text) == bool(output)
+
+
+def test_a_report_gives_no_verdict_on_too_few_pictures() -> None:
+    rows = [
+        Measurement("erased: cat", "accuracy", 0.0, 10, 0.0, 0.28),
+        Measurement("kept: other objects", SHARE, 1.0, 9, 0.7, 1.0),
+    ]
+    table = summary({"quick": Numbers(rows)}).table
+    assert table is not None
+    assert [row[-1] for row in table.rows] == [UNDECIDED, UNDECIDED]
+
+
+def test_names_never_break_a_model_card() -> None:
+    nasty = "a|b <script>`x` *y*\n| forged | row | 1 | `id` |\n# heading \"'"
+    patch: Any = SimpleNamespace(concept=nasty, solver="separable", id="d" * 64)
+    card = model_card(nasty, nasty, "f" * 64, [(patch, 1.0)])
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in rows] == [5, 5, 5]
+    assert not re.search(r"<|\*|^# heading", card, re.MULTILINE)
+    assert html.unescape(rows[-1].split("|")[1].strip()) == " ".join(nasty.split())

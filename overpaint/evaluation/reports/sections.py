@@ -16,7 +16,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG
 from overpaint.evaluation.crosstalk import WARN_ABOVE
 from overpaint.evaluation.figures import heat_map, line_chart
-from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, PictureRow, Section, Table
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 
@@ -153,82 +153,49 @@ def _doubt(numbers: Numbers) -> str:
 
 
 ERASED_BAR, KEPT_BAR = 0.05, 0.97
-Found = Mapping[str, Numbers]
+BySuite = Mapping[str, Numbers]
 GRID = ("UA", "IRA", "CRA", "retention in the prompt", "probability of the erased concept")
 
 
-def summary(found: Found) -> Section:
-    """What was promised and what was found, one line each."""
-    rows = [row for row in (*_quick_checks(found), *_scene_checks(found), *_scale_check(found)) if row]
-    return Section(
-        "In short", table=Table(("question", "found", "bar", "holds"), tuple(rows), "What was asked and found")
-    )
+def summary(numbers: BySuite) -> Section:
+    """What was promised and what was measured, one line each; no verdict where the interval spans the bar."""
+    rows: list[tuple[str, ...]] = []
+    if quick := numbers.get("quick"):
+        if most := worst(quick, quick.subjects("erased: "), ACCURACY, lowest=False):
+            question = "How often is what was erased still drawn?"
+            rows.append(_check(question, most[1], most[0].removeprefix("erased: "), at_most=ERASED_BAR))
+        if least := worst(quick, quick.subjects("kept: "), SHARE, lowest=True):
+            name = least[0].removeprefix("kept: ")
+            rows.append(_check("How much of the rest is left?", least[1], name, at_least=KEPT_BAR))
+        if wrong := quick.get("restored: weights", WRONG):
+            rows.append(_exact("Do the weights come back exactly?", wrong.value, f" of {wrong.n} tensors differ"))
+    if scenes := numbers.get("scenes"):
+        restored = [subject for subject in scenes.subjects("scene ") if subject.endswith(": restored")]
+        if least := worst(scenes, restored, SHARE, lowest=True):
+            question = "Are restored concepts drawn as before, in every scene?"
+            rows.append(_check(question, least[1], least[0].removesuffix(": restored"), at_least=KEPT_BAR))
+        different = scenes.value("all scenes, worst step: weights", WRONG)
+        if different is not None:
+            rows.append(_exact("Are weights exact after every step of the scenes?", different, " differ"))
+    if (scale := numbers.get("scale")) and (spread := worst(scale, scale.subjects(), "order spread", lowest=False)):
+        rows.append(_exact("Does the order of patches leave the weights alone?", spread[1].value, " tensors differ"))
+    table = Table(("question", "measured", "bar", "holds"), tuple(rows), "What was asked and measured")
+    return Section("In short", table=table)
 
 
-def _quick_checks(found: Found) -> list[tuple[str, str, str, str]]:
-    if "quick" not in found:
-        return []
-    numbers, rows = found["quick"], []
-    most = worst(numbers, numbers.subjects("erased: "), ACCURACY, lowest=False)
-    if most:
-        name = most[0].removeprefix("erased: ")
-        held = _yes(most[1].value <= ERASED_BAR)
-        rows.append(("How often is what was erased still drawn?", f"{spelled(most[1])}, {name}", "at most 5%", held))
-    least = worst(numbers, numbers.subjects("kept: "), SHARE, lowest=True)
-    if least:
-        held = _yes(least[1].value >= KEPT_BAR)
-        rows.append(("How much of the rest is left?", f"{spelled(least[1])}, {least[0][6:]}", "at least 97%", held))
-    wrong = numbers.get("restored: weights", WRONG)
-    if wrong:
-        output = f"{plain(wrong.value)} of {wrong.n} tensors differ"
-        rows.append(("Do the weights come back exactly?", output, "0", _yes(wrong.value == 0)))
-    return rows
+def _check(
+    question: str, measurement: Measurement, about: str, *, at_most: float | None = None, at_least: float | None = None
+) -> tuple[str, ...]:
+    bar = f"at most {at_most:.0%}" if at_most is not None else f"at least {at_least:.0%}"
+    holds = verdict(measurement, at_most=at_most, at_least=at_least)
+    return question, f"{spelled(measurement)}, {about}", bar, holds
 
 
-def _scene_checks(found: Found) -> list[tuple[str, str, str, str]]:
-    if "scenes" not in found:
-        return []
-    numbers, rows, all_scenes = found["scenes"], [], "all scenes, worst step: "
-    left = numbers.value(f"{all_scenes}restored", SHARE)
-    if left is not None:
-        rows.append(
-            (
-                "Are restored concepts drawn as before, in every scene?",
-                percent(left),
-                "at least 97%",
-                _yes(left >= KEPT_BAR),
-            )
-        )
-    wrong = numbers.value(f"{all_scenes}weights", WRONG)
-    if wrong is not None:
-        rows.append(
-            ("Are weights exact after every step of the scenes?", f"{plain(wrong)} differ", "0", _yes(wrong == 0))
-        )
-    return rows
+def _exact(question: str, different: float, what: str) -> tuple[str, ...]:
+    return question, plain(different) + what, "0", "yes" if different == 0 else "no"
 
 
-def _scale_check(found: Found) -> list[tuple[str, str, str, str]]:
-    if "scale" not in found:
-        return []
-    numbers = found["scale"]
-    spread = worst(numbers, numbers.subjects(), "order spread", lowest=False)
-    if spread is None:
-        return []
-    return [
-        (
-            "Does the order of patches matter?",
-            f"{plain(spread[1].value)} tensors differ",
-            "0",
-            _yes(spread[1].value == 0),
-        )
-    ]
-
-
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "no"
-
-
-def erased(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
+def erased(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe erases, in pictures and numbers."""
     table = None
     if "quick" in found:
@@ -240,7 +207,7 @@ def erased(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
     return Section("What is erased", text, table, (), pictures, more=_generality(found))
 
 
-def _generality(found: Found) -> tuple[Table, ...]:
+def _generality(found: BySuite) -> tuple[Table, ...]:
     if "generality" not in found:
         return ()
     numbers = found["generality"]
@@ -250,7 +217,7 @@ def _generality(found: Found) -> tuple[Table, ...]:
     return (numbers.table(subjects, (ON_BASE, ACCURACY, SHARE), caption), *published("generality"))
 
 
-def preserved(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
+def preserved(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe leaves alone."""
     table: Table | None = None
     more: tuple[Table, ...] = ()
@@ -268,7 +235,7 @@ def preserved(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
     return Section("What is kept", "Concepts that nothing here erases.", table, (), pictures, more=more)
 
 
-def restored(found: Found, pictures: tuple[PictureRow, ...]) -> Section:
+def restored(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What comes back when patches are taken off."""
     text = (
         "Taking a patch off composes the weights anew from the base; nothing is subtracted. Restored concepts are drawn "
@@ -344,7 +311,7 @@ def probes(numbers: Numbers) -> Section:
     return Section("Can it be brought back?", text, table)
 
 
-def cost(found: Found, patches: Table) -> Section:
+def cost(found: BySuite, patches: Table) -> Section:
     """What the patches weigh and how long they take."""
     more: tuple[Table, ...] = ()
     if "cost" in found:
