@@ -25,7 +25,7 @@ from overpaint.bases.checkpoint import (
 from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.key_mapping import SingleFile
 from overpaint.bases.layout import Layout, TextInput
-from overpaint.bases.loading import quiet_loading
+from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import SafetensorsFile
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound
@@ -214,6 +214,7 @@ class Base:
             f"{beside}, or download {published} once"
         )
 
+    @own_torch_settings()
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A fresh diffusers pipeline of this base, of the class that its layout names.
 

@@ -1,16 +1,55 @@
-"""Which device computes."""
+"""How PyTorch is used: independent of the caller's settings, on a chosen device, and quietly while models are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from overpaint.core.errors import OverpaintError
 
-# Loading models without the libraries' own progress bars and hints; the caller's settings come back afterwards.
+_SMALLEST = 5e-324
+"""Compares as zero where the processor takes numbers below the normal range for zero."""
+
+
+@contextmanager
+def own_torch_settings() -> Iterator[None]:
+    """Within the block, PyTorch computes as if freshly started, whatever its caller has set.
+
+    That is: no autocast, new tensors on the CPU and in float32, products of float32 in float32, and small numbers kept. The
+    caller's settings come back afterwards. Also a decorator. What is set already is not set again, so that nesting is cheap.
+    """
+    with ExitStack() as block:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                block.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            block.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            block.callback(torch.set_default_dtype, dtype)
+        if _SMALLEST == 0:
+            torch.set_flush_denormal(False)
+            block.callback(torch.set_flush_denormal, True)
+        _multiply_exactly(block)
+        yield
+
+
+def _multiply_exactly(block: ExitStack) -> None:
+    """Products of float32 matrices in float32 until the block ends."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set backend by backend, as PyTorch allows since 2.9
+        backends: list[Any] = [torch.backends.mkldnn, torch.backends.cuda]
+        for matmul in (backend.matmul for backend in backends):
+            block.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+            matmul.fp32_precision = "ieee"
+    else:
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            block.callback(torch.set_float32_matmul_precision, precision)
 
 
 @contextmanager

@@ -139,14 +139,14 @@ class SafetensorsFile:
         """Tensors, or parts of them, one at a time under the names they are given here, in file order."""
         with self._reading() as file:
             for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-                flat = torch.empty(entry.size, dtype=torch.uint8)
+                flat = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
                 self._fill(file, entry.start, flat)
                 yield name, flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def beginning(self, entry: TensorEntry, values: int) -> Tensor:
         """The first so many values of a tensor, flat."""
         dtype = DTYPES[entry.dtype]
-        flat = torch.empty(min(entry.size, values * dtype.itemsize), dtype=torch.uint8)
+        flat = torch.empty(min(entry.size, values * dtype.itemsize), dtype=torch.uint8, device="cpu")
         with self._reading() as file:
             self._fill(file, entry.start, flat)
         return flat.view(dtype)

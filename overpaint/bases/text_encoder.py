@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
-from overpaint.bases.loading import quiet_loading
+from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import SafetensorsFile, TensorEntry
 from overpaint.core.errors import OverpaintError
 
@@ -70,6 +70,7 @@ class _Rows(torch.nn.Module):
         return torch.stack([row for _, row in self.container.read(rows)]).float()[which]
 
 
+@own_torch_settings()
 def text_model(base: Base, component: str, device: torch.device | str) -> Any:
     """A text encoder with the weights that the base has, whatever files they lie in, ready to be used.
 
@@ -249,6 +250,7 @@ class TextEncoder:
         place = {prompt: i for i, prompt in enumerate(unique)}
         return found[[place[prompt] for prompt in prompts]]
 
+    @own_torch_settings()
     @torch.no_grad()
     def _answers(self, prompts: list[str]) -> dict[str, Tensor]:
         """What every door of this encoder lets through.

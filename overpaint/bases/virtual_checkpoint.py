@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, TensorEntry, is_key, raw_bytes
 
 # A container whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
@@ -76,7 +77,7 @@ class VirtualCheckpoint(SafetensorsFile):
             at += 1
 
     def _values(self, entry: TensorEntry, size: int) -> Tensor:
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.cat([nothing, *self.pieces(entry.start, size)]).view(DTYPES[entry.dtype])
 
     @cached_property
@@ -177,6 +178,7 @@ def _directory_size(path: Path, size: int) -> int:
     return int(struct.unpack_from("<I", tail, end + 12)[0])
 
 
+@own_torch_settings()
 def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, open_weights
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, TensorEntry, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
@@ -178,6 +179,7 @@ class Built:
         return self.path if self.path.is_dir() else self.path.parent
 
 
+@own_torch_settings()
 def build(
     base: Base,
     terms: Iterable[Term],

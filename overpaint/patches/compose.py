@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
@@ -133,6 +134,7 @@ class CompositionPlan:
             )
         return Original(values, max(-low, high))
 
+    @own_torch_settings()
     def tensor(self, name: str) -> Tensor:
         """The composed value of one tensor, on the CPU, in the base's dtype; computed anew at every call.
 
@@ -144,7 +146,7 @@ class CompositionPlan:
         return original.values
 
     def write(self, name: str, target: Target) -> None:
-        """Put the composed value of one tensor where it belongs; in inference mode.
+        """Put the composed value of one tensor where it belongs; in inference mode and with `own_torch_settings`.
 
         Raises BadDelta when the sum overflows the dtype; what overflowed has then been written.
         """
@@ -240,6 +242,7 @@ def composition_digest(base: Base, composed: dict[str, Tensor]) -> str:
     return combined_digest(digests)
 
 
+@own_torch_settings()
 def exactly(base: Base, delta: Delta, wanted: Mapping[str, Tensor]) -> Delta:
     """A delta that, alone on the base, gives `wanted` bit for bit: `delta` itself where it does, else with residual bits.
 

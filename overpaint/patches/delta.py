@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
@@ -60,6 +61,7 @@ def scaled(array: Tensor, strength: float) -> Tensor:
     return narrow if torch.equal(narrow.double(), wide) else wide
 
 
+@own_torch_settings()
 def joined(arrays: Sequence[Tensor], dim: int) -> Tensor:
     """Factors side by side, in the narrowest dtype that holds all of them without loss."""
     return torch.cat(list(arrays), dim)

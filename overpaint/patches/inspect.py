@@ -13,6 +13,7 @@ from typing import Any
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import open_weights
 from overpaint.bases.layout import UnknownLayout, layouts
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound
@@ -47,6 +48,7 @@ class Inspection:
         }
 
 
+@own_torch_settings()
 def inspect(path: Path) -> Inspection:
     """Look into a folder or a file. Raises OverpaintError when it is missing, damaged, or of no kind known here."""
     path = Path(path).expanduser().absolute()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import dtype_name
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.patches.arithmetic import Original, ScratchBuffers, Target
@@ -363,6 +364,7 @@ class Overlay:
     ) -> None:
         self.close()
 
+    @own_torch_settings()
     def _check(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """The parameters of these names, after making sure that they hold what they should and can be written to."""
         if self._parameters is None:
@@ -398,6 +400,7 @@ class Overlay:
             )
 
     # Weights from inference mode may be written in inference mode only, and others in it as well.
+    @own_torch_settings()
     @torch.inference_mode()
     def _write(self, parameters: dict[str, nn.Parameter], wanted: CompositionPlan) -> None:
         """Write all tensors or none."""

@@ -230,7 +230,7 @@ def _refuse_gaps(places: Mapping[str, _Place], size: int) -> None:
 
 def _array(data: memoryview, code: str, shape: tuple[int, ...], start: int, end: int) -> Tensor:
     """A copy of an array, aligned as PyTorch aligns."""
-    flat = torch.empty(end - start, dtype=torch.uint8)
+    flat = torch.empty(end - start, dtype=torch.uint8, device="cpu")
     target: Any = flat.numpy()
     memoryview(target)[:] = data[start:end]
     return flat.view(DTYPES[code]).reshape(shape)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.delta import Delta
@@ -223,6 +224,12 @@ class Solver(ABC):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        # Here rather than in each: what a solver finds must not depend on its caller's PyTorch settings.
+        super().__init_subclass__(**keywords)
+        if "solve" in cls.__dict__:
+            cls.solve = own_torch_settings()(cls.__dict__["solve"])
 
     def __post_init__(self) -> None:
         check(self)

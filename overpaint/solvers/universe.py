@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
@@ -120,6 +121,7 @@ def universe(
     return memory.universes[key]
 
 
+@own_torch_settings()
 def prepare(
     base: Base,
     concepts: Iterable[Concept],

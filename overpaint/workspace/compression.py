@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
@@ -38,6 +39,7 @@ class Truncated:
         return max(self.errors.items(), key=lambda item: (item[1], item[0]))
 
 
+@own_torch_settings()
 def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
     """A delta with what `keep` says of every tensor's change, in float32 factors.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, raw_bytes
 from overpaint.core import __version__
 from overpaint.core.atomic import atomic_output, refuse_taken
@@ -521,6 +522,7 @@ class Exported:
         )
 
 
+@own_torch_settings()
 def export(
     base: Base,
     terms: Iterable[Term],

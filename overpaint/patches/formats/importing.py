@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, dtype_name
 from overpaint.core.errors import NotFound
 from overpaint.patches.compose import Term, plan
@@ -117,6 +118,7 @@ class Imported:
         }
 
 
+@own_torch_settings()
 def import_weights(
     base: Base, path: Path, options: Options | None = None, *, report: Report = lambda step, of, text: None
 ) -> Imported:
