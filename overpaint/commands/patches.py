@@ -124,16 +124,20 @@ def patch_add(
     until: date | Literal["never"] | None,
     why: str,
 ) -> None:
-    """Lay patches on a recipe: by id, the beginning of an id, or concept (its newest patch).
+    """Add patches to a recipe: by id, the beginning of an id, or concept (its newest patch for the recipe's base).
 
-    A patch that lies there already gets the new strength, or the new day with --until.
+    All are added, in one revision, or none. A patch that is there already gets the new strength, or the new day with
+    --until.
     """
     workspace = open_workspace(ctx)
-    base_name = workspace.registry.patch(patches[0]).base
-    for key in patches:
-        line = workspace.recipe(recipe, base=base_name).add(key, strength, why=why, until=until)
+    registry = workspace.registry
+    base = registry.recipe(recipe).base if registry.has_recipe(recipe) else registry.patch(patches[0]).base
+    # Before a recipe is made, so that a patch that is not there leaves none behind.
+    ids = [registry.patch(key, base=base).id for key in patches]
+    lines = workspace.create_recipe(recipe, base=base, exist_ok=True).add_all(ids, strength, why=why, until=until)
+    for line in lines:
         show_change(line)
-        for pair in workspace.disturbances(recipe, line.patch or key):
+        for pair in workspace.disturbances(recipe, line.patch or ""):
             click.echo(
                 f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as {pair.emitter}; "
                 "solve them in one registry, so that each preserves the other",
@@ -149,13 +153,15 @@ def patch_add(
 @why_option
 @click.pass_context
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
-    """Lift patches off a recipe; the concepts come back."""
+    """Remove patches from a recipe, all or none; the concepts come back."""
     workspace = open_workspace(ctx)
-    for key in patches:
-        line = workspace.known_recipe(recipe).remove(key, why=why)
+    lines = workspace.known_recipe(recipe).remove_all(patches, why=why)
+    for line in lines:
         show_change(line)
-        if line.digest_after == workspace.registry.base(workspace.known_recipe(recipe).record.base).fingerprint:
-            click.echo("the recipe is empty: these are the base's weights, bit for bit")
+    if lines[-1].digest_after == workspace.registry.base(workspace.registry.recipe(recipe).base).fingerprint:
+        click.echo("the recipe is empty: these are the base's weights, bit for bit")
+    elif lines[-1].digest_after is None:
+        click.echo("the bytes of a patch that stays are lost, so the digest of the weights is not known", err=True)
 
 
 @click.command("compress")

@@ -193,19 +193,24 @@ def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
         raise StaleRevision(f"recipe {recipe.name!r} was changed by somebody else at the same moment; try again")
 
 
-def change(
-    session: Session, recipe: models.RecipeRow, patch: models.PatchRow, after: RecipeEntry | None, note: Note
-) -> int:
-    """Lay `patch` on `recipe` as `after` says, or take it out if None; return the number of the new revision.
+def change(session: Session, recipe: models.RecipeRow, wanted: Mapping[str, RecipeEntry | None], note: Note) -> int:
+    """Set patches of `recipe` to what `wanted` says, or take out those that are None; return the new revision's number.
 
-    Raises NotFound when taking out what is not there, AlreadyExists when nothing would change, and OverpaintError when
-    the patch was made for another base.
+    Raises NotFound for a patch that is not there or taking out what is not on the recipe, AlreadyExists when nothing would
+    change for one of them, and OverpaintError when one was made for another base.
     """
-    row = session.get(models.RecipePatchRow, (recipe.id, patch.id))
-    before = None if row is None else RecipeEntry(patch.id, row.strength, row.until)
-    if after is not None and before is None:
-        _refuse_other_base(recipe, patch)
-    return revise(session, recipe, {patch.id: after}, _action(recipe, patch, before, after), note)
+    rows, patches = _rows(session, recipe, wanted), patches_by_id(session, wanted)
+    actions: list[Action] = []
+    for patch_id, after in wanted.items():
+        if patch_id not in patches:
+            raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")
+        row = rows.get(patch_id)
+        if after is not None and row is None:
+            _refuse_other_base(recipe, patches[patch_id])
+        before = None if row is None else RecipeEntry(patch_id, row.strength, row.until)
+        actions.append(_action(recipe, patches[patch_id], before, after))
+    # What a revision did to each patch follows from the patch's line; a mixed one is called by the first.
+    return revise(session, recipe, wanted, actions[0], note)
 
 
 def exchange(session: Session, recipe: models.RecipeRow, new: Mapping[str, str], note: Note) -> int:

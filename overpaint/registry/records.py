@@ -141,9 +141,14 @@ class HistoryRecord:
 
 
 def _action(row: models.RevisionRow, line: models.RevisionPatchRow) -> Action:
-    """What a revision did to one patch: one that adds patches in the place of others removes those."""
-    replaced = row.action == "add" and line.strength_before is not None and line.strength_after is None
-    return "remove" if replaced else cast(Action, row.action)
+    """What a revision did to one patch: one that changes several may add some, remove others and change the rest."""
+    if row.action not in ("add", "remove", "strength", "until") or line.patch_id is None:
+        return cast(Action, row.action)
+    if line.strength_before is None:
+        return "add"
+    if line.strength_after is None:
+        return "remove"
+    return "until" if line.strength_before == line.strength_after else "strength"
 
 
 @dataclass(frozen=True)

@@ -834,14 +834,26 @@ class Registry:
         Raises NotFound for an unknown recipe or patch or when taking out what is not there, AlreadyExists when the patch
         lies there like this, and OverpaintError for a strength that is not finite or a patch of another base.
         """
-        after = None if strength is None else RecipeEntry(patch_id, checked_number(strength, "a strength"), until)
+        after = None if strength is None else RecipeEntry(patch_id, strength, until)
+        return self.change_patches(
+            name, {patch_id: after}, Note(why, who, digest_before, digest_after), expected=expected
+        )
+
+    def change_patches(
+        self, name: str, wanted: Mapping[str, RecipeEntry | None], note: Note, *, expected: int | None = None
+    ) -> int:
+        """Set patches of a recipe (by full id) to what `wanted` says, or take out those that are None, in one revision.
+
+        All or nothing; returns the number of the revision. Raises as `change_recipe` does.
+        """
+        for patch_id, after in wanted.items():
+            checked_id(patch_id)
+            if after is not None:
+                checked_number(after.strength, "a strength")
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
             refuse_if_moved(recipe, expected)
-            patch = session.get(models.PatchRow, checked_id(patch_id))
-            if patch is None:
-                raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")
-            return change(session, recipe, patch, after, Note(why, who, digest_before, digest_after))
+            return change(session, recipe, wanted, note)
 
     def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
         """Lay patches in the place of others, as those lay, and return the revision that this made.

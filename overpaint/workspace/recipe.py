@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import os
-import pwd
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import (
     Difference,
@@ -27,15 +28,19 @@ if TYPE_CHECKING:
 
 
 TRIES = 20
-"""How often a change is worked out anew when others keep changing the same recipe."""
+"""How often a change is computed again when others keep changing the same recipe."""
+
+
+class LostPatch(OverpaintError):
+    """A patch whose bytes are lost or damaged."""
 
 
 def current_user() -> str:
     """Who runs this program: the name of the user, or the number where it has no name, as in many containers."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
 class Recipe:
@@ -56,27 +61,24 @@ class Recipe:
         return self._workspace.base(self.record.base)
 
     def terms(self) -> list[Term]:
-        """What `compose` takes. Raises WrongBase when a patch was not solved for this base."""
-        return self._terms(dict(self.record.patches))
+        """What `compose` takes. Raises WrongBase when a patch was not solved for this base, LostPatch for lost bytes."""
+        return [self._term(patch_id, strength) for patch_id, strength in self.record.patches]
 
-    def _terms(self, strengths: dict[str, float]) -> list[Term]:
+    def _term(self, patch_id: str, strength: float) -> Term:
         from overpaint.patches.compose import Term
 
-        found = []
-        for patch_id, strength in strengths.items():
-            patch = self._workspace.patch(patch_id)
-            patch.check(self.base)
-            found.append(Term(patch.id, patch.delta, strength))
-        return found
+        patch = self._workspace.patch(patch_id)
+        patch.check(self.base)
+        return Term(patch.id, patch.delta, strength)
 
     def digest(self) -> str:
         """The digest of the composed weights: the base's fingerprint when the recipe is empty."""
-        return self._digest(dict(self.record.patches))
+        return self._composed(dict(self.record.patches))
 
-    def _digest(self, strengths: dict[str, float]) -> str:
+    def _composed(self, strengths: Mapping[str, float]) -> str:
         from overpaint.patches.compose import compose, composition_digest
 
-        return composition_digest(self.base, compose(self.base, self._terms(strengths)))
+        return composition_digest(self.base, compose(self.base, [self._term(*each) for each in strengths.items()]))
 
     # Changing
 
@@ -88,93 +90,218 @@ class Recipe:
         why: str = "",
         who: str = "",
         until: date | Literal["never"] | None = None,
+        exist_ok: bool = False,
     ) -> HistoryRecord:
-        """Lay a patch on, or change the strength of one that is there; returns the line of history.
+        """Add a patch, or change the strength of one that is there; returns the line of history.
 
-        `until` is the day on which it lapses: `due` lists it from then on, and nothing is lifted off by itself. Without
-        one a patch stays for good, or as long as it was to stay before. Raises AlreadyExists when it lies there like this,
-        WrongBase for a patch of another base. Composes first, so that a patch that does not fit is refused before
-        anything is written.
+        A patch is what `solve` returned, or named by its id, the beginning of one, or its concept: the newest patch of that
+        concept for this recipe's base. `until` is the day on which it expires: `due` lists it from then on, and nothing is
+        removed by itself. If omitted, an expiry that is there is kept.
+
+        Raises AlreadyExists when it is there like this (with `exist_ok`, its line is returned), WrongBase for a patch of
+        another base, and CannotFollow when a pipeline cannot take the change. Composes first, so that a patch that does not
+        fit is refused before anything is written.
         """
+        lines = self.add_all([patch], strength, why=why, who=who, until=until, exist_ok=exist_ok)
+        patch_id = self._id(patch, self.record.base)
+        return next(line for line in reversed(lines or self.log()) if line.patch == patch_id)
 
-        def change(held: RecipeRecord) -> int:
-            patch_id = self._meant(patch)
-            before = next((each for each in held.laid if each.patch == patch_id), None)
-            day = before.until if until is None and before is not None else until
-            return self._set(held, patch_id, RecipeEntry(patch_id, strength, None if day == "never" else day), why, who)
+    def add_all(
+        self,
+        patches: Iterable[Solved | PatchRecord | str],
+        strength: float = 1.0,
+        *,
+        why: str = "",
+        who: str = "",
+        until: date | Literal["never"] | None = None,
+        exist_ok: bool = False,
+    ) -> list[HistoryRecord]:
+        """Add several patches in one revision, all or none; see `add`. Returns the revision's lines, one for each patch."""
+        patches = list(patches)
 
-        return self._changed(change)[0]
+        def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
+            entries = {each.patch: each for each in before.laid}
+            changes: dict[str, RecipeEntry | None] = {}
+            for patch in patches:
+                patch_id = self._id(patch, before.base)
+                there = entries.get(patch_id)
+                day = there.until if until is None and there is not None else until
+                entry = RecipeEntry(patch_id, strength, None if day == "never" else day)
+                if not (exist_ok and entry == there):
+                    changes[patch_id] = entry
+            return changes
+
+        return self._change(wanted, why, who)
 
     def remove(self, patch: Solved | PatchRecord | str, *, why: str = "", who: str = "") -> HistoryRecord:
-        """Lift a patch off; the weights are composed anew from the base. Raises NotFound when it is not there."""
-        return self._changed(lambda held: self._set(held, self._meant(patch, on=held), None, why, who))[0]
+        """Remove a patch: the weights are composed again from the base. Returns the line of history.
+
+        A concept's name means the patch of it that is on this recipe. Raises NotFound when it is not there. Needs no bytes
+        of the patch that goes; where those of a patch that stays are lost, the digest of the weights is left open.
+        """
+        return self.remove_all([patch], why=why, who=who)[0]
+
+    def remove_all(
+        self, patches: Iterable[Solved | PatchRecord | str], *, why: str = "", who: str = ""
+    ) -> list[HistoryRecord]:
+        """Remove several patches in one revision, all or none; see `remove`."""
+        patches = list(patches)
+        return self._change(lambda before: dict.fromkeys(self._id_here(each) for each in patches), why, who)
 
     def replace(self, new: Mapping[str, str], *, why: str = "", who: str = "") -> list[HistoryRecord]:
-        """Lay patches in the place of others, as those lie, in one revision; `new` has their ids by the others'.
+        """Replace patches in one revision, keeping strength and expiry; `new` maps old id to new id.
 
-        Raises NotFound for what is not there, AlreadyExists for a patch that would lie here twice, WrongBase.
+        Raises NotFound for what is not there, AlreadyExists for a patch that would be here twice, WrongBase.
         """
 
-        def change(held: RecipeRecord) -> int:
-            before = dict(held.patches)
-            after = {new.get(each, each): strength for each, strength in before.items()}
-            note = Note(why, who or current_user(), self._digest(before), self._digest(after))
-            return self._workspace.registry.exchange_patches(held.name, new, note, expected=held.revision)
+        def commit(before: RecipeRecord, note: Note) -> int:
+            return self._workspace.registry.exchange_patches(self.name, new, note, expected=before.revision)
 
-        return self._changed(change)
+        return self._record(
+            lambda before: {new.get(each, each): strength for each, strength in before.patches}, commit, why, who
+        )
 
     def checkout(self, revision: int | str, *, why: str = "", who: str = "") -> list[HistoryRecord]:
-        """Lay on exactly what lay here at an earlier revision, by number or tag; returns the lines of the new revision.
+        """Hold exactly what an earlier revision held, by number or tag; returns the lines of the new revision.
 
-        The weights are composed anew, and their digest is recorded beside the old one. Raises NotFound for an unknown
-        revision, AlreadyExists when the same lies here now.
+        Raises NotFound for an unknown revision, AlreadyExists when the recipe holds the same now, LostPatch when a patch has
+        to be added whose bytes are lost.
         """
 
-        def change(held: RecipeRecord) -> int:
-            then = self._workspace.registry.recipe(f"{held.name}@{revision}")
-            note = Note(why, who or current_user(), self._digest(dict(held.patches)), self._digest(dict(then.patches)))
-            return self._workspace.registry.checkout_recipe(held.name, then.revision, note, expected=held.revision)
+        def then(before: RecipeRecord) -> RecipeRecord:
+            return self._workspace.registry.recipe(f"{before.name}@{revision}")
 
-        return self._changed(change)
+        def commit(before: RecipeRecord, note: Note) -> int:
+            number = then(before).revision
+            return self._workspace.registry.checkout_recipe(self.name, number, note, expected=before.revision)
 
-    def _changed(self, change: Callable[[RecipeRecord], int]) -> list[HistoryRecord]:
-        """Compose, then record; again from the start when another process changed the recipe in between."""
+        return self._record(lambda before: dict(then(before).patches), commit, why, who)
+
+    def undo(self, *, why: str = "", who: str = "") -> list[HistoryRecord]:
+        """Take the newest change back, as a new revision (so undoing twice brings it back). Raises NotFound without any."""
+        newest = self.record
+        if newest.revision == 0:
+            raise NotFound(f"recipe {self.name!r} was never changed, so there is nothing to undo")
+        return self.checkout(newest.revision - 1, why=why or f"undo of revision {newest.revision}", who=who)
+
+    def _change(
+        self, wanted: Callable[[RecipeRecord], dict[str, RecipeEntry | None]], why: str, who: str
+    ) -> list[HistoryRecord]:
+        changes: dict[str, RecipeEntry | None] = {}
+
+        def after(before: RecipeRecord) -> dict[str, float]:
+            nonlocal changes
+            changes = wanted(before)
+            strengths = {each: strength for each, strength in before.patches if each not in changes}
+            return strengths | {entry.patch: entry.strength for entry in changes.values() if entry is not None}
+
+        def commit(before: RecipeRecord, note: Note) -> int:
+            if not changes:
+                return 0  # of which there are no lines
+            return self._workspace.registry.change_patches(self.name, changes, note, expected=before.revision)
+
+        return self._record(after, commit, why, who)
+
+    def _record(
+        self,
+        after: Callable[[RecipeRecord], Mapping[str, float]],
+        commit: Callable[[RecipeRecord, Note], int],
+        why: str,
+        who: str,
+    ) -> list[HistoryRecord]:
+        """Compose, bring the pipelines along, then record; again from the start when another process was faster."""
         for attempt in range(TRIES):
+            before = self.record
+            strengths = after(before)
+            note = Note(why, who or current_user(), self._digest_of(before), self._digest_after(before, strengths))
             try:
-                revision = change(self.record)
-                return self._workspace.registry.log(self.name, revision=revision)
+                with self._workspace.pipelines.changing(before.name, strengths, self._term):
+                    revision = commit(before, note)
             except StaleRevision:
                 if attempt == TRIES - 1:
                     raise
+            else:
+                return self._workspace.registry.log(self.name, revision=revision)
         raise AssertionError("unreachable")
 
-    def _set(self, held: RecipeRecord, patch_id: str, wanted: RecipeEntry | None, why: str, who: str) -> int:
-        before = dict(held.patches)
-        after = {each: strength for each, strength in before.items() if each != patch_id}
-        if wanted is not None:
-            after[patch_id] = wanted.strength
-        return self._workspace.registry.change_recipe(
-            self.name,
-            patch_id,
-            wanted.strength if wanted else None,
-            until=wanted.until if wanted else None,
-            why=why,
-            who=who or current_user(),
-            digest_before=self._digest(before),
-            digest_after=self._digest(after),
-            expected=held.revision,
-        )
+    def _digest_of(self, record: RecipeRecord) -> str | None:
+        """The digest of a revision as it is recorded, computed where nobody recorded one, None where that is impossible."""
+        if record.digest is not None:
+            return record.digest
+        try:
+            return self._composed(dict(record.patches))
+        except LostPatch:
+            return None
 
-    def _meant(self, patch: Solved | PatchRecord | str, *, on: RecipeRecord | None = None) -> str:
-        """The id of a patch; a concept's name means, on a recipe, the patch of it that lies there."""
+    def _digest_after(self, before: RecipeRecord, strengths: Mapping[str, float]) -> str | None:
+        """The digest of what a change leads to. Lost bytes stand in the way only of a change that adds something."""
+        carried = dict(before.patches)
+        if strengths == carried:
+            return before.digest
+        if not strengths:
+            return self._workspace.registry.base(before.base).fingerprint
+        try:
+            return self._composed(strengths)
+        except LostPatch:
+            if any(carried.get(each) != strength for each, strength in strengths.items()):
+                raise
+            return self._recorded(before, strengths)
+
+    def _recorded(self, before: RecipeRecord, strengths: Mapping[str, float]) -> str | None:
+        """The digest of an earlier revision that held the same, if there was one."""
+        for revision in reversed(range(1, before.revision)):
+            then = self._workspace.registry.recipe(f"{before.name}@{revision}")
+            if dict(then.patches) == strengths and then.digest is not None:
+                return then.digest
+        return None
+
+    def _id(self, patch: Solved | PatchRecord | str, base: str) -> str:
+        """The id of a patch; a concept's name means its newest patch for `base`."""
+        return self._workspace.registry.patch(patch, base=base).id if isinstance(patch, str) else patch.id
+
+    def _id_here(self, patch: Solved | PatchRecord | str) -> str:
+        """The id of a patch; a concept's name means the patch of it that is on this recipe."""
         if not isinstance(patch, str):
             return patch.id
-        registry = self._workspace.registry
-        if on is not None:
-            here = [record.id for record, _ in registry.patches_on(on.name) if record.concept == patch]
-            if len(here) == 1:
-                return here[0]
-        return registry.patch(patch).id
+        records = [record for record, _ in self._workspace.registry.patches_on(self.name)]
+        named = [record.id for record in records if record.concept == patch]
+        begun = [record.id for record in records if len(patch) >= 4 and record.id.startswith(patch.lower())]
+        if len(here := named or begun) == 1:
+            return here[0]
+        return self._workspace.registry.patch(patch).id
+
+    # Pipelines that follow
+
+    def pipeline(self, *, device: str = "auto") -> Any:
+        """A fresh diffusers pipeline of the base with this recipe applied; it follows the recipe, see `apply`."""
+        from overpaint.bases.loading import resolve_device
+
+        return self.apply(self.base.pipeline(device=str(resolve_device(device))))
+
+    def apply(self, pipe: Any) -> Any:
+        """Make a loaded pipeline of this base carry this recipe; returns the pipeline.
+
+        From then on it follows: whatever is added, removed, checked out or undone here, in this process, it carries at
+        once, restored bit for bit when the recipe is empty; `refresh` takes what other processes changed. A revision
+        (NAME@3) is applied as it was and followed by nobody. Not while the pipeline draws, and from one thread at a time.
+
+        Raises BadPipeline or ForeignChange for a pipeline that is not the base's, LostPatch for a patch whose bytes are
+        lost; the pipeline is then as it was.
+        """
+        record = self.record
+        follows = record.name if self._workspace.registry.has_recipe(self.name) else None
+        self._workspace.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._term)
+        return pipe
+
+    def refresh(self) -> None:
+        """Bring the pipelines that follow this recipe to what it holds now, whoever changed it. Raises CannotFollow."""
+        record = self.record
+        with self._workspace.pipelines.changing(record.name, dict(record.patches), self._term):
+            pass
+
+    def release(self, pipe: Any) -> None:
+        """Let go of a pipeline: it follows no recipe any more, and its weights stay as they are."""
+        self._workspace.pipelines.release(pipe)
 
     # Keeping
 
@@ -186,6 +313,7 @@ class Recipe:
     def delete(self, *, why: str = "", who: str = "") -> None:
         """Take this recipe off the lists. Its history stays, and `Workshop.undelete_recipe` brings it back."""
         self._workspace.registry.delete_recipe(self.name, why=why, who=who or current_user())
+        self._workspace.pipelines.release_all(self.name)
 
     def tag(self, tag: str, *, who: str = "") -> TagRecord:
         """Tie a tag to this recipe as it is now: `checkout(tag)` comes back to it. Raises AlreadyExists."""

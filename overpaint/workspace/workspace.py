@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
@@ -13,7 +14,9 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.registry.records import BaseRecord, ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
 from overpaint.registry.registry import Registry
-from overpaint.workspace.recipe import Recipe, current_user
+from overpaint.registry.store import BlobCorrupt, BlobMissing
+from overpaint.workspace.live_pipelines import LivePipelines
+from overpaint.workspace.recipe import LostPatch, Recipe, current_user
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
@@ -39,15 +42,21 @@ if TYPE_CHECKING:
 # Bases of a registry: opened, compared with what was added, their digests remembered beside the database.
 
 
-def add_base(registry: Registry, name: str, source: str | Path) -> tuple[BaseRecord, Base]:
-    """See `Workshop.add_base`."""
-    if any(known.name == name for known in registry.bases()):
-        raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
+def add_base(registry: Registry, name: str, source: str | Path, exist_ok: bool) -> tuple[BaseRecord, Base]:
+    """See `Workspace.add_base`."""
     from overpaint.bases.base import Base
 
+    there = next((each for each in registry.bases() if each.name == name), None)
+    if there is not None and not exist_ok:
+        raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
     base = Base.open(source)
     base.recall_digests(_cache_of(registry, base))
-    record = registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
+    if there is not None and there.fingerprint != base.fingerprint:
+        raise AlreadyExists(
+            f"another base called {name!r} is there already: fingerprint {there.fingerprint[:12]}, and {source} has "
+            f"{base.fingerprint[:12]}; choose another name"
+        )
+    record = there or registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
     base.keep_digests(_cache_of(registry, base))
     return record, base
 
@@ -109,17 +118,18 @@ class Workspace:
         self.registry = registry
         self._bases: dict[str, Base] = {}
         self._patches: dict[str, Patch] = {}
+        self.pipelines = LivePipelines()
 
     # Bases and concepts
 
-    def add_base(self, name: str, source: str | Path) -> BaseRecord:
+    def add_base(self, name: str, source: str | Path, exist_ok: bool = False) -> BaseRecord:
         """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
         with its commit), or `emoji` for the embedded one.
 
-        Raises AlreadyExists for a name that is taken, OverpaintError for a base that is missing, broken or unknown.
+        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base), OverpaintError for a base that
+        is missing, broken or unknown.
         """
-
-        record, self._bases[name] = add_base(self.registry, name, source)
+        record, self._bases[name] = add_base(self.registry, name, source, exist_ok)
         return record
 
     def bases(self) -> list[BaseRecord]:
@@ -292,7 +302,14 @@ class Workspace:
 
         record = self.registry.patch(key)
         if record.id not in self._patches:
-            patch = read_patch(self.registry.blob(record))
+            try:
+                patch = read_patch(self.registry.blob(record))
+            except (BlobMissing, BlobCorrupt) as error:
+                raise LostPatch(
+                    f"the bytes of patch {record.id[:12]} for {record.concept!r} cannot be read ({error}); solve it again "
+                    f"(`overpaint solve {shlex.quote(record.concept)} --base {shlex.quote(record.base)} --again`) or restore "
+                    "a backup; removing it works without them"
+                ) from error
             if patch.id != record.id:
                 raise OverpaintError(
                     f"the stored file of patch {record.id[:12]} is that of {patch.id[:12]}; solve it again"
@@ -326,6 +343,24 @@ class Workspace:
         if base is not None:
             self.registry.ensure_recipe(name, base)
         return Recipe(self, name)
+
+    def create_recipe(self, name: str, *, base: str | None = None, exist_ok: bool = False) -> Recipe:
+        """Make an empty recipe on `base`, which may be left out where there is one.
+
+        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by a recipe on another base), NotFound for an
+        unknown base, OverpaintError when the base is not clear.
+        """
+        wanted = base or self._only_base()
+        (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
+        return Recipe(self, name)
+
+    def _only_base(self) -> str:
+        names = [record.name for record in self.registry.bases()]
+        if len(names) != 1:
+            raise OverpaintError(
+                f"say on which base, as base=NAME (known: {', '.join(names) or 'none; add one first'})"
+            )
+        return names[0]
 
     def recipes(self) -> list[RecipeRecord]:
         """All recipes of the registry."""
@@ -501,8 +536,8 @@ class Workspace:
     # Using
 
     def pipeline(self, recipe: str = "default", *, device: str = "auto") -> Any:
-        """A `StableDiffusionPipeline` with the recipe applied."""
-        return self.live(recipe, device=device)[0]
+        """A diffusers pipeline with a recipe applied, which follows the recipe: see `Recipe.apply`."""
+        return self.known_recipe(recipe).pipeline(device=device)
 
     def live(self, recipe: str, *, device: str = "auto") -> tuple[Any, Overlay]:
         """A pipeline and the overlay that changes what lies on it."""

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,19 +24,32 @@ def workspace(tmp_path: Path, base_folder: Path) -> Workspace:
     return workspace
 
 
-def test_the_example_of_the_readme(workspace: Workspace) -> None:
-    patch = workspace.solve("cat", base="tiny", solver="separable")
-    assert len(patch.id) == 64
-    assert patch.nbytes < 16 << 10
-    recipe = workspace.recipe("default")
-    recipe.add(patch, strength=1.0)
-    touched = workspace.pipeline("default", device="cpu")
-    plain = workspace.base("tiny").pipeline()
-    recipe.remove(patch)
-    restored = workspace.pipeline("default", device="cpu")
-    weights = [dict(p.unet.state_dict()) for p in (touched, plain, restored)]
-    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[1])
-    assert all(torch.equal(weights[2][k], weights[1][k]) for k in weights[1])
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    """Copies of all weights of a pipeline."""
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{name}/{key}": value.clone() for name, part in models.items() for key, value in part.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the tensors that are not the same, bit for bit."""
+    assert before.keys() == after.keys()
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def test_the_python_block_of_the_readme_does_what_it_says_also_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    block = readme.split("```python\n")[1].split("```")[0]
+    steps, last = block[: block.index("recipe.remove")], block[block.index("recipe.remove") :]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        names: dict[str, Any] = {}
+        exec(steps, names)
+        plain = weights(names["reg"].base("emoji").pipeline())
+        assert changed(weights(names["pipe"]), plain), "the pipeline carries the patch"
+        exec(last, names)
+        assert changed(weights(names["pipe"]), plain) == [], "every tensor is the base's again"
 
 
 def test_restore_is_shown_by_digests(workspace: Workspace) -> None:
@@ -159,7 +173,7 @@ def test_a_change_by_somebody_else_in_between_is_taken_into_account(
     """The digests in the history are those of what the recipe really held."""
     recipe = workspace.recipe("safe")
     cat, dog = (workspace.solve(name, base="tiny") for name in ("cat", "dog"))
-    real = recipe._digest
+    real = recipe._composed
     once: list[int] = []
 
     def interrupted(strengths: dict[str, float]) -> str:
@@ -168,7 +182,7 @@ def test_a_change_by_somebody_else_in_between_is_taken_into_account(
             workspace.recipe("safe").add(dog)
         return real(strengths)
 
-    monkeypatch.setattr(recipe, "_digest", interrupted)
+    monkeypatch.setattr(recipe, "_composed", interrupted)
     line = recipe.add(cat)
     first, second = recipe.log()
     assert (first.concept, second.concept) == ("dog", "cat")
