@@ -229,7 +229,7 @@ class Solver(ABC):
         # Here rather than in each: what a solver finds must not depend on its caller's PyTorch settings.
         super().__init_subclass__(**keywords)
         if "solve" in cls.__dict__:
-            cls.solve = own_torch_settings()(cls.__dict__["solve"])
+            cls.solve = own_torch_settings()(cls.__dict__["solve"])  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         check(self)
