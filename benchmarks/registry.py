@@ -32,7 +32,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.core.names import checked_json
 from overpaint.registry import Registry, models, queries
-from overpaint.registry.database import connect
+from overpaint.registry.schema import connect
 
 SMALL = 1000
 RARE = "quagga"

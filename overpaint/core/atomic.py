@@ -11,22 +11,61 @@ import errno
 import os
 import secrets
 import shutil
+import sqlite3
+import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from overpaint.core.errors import AlreadyExists, OverpaintError
 
-# What survives a power cut.
-
 
 def sync(path: Path) -> None:
     """Return when the content of a file, or the names in a folder, are on the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder, and writes names through by itself
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents so that they survive a power cut, shared as `share` says. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    share(folder)
+    sync(folder.parent)
+
+
+def share(path: Path) -> None:
+    """Let the group use a new file or folder, whatever the umask, if the folder around it is a group's (setgid, writable)."""
+    around, mode = path.parent.stat().st_mode, path.stat().st_mode
+    if around & stat.S_ISGID and around & stat.S_IWGRP:
+        path.chmod(stat.S_IMODE(mode) | (0o070 if stat.S_ISDIR(mode) else 0o060))
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock whose file is `path`; it dies with its holder, so it is never stale. Raises TimeoutError, sqlite3.Error.
+
+    By SQLite, because that locks a file on every system, which no module of the standard library does.
+    """
+    new = not path.exists()
+    with closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise TimeoutError(f"{path} is locked") from error
+            raise
+        if new:
+            share(path)
+        yield
 
 
 _HERE = -100
@@ -90,7 +129,7 @@ def move_new(source: Path, target: Path) -> None:
 
 def _rename_no_replace(source: Path, target: Path) -> bool:
     """Linux's `renameat2` with RENAME_NOREPLACE; False where the system or the file system lacks it."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
     if rename(_HERE, os.fsencode(source), _HERE, os.fsencode(target), _NO_REPLACE) == 0:
@@ -107,6 +146,7 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
         _make_folders(folder.parent, made)
         folder.mkdir()
         made.append(folder)
+        share(folder)
 
 
 def _sync_tree(path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from overpaint.core.errors import NotFound, OverpaintError
@@ -25,6 +26,14 @@ def checked_name(name: str, what: str) -> str:
     if not composed.strip():
         raise OverpaintError(f"a {what} needs a name; got an empty one")
     return _checked(composed, f"the name of a {what}", LONGEST_NAME)
+
+
+def typed_path(text: str | Path) -> Path:
+    """The absolute path that somebody means, "~" and "~name" being home folders. Raises OverpaintError for no home."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise OverpaintError(f"{text} names a home folder that is not known; write the whole path") from error
 
 
 def checked_tag(tag: str) -> str:

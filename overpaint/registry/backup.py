@@ -11,9 +11,15 @@ from pathlib import Path
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, schema
-from overpaint.registry.database import Database, SqliteDatabase, copy_database, database_at, free_name
+from overpaint.registry.database import (
+    Database,
+    RegistryVersionError,
+    SqliteDatabase,
+    copy_database,
+    database_at,
+    free_name,
+)
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
-from overpaint.registry.schema import RegistryVersionError
 
 SIDECARS = ("-wal", "-shm", "-journal")
 

@@ -1,15 +1,14 @@
-"""A registry's database on a PostgreSQL server, for registries that several machines share."""
+"""The database of a registry, a SQLite file or on a PostgreSQL server: which one a location means, and sessions on it."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import re
 import sqlite3
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,27 +17,21 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from overpaint.core.atomic import sync
+from overpaint.core.atomic import locked, make_folder, share, sync
 from overpaint.core.errors import OverpaintError
-from overpaint.registry import schema
+from overpaint.core.names import typed_path
+from overpaint.registry import models
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
-
-# The database of a registry: which one a location means, and the sessions there are on it.
-
 
 BUSY_SECONDS = 20
 """How long a writer waits for another."""
 
 
-def connect(location: str | Path, *, create: bool) -> Database:
-    """The database at `location`, of the schema this program knows; made if `create` and nothing is there.
+REVISION = text("SELECT version_num FROM alembic_version")
 
-    Raises NotFound if nothing is there, RegistryVersionError if its schema is older or newer, and OverpaintError if the
-    location cannot hold a registry.
-    """
-    database = database_at(location)
-    schema.prepare(database, create=create)
-    return database
+
+class RegistryVersionError(OverpaintError):
+    """A registry whose schema is older or newer than this program."""
 
 
 def database_at(location: str | Path) -> Database:
@@ -78,7 +71,12 @@ class Database(ABC):
         Raises RegistryVersionError if another program has upgraded the registry since it was opened.
         """
         with plain_database_errors(self.where), Session(self._writer) as session, session.begin():
-            schema.require_head(self, session)
+            revision = session.scalar(REVISION)
+            if revision != models.HEAD:
+                raise RegistryVersionError(
+                    f"the registry {self.where} was brought to schema {revision} while this program, which knows "
+                    f"{models.HEAD}, had it open; nothing was written. Upgrade the program: `pip install --upgrade overpaint`"
+                )
             yield session
 
     @contextmanager
@@ -108,9 +106,6 @@ class Database(ABC):
         """A table with a row that refers to nothing, if migrations could have left one."""
 
 
-# A registry's database as one SQLite file.
-
-
 FILE_NAME = "registry.db"
 SQLITE = "sqlite:///"
 LOCK_SECONDS = 20.0
@@ -122,14 +117,14 @@ def locate(location: str | Path) -> Path:
     text = str(location)
     if text.startswith("sqlite:"):
         return _file(text.removeprefix(SQLITE))
-    folder = Path(location).absolute()
+    folder = typed_path(location)
     if folder.is_file():
         raise OverpaintError(f"{folder} is a file, and a registry is a folder; name a folder, or {SQLITE}{folder}")
     return folder / FILE_NAME
 
 
 def _file(text: str) -> Path:
-    path = Path(text).absolute()
+    path = typed_path(text)
     if text in ("", ":memory:") or path.is_dir() or text.startswith("sqlite:"):
         raise OverpaintError(f"{SQLITE}{text} names no database file; write {SQLITE}path/to/{FILE_NAME}")
     return path
@@ -143,11 +138,12 @@ class SqliteDatabase(Database):
         super().__init__(
             str(path),
             path.parent,
-            _engine(path, "BEGIN", _prepare_reader),
+            _engine("BEGIN", lambda: _open_reader(path)),
             # A transaction that reads first and writes later fails at once if another process wrote in between, whatever
             # the timeout; one that takes the write lock at its beginning waits its turn.
-            _engine(path, "BEGIN IMMEDIATE", _prepare_writer),
-            _engine(path, "BEGIN IMMEDIATE", _prepare_migrator),
+            _engine("BEGIN IMMEDIATE", lambda: _open_writer(path, foreign_keys=True)),
+            # Migrations copy and drop tables that others refer to.
+            _engine("BEGIN IMMEDIATE", lambda: _open_writer(path, foreign_keys=False)),
         )
 
     def exists(self) -> bool:
@@ -156,22 +152,20 @@ class SqliteDatabase(Database):
 
     def make_room(self) -> None:
         with plain_disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """By a lock on a neighbouring file, which dies with its holder and so is never stale."""
         lock = self.path.with_name(self.path.name + ".lock")
-        with plain_disk_errors(self.folder):
-            file = lock.open("ab")
-        with file:
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _locked(file.fileno()):
-                if time.monotonic() > deadline:
+        with ExitStack() as held:
+            with plain_database_errors(str(lock)):
+                try:
+                    held.enter_context(locked(lock, LOCK_SECONDS))
+                except TimeoutError as error:
                     raise OverpaintError(
                         f"another process is making or upgrading {self.path} (it holds {lock}); wait for it to end"
-                    )
-                time.sleep(0.05)
+                    ) from error
             yield
 
     def back_up(self, revision: str) -> None:
@@ -225,50 +219,100 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _engine(path: Path, begin: str, prepare: Callable[[sqlite3.Connection, Path], None]) -> Engine:
-    # isolation_level=None stops the sqlite3 module from beginning transactions by itself; the handler below does it.
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)),
-        poolclass=NullPool,
-        connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},
-    )
-
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: sqlite3.Connection, _record: object) -> None:
-        prepare(connection, path)
+def _engine(begin: str, connect: Callable[[], sqlite3.Connection]) -> Engine:
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
 
     @event.listens_for(engine, "begin")
     def on_begin(connection: Connection) -> None:
         connection.exec_driver_sql(begin)
 
+    @event.listens_for(engine, "commit")
+    def on_commit(connection: Connection) -> None:
+        reader = connection.connection.dbapi_connection
+        if isinstance(reader, _Connection):
+            reader.refuse_if_changed()
+
     return engine
 
 
-def _prepare_reader(connection: sqlite3.Connection, path: Path) -> None:
-    """Readers leave the file as it is, its journal mode too: it may turn out not to be ours."""
+class _Connection(sqlite3.Connection):
+    """A connection that may do without locks on a file that nobody is writing, and notices when somebody did."""
+
+    unlocked: tuple[Path, tuple[int, int, int]] | None = None
+
+    def refuse_if_changed(self) -> None:
+        if self.unlocked and _stamp(self.unlocked[0]) != self.unlocked[1]:
+            raise OverpaintError(f"the registry {self.unlocked[0]} was changed while it was being read; run this again")
+
+
+def _connect(path: Path, options: str = "") -> _Connection:
+    # isolation_level=None stops the sqlite3 module from beginning transactions by itself; `_engine` does it.
+    return sqlite3.connect(
+        f"{path.as_uri()}{options}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
+    )
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _open_reader(path: Path) -> sqlite3.Connection:
+    """A connection that leaves the database as it is, its journal mode too: it may turn out not to be ours.
+
+    Who may not write the database makes no files beside it either: SQLite would leave a log that the owner cannot write.
+    """
+    if all(os.access(each, os.W_OK) for each in (path, path.parent)):
+        connection = _connect(path)
+        try:
+            connection.execute(
+                "PRAGMA schema_version"
+            )  # opens the log and its index, for which the disk may be too full
+            return _reading_only(connection)
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if not any(known in str(error) for known in ("disk I/O error", "is full", "unable to open")):
+                raise
+    log = path.with_name(path.name + "-wal")
+    with plain_disk_errors(path):
+        if log.exists() and log.stat().st_size:
+            return _reading_only(_connect(path, "?mode=ro&readonly_shm=1"))
+        # All there is stands in the file itself. Without locks no index of the log is needed, which takes 32 KB of disk.
+        reader = _connect(path, "?mode=ro&immutable=1")
+        reader.unlocked = path, _stamp(path)
+    return _reading_only(reader)
+
+
+def _reading_only(connection: sqlite3.Connection) -> sqlite3.Connection:
     connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def _open_writer(path: Path, *, foreign_keys: bool) -> sqlite3.Connection:
+    """A connection that may change the database, which is made if it is not there. The log has the file's own mode."""
+    with plain_disk_errors(path.parent):
+        if not path.exists():
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+                share(path)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    connection = _connect(path)
+    try:
+        _prepare_writer(connection, path)
+        connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _prepare_writer(connection: sqlite3.Connection, path: Path) -> None:
-    _require_wal(connection, path)
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _prepare_migrator(connection: sqlite3.Connection, path: Path) -> None:
-    """Foreign keys are off, because migrations copy and drop tables that others refer to."""
-    _require_wal(connection, path)
-    connection.execute("PRAGMA foreign_keys = OFF")
-
-
-def _require_wal(connection: sqlite3.Connection, path: Path) -> None:
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise OverpaintError(
@@ -311,7 +355,7 @@ def postgres_at(location: str) -> PostgresDatabase:
             "write postgresql://host/database?blobs=/shared/folder"
         )
     server = url.set(drivername="postgresql+psycopg").difference_update_query(["blobs"])
-    return PostgresDatabase(server, Path(blobs).absolute())
+    return PostgresDatabase(server, typed_path(blobs))
 
 
 class PostgresDatabase(Database):
@@ -331,7 +375,7 @@ class PostgresDatabase(Database):
 
     def make_room(self) -> None:
         with plain_disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         with plain_database_errors(self.where), self._plain.connect() as connection:
             encoding = connection.scalar(text("SHOW server_encoding"))
         if encoding != "UTF8":

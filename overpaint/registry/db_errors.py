@@ -18,6 +18,10 @@ BUSY = "the registry {path} is busy: another process has been writing for 20 sec
 CANNOT_OPEN = "cannot open {path}; check that its folder exists and that this user may write there"
 NOT_A_DATABASE = "{path} is not a SQLite database; name another registry, or move this file away"
 DAMAGED = "the database {path} is damaged; keep a copy of it, then put back a backup (`registry.db.before-*` beside it)"
+IO_ERROR = (
+    "the disk that holds {path} is full or failing ({reason}); free some space, or check the disk, and run this again. "
+    "Nothing was changed"
+)
 NO_SUCH_DATABASE = "there is no database {path}; make it with `createdb --encoding UTF8`, or name another registry"
 NOT_LET_IN = "the server does not let this user into {path}; check the user and the password in the URL"
 CANNOT_REACH = "cannot reach {path}; check that the server runs and lets this machine in ({reason})"
@@ -32,6 +36,7 @@ OF_DISK = {
 # By SQLite's fixed messages, because Python 3.10 does not tell the error codes.
 OF_SQLITE = {
     "database or disk is full": FULL,
+    "disk I/O error": IO_ERROR,
     "attempt to write a readonly database": READ_ONLY,
     "database is locked": BUSY,
     "unable to open database file": CANNOT_OPEN,

@@ -26,7 +26,7 @@ from overpaint.core.names import (
     quoted,
 )
 from overpaint.registry import models, queries, schema
-from overpaint.registry.database import Database, connect, database_at
+from overpaint.registry.database import Database, database_at
 from overpaint.registry.history import (
     MergeOutcome,
     Note,
@@ -470,7 +470,7 @@ class Registry:
         Made if nothing is there and `create` allows. Raises NotFound if there is none, RegistryVersionError if its schema
         is older or newer than this program's, and OverpaintError if no registry can be there.
         """
-        return cls(connect(location, create=create))
+        return cls(schema.connect(location, create=create))
 
     @staticmethod
     def upgrade(location: str | Path) -> str:

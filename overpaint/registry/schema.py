@@ -5,31 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, inspect
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import models
+from overpaint.registry.database import REVISION, Database, RegistryVersionError, database_at
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-    from overpaint.registry.database import Database
-
-
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
-REVISION = text("SELECT version_num FROM alembic_version")
 
 
-class RegistryVersionError(OverpaintError):
-    """A registry whose schema is older or newer than this program."""
+def connect(location: str | Path, *, create: bool) -> Database:
+    """The database at `location`, of the schema this program knows; made if `create` and nothing is there.
 
-
-def prepare(database: Database, *, create: bool) -> None:
-    """See that `database` has the schema of HEAD; make it if nothing is there and `create` allows.
-
-    Raises NotFound, RegistryVersionError, or OverpaintError for a file that is not a registry or cannot become one.
+    Raises NotFound if nothing is there, RegistryVersionError if its schema is older or newer, and OverpaintError for a
+    database that is not a registry's, or a location that cannot hold one.
     """
+    database = database_at(location)
     revision = current(database)
     if revision is None and create:
         revision = _create(database)
@@ -37,6 +31,7 @@ def prepare(database: Database, *, create: bool) -> None:
         raise _nothing_at(database)
     if revision != models.HEAD:
         raise _wrong_version(database, revision)
+    return database
 
 
 def current(database: Database) -> str | None:
@@ -51,16 +46,6 @@ def current(database: Database) -> str | None:
             raise OverpaintError(f"{database.where} is a database but not an Overpaint registry; name another")
         revision: str | None = session.scalar(REVISION)
         return revision
-
-
-def require_head(database: Database, session: Session) -> None:
-    """Raise RegistryVersionError if `database` is no longer of the schema that it had when it was opened."""
-    revision = session.scalar(REVISION)
-    if revision != models.HEAD:
-        raise RegistryVersionError(
-            f"the registry {database.where} was brought to schema {revision} while this program, which knows "
-            f"{models.HEAD}, had it open; nothing was written. Upgrade the program: `pip install --upgrade overpaint`"
-        )
 
 
 def upgrade(database: Database) -> str:

@@ -17,7 +17,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry, models
 from overpaint.registry.backup import BadBackup, backup, restore
-from overpaint.registry.schema import RegistryVersionError
+from overpaint.registry.database import RegistryVersionError
 
 from .patch_maker import keep, patch_file
 

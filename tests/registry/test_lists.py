@@ -13,7 +13,7 @@ from sqlalchemy import Engine, event, insert
 
 from overpaint.core.errors import NotFound
 from overpaint.registry import Registry, models
-from overpaint.registry.database import connect
+from overpaint.registry.schema import connect
 
 from .shelf import add_patch, digest_of, lay, stock
 

@@ -11,7 +11,8 @@ from sqlalchemy import text
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry, database, schema
-from overpaint.registry.database import connect, database_at
+from overpaint.registry.database import database_at
+from overpaint.registry.schema import connect
 
 from .postgres_server import GUEST, PASSWORD, Server
 from .shelf import add_patch, stock

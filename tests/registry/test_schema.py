@@ -20,8 +20,8 @@ from sqlalchemy.exc import IntegrityError
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry, database, models, schema
-from overpaint.registry.database import connect, database_at
-from overpaint.registry.schema import RegistryVersionError
+from overpaint.registry.database import RegistryVersionError, database_at
+from overpaint.registry.schema import connect
 
 from .shelf import stock
 

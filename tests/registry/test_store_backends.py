@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.store import BlobStore, Files, open_files, open_store, place_store
-from overpaint.registry.store.files import FolderFiles, MemoryFiles
+from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.remote import RemoteFiles, Unreachable
 
 from .shelf import add_patch
@@ -34,7 +35,7 @@ class TestFileUrl(StoreContract):
 class TestMemory(StoreContract):
     @pytest.fixture
     def files(self) -> Files:
-        return MemoryFiles()
+        return open_files(f"memory://{uuid4()}")
 
 
 class TestFsspecMemory(StoreContract):

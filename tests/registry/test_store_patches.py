@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from overpaint.core.digests import canonical_json as canonical_json_of_bases
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch, read_patch
 from overpaint.registry import Registry
-from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore, PatchFiles
-from overpaint.registry.store.files import MemoryFiles
+from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore, PatchFiles, open_files
 from overpaint.registry.store.patch_files import BadManifest, embedded_manifest, read_manifest, split
 
 from .patch_maker import id_of, keep, numbers, patch_file
@@ -29,7 +29,7 @@ from .shelf import add_patch
 
 @pytest.fixture
 def files() -> PatchFiles:
-    return PatchFiles(BlobStore(MemoryFiles()))
+    return PatchFiles(BlobStore(open_files(f"memory://{uuid4()}")))
 
 
 def digest(file: bytes) -> str:
@@ -54,7 +54,7 @@ def test_a_patch_file_comes_back_byte_for_byte(files: PatchFiles) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_any_names_and_shapes_come_back(shapes: dict[str, list[int]]) -> None:
-    files = PatchFiles(BlobStore(MemoryFiles()))
+    files = PatchFiles(BlobStore(open_files(f"memory://{uuid4()}")))
     file = patch_file("any", {name: numbers(name, *shape) for name, shape in shapes.items()})
     files.put(id_of(file), file)
     assert files.get(id_of(file), digest(file)) == file

@@ -17,9 +17,8 @@ from sqlalchemy import select
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry, models, queries, schema
-from overpaint.registry.database import database_at
+from overpaint.registry.database import RegistryVersionError, database_at
 from overpaint.registry.records import RecipeEntry
-from overpaint.registry.schema import RegistryVersionError
 
 from .freeze import LABELS
 from .old import REVISIONS, dump, thaw

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from overpaint.registry import Registry, database, models
-from overpaint.registry.database import connect
+from overpaint.registry.schema import connect
 from overpaint.registry.store import BlobStore
 
 from .shelf import add_patch, lay

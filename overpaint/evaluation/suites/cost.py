@@ -6,7 +6,6 @@ solved once more in a process of its own; what is counted is how far that proces
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement
 from overpaint.patches.compose import compose
@@ -96,4 +96,10 @@ def _peak() -> float:
         # What getrusage says on Linux begins with the memory of the process that started this one.
         (line,) = (line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM"))
         return float(line.split()[1]) / 1e3
+    try:
+        import resource
+    except ImportError as error:
+        raise OverpaintError(
+            "the memory of a process is not measured on this system; run the suite `cost` on Linux"
+        ) from error
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from overpaint.registry.store.blobs import DIGEST, Blob, BlobCorrupt, BlobMissing, BlobStore, open_store, place_store
-from overpaint.registry.store.files import BadFile, FileInfo, Files, open_files
+from overpaint.registry.store.blobs import (
+    DIGEST,
+    Blob,
+    BlobCorrupt,
+    BlobMissing,
+    BlobStore,
+    open_files,
+    open_store,
+    place_store,
+)
+from overpaint.registry.store.files import BadFile, FileInfo, Files
 from overpaint.registry.store.patch_files import PatchFiles
 
 __all__ = [

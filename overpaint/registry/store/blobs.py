@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.registry.store.files import FileInfo, Files, open_files
+from overpaint.core.names import typed_path
+from overpaint.registry.store.files import FileInfo, Files, FolderFiles
+from overpaint.registry.store.remote import RemoteFiles
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SHARDS = "blobs/sha256"
 QUARANTINE = "quarantine"
 ELSEWHERE = "blobs.url"
 """A file with a URL in a registry's folder: its blobs are kept there."""
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class BlobMissing(NotFound):
@@ -38,6 +43,15 @@ class Blob:
     digest: str
     nbytes: int
     modified: float
+
+
+def open_files(location: str | Path) -> Files:
+    """The files at a folder, a `file://` URL, or any other URL that `fsspec` knows.
+
+    Raises OverpaintError for a URL of an unknown kind, or one whose package is not installed.
+    """
+    text = str(location).removeprefix("file://")
+    return RemoteFiles(text) if isinstance(location, str) and URL.match(text) else FolderFiles(typed_path(text))
 
 
 def open_store(folder: Path) -> BlobStore:

@@ -1,31 +1,24 @@
-"""Files in the memory of this process: for tests, and for trying things out."""
+"""What a store of blobs needs from a place that keeps files: whole files by name, durable when a write returns.
+
+A place is a local folder, or anything that `fsspec` can reach. Names are relative, with "/" between their parts, and are
+made by this program from digests, never from what people type.
+"""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import re
 import secrets
 import stat
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from overpaint.core.atomic import sync
+from overpaint.core.atomic import locked, make_folder, sync
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.db_errors import plain_disk_errors
-
-# What a store of blobs needs from a place that keeps files: whole files by name, durable when a write returns.
-#
-# A place is a local folder, the memory of this process, or anything that `fsspec` can reach. Names are relative, with "/"
-# between their parts, and are made by this program from digests, never from what people type.
-
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 
 
 class BadFile(OverpaintError):
@@ -84,22 +77,6 @@ class Files(ABC):
         """Remove a file; one that is gone already is no error."""
 
 
-def open_files(location: str | Path) -> Files:
-    """The files at a folder, a `file://` URL, or any other URL that `fsspec` knows.
-
-    Raises OverpaintError for a URL of an unknown kind, or one whose package is not installed.
-    """
-
-    text = str(location)
-    if text.startswith("file://"):
-        return FolderFiles(Path(text.removeprefix("file://")))
-    if isinstance(location, str) and URL.match(text):
-        from overpaint.registry.store.remote import RemoteFiles
-
-        return RemoteFiles(text)
-    return FolderFiles(Path(location))
-
-
 def checked_parts(name: str) -> list[str]:
     """The parts of a name. Raises BadFile for one that could lead out of its folder."""
     parts = name.split("/")
@@ -113,14 +90,15 @@ def too_long(what: str, nbytes: int, limit: int) -> BadFile:
     return BadFile(f"{what} has {nbytes} bytes, and at most {limit} belong there; it was not read")
 
 
-# Files in a local folder: a temporary neighbour, a byte count, both made durable, then a rename.
-
-
 TEMPORARY = ".tmp-"
+LOCK, LOCK_SECONDS = ".lock", 600.0
 
 
 class FolderFiles(Files):
-    """The files below a folder, which is made when something is written."""
+    """The files below a folder, which is made when something is written.
+
+    Written as a temporary neighbour; its content and length are made durable, then it is renamed.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
@@ -143,14 +121,18 @@ class FolderFiles(Files):
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None:
         path = self._path(name)
         with plain_disk_errors(self.root):
-            _make_folder(path.parent)
-            with _temporary(path.parent) as (descriptor, temporary):
-                _write_all(descriptor, chunks)
+            make_folder(path.parent)
+            temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+            try:
+                _write_durably(temporary, chunks)
+                inode = temporary.stat().st_ino
                 if final:
-                    os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~0o222)
-                os.fsync(descriptor)
+                    temporary.chmod(stat.S_IMODE(temporary.stat().st_mode) & ~0o222)
                 os.replace(temporary, path)
-                inode = os.fstat(descriptor).st_ino
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
             sync(path.parent)
         self._durable[name] = inode
 
@@ -192,22 +174,18 @@ class FolderFiles(Files):
     def move(self, name: str, to: str) -> None:
         target = self._path(to)
         with plain_disk_errors(self.root):
-            _make_folder(target.parent)
+            make_folder(target.parent)
             os.replace(self._path(name), target)
             sync(target.parent)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """By a lock on the folder itself, which dies with its holder and leaves nothing behind."""
-        with plain_disk_errors(self.root):
-            _make_folder(self.root)
-            descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            with plain_disk_errors(self.root):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        """By a lock on a file in the folder, which dies with its holder."""
+        with ExitStack() as held:
+            with plain_disk_errors(self.root), plain_database_errors(self.root):
+                make_folder(self.root)
+                held.enter_context(locked(self.root / LOCK, LOCK_SECONDS))
             yield True
-        finally:
-            os.close(descriptor)
 
     def remove(self, name: str) -> None:
         with plain_disk_errors(self.root), suppress(FileNotFoundError):
@@ -217,10 +195,14 @@ class FolderFiles(Files):
         return self.root.joinpath(*checked_parts(name))
 
 
+# Not every system has all of these.
+OPEN_PLAIN = sum(getattr(os, flag, 0) for flag in ("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
 def _open_plain(path: Path) -> int:
     """A descriptor of a plain file: following a link, or waiting at a pipe, is what a hostile folder would like."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, OPEN_PLAIN)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadFile(f"{path} is a symbolic link, and a plain file belongs there; put the file itself") from error
@@ -231,84 +213,16 @@ def _open_plain(path: Path) -> int:
     return descriptor
 
 
-def _make_folder(folder: Path) -> None:
-    """Create `folder` and its parents so that they, too, survive a power cut."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync(folder.parent)
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[int, Path]]:
-    """An open file of a random name, of the mode the umask allows; closed afterwards, and removed if the block fails."""
-    path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor, path
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
+def _write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Make a file of the mode that the umask allows, and return when it is on the disk. Raises OSError if one is there."""
     given = 0
-    for chunk in chunks:
-        rest = memoryview(chunk).cast("B")
-        given += len(rest)
-        while rest:  # one call writes at most 2 GiB
-            rest = rest[os.write(descriptor, rest) :]
-    written = os.fstat(descriptor).st_size
+    with path.open("xb", buffering=0) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            given += len(rest)
+            while rest:  # one call writes at most 2 GiB
+                rest = rest[os.write(file.fileno(), rest) :]
+        os.fsync(file.fileno())
+    written = path.stat().st_size
     if written != given:
         raise OSError(f"{written} bytes arrived on the disk instead of {given}")
-
-
-class MemoryFiles(Files):
-    """Files that are gone when the object is."""
-
-    where = "memory"
-
-    def __init__(self) -> None:
-        self._content: dict[str, tuple[bytes, float]] = {}
-
-    def read(self, name: str, *, limit: int | None = None) -> bytes | None:
-        data, _ = self._content.get(_checked(name), (None, 0.0))
-        if data is not None and limit is not None and len(data) > limit:
-            raise too_long(name, len(data), limit)
-        return data
-
-    def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None:
-        self._content[_checked(name)] = b"".join(chunks), time.time()
-
-    def info(self, name: str) -> FileInfo | None:
-        if _checked(name) not in self._content:
-            return None
-        data, modified = self._content[name]
-        return FileInfo(name, len(data), modified)
-
-    def refresh(self, name: str) -> bool:
-        if _checked(name) not in self._content:
-            return False
-        self._content[name] = self._content[name][0], time.time()
-        return True
-
-    def walk(self, folder: str) -> Iterator[FileInfo]:
-        below = f"{_checked(folder)}/"
-        for name, (data, modified) in list(self._content.items()):
-            if name.startswith(below):
-                yield FileInfo(name, len(data), modified)
-
-    def move(self, name: str, to: str) -> None:
-        self._content[_checked(to)] = self._content.pop(_checked(name))
-
-    def remove(self, name: str) -> None:
-        self._content.pop(_checked(name), None)
-
-
-def _checked(name: str) -> str:
-    checked_parts(name)
-    return name
