@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -26,8 +27,8 @@ from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.key_mapping import SingleFile
 from overpaint.bases.layout import Layout, TextInput
 from overpaint.bases.loading import own_torch_settings, quiet_loading
-from overpaint.bases.safetensors_file import SafetensorsFile
-from overpaint.core.digests import combined_digest
+from overpaint.bases.safetensors_file import SafetensorsFile, file_stamp
+from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import NotFound
 
 __all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
@@ -116,15 +117,27 @@ class Base:
         """By what this base is opened again: its path, its id on the Hub with the commit, or `emoji`."""
         return "emoji" if self.path == EMBEDDED else str(self.hub or self.path)
 
-    def _stamp(self) -> list[list[str | int]]:
-        """What changes when a weight file does: its path, size and time of change."""
-        return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.containers)]
+    def check_digests(self, names: Iterable[str]) -> None:
+        """Hash tensors anew, whatever is known of them. Raises BrokenBase for one that is not what its digest says."""
+        known = self.digests(names)
+        found = digests_of({name: self.places[name] for name in known}, self.containers)
+        if changed := [name for name in known if found[name] != known[name]]:
+            raise BrokenBase(
+                f"{self.places[changed[0]].file} changed since the base was fingerprinted ({changed[0]} is another); "
+                "open the base again"
+            )
+
+    def _stamps(self) -> list[list[str | int]]:
+        """What changes when a weight file does, as the files were when they were opened."""
+        return [[str(file), *self.containers[file].stamp] for file in sorted(self.containers)]
 
     def keep_digests(self, cache: Path) -> None:
         """Write the digests known so far to a file that `recall_digests` reads while the weight files are the same."""
-        text = json.dumps({"stamp": self._stamp(), "digests": self._digests})
+        content = {"stamp": self._stamps(), "digests": self._digests}
+        text = json.dumps({**content, "check": _check(content)})
         try:
-            if cache.is_file() and cache.read_text("utf-8") == text:
+            same = all(file_stamp(file.stat()) == container.stamp for file, container in self.containers.items())
+            if not same or (cache.is_file() and cache.read_text("utf-8") == text):
                 return
             cache.parent.mkdir(parents=True, exist_ok=True)
             scratch = cache.with_name(f"{cache.name}.{os.getpid()}")
@@ -134,13 +147,18 @@ class Base:
             pass  # only time is lost: the digests are computed again
 
     def recall_digests(self, cache: Path) -> None:
-        """Take digests from a file that `keep_digests` wrote, unless a weight file changed since."""
+        """Take digests from a file that `keep_digests` wrote, unless it is damaged or a weight file changed since."""
         try:
             kept = json.loads(cache.read_text("utf-8"))
-        except (OSError, ValueError):
+            check = kept.pop("check")
+            if (
+                check == _check(kept)
+                and kept["stamp"] == self._stamps()
+                and kept["digests"].keys() <= self.places.keys()
+            ):
+                self._digests.update(kept["digests"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
-        if isinstance(kept, dict) and kept.get("stamp") == self._stamp():
-            self._digests.update(kept["digests"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -242,6 +260,11 @@ class Base:
                 )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
+
+
+def _check(content: Any) -> str:
+    """Tells a cache that was damaged or edited from one that was written so."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _in_hub_cache(repository: str) -> Path | None:

@@ -85,6 +85,11 @@ class BrokenFile(OverpaintError):
     """A file that is no whole safetensors file: missing, cut short, or with a header that contradicts it."""
 
 
+def file_stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does: size, time of change, and those that no program sets at will (ctime and inode)."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a file: its dtype as the format spells it, its shape, and its bytes from the file's beginning."""
@@ -106,7 +111,7 @@ class SafetensorsFile:
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     data_start: int
-    modified_ns: int
+    stamp: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path) -> SafetensorsFile:
@@ -125,7 +130,7 @@ class SafetensorsFile:
         found = {key: _entry(path, key, value, data_start) for key, value in header.items()}
         entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
         _refuse_gaps(path, entries, data_start, status.st_size)
-        return cls(path, entries, metadata, data_start, status.st_mtime_ns)
+        return cls(path, entries, metadata, data_start, file_stamp(status))
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, as stored."""

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, TensorEntry, is_key, raw_bytes
+from overpaint.bases.safetensors_file import (
+    DTYPES,
+    BrokenFile,
+    SafetensorsFile,
+    TensorEntry,
+    file_stamp,
+    is_key,
+    raw_bytes,
+)
 
 # A container whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
 #
@@ -118,7 +126,7 @@ class PickledCheckpoint(VirtualCheckpoint):
         if sum(value.nbytes for value in values.values()) > 2 * status.st_size:  # tied weights are there twice
             raise _refused(path, "its tensors would take more bytes than it has")
         entries = entries_at_offsets((key, value.dtype, tuple(value.shape)) for key, value in values.items())
-        return cls(path, entries, {"format": "pt"}, DATA_START, status.st_mtime_ns, values)
+        return cls(path, entries, {"format": "pt"}, DATA_START, file_stamp(status), values)
 
     def stored(self, key: str) -> Iterator[Tensor]:
         yield self.values[key]

@@ -221,6 +221,8 @@ def build(
         _write_around(scratch, around)
         if card and beside is None:
             (scratch / "README.md").write_text(card, "utf-8")
+        # The digests may have been remembered from another day; what was composed from has to be what they say.
+        base.check_digests(composition.names)
         _refuse_changed(base)
     if beside is not None:
         _put_beside(beside, card, out)

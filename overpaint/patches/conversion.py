@@ -150,7 +150,7 @@ def _respelled(
             if spelling is not None and spelling.is_convolution(key) and len(shape) == 2:
                 shape = (*shape, 1, 1)
             described.append((key, DTYPES[whole[0].entry.dtype], shape))
-    return Respelled(path, entries_at_offsets(described), {"format": "pt"}, DATA_START, 0, base, held)
+    return Respelled(path, entries_at_offsets(described), {"format": "pt"}, DATA_START, (), base, held)
 
 
 def _stored_shape(stack: list[TensorLocation], turned: bool) -> tuple[int, ...]:

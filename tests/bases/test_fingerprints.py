@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
@@ -16,9 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from overpaint.bases import checkpoint, safetensors_file
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, digests_of
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.build import build
+from overpaint.patches.compose import Term
+from overpaint.patches.delta import TextMap
 from overpaint.registry.registry import Registry
 from overpaint.workspace.workspace import Workspace
 
@@ -114,3 +119,72 @@ def test_a_damaged_memory_of_digests_costs_time_alone(
     assert Workspace(Registry.open(tmp_path / "registry")).base("one").fingerprint == first.fingerprint
     assert hashed
     assert {file: file.read_bytes() for file in caches} == caches
+
+
+def test_a_cache_that_is_wrong_is_not_blamed_on_the_base(base_folder: Path, tmp_path: Path) -> None:
+    """One digest of another tensor in its place, as a careless edit or a broken disk leaves it."""
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    first = workspace.add_base("one", base_folder)
+    (cache,) = (tmp_path / "registry/cache/digests").iterdir()
+    content = json.loads(cache.read_text())
+    for digests in (
+        {**content["digests"], "unet/conv_in.bias": "0" * 64},
+        {"unet/conv_in.bias": 3},
+        {"no/such": "0" * 64},
+    ):
+        cache.write_text(json.dumps({**content, "digests": digests}))
+        assert Workspace(Registry.open(tmp_path / "registry")).base("one").fingerprint == first.fingerprint
+
+
+def _replaced(file: Path) -> None:
+    """Other weights of the same size and time, as an image layer or `rsync -t` brings them."""
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-4:] = content[-8:-4]
+    file.unlink()
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _overwritten(file: Path) -> None:
+    """The same, in place."""
+    status = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-100, os.SEEK_END)
+        opened.write(os.urandom(100))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [_replaced, _overwritten])
+def test_other_weights_of_the_same_size_and_time_are_noticed(base_folder: Path, tmp_path: Path, change: Any) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    workspace = Workspace(Registry.open(tmp_path / "registry"))
+    before = workspace.add_base("one", tmp_path / "base")
+    opened = workspace.base("one")
+    file = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
+    change(file)
+    assert Base.open(tmp_path / "base").fingerprint != before.fingerprint
+    with pytest.raises(OverpaintError, match="changed since it was added"):
+        Workspace(Registry.open(tmp_path / "registry")).base("one")
+    with pytest.raises(BrokenBase, match="changed since the base was opened"):
+        build(opened, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_digests_of_a_file_that_changed_meanwhile_are_not_remembered(base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    opened = Base.open(tmp_path / "base")
+    assert opened.fingerprint
+    _overwritten(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
+    opened.keep_digests(tmp_path / "cache.json")
+    assert not (tmp_path / "cache.json").exists()
+
+
+def test_a_build_hashes_what_it_changes_anew(base: Base, tmp_path: Path) -> None:
+    """Digests that are wrong for whatever reason never stand in a checkpoint."""
+    term = Term("a", TextMap("text_encoder", torch.full((64, 1), 0.1), torch.full((64, 1), 0.2)))
+    name = term.delta.targets(base)[0]
+    base._digests[name] = "0" * 64
+    with pytest.raises(BrokenBase, match="changed since the base was fingerprinted"):
+        build(base, [term], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
