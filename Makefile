@@ -1,9 +1,9 @@
-# make demo: see it work.  make test: everything a change must pass.
+# make demo: see it work.  make test: everything a change must pass.  make test-fast: the quick part of it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint postgres clean
+.PHONY: venv demo test test-fast lint postgres clean
 
 venv: $(VENV)/.dev
 
@@ -30,6 +30,10 @@ lint: venv
 # One process per core, each computing on one thread.
 test: lint
 	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope
+
+# What changes in minutes of work: no server, no training, nothing drawn. Under a minute.
+test-fast: venv
+	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow"
 
 # What the tests need to start a PostgreSQL server of their own; without it they skip what needs one.
 postgres:
