@@ -19,13 +19,54 @@ LONGEST_NOTE = 10_000
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
 
 
+# What no reader sees, beside the category Cf (zero-width, bidirectional and tag characters): fillers and selectors. Other
+# blanks than " " and the wide one of Japanese look like " ".
+INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+BLANKS = frozenset(" \u3000")
+JOINERS, EMOJI_STYLE = frozenset("\u200c\u200d"), "\ufe0f"
+
+
 def checked_name(name: str, what: str) -> str:
-    """`name` in Unicode's composed form, so that both spellings of "é" are one. Raises OverpaintError if unfit."""
+    """`name`, for something new, in Unicode's composed form, so that both spellings of "é" are one.
+
+    Two names that look alike could stand side by side, so blanks at the ends and characters that nobody sees are
+    refused; joiners pass where a script or an emoji needs them. Raises OverpaintError if unfit.
+    """
+    composed = sought_name(name, what)
+    if composed != composed.strip():
+        raise OverpaintError(f"the name of a {what} neither begins nor ends with a blank; got {quoted(composed)}")
+    for at, character in enumerate(composed):
+        if _looks_like_nothing(composed, at):
+            raise OverpaintError(
+                f"the name of a {what} cannot contain {character!a}, which nobody sees; got {quoted(ascii(composed))}"
+            )
+    return composed
+
+
+def sought_name(name: str, what: str) -> str:
+    """`name` in its composed form, for a search: what an older version let pass is found too. Raises OverpaintError."""
     # Composing makes a text shorter, by less than this; what is longer still is not worth the work.
     composed = name if len(name) > 4 * LONGEST_NAME else unicodedata.normalize("NFC", name)
     if not composed.strip():
         raise OverpaintError(f"a {what} needs a name; got an empty one")
     return _checked(composed, f"the name of a {what}", LONGEST_NAME)
+
+
+def _looks_like_nothing(text: str, at: int) -> bool:
+    character, before, after = text[at], text[at - 1 : at] or " ", text[at + 1 : at + 2] or " "
+    category = unicodedata.category(character)
+    if character in JOINERS:
+        of_script = unicodedata.combining(before) == 9 or {
+            unicodedata.bidirectional(each) for each in before + after
+        } == {"AL"}
+        return not (of_script or (_is_symbol(before) and _is_symbol(after)))
+    if unicodedata.name(character, "").startswith("VARIATION SELECTOR"):
+        return character != EMOJI_STYLE or not _is_symbol(before)
+    return category == "Cf" or character in INVISIBLE or (category == "Zs" and character not in BLANKS)
+
+
+def _is_symbol(character: str) -> bool:
+    return character == EMOJI_STYLE or unicodedata.category(character).startswith("S")
 
 
 def typed_path(text: str | Path) -> Path:
@@ -36,12 +77,12 @@ def typed_path(text: str | Path) -> Path:
         raise OverpaintError(f"{text} names a home folder that is not known; write the whole path") from error
 
 
-def checked_tag(tag: str) -> str:
-    """`tag` in lower case, so that two people mean one tag. Raises OverpaintError if unfit.
+def checked_tag(tag: str, *, new: bool = False) -> str:
+    """`tag` in lower case, so that two people mean one tag; a `new` one as `checked_name` has it. Raises OverpaintError.
 
     After the "@" of a recipe a number is a revision and anything else a tag, so a tag is no number and has no "@".
     """
-    lowered = checked_name(tag, "tag").lower()
+    lowered = (checked_name if new else sought_name)(tag, "tag").lower()
     if "@" in lowered or lowered.isdecimal():
         raise OverpaintError(f"a tag has no '@' and is not a number, because recipe@3 is a revision; got {tag!r}")
     return lowered

@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import checked_name, unknown
+from overpaint.core.names import sought_name, unknown
 from overpaint.registry import models
 
 # What a search reads: one short text for each patch, recipe and reason, in folded letters.
@@ -99,7 +99,7 @@ def added(session: Session, row: RowT) -> RowT:
 
 def lookup(session: Session, table: type[Named], name: str) -> Named | None:
     """The row of that name, or None. A deleted recipe has no name."""
-    is_it = table.name == checked_name(name, table.__tablename__)
+    is_it = table.name == sought_name(name, table.__tablename__)
     return session.scalars(select(table).where(is_it, *_living(table))).one_or_none()
 
 
@@ -118,7 +118,7 @@ def _living(table: type[Named]) -> list[ColumnElement[bool]]:
 def _candidates(session: Session, table: type[Named], name: str) -> list[str]:
     """Names worth comparing: the first that came, and the neighbours in the alphabet."""
     names = select(table.name).where(*_living(table)).limit(CANDIDATES)
-    composed = checked_name(name, table.__tablename__)
+    composed = sought_name(name, table.__tablename__)
     first = names.order_by(table.id)
     after = names.where(table.name > composed).order_by(table.name)
     before = names.where(table.name < composed).order_by(table.name.desc())
@@ -150,7 +150,7 @@ def find_patch(session: Session, key: str, *, base: str | None = None) -> models
     A name goes before a beginning: "face" is both, and one can type more of an id but not more of a name. Raises
     NotFound, or OverpaintError with the candidates of an ambiguous beginning.
     """
-    checked_name(key, "patch")
+    sought_name(key, "patch")
     by_id = session.get(models.PatchRow, key.lower())
     patch = by_id or _newest_of(session, key, base) or _beginning_with(session, key)
     if patch is None:

@@ -24,6 +24,7 @@ from overpaint.core.names import (
     checked_number,
     checked_tag,
     quoted,
+    sought_name,
 )
 from overpaint.registry import models, queries, schema
 from overpaint.registry.database import Database, database_at
@@ -93,14 +94,25 @@ def _described(concept: Concept) -> str:
 
 
 def _row(concept: Concept) -> models.ConceptRow:
-    name = checked_name(concept.name, "concept")
-    for word in filter(None, (*concept.synonyms, concept.anchor)):
-        checked_name(word, f"synonym or anchor of {name!r}")
+    """The row of a concept that may be known. Raises OverpaintError for what the database cannot hold."""
+    name = sought_name(concept.name, "concept")
     for prompt in concept.prompts:
         checked_note(prompt, f"a prompt of {name!r}")
     return models.ConceptRow(
         name=name, kind=concept.kind, definition=checked_json(concept.as_json(), f"the concept {name!r}")
     )
+
+
+def _add_new(session: Session, row: models.ConceptRow) -> None:
+    """Names that an older version let pass stay; new ones are checked."""
+    checked_name(row.name, "concept")
+    _check_words(_concept(row))
+    session.add(row)
+
+
+def _check_words(concept: Concept) -> None:
+    for word in filter(None, (*concept.synonyms, concept.anchor)):
+        checked_name(word, f"synonym or anchor of {concept.name!r}")
 
 
 def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
@@ -125,7 +137,7 @@ def _patch_record(
     if base is not None:
         query = query.where(models.PatchRow.base_id.in_(same_bases(session, base)))
     if solver is not None:
-        query = query.where(models.PatchRow.solver == checked_name(solver, "solver"))
+        query = query.where(models.PatchRow.solver == sought_name(solver, "solver"))
     if tag is not None:
         tagged = select(models.PatchTagRow.patch_id).where(models.PatchTagRow.tag == checked_tag(tag))
         query = query.where(models.PatchRow.id.in_(tagged))
@@ -219,7 +231,7 @@ def _refuse_revision(session: Session, name: str) -> None:
 def _deleted(session: Session, name: str) -> list[models.RecipeRow]:
     """The deleted recipes of that name, in the order they were deleted."""
     gone = models.RecipeRow.deleted_at
-    query = select(models.RecipeRow).where(models.RecipeRow.name == checked_name(name, "recipe"), gone.is_not(None))
+    query = select(models.RecipeRow).where(models.RecipeRow.name == sought_name(name, "recipe"), gone.is_not(None))
     return list(session.scalars(query.order_by(gone, models.RecipeRow.id)))
 
 
@@ -571,16 +583,19 @@ class Registry:
             if pairs and not update:
                 raise ConceptDiffers(told_apart([(_concept(there), _concept(row)) for there, row in pairs]))
             for there, row in pairs:
+                _check_words(_concept(row))
                 there.kind, there.definition = row.kind, row.definition
                 _rewrite_texts(session, there)
-            session.add_all(row for row in rows if known[row.name] is None)
+            for row in rows:
+                if known[row.name] is None:
+                    _add_new(session, row)
 
     def _keep_concept(self, concept: Concept, *, equal_is_fine: bool) -> None:
         row = _row(concept)
         with self._database.writing() as session:
             known = lookup(session, models.ConceptRow, row.name)
             if known is None:
-                session.add(row)
+                _add_new(session, row)
             elif not (equal_is_fine and _concept(known) == concept):
                 raise AlreadyExists(
                     f"concept {known.name!r} is there already, as {known.definition}; choose another name"
@@ -971,7 +986,7 @@ class Registry:
         A recipe is tagged as it is now, or as it was at NAME@NUMBER; NAME@TAG means that revision from then on. Raises
         NotFound, and AlreadyExists for what has the tag.
         """
-        tag, who = checked_tag(tag), checked_note(who, "the name of who did it")
+        tag, who = checked_tag(tag, new=True), checked_note(who, "the name of who did it")
         with self._database.writing() as session:
             found = [_tag_recipe(session, key, tag, who) for key in recipes]
             found += [_tag_patch(session, key, tag, who) for key in patches]
@@ -1021,13 +1036,13 @@ class Registry:
         out. Each list is newest first, `limit` long at most, after the first `offset`. Raises OverpaintError when nothing
         is asked for, NotFound for an unknown base.
         """
-        words = checked_name(text, "search").split() if text.strip() else []
+        words = sought_name(text, "search").split() if text.strip() else []
         if not words and {kind, solver, tag, base} == {None}:
             raise OverpaintError("say what to search for: words, or a kind, a solver, a tag or a base")
         with self._database.reading() as session:
             base_ids = [] if base is None else same_bases(session, base)
             marks = [(KIND, kind), (SOLVER, solver), (TAG, tag and checked_tag(tag))]
-            given = [(mark, checked_name(value, "search")) for mark, value in marks if value is not None]
+            given = [(mark, sought_name(value, "search")) for mark, value in marks if value is not None]
             recipes: list[RecipeRecord] = []
             if kind is None and solver is None:
                 recipes = _recipes(session, words, tag, base_ids, limit, offset)

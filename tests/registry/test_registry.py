@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
@@ -30,7 +31,11 @@ ODD_NAMES = [
     "Robert'); DROP TABLE concept;--",
     'a "quoted" name',
     "100% _wild_ \\ cards",
-    "  spaces  ",
+    "two  spaces",
+    "❤️ and 👩🏽‍🚀",
+    "می‌خواهم",
+    "क्‍ष",
+    "草間　彌生",
     "草間彌生",
     "🍎‍🟩",
     "x" * 400,
@@ -130,6 +135,69 @@ def _rows(location: str | Path) -> dict[str, list[tuple[Any, ...]]]:
     with database_at(location).reading() as session:
         tables = models.Row.metadata.tables.values()
         return {table.name: [tuple(row) for row in session.execute(select(table))] for table in tables}
+
+
+LOOK_ALIKES = {
+    "blank before": " safe",
+    "blank behind": "safe ",
+    "no-break space": "safe\u00a0",
+    "no-break space within": "safe\u00a0set",
+    "zero-width space": "sa\u200bfe",
+    "word joiner": "safe\u2060",
+    "byte order mark": "\ufeffsafe",
+    "joiner in a word": "sa\u200dfe",
+    "non-joiner behind": "safe\u200c",
+    "right to left": "safe\u202e",
+    "isolate": "\u2066safe\u2069",
+    "soft hyphen": "sa\u00adfe",
+    "tag": "safe\U000e0061",
+    "variation selector": "safe\ufe0f",
+    "another selector": "safe\U000e0100",
+    "filler": "safe\u3164",
+    "grapheme joiner": "sa\u034ffe",
+    "braille blank": "safe\u2800",
+}
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES.values(), ids=LOOK_ALIKES)
+def test_no_second_name_looks_like_the_first(name: str, registry: Registry) -> None:
+    registry.create_recipe("safe", "small")
+    patch = add_patch(registry, "x")
+    new: list[Callable[[], object]] = [
+        lambda: registry.create_recipe(name, "small"),
+        lambda: registry.ensure_recipe(name, "small"),
+        lambda: registry.copy_recipe("safe", name, why="", who=""),
+        lambda: registry.merge_history(name, "small", (), (), models.now()),
+        lambda: registry.add_base(name, Path("/x"), "sd1", "0"),
+        lambda: registry.add_concept(Concept(name)),
+        lambda: registry.learn_concepts([Concept("c", synonyms=(name,))]),
+        lambda: registry.tag(name, patches=[patch.id], who=""),
+    ]
+    for act in new:
+        with pytest.raises(OverpaintError, match=r"nobody sees|neither begins nor ends with a blank"):
+            act()
+    assert [recipe.name for recipe in registry.recipes()] == ["safe"]
+
+
+@pytest.mark.parametrize("name", ["  spaces  ", "zero\u200bwidth"])
+def test_names_of_an_older_version_go_on_working(name: str, registry: Registry) -> None:
+    registry.create_recipe("r", "small")
+    patch = add_patch(registry, "x")
+    with registry._database.writing() as session:
+        session.execute(update(models.RecipeRow).values(name=name))
+        session.execute(update(models.ConceptRow).values(name=name, definition=json.dumps(Concept(name).as_json())))
+        session.execute(update(models.BaseRow).values(name=name))
+        session.add(models.PatchTagRow(patch_id=patch.id, tag=name, who=""))
+    assert registry.patch(name).id == patch.id
+    lay(registry, name, patch.id, 1.0)
+    assert registry.patches(base=name, tag=name) == registry.patches(concept=name) == [registry.patch(patch.id)]
+    registry.ensure_concept(Concept(name))
+    registry.ensure_recipe(name, name)
+    record = registry.history(name)
+    assert registry.merge_history(name, name, record.revisions, record.tags, record.created_at) == "the same"
+    registry.untag(name, patches=[patch.id])
+    registry.delete_recipe(name, why="", who="")
+    registry.undelete_recipe(name, why="", who="")
 
 
 def test_two_spellings_of_one_letter_are_one_name(registry: Registry) -> None:

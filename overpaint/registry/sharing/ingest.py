@@ -239,6 +239,8 @@ def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: s
         if wanted in here:
             ours = record_of(registry, wanted)
             compared(ours.revisions, ours.fingerprint, each.record, wanted)
+        else:
+            checked_name(wanted, "recipe")
 
 
 def _fetched(layout: OciLayout, files: PatchFiles, manifest: Manifest) -> tuple[bytes, int]:

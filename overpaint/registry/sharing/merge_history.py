@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import checked_name, checked_note, checked_tag
+from overpaint.core.names import checked_name, checked_note, checked_tag, sought_name
 from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.records import Action, PatchChange, RecipeEntry, Revision, TagRecord
 from overpaint.registry.registry import Registry
@@ -112,8 +112,8 @@ def read_record(raw: bytes) -> Record:
             raise BadRecipeRecord("the recipe's record is not in its canonical spelling; take it from its source again")
         record = Record(
             raw=raw,
-            name=checked_name(content["name"], "recipe"),
-            base=checked_name(content["base"]["name"], "base"),
+            name=sought_name(content["name"], "recipe"),
+            base=sought_name(content["base"]["name"], "base"),
             fingerprint=checked_name(content["base"]["fingerprint"], "fingerprint"),
             created_at=moment(content["created_at"]),
             revisions=tuple(content["revisions"]),
