@@ -24,6 +24,7 @@ from overpaint.commands.solving import solve, solvers
 from overpaint.commands.using import build, db, demo, generate, inspect
 from overpaint.core import __version__
 from overpaint.core.errors import OverpaintError
+from overpaint.core.urls import printed
 
 
 class _Commands(click.Group):
@@ -33,7 +34,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OverpaintError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printed(str(error))) from error
 
 
 def default_registry() -> str:

@@ -20,6 +20,7 @@ from sqlalchemy.pool import NullPool
 from overpaint.core.atomic import locked, make_folder, share, sync
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
+from overpaint.core.urls import printed_url
 from overpaint.registry import models
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 
@@ -366,7 +367,7 @@ class PostgresDatabase(Database):
         writer = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": BUSY_SECONDS})
         event.listen(writer, "begin", _begin_writing)
         reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        where = url.set(drivername="postgresql").render_as_string(hide_password=True)
+        where = printed_url(url.set(drivername="postgresql").render_as_string(hide_password=False))
         super().__init__(where, folder, reader, writer, writer)
         self._plain: Engine = engine
 

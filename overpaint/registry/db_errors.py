@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.exc import DBAPIError
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.urls import printed
 
 FULL = "the disk that holds {path} is full; free some space and run this again. Nothing was changed"
 READ_ONLY = "cannot write in {path}: it is read-only for this user; make it writable, or name another registry"
@@ -18,6 +19,7 @@ BUSY = "the registry {path} is busy: another process has been writing for 20 sec
 CANNOT_OPEN = "cannot open {path}; check that its folder exists and that this user may write there"
 NOT_A_DATABASE = "{path} is not a SQLite database; name another registry, or move this file away"
 DAMAGED = "the database {path} is damaged; keep a copy of it, then put back a backup (`registry.db.before-*` beside it)"
+UNKNOWN_OPTION = "the URL {path} has an option that PostgreSQL does not know ({reason}); correct it or leave it out"
 IO_ERROR = (
     "the disk that holds {path} is full or failing ({reason}); free some space, or check the disk, and run this again. "
     "Nothing was changed"
@@ -76,7 +78,8 @@ def plain_database_errors(path: Path | str) -> Iterator[None]:
         sentence = _of_sqlite(cause) if isinstance(cause, sqlite3.Error) else _of_postgres(cause)
         if sentence is None:
             raise
-        raise OverpaintError(sentence.format(path=path, reason=str(cause).strip().replace("\n", " "))) from error
+        reason = printed(str(cause).strip().replace("\n", " "))
+        raise OverpaintError(sentence.format(path=path, reason=reason)) from error
 
 
 def _of_sqlite(error: sqlite3.Error) -> str | None:
@@ -86,6 +89,8 @@ def _of_sqlite(error: sqlite3.Error) -> str | None:
 def _of_postgres(error: BaseException | None) -> str | None:
     """By the code, or by having none: a connection that failed or broke."""
     code: str | None = getattr(error, "sqlstate", None)
+    if code is None and "invalid connection option" in str(error):
+        return UNKNOWN_OPTION
     if code is not None and not code.startswith(("08", "57P")):
         return OF_POSTGRES.get(code)
     if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
-from overpaint.registry.store.files import FileInfo, Files, FolderFiles
+from overpaint.core.urls import URL, has_credentials
+from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.store.files import TEMPORARY, FileInfo, Files, FolderFiles
 from overpaint.registry.store.remote import RemoteFiles
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -19,9 +23,6 @@ SHARDS = "blobs/sha256"
 QUARANTINE = "quarantine"
 ELSEWHERE = "blobs.url"
 """A file with a URL in a registry's folder: its blobs are kept there."""
-
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class BlobMissing(NotFound):
@@ -77,8 +78,24 @@ def place_store(folder: Path, url: str) -> BlobStore:
     probe = store.put(b"overpaint\n")  # a place that cannot be written or read is found out now
     store.get(probe)
     store.discard(probe)
-    open_files(folder).write(ELSEWHERE, [f"{url}\n".encode()], final=False)
+    _write_pointer(folder, url)
     return store
+
+
+def _write_pointer(folder: Path, url: str) -> None:
+    if not has_credentials(url):
+        return open_files(folder).write(ELSEWHERE, [f"{url}\n".encode()], final=False)
+    with plain_disk_errors(folder):  # a file of mode 0600 from the beginning, so that nobody else can ever read it
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(f"{url}\n")
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, folder / ELSEWHERE)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 class BlobStore:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.urls import printed, printed_url
 from overpaint.registry.store.files import FileInfo, Files, checked_parts, too_long
 
 # An object store shows an object when all of it has arrived. Elsewhere a file is visible while it is being written, so
@@ -26,7 +27,8 @@ class RemoteFiles(Files):
     """The files below a URL. Credentials come from where the URL's own package looks for them."""
 
     def __init__(self, url: str) -> None:
-        self.where = url.rstrip("/")
+        self._url = url
+        self.where = printed_url(url).rstrip("/")
         scheme = url.partition("://")[0].lower()
         self._at_once = scheme in WHOLE_AT_ONCE
         try:
@@ -36,7 +38,8 @@ class RemoteFiles(Files):
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             hint = EXTRAS.get(scheme, "install the package that `fsspec` names for it")
-            raise OverpaintError(f"{scheme}:// cannot be reached ({error}); {hint}, or name a folder") from error
+            reason = printed(str(error), url)
+            raise OverpaintError(f"{scheme}:// cannot be reached ({reason}); {hint}, or name a folder") from None
         self._root = str(root).rstrip("/")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes | None:
@@ -117,7 +120,7 @@ class RemoteFiles(Files):
         except OverpaintError:
             raise
         except Exception as error:  # each package has errors of its own, with no common root
-            reason = str(error).strip() or type(error).__name__
+            reason = printed(str(error).strip(), self._url) or type(error).__name__
             raise Unreachable(
                 f"{self.where} cannot be used for {name} ({reason}); check the address, the network and your credentials"
-            ) from error
+            ) from None  # the cause may hold the credentials

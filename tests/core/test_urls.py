@@ -1,0 +1,63 @@
+"""URLs are shown without credentials, in whatever part of them these are."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.urls import printed, printed_url
+from overpaint.registry.store.blobs import open_files, place_store
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("/shared/folder@home", "/shared/folder@home"),
+        ("s3://bucket/a/path", "s3://bucket/a/path"),
+        ("http://[::1]:8000/a@b", "http://[::1]:8000/a@b"),
+        ("s3://KEY:SECRET@bucket/path", "s3://***@bucket/path"),
+        ("s3://KEY:SEC/RET@bucket/path", "s3://***@bucket/path"),
+        ("https://SECRET@host/path", "https://***@host/path"),
+        ("http://user:SEC@RET@host", "http://***@host"),
+        ("http://user:SEC?RET@host", "http://***@?***"),
+        ("https://host/path?X-Signature=SECRET&versionId=3", "https://host/path?X-Signature=***&versionId=3"),
+        ("https://host/path?SECRET#SECRET", "https://host/path?***&***"),
+        ("simplecache::s3://KEY:SECRET@bucket", "simplecache::s3://***@bucket"),
+        ("zip://a.zip::http://u:SECRET@host/b", "zip://a.zip::http://***@host/b"),
+        ("postgresql://ann:SECRET@host/db", "postgresql://ann:***@host/db"),
+        (
+            "postgresql://ann@host/db?password=SECRET&sslmode=require",
+            "postgresql://ann@host/db?password=***&sslmode=require",
+        ),
+    ],
+)
+def test_a_url_is_shown_without_credentials(url: str, shown: str) -> None:
+    assert printed_url(url) == shown
+
+
+def test_a_text_loses_the_credentials_of_urls_and_those_that_stand_alone() -> None:
+    text = 'no bucket "KEY:SECRET@bucket" at http://user:OTHER@host/a?token=THIRD; SECRET is wrong'
+    shown = printed(text, "s3://KEY:SECRET@bucket")
+    assert not any(secret in shown for secret in ("KEY", "SECRET", "OTHER", "THIRD"))
+    assert "http://***@host/a?token=***" in shown
+
+
+def test_a_place_out_of_reach_is_named_without_its_credentials() -> None:
+    files = open_files("http://user:hunter22@127.0.0.1:9/place?signature=hunter33")
+    with pytest.raises(OverpaintError) as caught:
+        files.write("oci-layout", [b"{}"])
+    assert "127.0.0.1:9/place" in str(caught.value)
+    assert "hunter" not in f"{caught.value}{files.where}{files!r}"
+    with pytest.raises(OverpaintError) as caught:
+        open_files("nosuch://user:hunter22@host/place")
+    assert "hunter" not in str(caught.value)
+
+
+def test_a_pointer_with_credentials_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    place_store(tmp_path, "memory://user:hunter22@host/secret")
+    assert (tmp_path / "blobs.url").read_text() == "memory://user:hunter22@host/secret\n"
+    assert stat.S_IMODE((tmp_path / "blobs.url").stat().st_mode) == 0o600
+    assert not list(tmp_path.glob(".tmp-*"))
