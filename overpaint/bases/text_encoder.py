@@ -6,9 +6,11 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -235,8 +237,20 @@ class TextEncoder:
         """Token ids of a text without begin, end and padding."""
         # A concept's sentences share their beginnings, and a call of the tokenizer costs most of a millisecond.
         if text not in self._memory.tokens:
-            self._memory.tokens[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+            self._memory.tokens[text] = self.tokenizer(self._expanded(text), add_special_tokens=False).input_ids
         return self._memory.tokens[text]
+
+    def _expanded(self, text: str) -> str:
+        """A text with each token of a textual inversion that has several vectors written out, as a pipeline writes it."""
+        if not self._has_long_tokens:
+            return text
+        expanded: str = TextualInversionLoaderMixin().maybe_convert_prompt(text, self.tokenizer)
+        return expanded
+
+    @cached_property
+    def _has_long_tokens(self) -> bool:
+        added = self.tokenizer.get_added_vocab()
+        return any(f"{token}_1" in added for token in added)
 
     def hidden(self, prompts: Sequence[str]) -> Tensor:
         """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
@@ -273,15 +287,19 @@ class TextEncoder:
         return found
 
     def _forward(self, prompts: list[str]) -> dict[str, Tensor]:
-        ids = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).input_ids
+        expanded = [self._expanded(prompt) for prompt in prompts]
+        inputs = self.tokenizer(
+            expanded, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        # As StableDiffusionPipeline does where a configuration asks for it; StableDiffusionXLPipeline never does.
+        is_masked = LAST in self._memory.output and getattr(self.model.config, "use_attention_mask", False)
+        mask = inputs.attention_mask if is_masked else None
         wanted, before = self._memory.output, []
         # Asked for hidden states, the model would keep those of every layer.
         last = layers_of(self.model)[-1]
         hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
         try:
-            found = self.model(ids.to(self.model.device))
+            found = self.model(inputs.input_ids, attention_mask=mask)
         finally:
             hook.remove()
         answers = {}

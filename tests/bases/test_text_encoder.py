@@ -1,0 +1,80 @@
+"""Prompts are encoded as the pipeline encodes them, whatever is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from overpaint.bases.base import Base
+from overpaint.bases.text_encoder import TextEncoder, encoders
+from tests.bases.containers import folder_of
+from tests.conftest import tiny_pipeline
+
+PROMPTS = [
+    "",
+    "a photo of a cat",
+    "A PHOTO of a  cat,\n(weighted:1.3) [x]",
+    "\u00e9moji \U0001f600 \u732b",
+    "cat " * 200,
+    "a photo of <frida>",
+    "a photo of <toy> in a room",
+    "<toy>, <frida> and <toy>",
+    "<toy>_1 alone",
+    "<|endoftext|> in the middle",
+]
+
+
+def with_inversions(pipe: Any, name: str = "text_encoder", tokenizer: str = "tokenizer") -> None:
+    """A token of one vector, and one of three, as `load_textual_inversion` adds them."""
+    model = getattr(pipe, name)
+    torch.manual_seed(3)
+    for token, count in (("<frida>", 1), ("<toy>", 3)):
+        vectors = torch.randn(count, model.config.hidden_size)
+        pipe.load_textual_inversion(vectors, token=token, text_encoder=model, tokenizer=getattr(pipe, tokenizer))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_prompts_reach_the_unet_as_the_pipeline_hands_them(tmp_path: Path, mask: bool) -> None:
+    pipe = tiny_pipeline()
+    with_inversions(pipe)
+    if mask:
+        pipe.text_encoder.config.use_attention_mask = True
+    pipe.save_pretrained(tmp_path / "base")
+    base = Base.open(tmp_path / "base")
+    encoder, pipe = TextEncoder.of(base), base.pipeline()
+    found = encoder.hidden(PROMPTS)
+    for prompt, mine in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            theirs = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
+        torch.testing.assert_close(mine, theirs, msg=lambda text, prompt=prompt: f"{prompt}: {text}")
+        converted = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
+        assert encoder.tokens(prompt) == pipe.tokenizer(converted, add_special_tokens=False).input_ids
+
+
+def test_both_encoders_of_xl_encode_as_its_pipeline_does(tmp_path: Path) -> None:
+    folder_of("XL", tmp_path / "plain")
+    pipe = Base.open(tmp_path / "plain").pipeline()
+    with_inversions(pipe)
+    with_inversions(pipe, "text_encoder_2", "tokenizer_2")
+    pipe.save_pretrained(tmp_path / "base")
+    base = Base.open(tmp_path / "base")
+    pipe, found = base.pipeline(), {name: encoder.hidden(PROMPTS) for name, encoder in encoders(base).items()}
+    for at, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            theirs, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        mine = torch.cat([found["text_encoder"][at], found["text_encoder_2"][at]], -1)
+        torch.testing.assert_close(mine, theirs[0])
+        torch.testing.assert_close(found["text_encoder_2.pooled"][at], pooled)
+
+
+def test_a_word_of_several_vectors_takes_as_many_positions(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    with_inversions(pipe)
+    pipe.save_pretrained(tmp_path / "base")
+    encoder = TextEncoder.of(Base.open(tmp_path / "base"))
+    assert len(encoder.tokens("<toy>")) == 3
+    before = encoder.first_position("a photo of {}", "cat")
+    assert encoder.first_position("a photo of <toy> and {}", "cat") == before + 3 + len(encoder.tokens("and"))
