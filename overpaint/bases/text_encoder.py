@@ -244,7 +244,8 @@ class TextEncoder:
         """A text with each token of a textual inversion that has several vectors written out, as a pipeline writes it."""
         if not self._has_long_tokens:
             return text
-        expanded: str = TextualInversionLoaderMixin().maybe_convert_prompt(text, self.tokenizer)
+        tokenizer: Any = self.tokenizer
+        expanded: str = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
         return expanded
 
     @cached_property
