@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import sys
@@ -72,6 +74,22 @@ def test_a_private_key_is_for_its_owners_eyes_and_is_never_overwritten(alice: Pa
         new_key(alice)
     assert public(alice).read_bytes() == before[1]
     assert not alice.exists()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_key_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    calls = itertools.count(1)
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    with pytest.raises(OverpaintError, match="is full"):
+        new_key(folder / "key")
+    assert list(folder.iterdir()) == []
 
 
 def test_what_a_trusted_key_signed_is_taken(
