@@ -30,10 +30,10 @@ def receiving_options(command: Command) -> Command:
         click.option(
             "--trust",
             multiple=True,
-            type=click.Path(path_type=Path),
             metavar="KEYS",
             help="Take only what one of these public keys has signed: .pub files, or folders of them.",
         ),
+        click.option("--no-verify", is_flag=True, help="Check no signatures, and do not remark on it."),
         recipes_option,
     ):
         command = option(command)
@@ -59,12 +59,23 @@ def export_(
 @patches_argument
 @receiving_options
 @click.pass_context
-def import_(ctx: click.Context, /, file: Path, patches: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+def import_(
+    ctx: click.Context,
+    /,
+    file: Path,
+    patches: tuple[str, ...],
+    trust: tuple[str, ...],
+    no_verify: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
     """Take what a FILE of `overpaint export`, or a bare patch file, has; or only some of it."""
     talk = Talk()
-    done = open_workspace(ctx).import_file(file, patches=patches, notice=talk.say, report=talk.progress, **asked)
+    done = open_workspace(ctx).import_file(
+        file, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, report=talk.progress, **asked
+    )
     talk.clear()
-    _show(done, as_json)
+    _show(done, as_json, no_verify)
 
 
 @click.command()
@@ -90,12 +101,23 @@ def push(
 @patches_argument
 @receiving_options
 @click.pass_context
-def pull(ctx: click.Context, /, source: str, patches: tuple[str, ...], as_json: bool, **asked: Any) -> None:
+def pull(
+    ctx: click.Context,
+    /,
+    source: str,
+    patches: tuple[str, ...],
+    trust: tuple[str, ...],
+    no_verify: bool,
+    as_json: bool,
+    **asked: Any,
+) -> None:
     """Take patches and recipes from SOURCE, a folder or a URL that was pushed to; or only some of them."""
     talk = Talk()
-    done = open_workspace(ctx).pull(source, patches=patches, notice=talk.say, report=talk.progress, **asked)
+    done = open_workspace(ctx).pull(
+        source, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, report=talk.progress, **asked
+    )
     talk.clear()
-    _show(done, as_json)
+    _show(done, as_json, no_verify)
 
 
 @click.group()
@@ -117,11 +139,19 @@ def _counted(sent: Sent) -> str:
     return f"{len(sent.patches)} patches, {len(sent.recipes)} recipes"
 
 
-def _show(done: Received, as_json: bool) -> None:
+def _trusted(keys: tuple[str, ...], no_verify: bool) -> tuple[str, ...] | None:
+    if keys and no_verify:
+        raise click.UsageError("--trust and --no-verify contradict each other; give one of them")
+    return keys or None
+
+
+def _show(done: Received, as_json: bool, no_verify: bool) -> None:
     rows = [["patch", id if as_json else id[:12], "new"] for id in done.new]
     rows += [["patch", id if as_json else id[:12], "known"] for id in done.known]
     rows += [["recipe", name, outcome] for name, outcome in done.recipes]
     show_table("Taken", ["what", "name", "state"], rows, as_json)
+    if not done.verified and not no_verify:
+        Talk().say("not verified: no signature was asked for (--trust KEYS asks for one, --no-verify for none)")
     if not as_json:
         Talk().say(
             f"{len(done.new)} of {len(done.new) + len(done.known)} patches were new; {done.nbytes} bytes were read"

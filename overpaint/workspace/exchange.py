@@ -13,7 +13,7 @@ from overpaint.registry.records import PatchRecord
 from overpaint.registry.sharing import ingest, sending
 from overpaint.registry.sharing.ingest import PullRequest, Received
 from overpaint.registry.sharing.sending import Sent
-from overpaint.registry.sharing.signing import load_keyring, load_signer
+from overpaint.registry.sharing.signing import Keyring, load_keyring, load_signer
 
 if TYPE_CHECKING:
     from overpaint.core.concepts import Concept
@@ -139,15 +139,31 @@ def pull(workspace: Workspace, source: str | Path, **asked: Any) -> Received:
     return ingest.pull(workspace.registry, source, _request(workspace, **asked))
 
 
-def _request(workspace: Workspace, *, trust: Iterable[Path] = (), **asked: Any) -> PullRequest:
+def _keyring(trust: Iterable[str | Path] | None) -> Keyring | None:
+    """The keys to trust; None asks for no verification. Raises OverpaintError for an empty list, an empty path, one string."""
+    if trust is None:
+        return None
+    if isinstance(trust, (str, Path)):
+        raise OverpaintError(
+            f"trust is a list of .pub files or folders, not {str(trust)!r}; write trust=[{str(trust)!r}]"
+        )
+    paths = list(trust)
+    if not paths or not all(str(path).strip() for path in paths) or Path("") in paths:
+        raise OverpaintError(
+            "no key to trust was named, so nothing could be verified; name .pub files or folders of them, or ask for no "
+            "verification in so many words: --no-verify, or trust=None"
+        )
+    return load_keyring(Path(path) for path in paths)
+
+
+def _request(workspace: Workspace, *, trust: Iterable[str | Path] | None = None, **asked: Any) -> PullRequest:
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
     # Whoever only sends waits for no torch.
     from overpaint.patches.patch import read_patch
     from overpaint.solvers.vocabulary import read as read_vocabulary
 
-    keys = [Path(path) for path in trust]
     return PullRequest(
-        trusted=load_keyring(keys) if keys else None,
+        trusted=_keyring(trust),
         check=read_patch,
         check_vocabulary=read_vocabulary,
         vocabularies=workspace.vocabularies,

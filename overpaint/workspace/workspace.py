@@ -503,7 +503,8 @@ class Workspace:
     def pull(self, source: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a folder or a URL: everything, or the `patches` and `recipes` that are named.
 
-        `trust` names public key files, or folders of them: only what one of those keys has signed is taken. `name` is
+        `trust` lists public key files, or folders of them: only what one of those keys has signed is taken. None verifies
+        no signature, which the result says; an empty list is refused. `name` is
         another name for the one recipe that is taken. See `overpaint.registry.sharing.ingest`.
         """
         from overpaint.workspace.exchange import pull

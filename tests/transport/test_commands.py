@@ -75,6 +75,12 @@ def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Shell, bob: Shell
     assert "never overwritten" in alice.fails("key", "new", key)
     alice.ok("push", shared)
     assert "is not signed" in bob.fails("pull", shared, "--trust", f"{key}.pub")
+    assert "no key to trust" in bob.fails("pull", shared, "--trust", "")
+    assert "contradict" in bob.fails("pull", shared, "--trust", f"{key}.pub", "--no-verify")
+    for trust, message in (([], "no key to trust"), ([""], "no key to trust"), (f"{key}.pub", "is a list")):
+        with pytest.raises(OverpaintError, match=message):
+            overpaint.open(bob.registry).pull(shared, trust=trust)
+    assert is_empty(overpaint.open(bob.registry).registry)
     assert json.loads(bob.ok("patch", "list", "--json")) == []
     alice.ok("push", shared, "--sign", key)
     bob.ok("pull", shared, "--trust", str(tmp_path), "--recipe", "safe")
@@ -132,3 +138,13 @@ def test_a_registry_may_keep_its_blobs_behind_a_url(tmp_path: Path, base_folder:
     person.ok("verify")
     person.ok("gc", "--grace", "0")
     assert "has blobs in" in person.fails("init", "--blobs", str(tmp_path / "elsewhere"))
+
+
+def test_what_was_not_verified_is_called_so(alice: Shell, bob: Shell, tmp_path: Path) -> None:
+    shared, key = str(tmp_path / "shared"), str(tmp_path / "alice.key")
+    alice.ok("key", "new", key)
+    alice.ok("push", shared, "--sign", key)
+    assert "not verified" not in bob("pull", shared, "--trust", f"{key}.pub").stderr
+    assert "not verified" in bob("pull", shared).stderr
+    assert "not verified" not in bob("pull", shared, "--no-verify").stderr
+    assert not overpaint.open(bob.registry).pull(shared).verified

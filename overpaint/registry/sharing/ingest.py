@@ -123,6 +123,8 @@ class Received:
     known: tuple[str, ...]
     recipes: tuple[tuple[str, MergeOutcome], ...]
     nbytes: int
+    verified: bool
+    """Whether a trusted key's signature was required, and so was found, for each of them."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Rece
     if request.vocabularies and not request.patches and not request.recipes:
         folder, check = request.vocabularies, request.check_vocabulary
         nbytes += take(layout, entries, folder, check, request.trusted, request.notice)
-    return Received(tuple(new), known, tuple(outcomes), nbytes)
+    return Received(tuple(new), known, tuple(outcomes), nbytes, request.trusted is not None)
 
 
 def _require_trust(
@@ -314,8 +316,8 @@ def _import_patch(registry: Registry, data: bytes, path: Path, request: PullRequ
     row = arrival(parts.manifest)
     bases, files = bases_of(registry, [row.fingerprint]), PatchFiles(registry.blobs)
     if registry.whole_patches([row.id]):
-        return Received((), (row.id,), (), 0)
+        return Received((), (row.id,), (), 0, verified=False)
     request.check(data)
     files.put(row.id, data)
     keep(registry, row, hashlib.sha256(data).hexdigest(), bases[row.fingerprint], request.notice)
-    return Received((row.id,), (), (), len(data))
+    return Received((row.id,), (), (), len(data), verified=False)
