@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def test_texts_and_pictures_stay_and_hidden_folders_do_not(source: Path, terms: 
         "LICENSE": b"MIT",
         "unet/notes.md": b"hello",
         "grid.png": b"\x89PNG\0",
+        "paper.pdf": b"%PDF-1.7\0",
         "tokenizer/spiece.model": b"\0\1",
         ".cache/blob": b"\0",
         "unet/.ipynb_checkpoints/model": b"text",
@@ -195,6 +197,28 @@ def test_a_copy_under_a_name_nobody_knows_is_left_out(
     assert built.left_out == ("teacher.k",)
     assert base.projections()[0] in told[0]
     assert "stranger" in SafetensorsFile.open(built.path).entries
+
+
+@pytest.mark.parametrize("name", ["unet/x.pdf", "unet/x.model", "x.png", "unet/tokenizer.model"])
+def test_weights_renamed_to_something_harmless_are_left_out(
+    source: Path, terms: list[Term], tmp_path: Path, name: str
+) -> None:
+    shutil.copyfile(source / UNET, source / name)
+    assert build(Base.open(source), terms, tmp_path / "safe").left_out == (name,)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_is_no_part_of_a_base_is_left_out(source: Path, terms: list[Term], tmp_path: Path, changed: bool) -> None:
+    """A pipe, which would never end, a link to a file elsewhere, and a secret beside the weights."""
+    (tmp_path / "private.txt").write_text("private")
+    (source / "notes.txt").symlink_to(tmp_path / "private.txt")
+    (source / "unet/secret.env").write_text("TOKEN=1")
+    os.mkfifo(source / "pipe.txt")
+    told: list[str] = []
+    built = build(Base.open(source), terms if changed else [], tmp_path / "safe", notice=told.append)
+    assert set(built.left_out) == {"notes.txt", "unet/secret.env", "pipe.txt"}
+    assert len(told) == 3
+    assert not any(built.path.joinpath(name).exists() for name in built.left_out)
 
 
 def test_without_a_change_nothing_is_left_out(base: Base, source: Path, tmp_path: Path) -> None:

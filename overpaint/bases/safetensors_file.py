@@ -200,6 +200,9 @@ class SafetensorsFile:
 
 def _header(file: BinaryIO, size: int, path: Path) -> bytes:
     start = file.read(8)
+    if other := other_kind(start + file.read(120)):
+        raise BrokenFile(f"{path} is no safetensors file: it is {other}")
+    file.seek(8)
     if len(start) < 8:
         raise _broken(path, f"it has {size} bytes")
     (length,) = struct.unpack("<Q", start)
@@ -208,6 +211,18 @@ def _header(file: BinaryIO, size: int, path: Path) -> bytes:
     if length > HEADER_LIMIT:
         raise _broken(path, f"its header is {length >> 20} MB long, more than the {HEADER_LIMIT >> 20} MB this reads")
     return file.read(length)
+
+
+def other_kind(beginning: bytes) -> str:
+    """What a file that begins so is, where it is something that often stands in the place of weights; else ""."""
+    text = beginning.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which stands for the weights; run `git lfs pull` in its repository, or download it"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, such as one that asks to log in; download the file again"
+    if beginning.startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")) and beginning[6:8] != b"\0\0":
+        return "a PyTorch pickle by another name; let its name end in .ckpt, or convert it to safetensors"
+    return ""
 
 
 def _parsed(raw: bytes, path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from overpaint.bases.safetensors_file import (
     TensorEntry,
     file_stamp,
     is_key,
+    other_kind,
     raw_bytes,
 )
 
@@ -119,6 +120,7 @@ class PickledCheckpoint(VirtualCheckpoint):
         """Map a file. Raises BrokenFile unless it is a zip archive of plain tensors and nothing else has to be built."""
         try:
             status = path.stat()
+            _refuse_other_kinds(path)
             _refuse_bombs(path, status.st_size)
         except OSError as error:
             raise BrokenFile(f"{path} cannot be read ({error.strerror})") from error
@@ -130,6 +132,15 @@ class PickledCheckpoint(VirtualCheckpoint):
 
     def stored(self, key: str) -> Iterator[Tensor]:
         yield self.values[key]
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    with path.open("rb") as file:
+        beginning = file.read(128)
+    if beginning[8:10] in (b'{"', b"{}", b"{ ") and beginning[6:8] == b"\0\0":
+        raise BrokenFile(f"{path} is a safetensors file by another name; let its name end in .safetensors")
+    if not beginning.startswith((b"PK", b"\x80")) and (other := other_kind(beginning)):
+        raise BrokenFile(f"{path} is no checkpoint: it is {other}")
 
 
 def _refuse_bombs(path: Path, size: int) -> None:

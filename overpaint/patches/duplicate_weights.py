@@ -27,7 +27,18 @@ ALIKE = 0.5
 1.4 of it; averages, roundings and patches by a few hundredths."""
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf", ".npz", ".npy")
-_NEVER_WEIGHTS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".ico", ".pdf", ".model")
+_PICTURES = {
+    ".png": (b"\x89PNG",),
+    ".jpg": (b"\xff\xd8\xff",),
+    ".jpeg": (b"\xff\xd8\xff",),
+    ".webp": (b"RIFF",),
+    ".gif": (b"GIF8",),
+    ".ico": (b"\0\0\1\0",),
+    ".pdf": (b"%PDF",),
+}
+"""How such files begin: weights are easily renamed."""
+_TOKENIZER_LIMIT = 16 << 20
+_SECRETS = (".env", ".pem", ".key", ".p12", ".pfx", ".netrc", ".kdbx")
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
     """Why a file of a base's folder is not carried over; None when it is."""
     relative = file.relative_to(base.path)
-    if file in base.containers or not changed:
+    if not file.is_file():
+        return "it is no plain file"
+    if file in base.containers:
+        return None
+    if file.name.lower().endswith(_SECRETS):
+        return "it is no part of a pipeline, and may hold a secret"
+    if not _is_inside(base, file):
+        return "it is a link out of the base's folder"
+    if not changed:
         return None
     components = {name.partition("/")[0] for name in changed}
     inside = relative.parts[0] if len(relative.parts) > 1 else ""
@@ -111,14 +130,27 @@ def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
     return "it cannot be looked into, and may hold a second copy of the weights"
 
 
+def _is_inside(base: Base, file: Path) -> bool:
+    """Whether a file's content lies in the base's folder, in a folder that is linked in whole, or in the Hub's cache."""
+    real = file.resolve()
+    folders = [base.path.resolve(), file.parent.resolve()]
+    if base.path.parent.name == "snapshots":  # there every file is a link to a blob
+        folders.append((base.path.parent.parent / "blobs").resolve())
+    return any(real.is_relative_to(folder) for folder in folders)
+
+
 def _is_plain(file: Path) -> bool:
     """Whether a file is a text or a picture."""
     if file.name.endswith(_WEIGHTS):
         return False
-    if file.name.endswith(_NEVER_WEIGHTS):
-        return True
     with file.open("rb") as opened:
-        return b"\0" not in opened.read(4096)
+        beginning = opened.read(4096)
+    if file.suffix in _PICTURES:
+        return beginning.startswith(_PICTURES[file.suffix])
+    # SentencePiece's models are binary, and lie beside the other files of a tokenizer.
+    if file.suffix == ".model":
+        return file.parent.name.startswith("tokenizer") and file.stat().st_size <= _TOKENIZER_LIMIT
+    return b"\0" not in beginning
 
 
 def _components(base: Base) -> set[str]:
