@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from overpaint.commands.common import Talk, device_option, json_option, open_workspace, recipe_option, show_table
+from overpaint.core.atomic import require_parent
 
 # Using what is there: `build`, `generate`, `demo`, and the upkeep of the database.
 
@@ -55,6 +56,7 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     """Draw a prompt with a recipe applied."""
     from overpaint.workspace.evaluating import draw
 
+    require_parent(out)
     wanted, talk = open_workspace(ctx).known_recipe(recipe), Talk()
     draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
     talk.clear()

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 
 
 def sync(path: Path) -> None:
@@ -163,3 +163,9 @@ def _explained(out: Path, error: OSError) -> OverpaintError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return OverpaintError(f"cannot write to {out.parent} ({why}); choose a folder you may write to")
     return OverpaintError(f"building {out} stopped ({why}); nothing was left behind")
+
+
+def require_parent(path: Path) -> None:
+    """Raise NotFound when the folder that `path` would be written in is not there: asked before long work."""
+    if not path.absolute().parent.is_dir():
+        raise NotFound(f"there is no folder {path.absolute().parent} to write {path.name} in; make it first")

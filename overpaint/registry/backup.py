@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from overpaint.core.atomic import require_parent
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import models, schema
 from overpaint.registry.database import (
@@ -85,8 +86,7 @@ def _refuse_existing(target: Path) -> None:
     with plain_disk_errors(target):
         if target.exists():
             raise AlreadyExists(f"{target} is there already; name a new file, or remove it first")
-        if not target.absolute().parent.is_dir():
-            raise NotFound(f"there is no folder {target.absolute().parent} to write {target.name} in; make it first")
+        require_parent(target)
 
 
 def _revision_of(source: Path) -> str:

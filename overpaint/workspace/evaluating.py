@@ -15,6 +15,7 @@ from typing import Any
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
+from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
@@ -51,8 +52,7 @@ def draw(
 
     `guidance` None is what the base likes. Raises OverpaintError when the file cannot be written.
     """
-    if not out.absolute().parent.is_dir():
-        raise OverpaintError(f"there is no folder {out.absolute().parent} to write {out.name} in; make it first")
+    require_parent(out)
     sampler = Sampler(steps, liked_guidance(base) if guidance is None else guidance)
     generator = ImageGenerator(base, sampler, ImageCache(None), resolve_device(device), progress)
     prompts = [EvalPrompt(prompt, seed + i, {}) for i in range(count)]

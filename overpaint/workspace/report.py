@@ -13,6 +13,7 @@ from pathlib import Path
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
+from overpaint.core.atomic import require_parent
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.images import ImageGenerator, Sampler
@@ -77,8 +78,7 @@ def report(
 
 
 def _refuse_existing(out: Path) -> None:
-    if not out.absolute().parent.is_dir():
-        raise OverpaintError(f"there is no folder {out.absolute().parent} to write {out.name} in; make it first")
+    require_parent(out)
     beside = [out, *(out.with_suffix(suffix) for suffix in (".json", ".csv")), *out.parent.glob(f"{out.stem}-*.png")]
     if existing := [path for path in beside if path.exists()]:
         raise AlreadyExists(f"{existing[0]} is already there; name another file")

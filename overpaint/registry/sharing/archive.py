@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import BinaryIO
 
-from overpaint.core.errors import AlreadyExists, NotFound
+from overpaint.core.atomic import require_parent
+from overpaint.core.errors import AlreadyExists
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.sharing.layout import BadLayout
 from overpaint.registry.store import FileInfo
@@ -100,8 +101,7 @@ def new_archive(path: Path) -> Iterator[ArchiveWriter]:
     path = path.absolute()
     if os.path.lexists(path):
         raise _taken(path)
-    if not path.parent.is_dir():
-        raise NotFound(f"there is no folder {path.parent} to write {path.name} in; make it first")
+    require_parent(path)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with plain_disk_errors(path.parent):
