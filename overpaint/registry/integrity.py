@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import Date, Text, select, type_coerce
+from sqlalchemy import Text, select, type_coerce
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import models
-from overpaint.registry.history import entries_at, entries_now
+from overpaint.registry.history import entries_at, entries_now, revisions_of
+from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.blobs import digest_of
@@ -73,7 +74,10 @@ def row_problems(registry: Registry) -> list[str]:
     with registry.reading() as session:
         # What cannot be read at all is said first, because nothing else can be checked then.
         unreadable = [*_damage(session), *_moments(session)]
-        return unreadable or [*_concepts(session), *_patches(session), *_recipes(session)]
+        try:
+            return unreadable or [*_concepts(session), *_patches(session), *_recipes(session)]
+        except models.DamagedRow as error:
+            return [str(error)]
 
 
 def _damage(session: Session) -> Iterator[str]:
@@ -92,7 +96,7 @@ def _moments(session: Session) -> Iterator[str]:
     """Times and days are text in SQLite, which takes any text for one."""
     for table in models.Row.metadata.sorted_tables:
         for column in table.columns:
-            kind = {models.UtcTime: datetime, Date: date}.get(type(column.type))
+            kind = {models.UtcTime: datetime, models.Day: date}.get(type(column.type))
             if kind is None:
                 continue
             query = select(*table.primary_key.columns, type_coerce(column, Text)).where(column.is_not(None))
@@ -116,17 +120,17 @@ def _concepts(session: Session) -> Iterator[str]:
 
 
 def _patches(session: Session) -> Iterator[str]:
-    query = select(models.PatchRow.id, models.PatchRow.settings).order_by(models.PatchRow.id)
-    for id, settings in session.execute(query.execution_options(yield_per=MANY)):
+    for row in session.scalars(select(models.PatchRow).order_by(models.PatchRow.id).execution_options(yield_per=MANY)):
         try:
-            json.loads(settings)
-        except ValueError as error:
-            yield f"the settings of patch {id} cannot be read: {error}"
+            PatchRecord.of(row)
+        except models.DamagedRow as error:
+            yield str(error)
 
 
 def _recipes(session: Session) -> Iterator[str]:
     """What lies on each recipe is what its history says, its revisions count without a gap, and its base fits."""
     together = selectinload(models.RecipeRow.patches).joinedload(models.RecipePatchRow.patch)
+    digests: Digests = {}
     for recipe in session.scalars(select(models.RecipeRow).options(together).order_by(models.RecipeRow.id)):
         numbers = select(models.RevisionRow.number).where(models.RevisionRow.recipe_id == recipe.id)
         found = list(session.scalars(numbers.order_by(models.RevisionRow.number)))
@@ -137,6 +141,32 @@ def _recipes(session: Session) -> Iterator[str]:
         for laid in recipe.patches:
             if laid.patch.base.fingerprint != recipe.base.fingerprint:
                 yield f"patch {laid.patch_id} lies on recipe {recipe.name!r}, which is on another base"
+        yield from _digests(session, recipe, digests)
+
+
+Digests = dict[tuple[str, frozenset[tuple[str, float]]], tuple[str, str]]
+"""By base and patches with their strengths: the digest of the weights, and what recorded it."""
+
+
+def _digests(session: Session, recipe: models.RecipeRow, known: Digests) -> Iterator[str]:
+    """A digest follows from the base and the patches, so what is equal has one, in all revisions of all recipes.
+
+    So each revision begins with the digest that the one before it ended with, and without patches it is the base's.
+    """
+    fingerprint, entries = recipe.base.fingerprint, dict[str, float]()
+    known[fingerprint, frozenset()] = fingerprint, f"the base {recipe.base.name!r}"
+    for revision in revisions_of(session, recipe):
+        for when, digest in (("before", revision.digest_before), ("after", revision.digest_after)):
+            if when == "after":
+                changed = {change.patch: change.after for change in revision.changes}
+                entries = {patch: strength for patch, strength in entries.items() if patch not in changed}
+                entries |= {patch: entry.strength for patch, entry in changed.items() if entry is not None}
+            if digest is None:
+                continue
+            here = f"revision {revision.number} of recipe {recipe.name!r} ({when})"
+            other, there = known.setdefault((fingerprint, frozenset(entries.items())), (digest, here))
+            if digest != other:
+                yield f"{here} records the digest {digest}, and {there} has {other} for the same patches"
 
 
 @dataclass(frozen=True)

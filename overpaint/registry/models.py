@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import date, datetime, timezone
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, CheckConstraint, Date, Double, ForeignKey, Index, MetaData, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Date,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    event,
+)
 from sqlalchemy import text as sql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeDecorator
+
+from overpaint.core.errors import OverpaintError
 
 HEAD = "0004"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
@@ -29,6 +45,24 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+class DamagedRow(OverpaintError):
+    """A row that was changed by something else than this program."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the registry's database is damaged: {what}; run `overpaint verify`, then put back a backup")
+
+
+def stored_json(text: str, what: str) -> dict[str, Any]:
+    """A JSON object from a column. Raises DamagedRow for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedRow(f"{what} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise DamagedRow(f"{what} cannot be read (no JSON object)")
+    return value
+
+
 class UtcTime(TypeDecorator[datetime]):
     """A moment as ISO text in UTC, which sorts by time. SQLAlchemy's own type for SQLite would drop the zone."""
 
@@ -42,14 +76,47 @@ class UtcTime(TypeDecorator[datetime]):
         return value.astimezone(timezone.utc).isoformat(timespec="microseconds")
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else datetime.fromisoformat(value)
+        try:
+            return None if value is None else datetime.fromisoformat(value)
+        except (ValueError, TypeError) as error:
+            raise DamagedRow(f"{value!r} where a time belongs") from error
+
+
+class Day(TypeDecorator[date]):
+    """A date; a database that holds something else is damaged."""
+
+    impl = Date
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], date | None] | None:
+        read = super().result_processor(dialect, coltype)
+
+        def process(value: Any) -> date | None:
+            try:
+                return read(value) if read else value
+            except (ValueError, TypeError) as error:
+                raise DamagedRow(f"{value!r} where a day belongs") from error
+
+        return process
 
 
 class Row(DeclarativeBase):
     """The root of all tables (not called Base, because a base is something else here)."""
 
     metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime, date: Date}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime, date: Day}
+
+
+@event.listens_for(Row, "load", propagate=True)
+def _refuse_other_types(row: Row, _context: object) -> None:
+    """SQLite keeps any text in any column."""
+    for column in type(row).__table__.columns:
+        value, wanted = row.__dict__.get(column.key), TYPES.get(type(column.type))
+        if value is not None and wanted and not isinstance(value, wanted):
+            raise DamagedRow(f"{value!r} for {column.key} in a row of {column.table.name}")
+
+
+TYPES: dict[type, Any] = {Integer: int, BigInteger: int, Double: (int, float), Text: str}
 
 
 class BaseRow(Row):

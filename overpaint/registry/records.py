@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -47,13 +46,15 @@ class PatchRecord:
 
     @classmethod
     def of(cls, row: models.PatchRow) -> PatchRecord:
+        if row.concept is None or row.base is None:
+            raise models.DamagedRow(f"a patch {row.id} whose concept or base is gone")
         return cls(
             id=row.id,
             concept=row.concept.name,
             base=row.base.name,
             solver=row.solver,
             kind=row.kind,
-            settings=json.loads(row.settings),
+            settings=models.stored_json(row.settings, f"settings of patch {row.id}"),
             seed=row.seed,
             nbytes=row.nbytes,
             blob=row.blob,

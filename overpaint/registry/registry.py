@@ -122,7 +122,10 @@ def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
 
 
 def _concept(row: models.ConceptRow) -> Concept:
-    return Concept.from_json(json.loads(row.definition))
+    try:
+        return Concept.from_json(models.stored_json(row.definition, f"the concept {row.name!r}"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise models.DamagedRow(f"the concept {row.name!r} cannot be read ({error})") from error
 
 
 TRIES = 100
@@ -399,8 +402,8 @@ class EvaluationRecord:
             suite=row.suite,
             judge=row.judge,
             seed=row.seed,
-            settings=json.loads(row.settings),
-            versions=json.loads(row.versions),
+            settings=models.stored_json(row.settings, "the settings of an evaluation"),
+            versions=models.stored_json(row.versions, "versions of an evaluation"),
             seconds=row.seconds,
             who=row.who,
             at=row.at,

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
 from overpaint.registry import PatchRecord, Registry
-from overpaint.registry.integrity import Problem, verify
+from overpaint.registry.integrity import Problem, row_problems, verify
 from overpaint.registry.store import PatchFiles
 
 from .patch_maker import keep, numbers, patch_file
@@ -257,3 +258,48 @@ def test_a_patch_without_any_bytes_is_reported(registry: Registry) -> None:
     (problem,) = verify(registry).problems
     assert (problem.patch, problem.concept) == (record.id, "apple")
     assert record.id in problem.found
+
+
+def _with_digests(registry: Registry) -> None:
+    """A recipe of four revisions, the last one like the second."""
+    first, second = (patch.id for patch in registry.patches(limit=2))
+    registry.create_recipe("d", "small")
+    base = registry.base("small").fingerprint
+    steps = [(first, 1.0, base, "a1"), (second, 1.0, "a1", "a2"), (second, None, "a2", "a1"), (first, None, "a1", base)]
+    for patch, strength, before, after in steps:
+        registry.change_recipe("d", patch, strength, why="", who="", digest_before=before, digest_after=after)
+
+
+@pytest.mark.parametrize("column", ["digest_before", "digest_after"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_recorded_digest_that_was_overwritten_is_noticed(full: Registry, number: int, column: str) -> None:
+    _with_digests(full)
+    assert row_problems(full) == []
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        where = "recipe_id = (SELECT id FROM recipe WHERE name = 'd') AND number = ?"
+        database.execute(f"UPDATE revision SET {column} = ? WHERE {where}", ("f" * 64, number))
+    assert any("for the same patches" in problem and "f" * 64 in problem for problem in row_problems(full))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Registry], object]]] = {
+    "settings": ("UPDATE patch SET settings = '{'", Registry.patches),
+    "settings of another kind": ("UPDATE patch SET settings = '[]'", Registry.patches),
+    "a seed": ("UPDATE patch SET seed = 'seven'", Registry.patches),
+    "a time": ("UPDATE patch SET solved_at = 'yesterday'", Registry.patches),
+    "a patch without concept": ("UPDATE patch SET concept_id = 99999", Registry.patches),
+    "a definition": ("UPDATE concept SET definition = 'x'", Registry.concepts),
+    "an empty definition": ("UPDATE concept SET definition = '{}'", Registry.concepts),
+    "a strength": ("UPDATE recipe_patch SET strength = 'much'", Registry.recipes),
+    "a day": ("UPDATE recipe_patch SET until = 'soon'", Registry.recipes),
+    "a strength in the history": ("UPDATE revision_patch SET strength_after = 'x'", lambda each: each.log("r")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_rows_damaged_by_hand_are_sentences(full: Registry, damage: str) -> None:
+    statement, read = DAMAGE[damage]
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute(statement)
+    with pytest.raises(OverpaintError, match=r"database is damaged: .* run `overpaint verify`"):
+        read(full)
+    assert row_problems(full)
