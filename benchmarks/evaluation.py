@@ -159,10 +159,10 @@ def _solved(workspace: Workspace, concept: Concept, solver: str, device: str) ->
 
 def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest) -> None:
     """Run a suite unless the recipe, as it is, has its numbers."""
-    if any(record.suite == request.suite for record in workspace.known_recipe(recipe).evaluations()):
+    if any(record.suite == request.suite for record in workspace.recipe(recipe).evaluations()):
         return
     click.echo(f"{recipe}: {request.suite}", err=True)
-    workspace.evaluate(recipe, request, report=_progress)
+    workspace.evaluate(recipe, request, progress=_progress)
     click.echo("", err=True)
 
 
@@ -174,7 +174,7 @@ def _records(workspace: Workspace) -> list[EvaluationRecord]:
     """Of every recipe, solver by solver as the package lists them."""
     order = [f"{solver}-{len(names)}" for names in (SIX, TWELVE) for solver in SOLVERS]
     names = sorted((record.name for record in workspace.recipes()), key=lambda name: (_place(order, name), name))
-    return [record for name in names for record in workspace.known_recipe(name).evaluations()]
+    return [record for name in names for record in workspace.recipe(name).evaluations()]
 
 
 def _place(order: Sequence[str], name: str) -> int:

@@ -111,9 +111,9 @@ def test_patches_of_every_origin_are_exported_together(ready: Shell, spm: Path, 
     import overpaint
 
     workspace = overpaint.open(ready.registry)
-    wanted = compose(workspace.base("tiny"), workspace.known_recipe("safe").terms())
+    wanted = compose(workspace.base("tiny"), workspace.recipe("safe").terms())
     workspace.recipe("again", base="tiny").add("pets")
-    found = compose(workspace.base("tiny"), workspace.known_recipe("again").terms())
+    found = compose(workspace.base("tiny"), workspace.recipe("again").terms())
     assert found.keys() == wanted.keys()
     # One unit in the last place of float16 where the sum lies at the border between two values.
     assert all(torch.allclose(found[name], wanted[name], rtol=2**-10, atol=2**-24) for name in wanted)

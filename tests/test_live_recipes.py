@@ -16,7 +16,8 @@ import overpaint
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.patches.compose import compose
 from overpaint.workspace.live_pipelines import CannotFollow
-from overpaint.workspace.recipe import LostPatch, Recipe
+from overpaint.workspace.opened import LostPatch
+from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 
 
@@ -87,7 +88,7 @@ def test_refresh_takes_what_another_process_changed(workspace: Workspace, recipe
 
 def test_a_revision_is_applied_as_it_was_and_follows_nothing(workspace: Workspace, recipe: Recipe) -> None:
     recipe.add("cat")
-    then = workspace.known_recipe("safe@1")
+    then = workspace.recipe("safe@1")
     pipe = then.pipeline(device="cpu")
     recipe.remove("cat")
     assert carries(pipe, then)
@@ -160,7 +161,7 @@ def test_several_patches_are_one_revision_that_is_undone_at_once(recipe: Recipe)
         recipe.remove_all(["cat", "fox"])
     assert [record.concept for record, _ in recipe.patches()] == ["cat", "dog"]
     with pytest.raises(NotFound, match="nothing to undo"):
-        recipe._workspace.create_recipe("new").undo()
+        overpaint.open(recipe._opened.registry.folder).create_recipe("new").undo()
 
 
 def lose(workspace: Workspace, concept: str) -> Workspace:
@@ -183,9 +184,7 @@ def test_a_lost_blob_does_not_stand_in_the_way_of_restoring(workspace: Workspace
     line = again.remove("fox")
     assert line.digest_after is None, "nobody ever composed cat and dog"
     assert again.remove("dog").digest_after == cat_alone, "which is on record"
-    assert (
-        again.checkout(0)[0].digest_after == again.record.digest == again._workspace.registry.base("tiny").fingerprint
-    )
+    assert again.checkout(0)[0].digest_after == again.record.digest == again._opened.registry.base("tiny").fingerprint
     with pytest.raises(LostPatch, match="'cat'"):
         again.checkout(1)
     with pytest.raises(LostPatch, match="'cat'"):

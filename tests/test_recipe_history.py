@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
 import os
-import pwd
 import shutil
 from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
@@ -39,7 +39,7 @@ def workspace(tmp_path: Path, solved: Path) -> Workspace:
 @pytest.fixture
 def recipe(workspace: Workspace) -> Recipe:
     """Cat on, dog on, cat stronger, cat off: revisions 1 to 4."""
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     recipe.add("cat")
     recipe.add("dog", why="takedown")
     recipe.add("cat", 0.5)
@@ -53,7 +53,7 @@ def test_a_checkout_gives_the_very_weights_of_the_revision(workspace: Workspace,
         lines = recipe.checkout(revision, why="looking back", who="Ada")
         assert {(line.source, line.why, line.who) for line in lines} == {(f"safe@{revision}", "looking back", "Ada")}
         assert recipe.digest() == lines[0].digest_after == digests[revision]
-        assert workspace.known_recipe(f"safe@{revision}").digest() == digests[revision]
+        assert workspace.recipe(f"safe@{revision}").digest() == digests[revision]
     assert [line.revision for line in recipe.log()][-1] == 9
     with pytest.raises(AlreadyExists):
         recipe.checkout(9)
@@ -63,7 +63,7 @@ def test_a_tag_is_as_good_as_a_number(workspace: Workspace, recipe: Recipe) -> N
     digest = recipe.digest()
     assert recipe.tag("safe-2026-11").revision == 4
     recipe.add("fox")
-    assert workspace.known_recipe("safe@safe-2026-11").digest() == digest
+    assert workspace.recipe("safe@safe-2026-11").digest() == digest
     recipe.checkout("safe-2026-11")
     assert recipe.digest() == digest
     assert [found.concept for found in recipe.diff("safe@5")] == ["fox"]
@@ -76,13 +76,13 @@ def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, 
     built = workspace.build("safe@2", tmp_path / "out")
     assert built.digest == recipe.log()[1].digest_after
     before = len(recipe.log())
-    then = workspace.known_recipe("safe@2")
+    then = workspace.recipe("safe@2")
     attempts: list[Callable[[], object]] = [lambda: then.add("fox"), lambda: then.remove("dog"), then.delete]
     for attempt in attempts:
         with pytest.raises(NotFound, match="'safe@2'"):
             attempt()
     with pytest.raises(OverpaintError, match="'safe@2' means the recipe 'safe' at revision '2'"):
-        workspace.recipe("safe@2").add("fox")
+        workspace.create_recipe("safe@2")
     assert len(recipe.log()) == before
     assert [record.name for record in workspace.recipes()] == ["safe"]
 
@@ -94,7 +94,7 @@ def test_a_checkout_whose_patch_is_damaged_changes_nothing(
         if path.is_file():
             path.chmod(0o644)
             path.write_bytes(b"not what it was")
-    again = overpaint.open(tmp_path / "registry").known_recipe("safe")
+    again = overpaint.open(tmp_path / "registry").recipe("safe")
     with pytest.raises(OverpaintError):
         again.checkout(2)
     assert again.record.revision == 4
@@ -106,19 +106,19 @@ def test_a_copy_has_the_same_weights_and_a_history_of_its_own(workspace: Workspa
     copy.remove("dog")
     assert [line.action for line in copy.log()] == ["copy", "remove"]
     assert recipe.digest() != copy.digest() == workspace.base("tiny").fingerprint
-    assert workspace.known_recipe("safe@1").copy("early").digest() == recipe.log()[0].digest_after
+    assert workspace.recipe("safe@1").copy("early").digest() == recipe.log()[0].digest_after
 
 
 def test_a_deleted_recipe_comes_back_with_its_weights(workspace: Workspace, recipe: Recipe) -> None:
     digest = recipe.digest()
     recipe.delete(why="obsolete")
     with pytest.raises(NotFound):
-        workspace.known_recipe("safe")
-    assert workspace.recipe("safe").digest() == workspace.base("tiny").fingerprint, "the name is free again"
-    workspace.known_recipe("safe").delete()
+        workspace.recipe("safe")
+    assert workspace.create_recipe("safe").digest() == workspace.base("tiny").fingerprint, "the name is free again"
+    workspace.recipe("safe").delete()
     assert workspace.undelete_recipe("safe").digest() == workspace.base("tiny").fingerprint
-    workspace.known_recipe("safe").copy("kept").delete()
-    workspace.known_recipe("safe").delete()
+    workspace.recipe("safe").copy("kept").delete()
+    workspace.recipe("safe").delete()
     assert [found.name for found in workspace.registry.recipes(deleted=True)] == ["safe", "safe", "kept"]
     assert {line.digest_after for line in workspace.registry.log("safe", deleted=True) if line.action == "delete"} == {
         digest,
@@ -161,9 +161,9 @@ def test_tags_and_search_are_on_the_facade(workspace: Workspace, recipe: Recipe)
 
 
 def test_a_user_without_a_name_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(uid: int) -> NoReturn:
-        raise KeyError(uid)
+    def nobody() -> NoReturn:
+        raise KeyError("uid not found")
 
-    assert current_user() == pwd.getpwuid(os.getuid()).pw_name
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert current_user() == getpass.getuser()
+    monkeypatch.setattr(getpass, "getuser", nobody)
     assert current_user() == str(os.getuid())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.testing import tiny_base
+from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 
 
@@ -53,7 +57,7 @@ def test_the_python_block_of_the_readme_does_what_it_says_also_twice(
 
 
 def test_restore_is_shown_by_digests(workspace: Workspace) -> None:
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     for name in ("cat", "dog"):
         recipe.add(workspace.solve(name, base="tiny"), why="takedown")
     recipe.remove("cat", why="licence")
@@ -99,7 +103,7 @@ def test_a_base_that_changed_since_it_was_added_is_noticed(
 def test_names_are_free_text(workspace: Workspace) -> None:
     recipe = workspace.recipe("Montag, früh / spät'; DROP TABLE patches", base="tiny")
     recipe.add(workspace.solve("kä 'x' /", base="tiny"))
-    again = workspace.known_recipe("Montag, früh / spät'; DROP TABLE patches")
+    again = workspace.recipe("Montag, früh / spät'; DROP TABLE patches")
     assert again.patches()[0][0].concept == "kä 'x' /"
 
 
@@ -136,17 +140,19 @@ def test_a_name_that_is_taken_or_unknown_is_refused(workspace: Workspace, base_f
     with pytest.raises(NotFound, match="tiny"):
         workspace.solve("cat", base="tinny")
     with pytest.raises(NotFound):
-        workspace.known_recipe("nothing")
+        workspace.recipe("nothing")
 
 
-def test_a_new_recipe_needs_a_base_when_there_are_several(workspace: Workspace, base_folder: Path) -> None:
-    workspace.add_base("second", base_folder)
+def test_a_new_recipe_needs_a_base_when_there_are_several(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.add_base("second", tiny_base(tmp_path / "second", seed=7).path)
     with pytest.raises(OverpaintError, match="on which base"):
+        workspace.create_recipe("new")
+    with pytest.raises(NotFound, match="new"):
         workspace.recipe("new")
 
 
 def test_a_build_is_the_recipe(workspace: Workspace, tmp_path: Path) -> None:
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     recipe.add(workspace.solve("cat", base="tiny"))
     built = workspace.build("safe", tmp_path / "out")
     assert Base.open(built.folder).fingerprint == recipe.digest() == built.digest
@@ -171,7 +177,7 @@ def test_a_change_by_somebody_else_in_between_is_taken_into_account(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The digests in the history are those of what the recipe really held."""
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     cat, dog = (workspace.solve(name, base="tiny") for name in ("cat", "dog"))
     real = recipe._composed
     once: list[int] = []
@@ -188,3 +194,95 @@ def test_a_change_by_somebody_else_in_between_is_taken_into_account(
     assert (first.concept, second.concept) == ("dog", "cat")
     assert line == second
     assert second.digest_before == first.digest_after
+
+
+def test_what_a_script_does_twice_can_be_made_to_succeed(
+    workspace: Workspace, base_folder: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        workspace.add_base("tiny", base_folder, exist_ok=True)
+        workspace.add_concept("cat", synonyms=["kitty"], exist_ok=True)
+        recipe = workspace.create_recipe("safe", exist_ok=True)
+        recipe.add(workspace.solve("cat"), exist_ok=True)
+    assert (len(workspace.bases()), len(workspace.concepts()), recipe.record.revision) == (1, 1, 1)
+    with pytest.raises(AlreadyExists, match="another base"):
+        workspace.add_base("tiny", tiny_base(tmp_path / "other", seed=7).path, exist_ok=True)
+    with pytest.raises(AlreadyExists, match="cat"):
+        workspace.add_concept("cat", kind="style", exist_ok=True)
+
+
+def test_a_moved_base_is_found_again_and_only_that(workspace: Workspace, base_folder: Path, tmp_path: Path) -> None:
+    patch = workspace.solve("cat", base="tiny")
+    moved, other = shutil.copytree(base_folder, tmp_path / "moved"), tiny_base(tmp_path / "other", seed=7).path
+    with pytest.raises(OverpaintError, match="not the base 'tiny'"):
+        workspace.move_base("tiny", other)
+    assert workspace.move_base("tiny", moved).source == moved
+    assert overpaint.open(workspace.registry.folder).base("tiny").path == moved
+    with pytest.raises(OverpaintError, match="needed by 1 patches"):
+        workspace.remove_base("tiny")
+    workspace.add_base("again", base_folder)
+    workspace.remove_base("tiny")
+    workspace.create_recipe("safe").add(patch.id)
+
+
+def test_a_concept_can_be_described_otherwise_and_removed(workspace: Workspace) -> None:
+    workspace.add_concept("cat", synonyms=["kitty"])
+    assert workspace.edit_concept("cat", anchor="dog").synonyms == ("kitty",)
+    assert workspace.concepts()[0].anchor == "dog"
+    patch = workspace.solve("cat")
+    with pytest.raises(OverpaintError, match="1 patch for it"):
+        workspace.remove_concept("cat")
+    recipe = workspace.create_recipe("safe")
+    recipe.add(patch)
+    recipe.remove(patch)
+    with pytest.raises(OverpaintError, match="history of 'safe' needs it"):
+        workspace.remove_patch("cat")
+    other = workspace.solve("dog")
+    assert workspace.remove_patch(other.id).concept == "dog"
+    workspace.remove_concept("dog")
+    assert [concept.name for concept in workspace.concepts()] == ["cat"]
+
+
+def test_settings_of_a_solver_are_keywords_checked_by_name(workspace: Workspace) -> None:
+    by_keyword = workspace.solve("cat", solver="uce", ridge=0.5)
+    assert by_keyword.id == workspace.solve("cat", solver="uce", settings={"ridge": "0.5"}).id
+    with pytest.raises(OverpaintError, match="ridge"):
+        workspace.solve("cat", solver="uce", rigde=0.5)
+    outcomes = workspace.solve_many(["cat", "dog"], solver="uce", ridge=0.5)
+    assert [outcome.before for outcome in outcomes] == [False, False], "the universe is another one now"
+    assert "ridge" in next(each for each in workspace.solvers() if each.name == "uce").settings
+
+
+def test_public_objects_say_what_they_are(workspace: Workspace) -> None:
+    solved = workspace.solve("cat")
+    recipe = workspace.create_recipe("<b>safe")
+    recipe.add(solved)
+    assert "cat on tiny" in repr(solved)
+    assert "erases cat" in repr(recipe)
+    assert "1 patches, 1 recipes" in repr(workspace)
+    assert "&lt;b&gt;safe" in recipe._repr_html_()
+    assert "<b>" not in workspace._repr_html_()
+
+
+def test_the_signatures_of_the_public_objects_are_whole_and_stay() -> None:
+    pinned = json.loads((Path(__file__).parent / "signatures.json").read_text("utf-8"))
+    assert signatures() == pinned, "the API is a promise: add parameters at the end, and write them down here"
+    for name, text in pinned.items():
+        assert "**" not in text or name in BAGS, f"{name} hides its parameters: {text}"
+        assert "*args" not in text
+
+
+BAGS = ("Workspace.solve", "Workspace.solve_many", "Workspace.import_file", "Workspace.pull")
+"""Settings of a solver are checked by name; what is asked of a source is checked by `PullRequest`."""
+
+
+def signatures() -> dict[str, str]:
+    """Every public method of what `overpaint.open` returns and of its recipes, with its signature."""
+    return {
+        f"{kind.__name__}.{name}": re.sub(
+            r"<function (\S+) at \w+>", r"\1", str(inspect.signature(getattr(kind, name)))
+        )
+        for kind in (Workspace, Recipe)
+        for name in sorted(dir(kind))
+        if not name.startswith("_") and callable(getattr(kind, name))
+    }

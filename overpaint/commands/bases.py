@@ -121,5 +121,5 @@ def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str) ->
         if "damaged" in text:
             talk.say(f"warning: {text}")
 
-    open_workspace(ctx).prepare(name, vocabulary=vocabulary, device=device, report=report)
+    open_workspace(ctx).prepare(name, vocabulary=vocabulary, device=device, progress=report)
     talk.say(f"{name} is ready to be solved on")

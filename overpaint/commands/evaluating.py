@@ -63,7 +63,7 @@ def evaluate(
     talk = Talk()
     chosen = dict(_pair(text) for text in settings)
     done = open_workspace(ctx).evaluate(
-        name, EvaluationRequest(suite=suite, settings=chosen, **options), report=talk.progress
+        name, EvaluationRequest(suite=suite, settings=chosen, **options), progress=talk.progress
     )
     talk.clear()
     for place in done.redrawn:

@@ -75,7 +75,7 @@ def patch_import(
     What `overpaint export` wrote is taken by `overpaint import`.
     """
     talk = Talk()
-    done = open_workspace(ctx).import_patch(file, base=base_name, concept=concept, report=talk.progress, **options)
+    done = open_workspace(ctx).import_patch(file, base=base_name, concept=concept, progress=talk.progress, **options)
     talk.clear()
     found, record = done.found, done.record
     if as_json:
@@ -102,7 +102,7 @@ def patch_import(
 def patch_export(ctx: click.Context, /, patches: tuple[str, ...], as_json: bool, **how: Any) -> None:
     """Write patches as one file that other tools load. (To share patches: `overpaint export`.)"""
     talk = Talk()
-    done = open_workspace(ctx).export_patches(patches, report=talk.progress, **how)
+    done = open_workspace(ctx).export_patches(patches, progress=talk.progress, **how)
     talk.clear()
     _show(done, as_json)
 
@@ -114,7 +114,7 @@ def patch_export(ctx: click.Context, /, patches: tuple[str, ...], as_json: bool,
 def recipe_export(ctx: click.Context, /, name: str, as_json: bool, **how: Any) -> None:
     """Write what lies on a recipe as one file that other tools load. (To share it: `overpaint export --recipe`.)"""
     talk = Talk()
-    done = open_workspace(ctx).export_recipe(name, report=talk.progress, **how)
+    done = open_workspace(ctx).recipe(name).export(progress=talk.progress, **how)
     talk.clear()
     _show(done, as_json)
 

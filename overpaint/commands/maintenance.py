@@ -17,7 +17,7 @@ from overpaint.commands.using import db
 def verify(ctx: click.Context, as_json: bool) -> None:
     """Read everything again and compare it with its digests; damaged blobs go to quarantine. Exit code 1 if any is."""
     talk = Talk()
-    found = open_workspace(ctx).verify(report=talk.progress)
+    found = open_workspace(ctx).verify(progress=talk.progress)
     talk.clear()
     rows = [
         [p.part, p.patch if as_json else (p.patch or "")[:12], p.concept, p.tensor, p.found] for p in found.problems

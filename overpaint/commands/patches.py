@@ -155,7 +155,7 @@ def patch_add(
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
     """Remove patches from a recipe, all or none; the concepts come back."""
     workspace = open_workspace(ctx)
-    lines = workspace.known_recipe(recipe).remove_all(patches, why=why)
+    lines = workspace.recipe(recipe).remove_all(patches, why=why)
     for line in lines:
         show_change(line)
     if lines[-1].digest_after == workspace.registry.base(workspace.registry.recipe(recipe).base).fingerprint:

@@ -72,7 +72,7 @@ def import_(
     """Take what a FILE of `overpaint export`, or a bare patch file, has; or only some of it."""
     talk = Talk()
     done = open_workspace(ctx).import_file(
-        file, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, report=talk.progress, **asked
+        file, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, progress=talk.progress, **asked
     )
     talk.clear()
     _show(done, as_json, no_verify)
@@ -89,7 +89,7 @@ def push(
 ) -> None:
     """Send patches or recipes to DEST, a folder or a URL such as s3://bucket/path; without a name, everything."""
     talk = Talk()
-    sent = open_workspace(ctx).push(destination, patches=patches, recipes=recipes, sign=key, report=talk.progress)
+    sent = open_workspace(ctx).push(destination, patches=patches, recipes=recipes, sign=key, progress=talk.progress)
     talk.clear()
     for name in sent.newer:
         talk.say(f"the recipe {name!r} is newer there, and was left as it is; pull it")
@@ -114,7 +114,7 @@ def pull(
     """Take patches and recipes from SOURCE, a folder or a URL that was pushed to; or only some of them."""
     talk = Talk()
     done = open_workspace(ctx).pull(
-        source, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, report=talk.progress, **asked
+        source, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, progress=talk.progress, **asked
     )
     talk.clear()
     _show(done, as_json, no_verify)

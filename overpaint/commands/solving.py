@@ -115,7 +115,7 @@ def solve(
         if dry_run:
             _show_plan(plan, as_json)
             return
-        workspace.carry_out(plan, device=device, report=talk.progress, told=outcomes.append)
+        workspace.carry_out(plan, device=device, progress=talk.progress, on_result=outcomes.append)
     talk.clear()
     _show(outcomes, as_json)
 

@@ -57,7 +57,7 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     from overpaint.workspace.evaluating import draw
 
     require_parent(out)
-    wanted, talk = open_workspace(ctx).known_recipe(recipe), Talk()
+    wanted, talk = open_workspace(ctx).recipe(recipe), Talk()
     draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
     talk.clear()
     click.echo(str(out))

@@ -604,6 +604,20 @@ class Registry:
                     f"concept {known.name!r} is there already, as {known.definition}; choose another name"
                 )
 
+    def remove_concept(self, name: str) -> None:
+        """Forget a concept. Raises NotFound, OverpaintError while there are patches for it."""
+        with self._database.writing() as session:
+            row = find(session, models.ConceptRow, name)
+            count = session.scalar(
+                select(func.count()).select_from(models.PatchRow).where(models.PatchRow.concept_id == row.id)
+            )
+            if count:
+                raise OverpaintError(
+                    f"the concept {row.name!r} stays: there {'is 1 patch' if count == 1 else f'are {count} patches'} for it; "
+                    "remove what no recipe needs first"
+                )
+            session.delete(row)
+
     def concepts(self, *, limit: int | None = None, offset: int = 0) -> list[Concept]:
         """All concepts, in the order they came, or `limit` of them after the first `offset`."""
         query = select(models.ConceptRow).order_by(models.ConceptRow.id).limit(limit).offset(offset)

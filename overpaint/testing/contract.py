@@ -156,7 +156,7 @@ class SolverContract:
         before = _stored(tmp_path / "registry")
         settings = {name: str(value) for name, value in self.quick.items()}
         with pytest.raises(KeyboardInterrupt):
-            workspace.solve(self.concept, base="tiny", solver="under-test", settings=settings, report=_Impatient(0))
+            workspace.solve(self.concept, base="tiny", solver="under-test", settings=settings, progress=_Impatient(0))
         assert not workspace.patches()
         assert not workspace.concepts()
         assert _stored(tmp_path / "registry") == before

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from overpaint.core.concepts import Concept
     from overpaint.patches.compose import Term
     from overpaint.patches.formats.exporting import Exported
-    from overpaint.patches.formats.importing import Imported
-    from overpaint.workspace.workspace import Workspace
+    from overpaint.patches.formats.importing import Imported, Options
+    from overpaint.workspace.opened import OpenRegistry
 
 
 # Patches from and for other tools, in a registry: a foreign file becomes a stored patch, patches become a foreign file.
@@ -40,23 +40,23 @@ class ImportedPatch:
 
 
 def import_patch(
-    workspace: Workspace,
+    workspace: OpenRegistry,
     file: Path,
     *,
     base: str,
     concept: Concept,
-    report: Report = lambda step, of, text: None,
-    **options: Any,
+    options: Options,
+    progress: Report,
 ) -> ImportedPatch:
-    """Store another tool's erasure as a patch; `options` are those of `formats.importing.Options`.
+    """Store another tool's erasure as a patch.
 
     Raises OverpaintError before anything is stored.
     """
-    from overpaint.patches.formats.importing import Options, import_weights
+    from overpaint.patches.formats.importing import import_weights
     from overpaint.patches.patch import make_patch
 
     opened, started = workspace.base(base), time.perf_counter()
-    found = import_weights(opened, file, Options(**options), report=report)
+    found = import_weights(opened, file, options, report=progress)
     settings = {"file": file.name, **found.settings()}
     patch = make_patch(opened, concept, found.delta, {"name": SOLVER, "settings": settings, "seed": 0, "universe": []})
     workspace.registry.ensure_concept(concept)
@@ -75,67 +75,90 @@ def import_patch(
 
 
 def export_patches(
-    workspace: Workspace, keys: Iterable[str], out: Path, format: str, strength: float, **how: Any
+    workspace: OpenRegistry,
+    keys: Iterable[str],
+    out: Path,
+    format: str,
+    strength: float,
+    *,
+    dtype: str,
+    truncate: int | None,
+    progress: Report,
 ) -> Exported:
     """Write patches (by id, beginning of an id, or concept) of one base, all at one strength, as one file of a format."""
-    from overpaint.patches.compose import Term
-
     records = list({record.id: record for record in (workspace.registry.patch(key) for key in keys)}.values())
     if len(bases := sorted({record.base for record in records})) != 1:
         raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
-    base = workspace.base(bases[0])
-    terms = []
-    for record in records:
-        patch = workspace.patch(record.id)
-        patch.check(base)
-        terms.append(Term(patch.id, patch.delta, strength))
-    return _exported(workspace, bases[0], terms, records, out, format, out.stem, how)
+    terms = [workspace.term(record.id, strength, bases[0]) for record in records]
+    return _exported(
+        workspace, bases[0], terms, records, out, format, out.stem, dtype=dtype, truncate=truncate, progress=progress
+    )
 
 
-def export_recipe(workspace: Workspace, name: str, out: Path, format: str, **how: Any) -> Exported:
-    """Write what lies on a recipe as one file of a format."""
-    recipe = workspace.known_recipe(name)
-    records = [record for record, _ in recipe.patches()]
-    return _exported(workspace, recipe.record.base, recipe.terms(), records, out, format, name, how)
+def export_recipe(
+    workspace: OpenRegistry,
+    name: str,
+    out: Path,
+    format: str,
+    *,
+    dtype: str,
+    truncate: int | None,
+    progress: Report,
+) -> Exported:
+    """Write a recipe as one file of a format."""
+    recipe = workspace.registry.recipe(name)
+    records = [record for record, _ in workspace.registry.patches_on(name)]
+    terms = workspace.terms(recipe)
+    return _exported(
+        workspace, recipe.base, terms, records, out, format, name, dtype=dtype, truncate=truncate, progress=progress
+    )
 
 
 def _exported(
-    workspace: Workspace,
+    workspace: OpenRegistry,
     base: str,
     terms: list[Term],
     records: list[PatchRecord],
     out: Path,
     format: str,
     title: str,
-    how: dict[str, Any],
+    *,
+    dtype: str,
+    truncate: int | None,
+    progress: Report,
 ) -> Exported:
     from overpaint.patches.formats.exporting import About, export
 
     concepts = {record.id: record.concept for record in records}
     day = max((record.solved_at.date().isoformat() for record in records), default="")
     patches = [(term.id, concepts[term.id], term.strength) for term in sorted(terms, key=lambda term: term.id)]
-    return export(workspace.base(base), terms, out, format, About(title, patches, day), **how)
+    about = About(title, patches, day)
+    return export(workspace.base(base), terms, out, format, about, dtype=dtype, truncate=truncate, report=progress)
 
 
-def export_archive(workspace: Workspace, file: Path, *, sign: Path | None = None, **what: Any) -> Sent:
-    """See `Workshop.export`."""
+def export_archive(workspace: OpenRegistry, file: Path, *, sign: Path | None = None, **what: Any) -> Sent:
+    """See `Workspace.export`."""
     signer = load_signer(sign) if sign else None
     return sending.export(workspace.registry, file, signer=signer, vocabularies=workspace.vocabularies, **what)
 
 
-def push(workspace: Workspace, destination: str | Path, *, sign: Path | None = None, **what: Any) -> Sent:
-    """See `Workshop.push`."""
+def push(
+    workspace: OpenRegistry, destination: str | Path, *, sign: Path | None = None, progress: Report, **what: Any
+) -> Sent:
+    """See `Workspace.push`."""
     signer = load_signer(sign) if sign else None
-    return sending.push(workspace.registry, destination, signer=signer, vocabularies=workspace.vocabularies, **what)
+    return sending.push(
+        workspace.registry, destination, signer=signer, vocabularies=workspace.vocabularies, report=progress, **what
+    )
 
 
-def import_file(workspace: Workspace, file: Path, **asked: Any) -> Received:
-    """See `Workshop.import_file`."""
+def import_file(workspace: OpenRegistry, file: Path, **asked: Any) -> Received:
+    """See `Workspace.import_file`."""
     return ingest.import_file(workspace.registry, file, _request(workspace, **asked))
 
 
-def pull(workspace: Workspace, source: str | Path, **asked: Any) -> Received:
-    """See `Workshop.pull`."""
+def pull(workspace: OpenRegistry, source: str | Path, **asked: Any) -> Received:
+    """See `Workspace.pull`."""
     return ingest.pull(workspace.registry, source, _request(workspace, **asked))
 
 
@@ -156,7 +179,13 @@ def _keyring(trust: Iterable[str | Path] | None) -> Keyring | None:
     return load_keyring(Path(path) for path in paths)
 
 
-def _request(workspace: Workspace, *, trust: Iterable[str | Path] | None = None, **asked: Any) -> PullRequest:
+def _request(
+    workspace: OpenRegistry,
+    *,
+    trust: Iterable[str | Path] | None = None,
+    progress: Report = lambda step, of, text: None,
+    **asked: Any,
+) -> PullRequest:
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
     # Whoever only sends waits for no torch.
     from overpaint.patches.patch import read_patch
@@ -167,5 +196,6 @@ def _request(workspace: Workspace, *, trust: Iterable[str | Path] | None = None,
         check=read_patch,
         check_vocabulary=read_vocabulary,
         vocabularies=workspace.vocabularies,
+        report=progress,
         **asked,
     )

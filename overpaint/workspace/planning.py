@@ -311,7 +311,7 @@ class SolvePlan:
         return [task for task in self.tasks if task.done is None]
 
 
-def plan(
+def plan_solves(
     registry: Registry,
     orders: Iterable[SolveRequest],
     around: SolveContext,
@@ -350,3 +350,42 @@ def _concepts(orders: tuple[SolveRequest, ...]) -> dict[str, Concept]:
         if found.setdefault(order.concept.name, order.concept) != order.concept:
             raise OverpaintError(f"{order.concept.name!r} is ordered by two descriptions; keep one of them")
     return found
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A patch that was solved and stored, what its solver reported, and the seconds it took."""
+
+    record: PatchRecord
+    diagnostics: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def id(self) -> str:
+        """The patch's id: the digest of its manifest."""
+        return self.record.id
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the patch's file, in bytes."""
+        return self.record.nbytes
+
+    def __repr__(self) -> str:
+        return f"<Solved {self.id[:12]}: {self.record.concept} on {self.record.base}, {self.nbytes:,} bytes>"
+
+
+def truncations(compress: str | None) -> tuple[Truncation, ...]:
+    """The compression that a text asks for (`4` or `0.99`), if any. Raises BadTruncation."""
+    return () if compress is None else (Truncation.parse(compress),)
+
+
+def setting_texts(settings: Mapping[str, object]) -> dict[str, str]:
+    """Settings given as keywords, or as a mapping called `settings`, as `--set` takes them."""
+    given = dict(settings)
+    nested = given.pop("settings", None) or {}
+    if not isinstance(nested, Mapping):
+        raise OverpaintError(f"settings is a mapping of a solver's settings by name; got {nested!r}")
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in {**nested, **given}.items()
+    }

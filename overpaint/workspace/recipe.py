@@ -5,10 +5,12 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date
-from typing import TYPE_CHECKING, Any, Literal
+from datetime import date, datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import (
     Difference,
@@ -20,19 +22,21 @@ from overpaint.registry.records import (
     TagRecord,
 )
 from overpaint.registry.registry import EvaluationRecord
+from overpaint.workspace.opened import LostPatch, OpenRegistry
+from overpaint.workspace.planning import Solved
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
+    from overpaint.patches.build import Built
     from overpaint.patches.compose import Term
-    from overpaint.workspace.workspace import Solved, Workspace
+    from overpaint.patches.conversion import Form
+    from overpaint.patches.formats.exporting import Exported
+    from overpaint.workspace.evaluating import Evaluated, EvaluationRequest
+    from overpaint.workspace.report import Reported
 
 
 TRIES = 20
 """How often a change is computed again when others keep changing the same recipe."""
-
-
-class LostPatch(OverpaintError):
-    """A patch whose bytes are lost or damaged."""
 
 
 def current_user() -> str:
@@ -43,33 +47,53 @@ def current_user() -> str:
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
+def html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A small table for notebooks."""
+    head = "".join(f"<th>{escape(each)}</th>" for each in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<p>{escape(title.strip('<>'))}</p><table><tr>{head}</tr>{body}</table>"
+
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Progress callback: step, of how many, and what is being done."""
+
+
+def silent(step: int, of: int, text: str) -> None:
+    """Reports no progress."""
+
+
 class Recipe:
     """Reads and changes one recipe of a registry; what it holds is read anew each time.
 
     The name may say a revision, as NAME@NUMBER or NAME@TAG: that can be read, composed and built, but not changed.
     """
 
-    def __init__(self, workspace: Workspace, name: str) -> None:
-        self._workspace, self.name = workspace, name
+    def __init__(self, opened: OpenRegistry, name: str) -> None:
+        self._opened, self.name = opened, name
+
+    def __repr__(self) -> str:
+        record = self.record
+        concepts = ", ".join(patch.concept for patch, _ in self.patches()) or "nothing"
+        return f"<Recipe {self.name} on {record.base}, revision {record.revision}: erases {concepts}>"
+
+    def _repr_html_(self) -> str:
+        rows = [[p.concept, p.id[:12], p.solver, f"{s:g}", f"{p.nbytes:,}"] for p, s in self.patches()]
+        return html_table(repr(self), ["concept", "patch", "solver", "strength", "bytes"], rows)
 
     @property
     def record(self) -> RecipeRecord:
-        return self._workspace.registry.recipe(self.name)
+        return self._opened.registry.recipe(self.name)
 
     @property
     def base(self) -> Base:
-        return self._workspace.base(self.record.base)
+        return self._opened.base(self.record.base)
 
     def terms(self) -> list[Term]:
         """What `compose` takes. Raises WrongBase when a patch was not solved for this base, LostPatch for lost bytes."""
-        return [self._term(patch_id, strength) for patch_id, strength in self.record.patches]
+        return self._opened.terms(self.record)
 
     def _term(self, patch_id: str, strength: float) -> Term:
-        from overpaint.patches.compose import Term
-
-        patch = self._workspace.patch(patch_id)
-        patch.check(self.base)
-        return Term(patch.id, patch.delta, strength)
+        return self._opened.term(patch_id, strength, self.record.base)
 
     def digest(self) -> str:
         """The digest of the composed weights: the base's fingerprint when the recipe is empty."""
@@ -155,7 +179,7 @@ class Recipe:
         """
 
         def commit(before: RecipeRecord, note: Note) -> int:
-            return self._workspace.registry.exchange_patches(self.name, new, note, expected=before.revision)
+            return self._opened.registry.exchange_patches(self.name, new, note, expected=before.revision)
 
         return self._record(
             lambda before: {new.get(each, each): strength for each, strength in before.patches}, commit, why, who
@@ -169,11 +193,11 @@ class Recipe:
         """
 
         def then(before: RecipeRecord) -> RecipeRecord:
-            return self._workspace.registry.recipe(f"{before.name}@{revision}")
+            return self._opened.registry.recipe(f"{before.name}@{revision}")
 
         def commit(before: RecipeRecord, note: Note) -> int:
             number = then(before).revision
-            return self._workspace.registry.checkout_recipe(self.name, number, note, expected=before.revision)
+            return self._opened.registry.checkout_recipe(self.name, number, note, expected=before.revision)
 
         return self._record(lambda before: dict(then(before).patches), commit, why, who)
 
@@ -198,7 +222,7 @@ class Recipe:
         def commit(before: RecipeRecord, note: Note) -> int:
             if not changes:
                 return 0  # of which there are no lines
-            return self._workspace.registry.change_patches(self.name, changes, note, expected=before.revision)
+            return self._opened.registry.change_patches(self.name, changes, note, expected=before.revision)
 
         return self._record(after, commit, why, who)
 
@@ -215,13 +239,13 @@ class Recipe:
             strengths = after(before)
             note = Note(why, who or current_user(), self._digest_of(before), self._digest_after(before, strengths))
             try:
-                with self._workspace.pipelines.changing(before.name, strengths, self._term):
+                with self._opened.pipelines.changing(before.name, strengths, self._term):
                     revision = commit(before, note)
             except StaleRevision:
                 if attempt == TRIES - 1:
                     raise
             else:
-                return self._workspace.registry.log(self.name, revision=revision)
+                return self._opened.registry.log(self.name, revision=revision)
         raise AssertionError("unreachable")
 
     def _digest_of(self, record: RecipeRecord) -> str | None:
@@ -239,7 +263,7 @@ class Recipe:
         if strengths == carried:
             return before.digest
         if not strengths:
-            return self._workspace.registry.base(before.base).fingerprint
+            return self._opened.registry.base(before.base).fingerprint
         try:
             return self._composed(strengths)
         except LostPatch:
@@ -250,25 +274,25 @@ class Recipe:
     def _recorded(self, before: RecipeRecord, strengths: Mapping[str, float]) -> str | None:
         """The digest of an earlier revision that held the same, if there was one."""
         for revision in reversed(range(1, before.revision)):
-            then = self._workspace.registry.recipe(f"{before.name}@{revision}")
+            then = self._opened.registry.recipe(f"{before.name}@{revision}")
             if dict(then.patches) == strengths and then.digest is not None:
                 return then.digest
         return None
 
     def _id(self, patch: Solved | PatchRecord | str, base: str) -> str:
         """The id of a patch; a concept's name means its newest patch for `base`."""
-        return self._workspace.registry.patch(patch, base=base).id if isinstance(patch, str) else patch.id
+        return self._opened.registry.patch(patch, base=base).id if isinstance(patch, str) else patch.id
 
     def _id_here(self, patch: Solved | PatchRecord | str) -> str:
         """The id of a patch; a concept's name means the patch of it that is on this recipe."""
         if not isinstance(patch, str):
             return patch.id
-        records = [record for record, _ in self._workspace.registry.patches_on(self.name)]
+        records = [record for record, _ in self._opened.registry.patches_on(self.name)]
         named = [record.id for record in records if record.concept == patch]
         begun = [record.id for record in records if len(patch) >= 4 and record.id.startswith(patch.lower())]
         if len(here := named or begun) == 1:
             return here[0]
-        return self._workspace.registry.patch(patch).id
+        return self._opened.registry.patch(patch).id
 
     # Pipelines that follow
 
@@ -289,61 +313,112 @@ class Recipe:
         lost; the pipeline is then as it was.
         """
         record = self.record
-        follows = record.name if self._workspace.registry.has_recipe(self.name) else None
-        self._workspace.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._term)
+        follows = record.name if self._opened.registry.has_recipe(self.name) else None
+        self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._term)
         return pipe
 
     def refresh(self) -> None:
         """Bring the pipelines that follow this recipe to what it holds now, whoever changed it. Raises CannotFollow."""
         record = self.record
-        with self._workspace.pipelines.changing(record.name, dict(record.patches), self._term):
+        with self._opened.pipelines.changing(record.name, dict(record.patches), self._term):
             pass
 
     def release(self, pipe: Any) -> None:
         """Let go of a pipeline: it follows no recipe any more, and its weights stay as they are."""
-        self._workspace.pipelines.release(pipe)
+        self._opened.pipelines.release(pipe)
+
+    # Checkpoints, files and numbers
+
+    def build(
+        self, out: str | Path, *, format: Form | None = None, warn: Callable[[str], None] = lambda text: None
+    ) -> Built:
+        """Bake this recipe into a new checkpoint `out` of its base's form, or of another (see `overpaint.patches.build`).
+
+        A name that ends in .safetensors means a single file. Raises AlreadyExists when `out` is there.
+        """
+        from overpaint.patches.build import build
+
+        out = Path(out)
+        form = format or ("single-file" if out.suffix == ".safetensors" else None)
+        return build(self.base, self.terms(), out, card=self.card(), record=self.as_json(), notice=warn, form=form)
+
+    def evaluate(self, request: EvaluationRequest | None = None, *, progress: Progress = silent) -> Evaluated:
+        """Run a suite (`quick`, unless the request names another) on this recipe and keep its numbers."""
+        from overpaint.workspace.evaluating import EvaluationRequest, Subject, evaluate
+
+        subject = Subject.named(self._opened.registry, self.name)
+        patches = [self._opened.patch(record.id) for record, _ in subject.entries]
+        asked = request or EvaluationRequest()
+        return evaluate(
+            self._opened.registry, subject, self.base, patches, asked, who=current_user(), progress=progress
+        )
+
+    def report(self, out: str | Path, *, device: str = "auto", progress: Progress = silent) -> Reported:
+        """Write what was measured of this recipe as one HTML page, with JSON, CSV and PNG beside it."""
+        from overpaint.workspace.evaluating import Subject
+        from overpaint.workspace.report import report
+
+        subject = Subject.named(self._opened.registry, self.name)
+        patches = [self._opened.patch(record.id) for record, _ in subject.entries]
+        return report(self._opened.registry, subject, self.base, patches, Path(out), device=device, progress=progress)
+
+    def export(
+        self,
+        out: str | Path,
+        format: str = "kohya",
+        *,
+        dtype: str = "float32",
+        truncate: int | None = None,
+        progress: Progress = silent,
+    ) -> Exported:
+        """Write this recipe as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
+        from overpaint.workspace.exchange import export_recipe
+
+        return export_recipe(
+            self._opened, self.name, Path(out), format, dtype=dtype, truncate=truncate, progress=progress
+        )
 
     # Keeping
 
     def copy(self, name: str, *, why: str = "", who: str = "") -> Recipe:
         """A new recipe with what lies on this one. Raises AlreadyExists."""
-        self._workspace.registry.copy_recipe(self.name, name, why=why, who=who or current_user())
-        return Recipe(self._workspace, name)
+        self._opened.registry.copy_recipe(self.name, name, why=why, who=who or current_user())
+        return Recipe(self._opened, name)
 
     def delete(self, *, why: str = "", who: str = "") -> None:
         """Take this recipe off the lists. Its history stays, and `Workshop.undelete_recipe` brings it back."""
-        self._workspace.registry.delete_recipe(self.name, why=why, who=who or current_user())
-        self._workspace.pipelines.release_all(self.name)
+        self._opened.registry.delete_recipe(self.name, why=why, who=who or current_user())
+        self._opened.pipelines.release_all(self.name)
 
     def tag(self, tag: str, *, who: str = "") -> TagRecord:
         """Tie a tag to this recipe as it is now: `checkout(tag)` comes back to it. Raises AlreadyExists."""
-        return self._workspace.registry.tag(tag, recipes=[self.name], who=who or current_user())[0]
+        return self._opened.registry.tag(tag, recipes=[self.name], who=who or current_user())[0]
 
     def untag(self, tag: str) -> None:
         """Untie a tag from this recipe. Raises NotFound."""
-        self._workspace.registry.untag(tag, recipes=[self.record.name])
+        self._opened.registry.untag(tag, recipes=[self.record.name])
 
     # Reading
 
     def log(self) -> list[HistoryRecord]:
         """Every change, oldest first."""
-        return self._workspace.registry.log(self.record.name)
+        return self._opened.registry.log(self.record.name)
 
     def diff(self, other: str) -> list[Difference]:
         """Every patch that lies differently here and on another recipe or revision (NAME, NAME@NUMBER, NAME@TAG)."""
-        return self._workspace.registry.diff(self.name, other)
+        return self._opened.registry.diff(self.name, other)
 
     def due(self, on: date | None = None) -> list[ExpiredEntry]:
         """What lies here though its day had come, by today (in UTC) or another day."""
-        return self._workspace.due(on, recipe=self.record.name)
+        return self._opened.registry.due(on or datetime.now(timezone.utc).date(), recipe=self.record.name)
 
     def evaluations(self) -> list[EvaluationRecord]:
         """The latest run of every suite on this recipe as it is (or, NAME@REVISION, as it was)."""
-        return self._workspace.registry.evaluations(recipe=self.name, latest=True)
+        return self._opened.registry.evaluations(recipe=self.name, latest=True)
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
         """What lies on the base, with strengths, by concept."""
-        found = [(patch, laid.strength) for patch, laid in self._workspace.registry.patches_on(self.name)]
+        found = [(patch, laid.strength) for patch, laid in self._opened.registry.patches_on(self.name)]
         return sorted(found, key=lambda item: item[0].concept)
 
     def as_json(self) -> dict[str, Any]:

@@ -25,13 +25,15 @@ from overpaint.workspace.planning import (
     digest_of_order,
     keeps_of,
     manifest_of,
+    plan_solves,
     provenance,
     universe_of,
 )
+from overpaint.workspace.recipe import Recipe
 
 if TYPE_CHECKING:
+    from overpaint.workspace.opened import OpenRegistry
     from overpaint.workspace.planning import SolveContext, SolvePlan
-    from overpaint.workspace.workspace import Workspace
 
 
 CLOSED_FORM = ("separable", "uce", "rece", "nullspace")
@@ -90,12 +92,12 @@ class Reseparated:
 
 
 def reseparate(
-    workspace: Workspace,
+    opened: OpenRegistry,
     recipe: str,
     *,
     device: str = "auto",
     why: str = "",
-    report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    progress: Callable[[int, int, str], None] = lambda step, of, text: None,
 ) -> Reseparated:
     """Solve a recipe's closed-form patches for the registry's universe, and exchange them in one revision.
 
@@ -103,19 +105,22 @@ def reseparate(
     concepts are those of the registry as they are described now. Patches of other solvers stay. Raises what the solvers
     raise, and NotReseparable where two patches would become one; the recipe is then as it was.
     """
-    held = workspace.known_recipe(recipe)
+    from overpaint.bases.loading import resolve_device
+    from overpaint.workspace.solving import carry_out
+
+    held = Recipe(opened, recipe)
     if held.record.name != recipe:
         raise OverpaintError(
             f"{recipe!r} is as it was then and cannot be changed; re-separate {held.record.name!r} itself"
         )
-    around = workspace.surroundings(held.record.base)
-    stale, left = _stale(workspace, recipe, around)
+    around = opened.surroundings(held.record.base)
+    stale, left = _stale(opened, recipe, around)
     if not stale:
         return Reseparated([], left, len(around.universe))
-    plan = workspace.plan(stale.values(), base=held.record.base)
-    _refuse_collisions(workspace, recipe, stale, plan)
+    plan = plan_solves(opened.registry, stale.values(), around, base=held.record.base)
+    _refuse_collisions(opened, recipe, stale, plan)
     made = dict[SolveRequest, str]()
-    for outcome in workspace.carry_out(plan, device=device, report=report):
+    for outcome in carry_out(opened.registry, plan, opened.base, resolve_device(device), report=progress):
         if outcome.record is None:
             raise OverpaintError(
                 f"{outcome.task.order.concept.name}: {outcome.error}; the recipe {recipe!r} is as it was"
@@ -127,13 +132,13 @@ def reseparate(
 
 
 def _stale(
-    workspace: Workspace, recipe: str, around: SolveContext
+    opened: OpenRegistry, recipe: str, around: SolveContext
 ) -> tuple[dict[str, SolveRequest], tuple[PatchRecord, ...]]:
     """By id, the orders of patches to solve again; and those of other solvers, solved for another universe than today's."""
     known = {concept.name: concept for concept in around.universe}
     stale, left = dict[str, SolveRequest](), []
-    for record, _ in workspace.registry.patches_on(recipe):
-        manifest = manifest_of(workspace.registry, record)
+    for record, _ in opened.registry.patches_on(recipe):
+        manifest = manifest_of(opened.registry, record)
         if record.solver in CLOSED_FORM:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
             order = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed, keeps_of(manifest))
@@ -147,9 +152,9 @@ def _stale(
     return stale, tuple(left)
 
 
-def _refuse_collisions(workspace: Workspace, recipe: str, stale: Mapping[str, SolveRequest], plan: SolvePlan) -> None:
+def _refuse_collisions(opened: OpenRegistry, recipe: str, stale: Mapping[str, SolveRequest], plan: SolvePlan) -> None:
     """Two patches for one concept that differ in nothing but their universe would be one patch afterwards."""
-    lying = {record.id for record, _ in workspace.registry.patches_on(recipe)}
+    lying = {record.id for record, _ in opened.registry.patches_on(recipe)}
     taken = {task.order for task in plan.tasks if task.done is not None and task.done.id in lying}
     for order in stale.values():
         if order in taken:

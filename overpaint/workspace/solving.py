@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,3 +208,28 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@dataclass(frozen=True)
+class SolverInfo:
+    """A solver by name: what it does, the package it is from, its settings with their defaults, its presets."""
+
+    name: str
+    about: str
+    package: str
+    settings: Mapping[str, Any] = field(hash=False)
+    presets: Mapping[str, Mapping[str, Any]] = field(hash=False)
+
+
+def solver_infos() -> list[SolverInfo]:
+    """All solvers that can be loaded, with what can be set on each."""
+    from overpaint.solvers import BrokenSolver, solver_class, solvers
+    from overpaint.solvers.problem import settable
+
+    infos = []
+    for each in solvers()[0].values():
+        with suppress(BrokenSolver):
+            method = solver_class(each.name)
+            settings = {name: spec.default for name, spec in settable(method).items()}
+            infos.append(SolverInfo(each.name, each.about, each.package, settings, method.PRESETS))
+    return infos

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, datetime, timezone
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
-from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.registry.records import BaseRecord, ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
+from overpaint.registry.records import ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
 from overpaint.registry.registry import Registry
-from overpaint.registry.store import BlobCorrupt, BlobMissing
-from overpaint.workspace.live_pipelines import LivePipelines
-from overpaint.workspace.recipe import LostPatch, Recipe, current_user
+from overpaint.workspace.opened import OpenRegistry
+from overpaint.workspace.planning import (
+    Defaults,
+    Solved,
+    SolvePlan,
+    SolveRequest,
+    Truncation,
+    completed,
+    plan_solves,
+    provenance,
+    setting_texts,
+    truncations,
+)
+from overpaint.workspace.recipe import Progress, Recipe, current_user, html_table, silent
 
 if TYPE_CHECKING:
-    from overpaint.bases.base import Base
     from overpaint.evaluation.crosstalk import Crosstalk, Pair
     from overpaint.patches.build import Built
     from overpaint.patches.conversion import Form
     from overpaint.patches.formats.exporting import Exported
+    from overpaint.patches.formats.reading import Meaning
     from overpaint.patches.live import Overlay
-    from overpaint.patches.patch import Patch
     from overpaint.registry.integrity import Verified
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
@@ -33,115 +40,29 @@ if TYPE_CHECKING:
     from overpaint.workspace.evaluating import Evaluated
     from overpaint.workspace.evaluating import EvaluationRequest as Evaluation
     from overpaint.workspace.exchange import ImportedPatch
-    from overpaint.workspace.planning import SolveContext, SolvePlan, SolveRequest, Truncation
     from overpaint.workspace.report import Reported
     from overpaint.workspace.reseparation import Reseparated
-    from overpaint.workspace.solving import SolveOutcome
+    from overpaint.workspace.solving import SolveOutcome, SolverInfo
 
 
-# Bases of a registry: opened, compared with what was added, their digests remembered beside the database.
+class Workspace(OpenRegistry):
+    """A registry with everything that can be done on it; what `overpaint.open` returns."""
 
+    @classmethod
+    def open(cls, location: str | Path, *, create: bool = True) -> Workspace:
+        """See `overpaint.open`."""
+        return cls(Registry.open(location, create=create))
 
-def add_base(registry: Registry, name: str, source: str | Path, exist_ok: bool) -> tuple[BaseRecord, Base]:
-    """See `Workspace.add_base`."""
-    from overpaint.bases.base import Base
+    def __repr__(self) -> str:
+        bases = ", ".join(record.name for record in self.bases()) or "none"
+        counts = f"{self.registry.count_concepts()} concepts, {self.registry.count_patches()} patches"
+        return f"<Workspace {self.registry.folder}: bases {bases}; {counts}, {len(self.recipes())} recipes>"
 
-    there = next((each for each in registry.bases() if each.name == name), None)
-    if there is not None and not exist_ok:
-        raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
-    base = Base.open(source)
-    base.recall_digests(_cache_of(registry, base))
-    if there is not None and there.fingerprint != base.fingerprint:
-        raise AlreadyExists(
-            f"another base called {name!r} is there already: fingerprint {there.fingerprint[:12]}, and {source} has "
-            f"{base.fingerprint[:12]}; choose another name"
-        )
-    record = there or registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
-    base.keep_digests(_cache_of(registry, base))
-    return record, base
-
-
-def open_base(registry: Registry, name: str) -> Base:
-    """The base of that name as it was when it was added. Raises NotFound, OverpaintError when its files changed."""
-    from overpaint.bases.base import Base
-
-    record = registry.base(name)
-    base = Base.open(record.source)
-    base.recall_digests(_cache_of(registry, base))
-    if base.fingerprint != record.fingerprint:
-        raise OverpaintError(
-            f"the base {name!r} at {record.source} changed since it was added: fingerprint {base.fingerprint[:12]} "
-            f"instead of {record.fingerprint[:12]}; put its files back, or add it under another name"
-        )
-    base.keep_digests(_cache_of(registry, base))
-    return base
-
-
-def _cache_of(registry: Registry, base: Base) -> Path:
-    return registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
-
-
-# Bases, concepts, and the patches that are solved for them: the part of the facade that needs no recipe.
-
-
-Report: TypeAlias = Callable[[int, int, str], None]
-"""Is told of progress: the step, of how many, and what is being done."""
-
-
-def silent(step: int, of: int, text: str) -> None:
-    """Tells nobody."""
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A patch that was solved and stored, what its solver said about it, and the seconds it took."""
-
-    record: PatchRecord
-    diagnostics: Mapping[str, Any]
-    seconds: float
-
-    @property
-    def id(self) -> str:
-        """The patch's id: the digest of its manifest."""
-        return self.record.id
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the patch's file, in bytes."""
-        return self.record.nbytes
-
-
-class Workspace:
-    """A registry with everything that can be done on it. Bases are opened once and kept."""
-
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
-        self._bases: dict[str, Base] = {}
-        self._patches: dict[str, Patch] = {}
-        self.pipelines = LivePipelines()
+    def _repr_html_(self) -> str:
+        rows = [[record.name, record.base, str(len(record.laid)), str(record.revision)] for record in self.recipes()]
+        return html_table(repr(self), ["recipe", "base", "patches", "revision"], rows)
 
     # Bases and concepts
-
-    def add_base(self, name: str, source: str | Path, exist_ok: bool = False) -> BaseRecord:
-        """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
-        with its commit), or `emoji` for the embedded one.
-
-        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base), OverpaintError for a base that
-        is missing, broken or unknown.
-        """
-        record, self._bases[name] = add_base(self.registry, name, source, exist_ok)
-        return record
-
-    def bases(self) -> list[BaseRecord]:
-        """All bases of the registry."""
-        return self.registry.bases()
-
-    def base(self, name: str) -> Base:
-        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone or broken."""
-
-        if name not in self._bases:
-            self._bases[name] = open_base(self.registry, name)
-        return self._bases[name]
 
     def prepare(
         self,
@@ -149,7 +70,7 @@ class Workspace:
         *,
         vocabulary: int = 0,
         device: str = "auto",
-        report: Report = silent,
+        progress: Progress = silent,
     ) -> None:
         """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
 
@@ -160,12 +81,7 @@ class Workspace:
 
         around = self.surroundings(base)
         preserved = PreservedPrompts(around.keep, vocabulary, around.cache)
-        prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=report)
-
-    @property
-    def vocabularies(self) -> Path:
-        """The folder in which second moments of vocabularies are kept."""
-        return self.registry.folder / "cache" / "vocabulary"
+        prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=progress)
 
     def keep(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
@@ -179,46 +95,123 @@ class Workspace:
         synonyms: Iterable[str] = (),
         anchor: str = "",
         prompts: Iterable[str] = (),
+        exist_ok: bool = False,
     ) -> Concept:
-        """Remember a concept. Raises AlreadyExists for a name that is taken, OverpaintError for one that is not valid."""
+        """Remember a concept.
+
+        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another description), OverpaintError for a
+        concept that is not valid.
+        """
         concept = Concept(name, kind, tuple(synonyms), anchor, tuple(prompts))
-        self.registry.add_concept(concept)
+        (self.registry.ensure_concept if exist_ok else self.registry.add_concept)(concept)
         return concept
 
-    def concepts(self) -> list[Concept]:
-        """All concepts of the registry."""
-        return self.registry.concepts()
+    def edit_concept(
+        self,
+        name: str,
+        *,
+        kind: str | None = None,
+        synonyms: Iterable[str] | None = None,
+        anchor: str | None = None,
+        prompts: Iterable[str] | None = None,
+    ) -> Concept:
+        """Describe a concept otherwise; what is None stays. Patches that are there stay as they were solved.
+
+        Raises NotFound for an unknown name, OverpaintError for a concept that is not valid.
+        """
+        known = self.registry.concept(name)
+        concept = Concept(
+            known.name,
+            known.kind if kind is None else kind,
+            known.synonyms if synonyms is None else tuple(synonyms),
+            known.anchor if anchor is None else anchor,
+            known.prompts if prompts is None else tuple(prompts),
+        )
+        self.registry.learn_concepts([concept], update=True)
+        return concept
+
+    def remove_concept(self, name: str) -> None:
+        """Forget a concept. Raises NotFound, OverpaintError while there are patches for it."""
+        self.registry.remove_concept(name)
 
     # Solving
+
+    def solvers(self) -> list[SolverInfo]:
+        """All solvers there are, those of other installed packages too: name, what it does, its settings and presets."""
+        from overpaint.workspace.solving import solver_infos
+
+        return solver_infos()
 
     def solve(
         self,
         concept: str | Concept,
         *,
-        base: str,
+        base: str | None = None,
         solver: str = "separable",
-        settings: Mapping[str, str] | None = None,
         seed: int = 0,
-        compress: str | None = None,
         device: str = "auto",
-        report: Report = silent,
+        compress: str | None = None,
+        progress: Progress = silent,
+        **settings: object,
     ) -> Solved:
-        """Compute and store the patch that erases one concept from a base.
+        """Compute and store the patch that erases one concept from a base, which may be left out where there is one.
 
         A name the registry does not know becomes an object of that name. Every other concept in the registry is the
         universe: preserved, so that patches compose. `compress` keeps a rank ("4") or a share of energy ("0.99") of every
-        tensor's change. Raises OverpaintError before anything is stored.
+        tensor's change. Other keywords are settings of the solver (see `solvers`), or `settings=` a mapping of them.
+
+        Raises NotFound for an unknown base or solver, BadSetting for a setting that the solver has not (the nearest name is
+        in the message) or cannot take, OverpaintError for what the solver refuses; nothing is stored then.
         """
         from overpaint.bases.loading import resolve_device
-        from overpaint.workspace.planning import SolveRequest, provenance
         from overpaint.workspace.solving import make, store
 
-        wanted = concept if isinstance(concept, Concept) else self._concept(concept)
-        order = SolveRequest(wanted, solver, settings or {}, seed, _keeps(compress))
-        around, method = self.surroundings(base), order.method()
-        made = make(order, provenance(order, method, around), self.base(base), around, resolve_device(device), report)
-        self.registry.ensure_concept(wanted)
-        return Solved(store(self.registry, made, base), made.diagnostics, made.seconds)
+        base_name = self.base_name(base)
+        request = SolveRequest(self.known_or_new(concept), solver, setting_texts(settings), seed, truncations(compress))
+        context, method = self.surroundings(base_name), request.method()
+        made = make(
+            request,
+            provenance(request, method, context),
+            self.base(base_name),
+            context,
+            resolve_device(device),
+            progress,
+        )
+        self.registry.ensure_concept(request.concept)
+        return Solved(store(self.registry, made, base_name), made.diagnostics, made.seconds)
+
+    def solve_many(
+        self,
+        concepts: Iterable[str] = (),
+        *,
+        file: str | Path | None = None,
+        base: str | None = None,
+        solver: str | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        compress: str | None = None,
+        update: bool = False,
+        force: bool = False,
+        progress: Progress = silent,
+        on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
+        **settings: object,
+    ) -> list[SolveOutcome]:
+        """Solve concepts by name, and those of a file; what was solved before with equal inputs is not solved again.
+
+        Each patch is stored before the next is begun, so a run that was interrupted goes on where it was. `update` takes
+        the file's description of a known concept, `force` solves everything again. Raises as `solve` before anything is
+        solved; a solver that gives up on one concept is an outcome with an error.
+        """
+        requests = self.orders(
+            concepts,
+            file=None if file is None else Path(file),
+            solver=solver,
+            settings=setting_texts(settings),
+            seed=seed,
+            compress=compress,
+        )
+        plan = self.plan(requests, base=self.base_name(base), update=update, again=force)
+        return self.carry_out(plan, device=device, progress=progress, on_result=on_result)
 
     def orders(
         self,
@@ -232,42 +225,32 @@ class Workspace:
     ) -> list[SolveRequest]:
         """What to solve for concepts by name, and for those of a file (see `overpaint.workspace.concept_file`)."""
         from overpaint.workspace.concept_file import read_concepts
-        from overpaint.workspace.planning import Defaults, completed
 
         plain = Defaults().overridden(solver, settings or {}, seed)
         found = [replace(plain.order(Concept(name)), described=False) for name in names]
         if file is not None:
             found += read_concepts(file, solver=solver, settings=settings, seed=seed)
-        return completed(found, self.concepts(), _keeps(compress))
+        return completed(found, self.concepts(), truncations(compress))
 
     def plan(
         self, orders: Iterable[SolveRequest], *, base: str, update: bool = False, again: bool = False
     ) -> SolvePlan:
         """What orders come down to: what is solved already, which concepts are new. See `overpaint.workspace.solving`."""
-        from overpaint.workspace.planning import plan
-
-        return plan(self.registry, orders, self.surroundings(base), base=base, update=update, again=again)
-
-    def surroundings(self, base: str) -> SolveContext:
-        """What every solve on a base knows beside its order."""
-        from overpaint.workspace.planning import SolveContext
-
-        kept = tuple(each.prompt for each in self.registry.kept_prompts(base))
-        return SolveContext(tuple(self.concepts()), kept, self.vocabularies)
+        return plan_solves(self.registry, orders, self.surroundings(base), base=base, update=update, again=again)
 
     def carry_out(
         self,
         plan: SolvePlan,
         *,
         device: str = "auto",
-        report: Report = silent,
-        told: Callable[[SolveOutcome], None] = lambda outcome: None,
+        progress: Progress = silent,
+        on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
     ) -> list[SolveOutcome]:
         """Solve and store what a plan leaves open. See `overpaint.workspace.solving`."""
         from overpaint.bases.loading import resolve_device
         from overpaint.workspace.solving import carry_out
 
-        return carry_out(self.registry, plan, self.base, resolve_device(device), report=report, told=told)
+        return carry_out(self.registry, plan, self.base, resolve_device(device), report=progress, told=on_result)
 
     def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
         """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.
@@ -275,7 +258,6 @@ class Workspace:
         Raises NothingSmaller when it would not be smaller.
         """
         from overpaint.workspace.compression import compressed, refuse_if_not_smaller
-        from overpaint.workspace.planning import Truncation
         from overpaint.workspace.solving import store_patch
 
         record, asked = self.registry.patch(patch), Truncation.parse(keep)
@@ -290,58 +272,44 @@ class Workspace:
             if name not in known:
                 self.registry.ensure_concept(Concept(name))
 
-    def _concept(self, name: str) -> Concept:
-        for known in self.concepts():
-            if known.name == name:
-                return known
-        return Concept(name)
-
-    def patch(self, key: str) -> Patch:
-        """A stored patch by id, unique beginning of an id, or concept; its bytes and digests checked."""
-        from overpaint.patches.patch import read_patch
-
-        record = self.registry.patch(key)
-        if record.id not in self._patches:
-            try:
-                patch = read_patch(self.registry.blob(record))
-            except (BlobMissing, BlobCorrupt) as error:
-                raise LostPatch(
-                    f"the bytes of patch {record.id[:12]} for {record.concept!r} cannot be read ({error}); solve it again "
-                    f"(`overpaint solve {shlex.quote(record.concept)} --base {shlex.quote(record.base)} --again`) or restore "
-                    "a backup; removing it works without them"
-                ) from error
-            if patch.id != record.id:
-                raise OverpaintError(
-                    f"the stored file of patch {record.id[:12]} is that of {patch.id[:12]}; solve it again"
-                )
-            self._patches[record.id] = patch
-        return self._patches[record.id]
-
-    @classmethod
-    def open(cls, location: str | Path, *, create: bool = True) -> Workspace:
-        """See `overpaint.open`."""
-        return cls(Registry.open(location, create=create))
-
     # Patches and recipes
 
-    def patches(self, **where: Any) -> list[PatchRecord]:
-        """All patches, or those of a `concept`, `base`, `solver` or `tag`; `limit` and `offset` give a page."""
-        return self.registry.patches(**where)
+    def patches(
+        self,
+        *,
+        concept: str | None = None,
+        base: str | None = None,
+        solver: str | None = None,
+        tag: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[PatchRecord]:
+        """All patches, oldest first, or those of a concept, base, solver or tag; `limit` and `offset` give a page.
+
+        Raises NotFound for an unknown concept or base.
+        """
+        return self.registry.patches(concept=concept, base=base, solver=solver, tag=tag, limit=limit, offset=offset)
+
+    def remove_patch(self, key: str) -> PatchRecord:
+        """Forget a patch (id, beginning of one, or concept); its bytes go when garbage is collected.
+
+        Raises NotFound, OverpaintError while a recipe's history needs it.
+        """
+        record = self.registry.remove_patch(key)
+        self._patches.pop(record.id, None)
+        return record
 
     def recipe(self, name: str = "default", *, base: str | None = None) -> Recipe:
-        """A recipe, made on `base` (or on the only base there is) when nothing has this name.
+        """A recipe that is there, as it is or (NAME@REVISION, NAME@TAG) as it was.
 
-        Raises OverpaintError when it must be made and the base is not clear, or lies on another base.
+        As in version 0.1, it is made where `base` is given, and `default` also where there is only one base; in new programs
+        `create_recipe` says so. Raises NotFound with the nearest name, AlreadyExists when it is on another base than `base`.
         """
-        if base is None:
-            known = self.registry.bases()
-            if not self.registry.has_recipe(name):
-                if len(known) != 1:
-                    names = ", ".join(record.name for record in known) or "none; add one first"
-                    raise OverpaintError(f"the recipe {name!r} is new, so say on which base it lies (known: {names})")
-                base = known[0].name
+        if base is None and name == "default" and len(self.bases()) == 1 and not self.registry.has_recipe(name):
+            base = self.bases()[0].name
         if base is not None:
             self.registry.ensure_recipe(name, base)
+        self.registry.recipe(name)
         return Recipe(self, name)
 
     def create_recipe(self, name: str, *, base: str | None = None, exist_ok: bool = False) -> Recipe:
@@ -350,26 +318,13 @@ class Workspace:
         Raises AlreadyExists for a name that is taken (with `exist_ok`, only by a recipe on another base), NotFound for an
         unknown base, OverpaintError when the base is not clear.
         """
-        wanted = base or self._only_base()
+        wanted = self.base_name(base)
         (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
         return Recipe(self, name)
-
-    def _only_base(self) -> str:
-        names = [record.name for record in self.registry.bases()]
-        if len(names) != 1:
-            raise OverpaintError(
-                f"say on which base, as base=NAME (known: {', '.join(names) or 'none; add one first'})"
-            )
-        return names[0]
 
     def recipes(self) -> list[RecipeRecord]:
         """All recipes of the registry."""
         return self.registry.recipes()
-
-    def known_recipe(self, name: str) -> Recipe:
-        """A recipe that is there, as it is or (NAME@REVISION, NAME@TAG) as it was. Raises NotFound."""
-        self.registry.recipe(name)
-        return Recipe(self, name)
 
     def undelete_recipe(self, name: str, *, why: str = "") -> Recipe:
         """Bring back the recipe of that name that was deleted last. Raises NotFound, or AlreadyExists."""
@@ -387,15 +342,27 @@ class Workspace:
         """Untie a tag from patches and recipes: all of them, or none. Raises NotFound."""
         self.registry.untag(tag, patches=patches, recipes=recipes)
 
-    def search(self, text: str = "", **where: Any) -> SearchResult:
+    def search(
+        self,
+        text: str = "",
+        *,
+        kind: str | None = None,
+        solver: str | None = None,
+        tag: str | None = None,
+        base: str | None = None,
+        limit: int | None = 50,
+        offset: int = 0,
+    ) -> SearchResult:
         """Patches and recipes that mention every word of a text; see `Registry.search`."""
-        return self.registry.search(text, **where)
+        return self.registry.search(text, kind=kind, solver=solver, tag=tag, base=base, limit=limit, offset=offset)
 
-    def reseparate(self, recipe: str, **how: Any) -> Reseparated:
+    def reseparate(
+        self, recipe: str, *, device: str = "auto", why: str = "", progress: Progress = silent
+    ) -> Reseparated:
         """Solve a recipe's closed-form patches again for the registry's universe. See `overpaint.workspace.reseparation`."""
         from overpaint.workspace.reseparation import reseparate
 
-        return reseparate(self, recipe, **how)
+        return reseparate(self, recipe, device=device, why=why, progress=progress)
 
     def mixture(self, recipe: str) -> str:
         """One sentence when the closed-form patches of a recipe were solved for different universes, else nothing."""
@@ -438,7 +405,7 @@ class Workspace:
         name: str,
         request: Evaluation | None = None,
         *,
-        report: Report = silent,
+        progress: Progress = silent,
     ) -> Evaluated:
         """Run a suite (`quick`, unless the request names another) on a recipe, or on a patch alone, and keep its numbers.
 
@@ -450,10 +417,10 @@ class Workspace:
         patches = [self.patch(record.id) for record, _ in subject.entries]
         asked = request or EvaluationRequest()
         return evaluate(
-            self.registry, subject, self.base(subject.base), patches, asked, who=current_user(), progress=report
+            self.registry, subject, self.base(subject.base), patches, asked, who=current_user(), progress=progress
         )
 
-    def report(self, recipe: str, out: str | Path, *, device: str = "auto", progress: Report = silent) -> Reported:
+    def report(self, recipe: str, out: str | Path, *, device: str = "auto", progress: Progress = silent) -> Reported:
         """Write what was measured of a recipe as one HTML page, with JSON, CSV and PNG beside it."""
         from overpaint.workspace.evaluating import Subject
         from overpaint.workspace.report import report
@@ -466,11 +433,11 @@ class Workspace:
 
     # Upkeep and sharing
 
-    def verify(self, *, report: Report = silent) -> Verified:
+    def verify(self, *, progress: Progress = silent) -> Verified:
         """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.integrity`."""
         from overpaint.registry.integrity import verify
 
-        return verify(self.registry, report=report)
+        return verify(self.registry, report=progress)
 
     def export(
         self, file: str | Path, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), sign: Path | None = None
@@ -487,12 +454,12 @@ class Workspace:
         patches: Iterable[str] = (),
         recipes: Iterable[str] = (),
         sign: Path | None = None,
-        report: Report = silent,
+        progress: Progress = silent,
     ) -> Sent:
         """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.registry.sharing.sending`."""
         from overpaint.workspace.exchange import push
 
-        return push(self, destination, patches=patches, recipes=recipes, sign=sign, report=report)
+        return push(self, destination, patches=patches, recipes=recipes, sign=sign, progress=progress)
 
     def import_file(self, file: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
@@ -513,42 +480,62 @@ class Workspace:
 
     # Other tools' files
 
-    def import_patch(self, file: str | Path, *, base: str, concept: str | Concept, **how: Any) -> ImportedPatch:
-        """Store another tool's erasure (LoRA, differences, edited weights) as a patch; see `overpaint.workspace.exchange`."""
+    def import_patch(
+        self,
+        file: str | Path,
+        *,
+        base: str | None = None,
+        concept: str | Concept,
+        meaning: Meaning | None = None,
+        allow_unmatched: bool = False,
+        keep_rounding: bool = False,
+        tolerance: float = 0.0,
+        progress: Progress = silent,
+    ) -> ImportedPatch:
+        """Store another tool's erasure (LoRA, differences, edited weights) as a patch; see `formats.importing.Options`."""
+        from overpaint.patches.formats.importing import Options
         from overpaint.workspace.exchange import import_patch
 
-        wanted = concept if isinstance(concept, Concept) else self._concept(concept)
-        return import_patch(self, Path(file), base=base, concept=wanted, **how)
+        options = Options(meaning, allow_unmatched, keep_rounding, tolerance)
+        wanted = self.known_or_new(concept)
+        return import_patch(
+            self, Path(file), base=self.base_name(base), concept=wanted, options=options, progress=progress
+        )
 
     def export_patches(
-        self, patches: Iterable[str], out: str | Path, format: str = "kohya", *, strength: float = 1.0, **how: Any
+        self,
+        patches: Iterable[str],
+        out: str | Path,
+        format: str = "kohya",
+        *,
+        strength: float = 1.0,
+        dtype: str = "float32",
+        truncate: int | None = None,
+        progress: Progress = silent,
     ) -> Exported:
-        """Write patches as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
+        """Write patches of one base as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
         from overpaint.workspace.exchange import export_patches
 
-        return export_patches(self, patches, Path(out), format, strength, **how)
-
-    def export_recipe(self, recipe: str, out: str | Path, format: str = "kohya", **how: Any) -> Exported:
-        """Write what lies on a recipe as one new file that other tools load."""
-        from overpaint.workspace.exchange import export_recipe
-
-        return export_recipe(self, recipe, Path(out), format, **how)
+        return export_patches(
+            self, patches, Path(out), format, strength, dtype=dtype, truncate=truncate, progress=progress
+        )
 
     # Using
 
     def pipeline(self, recipe: str = "default", *, device: str = "auto") -> Any:
         """A diffusers pipeline with a recipe applied, which follows the recipe: see `Recipe.apply`."""
-        return self.known_recipe(recipe).pipeline(device=device)
+        return self.recipe(recipe).pipeline(device=device)
 
     def live(self, recipe: str, *, device: str = "auto") -> tuple[Any, Overlay]:
-        """A pipeline and the overlay that changes what lies on it."""
+        """A pipeline that carries a recipe and follows nothing, and the overlay that changes what it carries."""
         from overpaint.bases.loading import resolve_device
         from overpaint.patches.live import Overlay
 
-        wanted = self.known_recipe(recipe)
-        pipe: Any = wanted.base.pipeline(device=str(resolve_device(device)))
-        overlay = Overlay(pipe, wanted.base)
-        overlay.set(wanted.terms())
+        record = self.registry.recipe(recipe)
+        base = self.base(record.base)
+        pipe: Any = base.pipeline(device=str(resolve_device(device)))
+        overlay = Overlay(pipe, base)
+        overlay.set(self.terms(record))
         return pipe, overlay
 
     def build(
@@ -563,17 +550,7 @@ class Workspace:
 
         Raises AlreadyExists when `out` is there.
         """
-        from overpaint.patches.build import build
-
-        wanted = self.known_recipe(recipe)
-        about: dict[str, Any] = {"card": wanted.card(), "record": wanted.as_json()}
-        return build(wanted.base, wanted.terms(), Path(out), **about, notice=notice, form=form)
-
-
-def _keeps(compress: str | None) -> tuple[Truncation, ...]:
-    from overpaint.workspace.planning import Truncation
-
-    return () if compress is None else (Truncation.parse(compress),)
+        return self.recipe(recipe).build(out, format=form, warn=notice)
 
 
 __all__ = ["Solved", "Workspace"]

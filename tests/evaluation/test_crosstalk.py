@@ -167,4 +167,4 @@ def test_adding_a_patch_that_disturbs_another_names_the_pair(tmp_path: Path, bas
     assert "warning" not in first.stderr
     second = run.invoke(main, ["--registry", str(place), "patch", "add", "dog"], catch_exceptions=False)
     assert "warning: the patch for cat moves dog" in second.stderr
-    assert workspace.known_recipe("default").record.patches != ()
+    assert workspace.recipe("default").record.patches != ()

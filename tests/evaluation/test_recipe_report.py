@@ -78,13 +78,13 @@ def test_the_page_says_what_was_measured(page: str) -> None:
 
 def test_provenance_names_base_weights_patches_judge_and_versions(workspace: Workspace, page: str) -> None:
     assert workspace.base("tiny").fingerprint in page
-    assert workspace.known_recipe("safe").digest() in page
+    assert workspace.recipe("safe").digest() in page
     assert all(record.id in page for record in workspace.patches())
     assert "judge reader; seed 0; device cpu, guidance 3.0, steps 1" in page
 
 
 def test_every_number_lies_beside_the_page(workspace: Workspace, files: Sequence[Path]) -> None:
-    kept = [result for record in workspace.known_recipe("safe").evaluations() for result in record.results]
+    kept = [result for record in workspace.recipe("safe").evaluations() for result in record.results]
     by_suffix = {path.suffix: path for path in files if path.suffix in (".json", ".csv")}
     with by_suffix[".csv"].open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -16,7 +16,7 @@ from overpaint.workspace.workspace import Workspace
 
 @pytest.fixture(scope="module")
 def records(workspace: Workspace) -> list[EvaluationRecord]:
-    return workspace.known_recipe("safe").evaluations()
+    return workspace.recipe("safe").evaluations()
 
 
 def test_every_suite_has_a_table_of_whole_rows(records: list[EvaluationRecord]) -> None:

@@ -198,7 +198,7 @@ def test_a_compressed_patch_names_its_source_and_its_error(workspace: Workspace)
     assert steps[0] == {"rank": 8, "from": whole.id, "error": float(f"{error:.3g}"), "tensor": tensor}
     assert (steps[1]["rank"], steps[1]["from"]) == (2, once.id)
     assert len(workspace.patches(concept="cat")) == 3
-    recipe = workspace.recipe("small")
+    recipe = workspace.create_recipe("small", exist_ok=True)
     recipe.add(twice.id)
     composed = compose(workspace.base("tiny"), [Term(twice.id, workspace.patch(twice.id).delta)])
     assert recipe.digest() == recipe.log()[-1].digest_after

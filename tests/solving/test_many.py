@@ -183,7 +183,7 @@ def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(workspace: Work
     told: list[SolveOutcome] = []
     plan = workspace.plan(workspace.orders(file=file), base="tiny")
     with pytest.raises(KeyboardInterrupt):
-        workspace.carry_out(plan, device="cpu", told=told.append)
+        workspace.carry_out(plan, device="cpu", on_result=told.append)
     done = ["cat", "dog", "sun"].index(at)
     assert [patch.concept for patch in workspace.patches()] == [o.task.order.concept.name for o in told]
     assert len(told) == done
@@ -206,7 +206,7 @@ def test_two_runs_at_once_end_with_the_same_patches(workspace: Workspace, file: 
 def test_progress_says_how_long_the_rest_takes(workspace: Workspace, file: Path) -> None:
     told: list[tuple[int, int, str]] = []
     plan = workspace.plan(workspace.orders(file=file), base="tiny")
-    workspace.carry_out(plan, device="cpu", report=lambda *step: told.append(step))
+    workspace.carry_out(plan, device="cpu", progress=lambda *step: told.append(step))
     assert [step for step, _, _ in told] == [1, 1, 2, 2, 3, 3]
     assert {of for _, of, _ in told} == {3}
     assert told[1][2] == "solving cat: counting 1/2"

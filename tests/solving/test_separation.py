@@ -21,7 +21,7 @@ from .shell import Shell
 
 def grown(workspace: Workspace) -> None:
     """A recipe with a cat from when nothing else was known, and a dog from when the cat was; then the sun joins."""
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     recipe.add(workspace.solve("cat", base="tiny", device="cpu"), 0.5, why="first", until=date(2030, 1, 31))
     recipe.add(workspace.solve("dog", base="tiny", device="cpu"), why="second")
     workspace.add_concept("sun")
@@ -43,7 +43,7 @@ def test_afterwards_everything_is_as_if_solved_together(
 
 def test_it_is_one_revision_and_every_patch_lies_as_it_did(workspace: Workspace) -> None:
     grown(workspace)
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     before, digest = recipe.record, recipe.digest()
     done = workspace.reseparate("safe", device="cpu")
     after = recipe.record
@@ -110,7 +110,7 @@ def test_a_concept_that_cannot_be_solved_any_more_leaves_the_recipe_as_it_was(wo
 
 
 def test_two_patches_that_would_become_one_are_refused(workspace: Workspace) -> None:
-    recipe = workspace.recipe("safe")
+    recipe = workspace.create_recipe("safe", exist_ok=True)
     recipe.add(workspace.solve("cat", base="tiny", device="cpu"))
     workspace.add_concept("sun")
     recipe.add(workspace.solve("cat", base="tiny", device="cpu"))

@@ -42,7 +42,7 @@ def bob(tmp_path: Path, base_folder: Path) -> Shell:
 
 
 def weights(person: Shell) -> str:
-    return overpaint.open(person.registry).known_recipe("safe").digest()
+    return overpaint.open(person.registry).recipe("safe").digest()
 
 
 def test_a_recipe_that_was_pushed_gives_the_same_weights_where_it_is_pulled(
@@ -64,7 +64,7 @@ def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Shell, bob: Shell, t
     alice.ok("export", "--recipe", "safe", "-o", file)
     assert "there already" in alice.fails("export", "--recipe", "safe", "-o", file)
     bob.ok("import", file, "--as", "theirs")
-    assert overpaint.open(bob.registry).known_recipe("theirs").digest() == weights(alice)
+    assert overpaint.open(bob.registry).recipe("theirs").digest() == weights(alice)
     assert "known" in bob.ok("import", file, "cat")
 
 

@@ -1,0 +1,177 @@
+"""A registry with what was opened from it: bases, patches, live pipelines. What the use cases of this room take."""
+
+from __future__ import annotations
+
+import shlex
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from overpaint.core.concepts import Concept
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.registry.records import BaseRecord, RecipeRecord
+from overpaint.registry.registry import Registry
+from overpaint.registry.store import BlobCorrupt, BlobMissing
+from overpaint.workspace.live_pipelines import LivePipelines
+from overpaint.workspace.planning import SolveContext
+
+if TYPE_CHECKING:
+    from overpaint.bases.base import Base
+    from overpaint.patches.compose import Term
+    from overpaint.patches.patch import Patch
+
+
+class LostPatch(OverpaintError):
+    """A patch whose bytes are lost or damaged."""
+
+
+class OpenRegistry:
+    """Bases and patches of a registry are opened once and kept."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.pipelines = LivePipelines()
+        self._bases: dict[str, Base] = {}
+        self._patches: dict[str, Patch] = {}
+
+    # Bases
+
+    def add_base(self, name: str, source: str | Path, exist_ok: bool = False) -> BaseRecord:
+        """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
+        with its commit), or `emoji` for the embedded one. One base may have several names.
+
+        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base), OverpaintError for a base that
+        is missing, broken or unknown.
+        """
+        there = next((each for each in self.registry.bases() if each.name == name), None)
+        if there is not None and not exist_ok:
+            raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
+        base = self._opened(source)
+        if there is not None and there.fingerprint != base.fingerprint:
+            raise AlreadyExists(
+                f"another base called {name!r} is there already: fingerprint {there.fingerprint[:12]}, and {source} has "
+                f"{base.fingerprint[:12]}; choose another name"
+            )
+        record = there or self.registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
+        self._bases[name] = base
+        return record
+
+    def move_base(self, name: str, source: str | Path) -> BaseRecord:
+        """Remember that the files of a base are at `source` now.
+
+        Raises NotFound for an unknown name, OverpaintError when another base is there, both fingerprints in the message.
+        """
+        self.registry.base(name)
+        base = self._opened(source)
+        record = self.registry.move_base(name, Path(base.source), base.fingerprint)
+        self._bases[name] = base
+        return record
+
+    def remove_base(self, name: str) -> None:
+        """Forget a base; its files are left alone. What needs it goes over to another name of the same base.
+
+        Raises NotFound, OverpaintError when there is no other name and patches or recipes need it.
+        """
+        self.registry.remove_base(name)
+        self._bases.pop(name, None)
+
+    def bases(self) -> list[BaseRecord]:
+        """All bases of the registry."""
+        return self.registry.bases()
+
+    def base(self, name: str) -> Base:
+        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone, broken or changed."""
+        if name not in self._bases:
+            record = self.registry.base(name)
+            base = self._opened(record.source)
+            if base.fingerprint != record.fingerprint:
+                raise OverpaintError(
+                    f"the base {name!r} at {record.source} changed since it was added: fingerprint "
+                    f"{base.fingerprint[:12]} instead of {record.fingerprint[:12]}; put its files back, or add it under "
+                    "another name"
+                )
+            self._bases[name] = base
+        return self._bases[name]
+
+    def base_name(self, name: str | None) -> str:
+        """`name`, or the name of the only base there is. Raises OverpaintError when there are several, or none."""
+        if name is not None:
+            return name
+        records = self.registry.bases()
+        if len({record.fingerprint for record in records}) != 1:
+            names = ", ".join(record.name for record in records) or "none; add one first"
+            raise OverpaintError(f"say on which base, as base=NAME (known: {names})")
+        return records[0].name
+
+    def _opened(self, source: str | Path) -> Base:
+        from overpaint.bases.base import Base
+
+        base = Base.open(source)
+        digests = (
+            self.registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
+        )
+        base.recall_digests(digests)
+        assert base.fingerprint, "computing it is what fills the cache"
+        base.keep_digests(digests)
+        return base
+
+    # Concepts and patches
+
+    def concepts(self) -> list[Concept]:
+        """All concepts of the registry."""
+        return self.registry.concepts()
+
+    def known_or_new(self, concept: str | Concept) -> Concept:
+        """A concept as the registry knows it; a name that it does not know is an object of that name."""
+        if isinstance(concept, Concept):
+            return concept
+        try:
+            return self.registry.concept(concept)
+        except NotFound:
+            return Concept(concept)
+
+    @property
+    def vocabularies(self) -> Path:
+        """The folder in which second moments of vocabularies are kept."""
+        return self.registry.folder / "cache" / "vocabulary"
+
+    def surroundings(self, base: str) -> SolveContext:
+        """What every solve on a base knows beside its request: all concepts, the prompts to preserve, the cache."""
+        preserved = tuple(each.prompt for each in self.registry.kept_prompts(base))
+        return SolveContext(tuple(self.concepts()), preserved, self.vocabularies)
+
+    def patch(self, key: str) -> Patch:
+        """A stored patch by id, unique beginning of an id, or concept; its bytes and digests checked.
+
+        Raises NotFound, and LostPatch where its bytes are gone or damaged.
+        """
+        from overpaint.patches.patch import read_patch
+
+        record = self.registry.patch(key)
+        if record.id not in self._patches:
+            try:
+                patch = read_patch(self.registry.blob(record))
+            except (BlobMissing, BlobCorrupt) as error:
+                raise LostPatch(
+                    f"the bytes of patch {record.id[:12]} for {record.concept!r} cannot be read ({error}); solve it again "
+                    f"(`overpaint solve {shlex.quote(record.concept)} --base {shlex.quote(record.base)} --force`) or "
+                    "restore a backup; removing it works without them"
+                ) from error
+            if patch.id != record.id:
+                raise OverpaintError(
+                    f"the stored file of patch {record.id[:12]} is that of {patch.id[:12]}; solve it again"
+                )
+            self._patches[record.id] = patch
+        return self._patches[record.id]
+
+    def term(self, patch_id: str, strength: float, base: str) -> Term:
+        """A stored patch as a term of a composition on a base. Raises WrongBase for a patch of another base, LostPatch."""
+        from overpaint.patches.compose import Term
+
+        patch = self.patch(patch_id)
+        patch.check(self.base(base))
+        return Term(patch.id, patch.delta, strength)
+
+    def terms(self, record: RecipeRecord) -> list[Term]:
+        """What `compose` takes for a recipe. Raises as `term`."""
+        return [self.term(patch_id, strength, record.base) for patch_id, strength in record.patches]
