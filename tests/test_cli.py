@@ -191,7 +191,7 @@ def test_searching_finds_patches_and_recipes(ready: Shell) -> None:
         (("search", "x", "--base", "other"), "other"),
         (("build", "nothing", "out"), "nothing"),
         (("base", "add", "x", "/nowhere"), "not a folder"),
-        (("generate", "a cat", "-o", "/nowhere/p.png", "--recipe", "nothing"), "no folder"),
+        (("generate", "a cat", "-o", "/nowhere/p.png", "--recipe", "nothing"), "nothing"),
     ],
     ids=" ".join,
 )

@@ -9,6 +9,7 @@ import click
 
 from overpaint.commands.common import (
     Talk,
+    existing_recipe,
     interruptible,
     json_option,
     limit_option,
@@ -155,7 +156,7 @@ def patch_add(
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
     """Remove patches from a recipe, all or none; the concepts come back."""
     workspace = open_workspace(ctx)
-    lines = workspace.recipe(recipe).remove_all(patches, why=why)
+    lines = existing_recipe(workspace, recipe).remove_all(patches, why=why)
     for line in lines:
         show_change(line)
     if lines[-1].digest_after == workspace.registry.base(workspace.registry.recipe(recipe).base).fingerprint:

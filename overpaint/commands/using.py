@@ -10,7 +10,15 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, json_option, open_workspace, recipe_option, show_table
+from overpaint.commands.common import (
+    Talk,
+    device_option,
+    existing_recipe,
+    json_option,
+    open_workspace,
+    recipe_option,
+    show_table,
+)
 from overpaint.core.atomic import require_parent
 
 # Using what is there: `build`, `generate`, `demo`, and the upkeep of the database.
@@ -57,7 +65,7 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     from overpaint.workspace.evaluating import draw
 
     require_parent(out)
-    wanted, talk = open_workspace(ctx).recipe(recipe), Talk()
+    wanted, talk = existing_recipe(open_workspace(ctx), recipe), Talk()
     draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
     talk.clear()
     click.echo(str(out))

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import overpaint
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
+from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
@@ -237,7 +237,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "overpaint": overpaint.__version__,
+        "overpaint": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,

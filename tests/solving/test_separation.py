@@ -80,7 +80,7 @@ def test_a_second_time_there_is_nothing_to_do(workspace: Workspace) -> None:
 
 def test_settings_seed_and_compression_come_along(workspace: Workspace) -> None:
     old = workspace.solve("cat", base="tiny", settings={"rank": "3"}, seed=7, compress="2", device="cpu")
-    workspace.recipe("safe").add(old)
+    workspace.create_recipe("safe", exist_ok=True).add(old)
     workspace.add_concept("sun")
     workspace.reseparate("safe", device="cpu")
     ((new, _),) = workspace.recipe("safe").patches()
@@ -91,9 +91,11 @@ def test_settings_seed_and_compression_come_along(workspace: Workspace) -> None:
 
 
 def test_what_needs_training_stays_and_is_named(workspace: Workspace) -> None:
-    workspace.recipe("safe").add(workspace.solve("cat", base="tiny", solver="counting", device="cpu"))
+    workspace.create_recipe("safe", exist_ok=True).add(
+        workspace.solve("cat", base="tiny", solver="counting", device="cpu")
+    )
     assert workspace.reseparate("safe", device="cpu").left == ()
-    workspace.recipe("safe").add(workspace.solve("dog", base="tiny", device="cpu"))
+    workspace.create_recipe("safe", exist_ok=True).add(workspace.solve("dog", base="tiny", device="cpu"))
     workspace.add_concept("sun")
     done = workspace.reseparate("safe", device="cpu")
     assert [(record.concept, record.solver) for record in done.left] == [("cat", "counting")]
