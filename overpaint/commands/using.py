@@ -64,8 +64,8 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     """Draw a prompt with a recipe applied."""
     from overpaint.workspace.evaluating import draw
 
-    require_parent(out)
     wanted, talk = existing_recipe(open_workspace(ctx), recipe), Talk()
+    require_parent(out)
     draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
     talk.clear()
     click.echo(str(out))
