@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from overpaint.bases.base import Base
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
@@ -163,9 +164,6 @@ def _digest(picture: Picture) -> str:
     return hashlib.sha256(canonical_json(list(picture.shape)) + picture.tobytes()).hexdigest()
 
 
-Report = Callable[[int, int, str], None]
-
-
 class ImageGenerator:
     """Draws questions on a base under any terms. The pipeline is loaded when the first picture is missing.
 
@@ -178,7 +176,7 @@ class ImageGenerator:
         sampler: Sampler,
         image_cache: ImageCache,
         device: torch.device,
-        report: Report = lambda done, of, text: None,
+        report: Progress = silent,
         pipe: Any = None,
     ) -> None:
         self.base, self.sampler, self.image_cache, self.device = base, sampler, image_cache, device

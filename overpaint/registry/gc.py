@@ -9,10 +9,11 @@ commits its row; if they are gone, it puts them again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.integrity import StoredPatch, patch_rows
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
@@ -92,9 +93,7 @@ def needed_by(files: PatchFiles, rows: Iterable[StoredPatch]) -> Iterator[str]:
             raise _cannot_tell(row, "damaged") from error
 
 
-def collect(
-    registry: Registry, planned: GarbagePlan, *, report: Callable[[int, int, str], None] = lambda step, of, text: None
-) -> Collected:
+def collect(registry: Registry, planned: GarbagePlan, *, report: Progress = silent) -> Collected:
     """Remove what a plan names, except for what was put again or came to be needed since. May be killed at any moment."""
     for each in planned.leftovers:
         registry.blobs.files.remove(each.name)

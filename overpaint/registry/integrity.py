@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry import models
 from overpaint.registry.history import entries_at, entries_now, revisions_of
 from overpaint.registry.records import PatchRecord
@@ -190,7 +191,7 @@ class Verified:
     problems: tuple[Problem, ...]
 
 
-def verify(registry: Registry, *, report: Callable[[int, int, str], None] = lambda step, of, text: None) -> Verified:
+def verify(registry: Registry, *, report: Progress = silent) -> Verified:
     """Read every row, every patch and every blob of a registry, and compare each with its digest."""
     problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
     rows = list(patch_rows(registry))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field
 from difflib import get_close_matches
@@ -23,6 +23,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.delta import Delta
 
 # Hyper-parameters: every value is checked, wherever it comes from, and all of them are JSON.
@@ -199,7 +200,7 @@ class EditProblem:
     universe: tuple[Concept, ...] = ()
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[int, int, str], None] = lambda step, of, text: None
+    report: Progress = silent
     keep: tuple[str, ...] = ()
     cache: Path | None = None
 

@@ -31,9 +31,10 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
+from overpaint.core.progress import Progress, silent
 from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
-from overpaint.solvers.vocabulary import EncodingTask, Report, Vocabulary, vocabularies
+from overpaint.solvers.vocabulary import EncodingTask, Vocabulary, vocabularies
 
 VOCABULARY = 25.0
 EMPTY = 0.35
@@ -101,7 +102,7 @@ def universe(
     *,
     text_input: str = "text_encoder",
     preserved: PreservedPrompts = PreservedPrompts(),
-    report: Report = lambda step, of, text: None,
+    report: Progress = silent,
 ) -> Universe:
     """The universe of `concepts` (in any order) behind a door; computed once per opened base and set of concepts.
 
@@ -128,7 +129,7 @@ def prepare(
     device: torch.device,
     *,
     preserved: PreservedPrompts = PreservedPrompts(),
-    report: Report = lambda step, of, text: None,
+    report: Progress = silent,
 ) -> None:
     """Encode the vocabulary of a base and the concepts of a universe now rather than in the first solve."""
     memory = _memory(base, device)
@@ -241,7 +242,7 @@ class _Half(Mapping[str, Tensor]):
 
 
 def _vocabulary(
-    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Report
+    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress
 ) -> dict[str, Vocabulary]:
     """The vocabulary as every door hears it."""
     if preserved.words not in memory.vocabularies:
@@ -260,7 +261,7 @@ def _vocabulary(
     return memory.vocabularies[preserved.words]
 
 
-def _told(report: Report, before: int, total: int, step: int, of: int, text: str) -> None:
+def _told(report: Progress, before: int, total: int, step: int, of: int, text: str) -> None:
     """Progress of one text encoder as progress of all."""
     report(before + step, total, text)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress
 from overpaint.solvers.sentences import PADDING, keys_of, neutral_sentences
 
 # The file in which a vocabulary's moments are kept: believed only when its name and every digest in it are true.
@@ -135,8 +136,6 @@ CHUNK, CHUNK_BYTES = 256, 128 << 20
 SAVE_EVERY = 20.0
 """Seconds of work that an interruption may cost."""
 
-Report = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True, eq=False)
 class Sentence:
@@ -227,7 +226,7 @@ def _at_once(width: int, length: int) -> int:
 
 
 def vocabularies(
-    task: EncodingTask, encoders: Mapping[str, TextEncoder], folder: Path | None, report: Report
+    task: EncodingTask, encoders: Mapping[str, TextEncoder], folder: Path | None, report: Progress
 ) -> dict[str, Vocabulary]:
     """The vocabulary as the doors of one text encoder hear it: read from `folder`, or computed and kept there.
 
@@ -252,7 +251,7 @@ def vocabularies(
     return task.as_vocabularies(heard.moments)
 
 
-def _recalled(task: EncodingTask, folder: Path | None, pieces: int, report: Report) -> Heard:
+def _recalled(task: EncodingTask, folder: Path | None, pieces: int, report: Progress) -> Heard:
     """What an earlier computation kept."""
     for file in () if folder is None else (place(task.identity, folder, complete=whole) for whole in (True, False)):
         try:

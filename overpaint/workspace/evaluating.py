@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.crosstalk import Pair, crosstalk, has_closed_form
 from overpaint.evaluation.figures import labelled_grid
@@ -29,8 +30,6 @@ from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
-
-Progress = Callable[[int, int, str], None]
 
 
 def draw(
@@ -46,7 +45,7 @@ def draw(
     steps: int = 20,
     guidance: float | None = None,
     device: str = "auto",
-    progress: Progress = lambda done, of, text: None,
+    progress: Progress = silent,
 ) -> None:
     """Save `count` pictures of a prompt under `terms` as one labelled sheet; with `compare`, the base's stand above them.
 
@@ -161,7 +160,7 @@ def evaluate(
     request: EvaluationRequest,
     *,
     who: str,
-    progress: Progress = lambda done, of, text: None,
+    progress: Progress = silent,
 ) -> Evaluated:
     """Run a suite on a recipe or a patch; store and return its numbers. `patches` are those of `subject.entries`.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.sharing import ingest, sending
 from overpaint.registry.sharing.ingest import PullRequest, Received
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Patches from and for other tools, in a registry: a foreign file becomes a stored patch, patches become a foreign file.
 
-
-Report = Callable[[int, int, str], None]
 SOLVER = "import"
 """What stands in a patch's record where others have the solver that made them."""
 
@@ -46,7 +45,7 @@ def import_patch(
     base: str,
     concept: Concept,
     options: Options,
-    progress: Report,
+    progress: Progress,
 ) -> ImportedPatch:
     """Store another tool's erasure as a patch.
 
@@ -83,7 +82,7 @@ def export_patches(
     *,
     dtype: str,
     truncate: int | None,
-    progress: Report,
+    progress: Progress,
 ) -> Exported:
     """Write patches (by id, beginning of an id, or concept) of one base, all at one strength, as one file of a format."""
     records = list({record.id: record for record in (workspace.registry.patch(key) for key in keys)}.values())
@@ -103,7 +102,7 @@ def export_recipe(
     *,
     dtype: str,
     truncate: int | None,
-    progress: Report,
+    progress: Progress,
 ) -> Exported:
     """Write a recipe as one file of a format."""
     recipe = workspace.registry.recipe(name)
@@ -125,7 +124,7 @@ def _exported(
     *,
     dtype: str,
     truncate: int | None,
-    progress: Report,
+    progress: Progress,
 ) -> Exported:
     from overpaint.patches.formats.exporting import About, export
 
@@ -143,7 +142,7 @@ def export_archive(workspace: OpenRegistry, file: Path, *, sign: Path | None = N
 
 
 def push(
-    workspace: OpenRegistry, destination: str | Path, *, sign: Path | None = None, progress: Report, **what: Any
+    workspace: OpenRegistry, destination: str | Path, *, sign: Path | None = None, progress: Progress, **what: Any
 ) -> Sent:
     """See `Workspace.push`."""
     signer = load_signer(sign) if sign else None
@@ -183,7 +182,7 @@ def _request(
     workspace: OpenRegistry,
     *,
     trust: Iterable[str | Path] | None = None,
-    progress: Report = lambda step, of, text: None,
+    progress: Progress = silent,
     **asked: Any,
 ) -> PullRequest:
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.errors import NotFound
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import (
     Difference,
@@ -52,14 +53,6 @@ def html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(each)}</th>" for each in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<p>{escape(title.strip('<>'))}</p><table><tr>{head}</tr>{body}</table>"
-
-
-Progress: TypeAlias = Callable[[int, int, str], None]
-"""Progress callback: step, of how many, and what is being done."""
-
-
-def silent(step: int, of: int, text: str) -> None:
-    """Reports no progress."""
 
 
 class Recipe:

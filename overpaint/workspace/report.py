@@ -15,6 +15,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.atomic import require_parent
 from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.images import ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement
@@ -26,7 +27,7 @@ from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord, RecipeRecord
 from overpaint.registry.registry import EvaluationRecord, Registry
-from overpaint.workspace.evaluating import Progress, Subject, image_cache, prompt_set_of
+from overpaint.workspace.evaluating import Subject, image_cache, prompt_set_of
 
 SHOWN = 6
 """Pictures in a row."""
@@ -48,7 +49,7 @@ def report(
     out: Path,
     *,
     device: str = "auto",
-    progress: Progress = lambda done, of, text: None,
+    progress: Progress = silent,
 ) -> Reported:
     """Write `out` (HTML) about a recipe, and beside it its numbers as JSON and CSV and its figures as PNG.
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.planning import (
@@ -97,7 +98,7 @@ def reseparate(
     *,
     device: str = "auto",
     why: str = "",
-    progress: Callable[[int, int, str], None] = lambda step, of, text: None,
+    progress: Progress = silent,
 ) -> Reseparated:
     """Solve a recipe's closed-form patches for the registry's universe, and exchange them in one revision.
 

@@ -14,6 +14,7 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
@@ -40,7 +41,7 @@ def make(
     base: Base,
     around: SolveContext,
     device: torch.device,
-    report: Callable[[int, int, str], None],
+    report: Progress,
 ) -> Made:
     """Solve an order. Nothing is stored; what the solver raises passes through."""
     problem = EditProblem(
@@ -127,7 +128,7 @@ def carry_out(
     open_base: Callable[[str], Base],
     device: torch.device,
     *,
-    report: Callable[[int, int, str], None] = lambda step, of, text: None,
+    report: Progress = silent,
     told: Callable[[SolveOutcome], None] = lambda outcome: None,
 ) -> list[SolveOutcome]:
     """Solve and store what a plan leaves open; the outcome of every task, in the plan's order.
@@ -186,7 +187,7 @@ class Clock:
         self._done += 1
         self._began = self._began or time.monotonic()
 
-    def reporter(self, task: PlannedSolve, report: Callable[[int, int, str], None]) -> Callable[[int, int, str], None]:
+    def reporter(self, task: PlannedSolve, report: Progress) -> Progress:
         """Where a solver reports its steps; passed on as steps of the run."""
         name, step = task.order.concept.name, self._done + 1
         report(step, self._tasks, f"solving {name}{self.left()}")

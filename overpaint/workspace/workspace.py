@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
@@ -24,7 +25,7 @@ from overpaint.workspace.planning import (
     setting_texts,
     truncations,
 )
-from overpaint.workspace.recipe import Progress, Recipe, current_user, html_table, silent
+from overpaint.workspace.recipe import Recipe, current_user, html_table
 
 if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk, Pair

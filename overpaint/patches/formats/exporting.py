@@ -21,6 +21,7 @@ from overpaint.core import __version__
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
 from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
 from overpaint.patches.formats import dialects
@@ -481,7 +482,6 @@ def _placeless(
     return None
 
 
-Report = Callable[[int, int, str], None]
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -532,7 +532,7 @@ def export(
     *,
     dtype: str = "float32",
     truncate: int | None = None,
-    report: Report = lambda step, of, text: None,
+    report: Progress = silent,
 ) -> Exported:
     """Write patches on a base as a new file of a format (`placing.FORMATS`), whole or not at all.
 
@@ -565,7 +565,7 @@ def export(
     )
 
 
-def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Report) -> Iterator[Tensor]:
+def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Progress) -> Iterator[Tensor]:
     """Every array in turn, one tensor's at a time; what storing them cost is noted in `made`."""
     for step, piece in enumerate(pieces):
         report(step, len(pieces), piece.name)

@@ -7,7 +7,7 @@ base is kept are compared with the base rounded alike, so that the patch holds t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, dtype_name
 from overpaint.core.errors import NotFound
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, residual
 from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
@@ -32,7 +33,6 @@ from overpaint.patches.formats.reading import (
     open_weights,
 )
 
-Report = Callable[[int, int, str], None]
 LAYERS_SHOWN = 6
 
 
@@ -119,9 +119,7 @@ class Imported:
 
 
 @own_torch_settings()
-def import_weights(
-    base: Base, path: Path, options: Options | None = None, *, report: Report = lambda step, of, text: None
-) -> Imported:
+def import_weights(base: Base, path: Path, options: Options | None = None, *, report: Progress = silent) -> Imported:
     """Read another tool's file or folder as a delta for a base; nothing is written.
 
     Raises NotFound, BrokenFile or ForeignFile when it cannot be read, is for another base, has keys that name nothing there
@@ -182,7 +180,7 @@ def _delta(fits: Mapping[str, Fitted]) -> Delta:
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
-def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Report) -> Proof:
+def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Progress) -> Proof:
     """Compose the delta on the base, read the file once more, and compare."""
     planned = plan(base, [Term("", delta)])
     differing = of = 0

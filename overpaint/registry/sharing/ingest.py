@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome
 from overpaint.registry.registry import Registry
@@ -108,9 +109,6 @@ def keep(registry: Registry, row: Arrival, file_digest: str, base: str, notice: 
 # anybody would see.
 
 
-Progress = Callable[[int, int, str], None]
-
-
 class MissingBase(NotFound):
     """A base that patches were solved for, and that this registry does not have."""
 
@@ -144,7 +142,7 @@ class PullRequest:
     check: Callable[[bytes], object] = lambda file: None
     vocabularies: Path | None = None
     check_vocabulary: Callable[[Path], object] = lambda file: None
-    report: Progress = lambda step, of, text: None
+    report: Progress = silent
     notice: Callable[[str], None] = lambda text: None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import new_archive
@@ -38,8 +39,6 @@ from overpaint.registry.store.patch_files import Manifest, Parts, split
 # What the OCI image format allows for the name of a reference.
 REFERENCE = re.compile(r"[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*(/[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*)*")
 
-Progress = Callable[[int, int, str], None]
-
 
 class NotShareable(OverpaintError):
     """A patch whose bytes are not in the one form that can be shared."""
@@ -66,7 +65,7 @@ def push(
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
     vocabularies: Path | None = None,
-    report: Progress = lambda step, of, text: None,
+    report: Progress = silent,
 ) -> Sent:
     """Send patches and recipes, or everything when none are named, to a folder or a URL that `fsspec` knows.
 
@@ -111,7 +110,7 @@ def send(
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
     vocabularies: Path | None = None,
-    report: Progress = lambda step, of, text: None,
+    report: Progress = silent,
 ) -> Sent:
     """See `push`."""
     patches, recipes = list(patches), list(recipes)

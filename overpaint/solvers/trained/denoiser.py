@@ -14,6 +14,7 @@ from torch import Tensor
 
 from overpaint.bases.loading import quiet_loading
 from overpaint.bases.text_encoder import TextEncoder
+from overpaint.core.progress import Progress
 from overpaint.solvers.problem import EditProblem, Unsolvable
 
 TOGETHER = 16
@@ -125,7 +126,7 @@ class Trajectories:
     bank: tuple[Tensor, Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def with_bank(self, size: int, random: torch.Generator, report: Callable[[int, int, str], None]) -> Trajectories:
+    def with_bank(self, size: int, random: torch.Generator, report: Progress) -> Trajectories:
         """The same with a bank of `size` trajectories, denoised now; as it is for 0."""
         if not size:
             return self
