@@ -83,13 +83,23 @@ def import_(
 @patches_argument
 @recipes_option
 @sign_option
+@click.option(
+    "--check", is_flag=True, help="Read again also the large blobs that a URL has already; mend what is damaged."
+)
 @click.pass_context
 def push(
-    ctx: click.Context, destination: str, patches: tuple[str, ...], recipes: tuple[str, ...], key: Path | None
+    ctx: click.Context,
+    destination: str,
+    patches: tuple[str, ...],
+    recipes: tuple[str, ...],
+    key: Path | None,
+    check: bool,
 ) -> None:
     """Send patches or recipes to DEST, a folder or a URL such as s3://bucket/path; without a name, everything."""
     talk = Talk()
-    sent = open_workspace(ctx).push(destination, patches=patches, recipes=recipes, sign=key, progress=talk.progress)
+    sent = open_workspace(ctx).push(
+        destination, patches=patches, recipes=recipes, sign=key, check=check, progress=talk.progress
+    )
     talk.clear()
     for name in sent.newer:
         talk.say(f"the recipe {name!r} is newer there, and was left as it is; pull it")

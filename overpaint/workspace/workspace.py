@@ -455,12 +455,13 @@ class Workspace(OpenRegistry):
         patches: Iterable[str] = (),
         recipes: Iterable[str] = (),
         sign: Path | None = None,
+        check: bool = False,
         progress: Progress = silent,
     ) -> Sent:
         """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.registry.sharing.sending`."""
         from overpaint.workspace.exchange import push
 
-        return push(self, destination, patches=patches, recipes=recipes, sign=sign, progress=progress)
+        return push(self, destination, patches=patches, recipes=recipes, sign=sign, check=check, progress=progress)
 
     def import_file(self, file: str | Path, **asked: Any) -> Received:
         """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""

@@ -355,3 +355,37 @@ def test_pulling_from_where_nothing_is_says_so(theirs: Registry, tmp_path: Path)
     with pytest.raises(NotFound, match="nothing was ever pushed"):
         pull(theirs, tmp_path / "nowhere", ALL)
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_a_damaged_blob_in_a_shared_place_is_mended_by_the_next_push(
+    ours: Registry, theirs: Registry, place: str, kind: str
+) -> None:
+    where = place if kind == "folder" else f"memory://{next(PREFIXES)}"
+    patches = [record.id for record in ours.patches()]
+    push(ours, where, patches=patches)
+    files = open_files(where)
+    names = [each.name for each in files.walk("blobs")]
+    for name in names:
+        sound = files.read(name) or b""
+        files.write(name, [sound[:-1], bytes([sound[-1] ^ 1])])
+    with pytest.raises(OverpaintError):
+        pull(theirs, where, ALL)
+    assert is_empty(theirs)
+    assert push(ours, where, patches=patches).written == len(names)
+    assert sorted(pull(theirs, where, ALL).new) == sorted(patches)
+
+
+def test_a_large_damaged_blob_behind_a_url_is_mended_when_a_push_is_asked_to_check(
+    ours: Registry, theirs: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overpaint.registry.sharing.layout.REHASHED", 100)
+    where, plum = f"memory://{next(PREFIXES)}", id_of(labelled("two", "plum"))
+    push(ours, where)
+    name = f"blobs/sha256/{plum}"
+    open_files(where).write(name, [bytes(len(open_files(where).read(name) or b""))])
+    assert push(ours, where).written == 0
+    with pytest.raises(BadLayout, match="damaged or altered"):
+        pull(theirs, where, ALL)
+    assert push(ours, where, check=True).written == 1
+    assert plum in pull(theirs, where, ALL).new

@@ -12,6 +12,7 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.registry.store import DIGEST, BadFile, FileInfo
 from overpaint.registry.store.blobs import as_digested
+from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import BadManifest, Manifest, read_json
 
 # Patches and recipes as documents of the OCI image format, and what may be believed of documents that arrive.
@@ -197,6 +198,8 @@ def _short(value: Any) -> str:
 MARK = canonical_json({"imageLayoutVersion": "1.0.0"})
 INDEX_LIMIT = 128 << 20
 TRIES = 10
+REHASHED = 1 << 20
+"""The most bytes that a push reads back from behind a URL, unless it is told to, to see that a blob there is sound."""
 
 
 class LayoutStore(Protocol):
@@ -217,10 +220,15 @@ class LayoutStore(Protocol):
 
 
 class OciLayout:
-    """Reads and writes a layout. What is read is believed only as far as its digest reaches."""
+    """Reads and writes a layout. What is read is believed only as far as its digest reaches.
 
-    def __init__(self, files: LayoutStore) -> None:
+    What is written already is read again before it is believed: all of it in a folder or with `check`, and otherwise what
+    has at most REHASHED bytes; of the rest the size must be right.
+    """
+
+    def __init__(self, files: LayoutStore, *, check: bool = False) -> None:
         self.files = files
+        self._check = check or isinstance(files, FolderFiles)
 
     @property
     def where(self) -> str:
@@ -274,12 +282,18 @@ class OciLayout:
         return data
 
     def put(self, digest: str, size: int, parts: Iterable[bytes | memoryview]) -> int:
-        """Write a blob unless one of this size is there; return how many bytes were written."""
+        """Write a blob unless it is there, whole; return how many bytes were written. A damaged one is replaced."""
         known = self.files.info(_name(digest))
-        if known is not None and known.nbytes == size:
+        if known is not None and known.nbytes == size and self._is_sound(digest, size):
             return 0
         self.files.write(_name(digest), as_digested(parts, digest))
         return size
+
+    def _is_sound(self, digest: str, size: int) -> bool:
+        if size > REHASHED and not self._check:
+            return True
+        data = self.files.read(_name(digest), limit=size)
+        return data is None or hashlib.sha256(data).hexdigest() == digest  # None: an archive that is being written
 
     def put_document(self, document: Document) -> int:
         """Write a document unless it is there; return how many bytes were written."""

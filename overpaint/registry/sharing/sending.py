@@ -21,7 +21,6 @@ from overpaint.registry.sharing.layout import (
     SUBJECT,
     Descriptor,
     Document,
-    LayoutStore,
     OciLayout,
     base_document,
     patch_document,
@@ -65,18 +64,19 @@ def push(
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
     vocabularies: Path | None = None,
+    check: bool = False,
     report: Progress = silent,
 ) -> Sent:
     """Send patches and recipes, or everything when none are named, to a folder or a URL that `fsspec` knows.
 
     Everything is also the kept vocabularies of the folder `vocabularies`. A recipe brings every patch of its history. Raises
     NotFound for an unknown name, Diverged when a recipe of the same name has another history there, BlobMissing or
-    BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds.
+    BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds. What is there
+    already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which reads them all.
     """
-    place = open_files(destination)
     return send(
         registry,
-        place,
+        OciLayout(open_files(destination), check=check),
         patches=patches,
         recipes=recipes,
         signer=signer,
@@ -99,12 +99,14 @@ def export(
     Raises AlreadyExists when the file is there, and what `push` raises; nothing is left behind then.
     """
     with new_archive(file) as archive:
-        return send(registry, archive, patches=patches, recipes=recipes, signer=signer, vocabularies=vocabularies)
+        return send(
+            registry, OciLayout(archive), patches=patches, recipes=recipes, signer=signer, vocabularies=vocabularies
+        )
 
 
 def send(
     registry: Registry,
-    place: LayoutStore,
+    layout: OciLayout,
     *,
     patches: Iterable[str] = (),
     recipes: Iterable[str] = (),
@@ -123,7 +125,7 @@ def send(
     records = [record_of(registry, name) for name in recipes]
     for each in records:
         wanted.update((id, registry.patch(id)) for id in each.patches if id not in wanted)
-    sender = _Sender(OciLayout(place), signer)
+    sender = _Sender(layout, signer)
     sender.compare(records, sender.layout.listed())  # before anything is sent
     ordered = [wanted[id] for id in sorted(wanted)]
     for step, record in enumerate(ordered, 1):
@@ -135,7 +137,7 @@ def send(
         sender.vocabulary(document, name, data)
     newer = sender.finish(records)
     sent = tuple(each.name for each in records if each.name not in newer)
-    return Sent(place.where, tuple(sorted(wanted)), sent, tuple(sorted(newer)), sender.written, sender.nbytes)
+    return Sent(layout.where, tuple(sorted(wanted)), sent, tuple(sorted(newer)), sender.written, sender.nbytes)
 
 
 class _Sender:
