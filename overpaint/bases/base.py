@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -25,8 +24,9 @@ from overpaint.bases.checkpoint import (
 )
 from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.key_mapping import SingleFile
-from overpaint.bases.layout import Layout, TextInput
-from overpaint.bases.loading import own_torch_settings, quiet_loading
+from overpaint.bases.layout import Layout, TextInput, read_index
+from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.pipelines import absent_components, load_pipeline
 from overpaint.bases.safetensors_file import SafetensorsFile, file_stamp
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import NotFound
@@ -232,33 +232,25 @@ class Base:
             f"{beside}, or download {published} once"
         )
 
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """What `model_index.json` says: the pipeline's class and components. Raises what `config_folder` raises."""
+        return read_index(self.config_folder)
+
+    @cached_property
+    def absent_components(self) -> list[str]:
+        """The optional components (a safety checker, say) that the index names and that are not there whole."""
+        return absent_components(self.config_folder, self.index, self.layout, weights=not self.is_single_file)
+
     @own_torch_settings()
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A fresh diffusers pipeline of this base, of the class that its layout names.
 
-        Raises NotFound for a single file without configuration.
+        It has no safety checker. Raises NotFound for a single file without configuration, BrokenBase for what diffusers
+        cannot load.
         """
-        config = self.config_folder
-        with quiet_loading():
-            import diffusers
-
-            kind: Any = getattr(diffusers, self.layout.pipelines[0])
-            checked = "safety_checker" in inspect.signature(kind.__init__).parameters
-            no_checker: Any = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
-            if self.is_single_file:
-                pipe = kind.from_single_file(
-                    str(self.path), config=str(config), dtype=dtype, local_files_only=True, **no_checker
-                )
-            else:
-                pipe = kind.from_pretrained(
-                    self.path,
-                    dtype=dtype,
-                    variant=self.variant,
-                    local_files_only=True,
-                    low_cpu_mem_usage=False,
-                    **no_checker,
-                )
-        pipe.set_progress_bar_config(disable=True)
+        kind, config = self.layout.pipelines[0], self.config_folder
+        pipe = load_pipeline(kind, self.path, config, self.layout, self.absent_components, self.variant, dtype)
         return pipe.to(device)
 
 

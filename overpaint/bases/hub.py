@@ -19,7 +19,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SMALL = (".json", ".txt", ".md")
+_SMALL = (".json", ".txt", ".md", ".model")
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,8 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def layout_of(folder: Path) -> Layout:
-    """The layout of a diffusers folder, by its `model_index.json`.
-
-    Raises OverpaintError when the folder is missing or has no readable index, UnknownLayout when no layout fits.
-    """
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a diffusers folder's `model_index.json`. Raises OverpaintError when it is missing or damaged."""
     index = folder / "model_index.json"
     if not folder.is_dir():
         raise OverpaintError(
@@ -132,14 +129,25 @@ def layout_of(folder: Path) -> Layout:
             f"{folder} has no model_index.json, so it is not a whole diffusers folder; download it again"
         )
     try:
-        kind = json.loads(index.read_text("utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(index.read_text("utf-8"))
+        if not isinstance(content, dict) or not isinstance(content["_class_name"], str):
+            raise ValueError("it names no class")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise OverpaintError(f"{index} is not a diffusers index ({error}); download the base again") from error
+    return content
+
+
+def layout_of(folder: Path) -> Layout:
+    """The layout of a diffusers folder, by its `model_index.json`.
+
+    Raises OverpaintError when the folder is missing or has no readable index, UnknownLayout when no layout fits.
+    """
+    kind = read_index(folder)["_class_name"]
     for layout in layouts():
         if kind in layout.pipelines:
             return layout
     known = ", ".join(p for layout in layouts() for p in layout.pipelines)
     raise UnknownLayout(
-        f"{folder} holds a {str(kind)[:80]}, an architecture without a layout; known are: {known}. "
+        f"{folder} holds a {kind[:80]}, an architecture without a layout; known are: {known}. "
         "docs/adding-a-layout.md says how to add one"
     )

@@ -19,6 +19,7 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
 from overpaint.bases.loading import own_torch_settings, quiet_loading
+from overpaint.bases.pipelines import check_tokenizer
 from overpaint.bases.safetensors_file import SafetensorsFile, TensorEntry
 from overpaint.core.errors import OverpaintError
 
@@ -355,8 +356,8 @@ def encoders(
 
 
 def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:
+    folder = base.config_folder / text_input.tokenizer
+    check_tokenizer(folder)
     with quiet_loading():
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(
-            base.config_folder / text_input.tokenizer, local_files_only=True
-        )
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer

@@ -23,6 +23,7 @@ from torch import Tensor
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, open_weights
 from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.pipelines import index_without
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, TensorEntry, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
@@ -197,8 +198,8 @@ def build(
 
     `card` becomes README.md in a folder; beside a single file it becomes a file of the same name that ends in `.md`,
     which is where user interfaces look for a description. `record` (JSON: recipe, concepts) goes into the header of every
-    file that is written anew. Without terms the result is the base, byte for byte, or a pickle's tensors as safetensors.
-    `notice` hears what was left out.
+    file that is written anew. Without terms the result is the base, byte for byte, or a pickle's tensors as safetensors;
+    optional components that the base does not have whole leave the index. `notice` hears what was left out.
 
     Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit, BrokenBase when the base's files change
     meanwhile, NotConvertible when the base has no place in that form, OverpaintError when nothing can be written or the disk
@@ -212,10 +213,13 @@ def build(
         refuse_taken(path)
     composition = plan(made, terms)
     found = survey(base, composition.names) if made is base else Survey(tuple(made.containers), {}, {})
-    around = configuration(base) if made is not base and not made.is_single_file else {}
+    absent = [] if made.is_single_file else base.absent_components
+    around = {} if made.is_single_file else configuration(base) if made is not base else _index(base)
     with atomic_output(out) as scratch:
         targets = {
-            file: scratch if made.is_single_file else scratch / file.relative_to(made.path) for file in found.kept
+            file: scratch if made.is_single_file else scratch / file.relative_to(made.path)
+            for file in found.kept
+            if made.is_single_file or file.relative_to(made.path).parts[0] not in absent
         }
         digest = _write(made, composition, found, targets, record_of(base, terms, record or {}))
         _write_around(scratch, around)
@@ -228,9 +232,16 @@ def build(
         _put_beside(beside, card, out)
     for text in found.notices():
         notice(text)
-    if made is not base:
-        return Built(out, digest, tuple(_left_behind(base, notice)))
-    return Built(out, digest, _left_out(base, found))
+    for name in absent:
+        notice(f"left out {name}, which the base's index names and of which not everything is there; it draws without")
+    left = _left_out(base, found) if made is base else tuple(_left_behind(base, notice))
+    return Built(out, digest, (*absent, *left))
+
+
+def _index(base: Base) -> dict[str, Path | bytes]:
+    """A folder's new index, where the old one names what is not there: diffusers would not load the build."""
+    absent = base.absent_components
+    return {"model_index.json": index_without(base.index, absent)} if absent else {}
 
 
 def _write_around(folder: Path, files: Mapping[str, Path | bytes]) -> None:

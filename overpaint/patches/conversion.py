@@ -6,11 +6,10 @@ of the original. What the way back would give is compared with what went in befo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import ResolvedCheckpoint, TensorLocation, WeightFiles
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
+from overpaint.bases.pipelines import index_without
 from overpaint.bases.safetensors_file import DTYPES
 from overpaint.bases.virtual_checkpoint import DATA_START, VirtualCheckpoint, entries_at_offsets
 from overpaint.core.errors import OverpaintError
@@ -75,23 +75,14 @@ def converted(base: Base, form: Form) -> Base:
 def configuration(base: Base) -> dict[str, Path | bytes]:
     """What a folder of a single-file base holds beside the weights, by relative path: files to copy, and the new index.
 
-    Models that the single file does not hold, such as a safety checker, leave the index. Raises NotFound without
-    configuration.
+    Components that are not there, such as a safety checker, leave the index. Raises NotFound without configuration.
     """
-    folder = base.config_folder
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
-    absent = {
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and name not in base.layout.components and (folder / name / "config.json").is_file()
-    }
-    index.update({name: [None, None] for name in absent})
-    if "safety_checker" in absent and "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
-    found: dict[str, Path | bytes] = {"model_index.json": (json.dumps(index, indent=2) + "\n").encode()}
+    folder, absent = base.config_folder, base.absent_components
+    named = {name for name, value in base.index.items() if isinstance(value, list)} - set(absent)
+    found: dict[str, Path | bytes] = {"model_index.json": index_without(base.index, absent)}
     for file in sorted(folder.glob("*/*")):
         inside = file.relative_to(folder)
-        if file.suffix in _CONFIGURATION and ".index." not in file.name and inside.parts[0] in index.keys() - absent:
+        if file.suffix in _CONFIGURATION and ".index." not in file.name and inside.parts[0] in named:
             found[inside.as_posix()] = file
     return found
 

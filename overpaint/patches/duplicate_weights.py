@@ -125,7 +125,7 @@ def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
     if file.suffix == ".safetensors":
         copied = _copied_in(base, file, changed)
         return None if copied is None else f"it may hold a second copy of {copied}"
-    if inside in _components(base):
+    if isinstance(base.index.get(inside), list):  # a component, whether the layout knows it or not
         return None
     return "it cannot be looked into, and may hold a second copy of the weights"
 
@@ -151,12 +151,6 @@ def _is_plain(file: Path) -> bool:
     if file.suffix == ".model":
         return file.parent.name.startswith("tokenizer") and file.stat().st_size <= _TOKENIZER_LIMIT
     return b"\0" not in beginning
-
-
-def _components(base: Base) -> set[str]:
-    """The components a pipeline's index names, whether a layout knows them or not."""
-    index = json.loads((base.path / "model_index.json").read_text("utf-8"))
-    return {name for name, value in index.items() if isinstance(value, list)}
 
 
 def _names_used_files(base: Base, index: Path) -> bool:

@@ -14,7 +14,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 from click.testing import CliRunner
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from transformers import CLIPConfig
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.hub import HubId, snapshot
@@ -196,6 +198,21 @@ def test_nothing_is_downloaded_that_a_base_does_not_need(base: Base, hub: Hub) -
         "diffusion_pytorch_model.safetensors",
         "model.safetensors",
     ]
+
+
+def test_what_is_built_of_it_loads_without_the_safety_checker(hub: Hub, tmp_path: Path) -> None:
+    """Whose configuration alone is downloaded."""
+    folder = newer(hub)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    CLIPConfig().save_pretrained(folder / "safety_checker")
+    (folder / "safety_checker/model.safetensors").write_bytes(b"large")
+    base = Base.open(ID)
+    assert base.pipeline().safety_checker is None
+    built = build(base, [], tmp_path / "built")
+    assert built.left_out == ("safety_checker",)
+    assert DiffusionPipeline.from_pretrained(built.path).safety_checker is None
 
 
 @pytest.mark.parametrize("form", ["variant", "shards", "shards of a variant"])
