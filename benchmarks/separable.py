@@ -24,7 +24,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.patch import make_patch
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem, settings_of
-from overpaint.solvers.sentences import sentences
+from overpaint.solvers.sentences import sentence_pairs
 from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import SENTENCES_PER_WORD
 from overpaint.testing.tiny import tiny_pipeline
@@ -90,7 +90,7 @@ def extrapolated(row: Row, base: Base, words: int) -> Row:
     _, count, vocabulary, encoding, universe, solving, _, nbytes = row
     of_many = MANY / count
     total = encoding * of_many + universe * of_many + solving * of_many
-    prompts = len(sentences(base, "object").pairs)
+    prompts = len(sentence_pairs(base, "object"))
     label = f"extrapolated: {WORDS_OF_CLIP} words x {SENTENCES_PER_WORD}, {prompts} prompts a concept"
     vocabulary *= WORDS_OF_CLIP / words
     return [label, MANY, vocabulary, encoding * of_many, universe * of_many, solving * of_many, total / MANY, nbytes]

@@ -18,6 +18,10 @@ from overpaint.solvers.sentences import keys_and_values
 class ProjectOut(Solver):
     """Project a concept's direction out of the prompt."""
 
+    is_closed_form = True
+    uses_universe = False
+    uses_preserved_prompts = False
+
     share: float = setting(1.0, "how much of the direction goes; 1: all of it", low=0.0, high=2.0)
 
     def solve(self, problem: EditProblem) -> Solution:

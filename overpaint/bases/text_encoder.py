@@ -254,63 +254,66 @@ class TextEncoder:
         added = self.tokenizer.get_added_vocab()
         return any(f"{token}_1" in added for token in added)
 
-    def hidden(self, prompts: Sequence[str]) -> Tensor:
+    def hidden(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
 
-        A prompt that occurs several times is encoded once.
+        `length`: only the first so many embeddings, to float32 rounding the same; what follows them is not computed, since the
+        encoder is causal. A prompt that occurs several times is encoded once.
         """
         unique = list(dict.fromkeys(prompts))
-        found = self._answers(unique)[self.output]
+        outputs = self._answers(unique, min(length or self.length, self.length))[self.output]
         if len(unique) == len(prompts):
-            return found
+            return outputs
         place = {prompt: i for i, prompt in enumerate(unique)}
-        return found[[place[prompt] for prompt in prompts]]
+        return outputs[[place[prompt] for prompt in prompts]]
 
     @own_torch_settings()
     @torch.no_grad()
-    def _answers(self, prompts: list[str]) -> dict[str, Tensor]:
-        """What every door of this encoder lets through.
+    def _answers(self, prompts: list[str], length: int) -> dict[str, Tensor]:
+        """What every text input of this encoder is handed, [n, length, d].
 
-        The newest answers are kept: doors are asked in turn, and concepts are sent to the same sentences without them.
+        The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences.
         """
-        answers, asked = self._memory.answers, (self._memory.encoder, *prompts)
-        recalled = answers.recall(asked)
+        answers, key = self._memory.answers, (self._memory.encoder, str(length), *prompts)
+        recalled = answers.recall(key)
         if recalled is not None:
             return recalled
-        batch = prompts_at_a_time(self.model)
-        found: dict[str, Tensor] = {}
-        for start in range(0, len(prompts), batch):
-            for output, part in self._forward(prompts[start : start + batch]).items():
-                if output not in found:
-                    found[output] = part.new_empty((len(prompts), *part.shape[1:]))
-                    answers.make_room(_nbytes(found))
-                found[output][start : start + batch] = part
-        answers.keep(asked, found)
-        return found
-
-    def _forward(self, prompts: list[str]) -> dict[str, Tensor]:
         expanded = [self._expanded(prompt) for prompt in prompts]
-        inputs = self.tokenizer(
-            expanded, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
+        ids = self.tokenizer(expanded, truncation=True, max_length=self.length).input_ids
+        # A prompt must have its end where the pooled embedding is read.
+        width = max(length, *map(len, ids))
+        padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
+        batch = max(1, prompts_at_a_time(self.model) * self.length // width)
+        outputs: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), batch):
+            part_of = slice(start, start + batch)
+            for output, part in self._forward(padded.input_ids[part_of], padded.attention_mask[part_of]).items():
+                if output not in outputs:
+                    outputs[output] = part.new_empty((len(prompts), *part[:, :length].shape[1:]))
+                    answers.make_room(_nbytes(outputs))
+                outputs[output][start : start + batch] = part[:, :length]
+        answers.keep(key, outputs)
+        return outputs
+
+    def _forward(self, ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         # As StableDiffusionPipeline does where a configuration asks for it; StableDiffusionXLPipeline never does.
         is_masked = LAST in self._memory.output and getattr(self.model.config, "use_attention_mask", False)
-        mask = inputs.attention_mask if is_masked else None
+        mask = attention_mask.to(self.model.device) if is_masked else None
         wanted, before = self._memory.output, []
         # Asked for hidden states, the model would keep those of every layer.
         last = layers_of(self.model)[-1]
         hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
         try:
-            found = self.model(inputs.input_ids, attention_mask=mask)
+            result = self.model(ids.to(self.model.device), attention_mask=mask)
         finally:
             hook.remove()
         answers = {}
         if LAST in wanted:
-            answers[LAST] = found.last_hidden_state
+            answers[LAST] = result.last_hidden_state
         if PENULTIMATE in wanted:
             answers[PENULTIMATE] = before[0]
         if POOLED in wanted:
-            answers[POOLED] = found.text_embeds[:, None]
+            answers[POOLED] = result.text_embeds[:, None]
         return answers
 
     def first_position(self, template: str, word: str) -> int:

@@ -35,7 +35,7 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
-from overpaint.solvers.sentences import PADDING, keys_of, sentences
+from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
 
 # What a base hears of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
 #
@@ -80,12 +80,12 @@ class Moments:
             "doors": text_inputs,
             "words": concept.words,
             "sentences": self._templates(concept),
-            "padding": PADDING,
+            "padding": [PADDING, KEPT_PADDING],
         }
         return hashlib.sha256(canonical_json(meant)).hexdigest()
 
     def _templates(self, concept: Concept) -> list[str]:
-        asked = [template for template, _ in sentences(self._base, concept.kind).pairs]
+        asked = [template for template, _ in sentence_pairs(self._base, concept.kind)]
         return [t for t in asked if not self._named & set(re.findall(r"\w+", t.casefold()))] or asked[:1]
 
     def _compute(self, concept: Concept, text_inputs: tuple[str, ...]) -> Tensor:
@@ -148,7 +148,7 @@ def probe(base: Base, patch: Patch, concepts: Sequence[Concept], device: torch.d
 
 def _prompts(base: Base, concept: Concept) -> list[str]:
     """`SENTENCES` sentences that name the concept, spread over those the base knows for its kind."""
-    known = sentences(base, concept.kind).pairs
+    known = sentence_pairs(base, concept.kind)
     chosen = [known[i * len(known) // SENTENCES][0] for i in range(SENTENCES)]
     return [template.format(concept.words[i % len(concept.words)]) for i, template in enumerate(chosen)]
 

@@ -1,7 +1,9 @@
 """The contract of every solver: a problem in, a solution out, the base as it was.
 
-A solver is a frozen dataclass of hyper-parameters that inherits `Solver` and has `solve(problem) -> Solution`. Its fields are
-its settings (`overpaint.solvers.problem`). `overpaint.testing.SolverContract` holds every solver to what is promised here.
+A solver is a frozen dataclass that inherits `Solver`: its fields are its settings, declared with `setting`, and it has
+`solve(problem) -> Solution`. From the settings' metadata follow their checks, `--set` options, provenance and tables. What it
+declares about itself (what it reads, which bases it supports) decides what is recorded beside a patch;
+`overpaint.testing.SolverContract` holds every solver to its declarations.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field
 from difflib import get_close_matches
@@ -20,21 +22,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from overpaint.bases.base import Base
+from overpaint.bases.layout import Layout
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.patches.delta import Delta
 
-# Hyper-parameters: every value is checked, wherever it comes from, and all of them are JSON.
-#
-# A solver's settings are the fields of its frozen dataclass, declared with `setting`. A field's default says its type; its
-# metadata, what it means and what it may be. From these are derived `--set` options, provenance, tables and test ids.
-
-
 S = TypeVar("S")
+SolverT = TypeVar("SolverT", bound="Solver")
 
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class BadSetting(OverpaintError):
@@ -130,7 +128,7 @@ def _checked(spec: Field[Any], value: Any) -> Any:
 def _parse(spec: Field[Any], text: str) -> Any:
     kind: Any = type(spec.default)
     try:
-        value: Any = _WORDS[text.strip().lower()] if kind is bool else kind(text)
+        value: Any = _BOOLEANS[text.strip().lower()] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
         raise _bad_type(spec, text) from error
     return _checked(spec, value)
@@ -155,24 +153,6 @@ def _nearest(name: object, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
-__all__ = [
-    "BadSetting",
-    "EditProblem",
-    "OutOfMemory",
-    "Solution",
-    "Solver",
-    "TrainingDiverged",
-    "Unsolvable",
-    "configure",
-    "finite",
-    "setting",
-    "settings_of",
-    "within_memory",
-]
-
-SolverT = TypeVar("SolverT", bound="Solver")
-
-
 class Unsolvable(OverpaintError):
     """A problem that has no solution under the given settings."""
 
@@ -190,9 +170,9 @@ class EditProblem:
     """One concept to erase from one base.
 
     `universe` holds every other concept that is known for this text encoder: they are preserved, so that patches for
-    them compose with this one. `report(step, of, text)` is told how far the solver is; what it raises (KeyboardInterrupt
-    when somebody gave up) passes through `solve`. `keep` are prompts to leave undisturbed; `cache`,
-    a folder in which a solver may keep what it computed of the base alone.
+    them compose with this one. `preserve_prompts` are further prompts to preserve. `report(step, of, text)` is called with the
+    progress; what it raises (KeyboardInterrupt when somebody gave up) passes through `solve`. `cache` is a folder in which a
+    solver may keep what it computed of the base alone.
     """
 
     base: Base
@@ -201,7 +181,7 @@ class EditProblem:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Progress = silent
-    keep: tuple[str, ...] = ()
+    preserve_prompts: tuple[str, ...] = ()
     cache: Path | None = None
 
     @property
@@ -209,22 +189,66 @@ class EditProblem:
         """The universe without the concept itself, by name: the order of a list changes no result."""
         return tuple(sorted((c for c in self.universe if c.name != self.concept.name), key=lambda c: c.name))
 
+    def preserved_prompts(self, setting: str = "") -> tuple[str, ...]:
+        """`preserve_prompts` and those of a solver's own setting, which separates them by `;`: each once, sorted."""
+        return distinct_prompts((*self.preserve_prompts, *setting.split(";")))
+
+    def within(self, step: int, of: int) -> EditProblem:
+        """The same problem, whose progress is reported as part of one step of `of`."""
+        return dataclasses.replace(self, report=lambda _step, _of, text: self.report(step, of, text))
+
+
+def distinct_prompts(prompts: Iterable[str]) -> tuple[str, ...]:
+    """Prompts without surrounding spaces, each once, sorted; empty ones are left out."""
+    return tuple(sorted({prompt.strip() for prompt in prompts} - {""}))
+
 
 @dataclass(frozen=True)
 class Solution:
-    """The change, and what a careful person wants to know about it (residuals, ranks, condition numbers, steps)."""
+    """The change, and what a careful person wants to know about it (residuals, ranks, condition numbers, steps).
+
+    `record` joins the solver's entry in the patch's manifest: facts about the inputs that are known only after solving, such as
+    the size of the sample that stood for a vocabulary.
+    """
 
     delta: Delta
     diagnostics: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Solver(ABC):
-    """What every method inherits: settings that are checked when it is made, presets, and what it may touch.
+    """What every method inherits: checked settings, presets, and declarations.
 
     `PRESETS` has named sets of values tuned for a base whose scale is not the paper's; fields keep the paper's values.
+
+    The declarations say what decides a result. A patch's manifest records an input only where it is declared, so that a change
+    of any other input changes no id. By default every input is declared, which is safe: at worst something is solved again.
+    A subclass overrides them by a class attribute, or by a property where its settings decide.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    is_closed_form = False
+    """Whether the answer is a formula over text embeddings: no training, no pictures. Write it as a literal: it is also read
+    from the source, without importing it."""
+
+    revision = 1
+    """Raised whenever a change of the code changes what the same inputs give; recorded from 2 on."""
+
+    @property
+    def uses_universe(self) -> bool:
+        """Whether the other known concepts (`problem.others`) decide the result."""
+        return True
+
+    @property
+    def uses_preserved_prompts(self) -> bool:
+        """Whether `problem.preserve_prompts` decide the result."""
+        return True
+
+    @property
+    def uses_pictures(self) -> bool:
+        """Whether the pictures in the folder of the setting `images` decide the result."""
+        return bool(getattr(self, "images", ""))
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         # Here rather than in each: what a solver finds must not depend on its caller's PyTorch settings.
@@ -240,6 +264,10 @@ class Solver(ABC):
         """The solver with a preset's values, changed by `settings`. Raises BadSetting."""
         return cls(**{**preset_of(cls, name), **settings})
 
+    def supports(self, layout: Layout) -> str | None:
+        """Why this solver cannot solve bases of a layout, as a sentence that says what to do; None where it can."""
+        return None
+
     def touches(self, base: Base) -> Sequence[str]:
         """Canonical names, or glob patterns of them, of all tensors that a delta of this solver may change.
 
@@ -252,13 +280,13 @@ class Solver(ABC):
         """The change that makes the problem's base forget its concept.
 
         Writes nothing and leaves the base as it was, also when it is interrupted. The same problem with the same seed gives
-        the same bits on one device. Reports progress at least once. Raises Unsolvable (Diverged when a loss is no number)
-        and OutOfMemory.
+        the same bits on one device. Reports progress at least once. Raises Unsolvable (TrainingDiverged when a loss is not a
+        number) and OutOfMemory.
         """
 
 
 def finite(loss: float, step: int, lower: str) -> float:
-    """The loss of a step as it is; raises Diverged, which names the step and what to `lower`, when it is not a number."""
+    """The loss of a step as it is; raises TrainingDiverged, which names the step and what to `lower`, when it is not a number."""
     if not math.isfinite(loss):
         raise TrainingDiverged(
             f"the loss is {loss} at step {step}, so nothing can be learnt from here on; lower {lower}"

@@ -1,11 +1,21 @@
-"""The prompts on which solvers train: those that name a concept, and those that others should go on understanding."""
+"""Sentences that name a concept, and its keys and values: the embeddings that speak of it, and what should replace them.
+
+Embeddings are contextual, so a concept's keys come from several sentences; and the text encoder is causal, so they are
+taken from every position at and after the concept's first token: later tokens and the padding carry the concept too.
+
+Every key is scaled by the square root of its weight. A sentence weighs the same whatever its length, and so does a concept
+whatever the number of its sentences; within a sentence, tokens weigh the same, and all of the padding together as much as
+`PADDING` tokens at most, so that an encoder that pads to 77 does not learn of padding alone. The first `KEPT_PADDING` positions
+stand for all of the padding (on the embedded base, one position or all of them erase and preserve the same); what comes
+after them is never encoded.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -18,25 +28,56 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import HOLE, Concept
 from overpaint.solvers.problem import EditProblem
 
-# Keys and values: the text embeddings that speak of a concept, and those that should stand in their place.
-#
-# Embeddings are contextual, so a concept's keys come from several sentences; and the text encoder is causal, so they are
-# taken from every position at and after the concept's first token: later tokens and the padding carry the concept too.
-#
-# Every key is scaled by the square root of its weight. A sentence weighs the same whatever its length, and so does a concept
-# whatever the number of its sentences; within a sentence, tokens weigh the same, and all of the padding together as much as
-# `PADDING` tokens at most, so that an encoder that pads to 77 does not hear padding alone.
-
-
 PADDING = 4.0
 """Tokens. Less would leave the concept in the padding, which it fills as well; more lets padding drown the subject."""
+KEPT_PADDING = 2
+STEP = 4
+"""Encoded lengths are multiples of it, so that concepts share what they are sent to and a device sees few shapes."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Sentences:
-    """For one kind of concept: pairs of a sentence with `{}` for the concept, and the same sentence without it."""
+class Phrasing:
+    """A sentence with `{}`, the concept's word that stands there, and the whole sentence that should replace it."""
 
-    pairs: tuple[tuple[str, str], ...]
+    template: str
+    word: str
+    replacement: str
+
+    @property
+    def prompt(self) -> str:
+        """The sentence with the word in it."""
+        return self.template.format(self.word)
+
+
+def phrasings(base: Base, concept: Concept, *, bare: bool = False) -> list[Phrasing]:
+    """Every prompt that names a concept: its own ones first, then each of its words in each sentence for its kind.
+
+    `bare`: by its words alone instead of in sentences. What replaces a prompt is the same with the anchor, or, without an
+    anchor, with the concept left out.
+    """
+    own = [(template, word, " ".join(template.format("").split())) for template, word in concept.phrases]
+    pairs = ((HOLE, ""),) if bare else sentence_pairs(base, concept.kind)
+    plain = [(template, word, without) for template, without in pairs for word in concept.words]
+    return [
+        Phrasing(template, word, template.format(concept.anchor) if concept.anchor else without)
+        for template, word, without in (*own, *plain)
+    ]
+
+
+def sentence_pairs(base: Base, kind: str) -> tuple[tuple[str, str], ...]:
+    """For a kind of concept, sentences with `{}` and the same without it: the base's own (`overpaint.json`) or the package's."""
+    return tuple((pair[0], pair[1]) for pair in _sentences(base)["style" if kind == "style" else "object"])
+
+
+def neutral_sentences(base: Base) -> tuple[str, ...]:
+    """Sentences in which every word of the vocabulary is preserved."""
+    return tuple(_sentences(base)["neutral"])
+
+
+def _sentences(base: Base) -> dict[str, Any]:
+    return {**_defaults(), **base.extras.get("sentences", {})}
 
 
 @cache
@@ -45,17 +86,69 @@ def _defaults() -> dict[str, Any]:
     return raw
 
 
-def sentences(base: Base, kind: str) -> Sentences:
-    """The sentences for a kind of concept: the base's own (`overpaint.json`) or the package's."""
-    table = {**_defaults(), **base.extras.get("sentences", {})}
-    found = table["style" if kind == "style" else "object"]
-    return Sentences(tuple((pair[0], pair[1]) for pair in found))
+def training_prompts(problem: EditProblem, encoder: TextEncoder, count: int) -> list[tuple[str, str]]:
+    """Prompts that name the concept, each with the prompt that should replace it.
+
+    The concept's own prompts and, with `count` 0, its bare words, as most papers have it; else that many sentences, spread
+    evenly over all sentences and words. Raises PromptTooLong when the text encoder would not read a word to its end.
+    """
+    concept = problem.concept
+    every = phrasings(problem.base, concept, bare=not count)
+    own, plain = every[: len(concept.phrases)], every[len(concept.phrases) :]
+    for phrasing in every:
+        encoder.first_position(phrasing.template, phrasing.word)
+    return [(each.prompt, each.replacement) for each in (*own, *(spread(plain, count) if count else plain))]
 
 
-def neutral_sentences(base: Base) -> tuple[str, ...]:
-    """Sentences in which every word of the vocabulary is preserved."""
-    table = {**_defaults(), **base.extras.get("sentences", {})}
-    return tuple(table["neutral"])
+def retained_prompts(problem: EditProblem, encoder: TextEncoder, count: int) -> list[str]:
+    """The empty prompt, the prompts that the problem preserves, and `count` more in which the concept does not occur.
+
+    Half of these name the other concepts of the universe, as far as there are any; the rest, words of the tokenizer's
+    vocabulary in neutral sentences.
+    """
+    named = [
+        pair[0].format(word)
+        for other in problem.others
+        for word in other.words
+        for pair in sentence_pairs(problem.base, other.kind)
+    ]
+    plain = [template.format(word) for word in encoder.words() for template in neutral_sentences(problem.base)]
+    own = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in problem.concept.words), re.IGNORECASE)
+    others = spread([prompt for prompt in named if not own.search(prompt)], count // 2)
+    vocabulary = spread([prompt for prompt in plain if not own.search(prompt)], count - len(others))
+    return ["", *problem.preserved_prompts(), *others, *vocabulary]
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items at equal distances; all, where there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyPositions:
+    """Which embeddings of a prompt are keys: those from position `start` on, as many as `weights`, which together are 1.
+
+    So many embeddings as `end` must be encoded.
+    """
+
+    start: int
+    weights: Tensor
+    end: int
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, template: str, word: str, *, whole: bool = False) -> KeyPositions:
+        """From the word's first token on; of the `whole` prompt, from begin-of-text on. Raises PromptTooLong."""
+        start = 0 if whole else encoder.first_position(template, word)
+        before = 1 + len(encoder.tokens(template.partition(HOLE)[0].strip()))
+        tokens = len(encoder.tokens(word)) + len(encoder.tokens(template.partition(HOLE)[2].strip())) + 1
+        tokens = min(before + tokens, encoder.length)
+        kept = min(encoder.length - tokens, KEPT_PADDING)
+        if encoder.is_pooled:
+            return cls(0, torch.ones(1, dtype=torch.float64), tokens + kept)
+        weights = torch.ones(tokens - start + kept, dtype=torch.float64)
+        weights[tokens - start :] = min(PADDING, encoder.length - tokens) / max(1, kept)
+        return cls(start, weights / weights.sum(), tokens + kept)
 
 
 def keys_of(encoder: TextEncoder, words: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -63,15 +156,14 @@ def keys_of(encoder: TextEncoder, words: Sequence[str], templates: Sequence[str]
 
     A sentence weighs 1: `K K^T` is the sum of the sentences' second moments. Raises PromptTooLong.
     """
-    asked = [(template, word) for word in words for template in templates]
-    weights = [_weights(encoder, template, word) for template, word in asked]
-    return _weighted(encoder.hidden([template.format(word) for template, word in asked]), weights)
+    pairs = [(template, word) for word in words for template in templates]
+    positions = [KeyPositions.of(encoder, template, word) for template, word in pairs]
+    return _weighted(encoder, [template.format(word) for template, word in pairs], positions)
 
 
 def keys_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """Weighted embeddings of whole prompts: float64 [d, m], every prompt weighing 1."""
-    weights = [_weights(encoder, "{}", prompt, from_begin=True) for prompt in prompts]
-    return _weighted(encoder.hidden(prompts), weights)
+    return _weighted(encoder, prompts, [KeyPositions.of(encoder, HOLE, prompt, whole=True) for prompt in prompts])
 
 
 def keys_and_values(encoder: TextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
@@ -80,89 +172,23 @@ def keys_and_values(encoder: TextEncoder, base: Base, concept: Concept) -> tuple
     With an anchor, V are the anchor's embeddings in the same sentence at the same positions; without one, those of the
     sentence with the concept left out. All sentences together weigh 1. Raises PromptTooLong.
     """
-    asked = list(_questions(base, concept))
-    weights = [_weights(encoder, template, word) / len(asked) for template, word, _ in asked]
-    keys = encoder.hidden([template.format(word) for template, word, _ in asked])
-    values = encoder.hidden([instead for _, _, instead in asked])
-    return _weighted(keys, weights), _weighted(values, weights)
+    every = phrasings(base, concept)
+    positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
+    positions = [replace(each, weights=each.weights / len(every)) for each in positions]
+    keys = _weighted(encoder, [each.prompt for each in every], positions)
+    return keys, _weighted(encoder, [each.replacement for each in every], positions)
 
 
-def _questions(base: Base, concept: Concept) -> Iterable[tuple[str, str, str]]:
-    """A sentence with `{}`, the concept's word in it, and the whole sentence that should stand in its place."""
-    pairs = sentences(base, concept.kind).pairs
-    plain = [(template, word, without) for word in concept.words for template, without in pairs]
-    own = [(template, word, " ".join(template.format("").split())) for template, word in concept.phrases]
-    for template, word, without in (*plain, *own):
-        yield template, word, template.format(concept.anchor) if concept.anchor else without
-
-
-def _weights(encoder: TextEncoder, template: str, word: str, *, from_begin: bool = False) -> Tensor:
-    """The weight of each embedding from the word's first token on (or from begin-of-text), together 1."""
-    start = 0 if from_begin else encoder.first_position(template, word)
-    if encoder.is_pooled:
-        return torch.ones(1, dtype=torch.float64)
-    phrases = len(encoder.tokens(word)) + len(encoder.tokens(template.partition("{}")[2].strip())) + 1 + from_begin
-    weights = torch.ones(encoder.length - start, dtype=torch.float64)
-    padding = weights[phrases:]
-    padding *= min(1.0, PADDING / max(1, len(padding)))
-    return weights / weights.sum()
-
-
-def _weighted(hidden: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The last embeddings of each sentence, as many as it has weights, scaled by their roots: float64 [d, m]."""
+def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions]) -> Tensor:
+    """The embeddings of prompts at positions, scaled by the roots of their weights: float64 [d, m]."""
+    hidden = encoder.hidden(prompts, -(-max(each.end for each in positions) // STEP) * STEP)
     # Written in place: lists of parts and their sum would take twice what a large text encoder leaves room for.
-    found = hidden.new_empty((sum(map(len, weights)), hidden.shape[-1]), dtype=torch.float64)
-    rows = found.split([len(w) for w in weights])
-    for h, w, row in zip(hidden, weights, rows, strict=True):
-        torch.mul(h[len(h) - len(w) :], w.sqrt()[:, None].to(h.device), out=row)
-    return found.T
-
-
-Item = TypeVar("Item")
-
-
-def asked(problem: EditProblem, encoder: TextEncoder, count: int) -> list[tuple[str, str]]:
-    """Prompts that name the concept, each with the same prompt without it: with its anchor, or with it left out.
-
-    The concept's own prompts and, with `count` 0, its bare words, as most papers have it; else that many sentences, spread
-    evenly over all sentences and words. Raises PromptTooLong when the text encoder would not read a word to its end.
-    """
-    concept = problem.concept
-    pairs = sentences(problem.base, concept.kind).pairs if count else ((HOLE, ""),)
-    plain = [(template, word, without) for template, without in pairs for word in concept.words]
-    own = [(template, word, " ".join(template.format("").split())) for template, word in concept.phrases]
-    for template, word, _ in (*own, *plain):
-        encoder.first_position(template, word)
-    return [
-        (template.format(word), template.format(concept.anchor) if concept.anchor else without)
-        for template, word, without in (*own, *(spread(plain, count) if count else plain))
-    ]
-
-
-def retained(problem: EditProblem, encoder: TextEncoder, count: int) -> list[str]:
-    """The empty prompt, the prompts that the problem keeps, and `count` more in which the concept does not occur.
-
-    Half of these name the other concepts of the universe, as far as there are any; the rest, words of the tokenizer's
-    vocabulary in neutral sentences.
-    """
-    named = [
-        template.format(word)
-        for other in problem.others
-        for word in other.words
-        for template, _ in sentences(problem.base, other.kind).pairs
-    ]
-    plain = [template.format(word) for word in encoder.words() for template in neutral_sentences(problem.base)]
-    own = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in problem.concept.words), re.IGNORECASE)
-    listed = spread([prompt for prompt in named if not own.search(prompt)], count // 2)
-    return [
-        "",
-        *problem.keep,
-        *listed,
-        *spread([prompt for prompt in plain if not own.search(prompt)], count - len(listed)),
-    ]
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items at equal distances; all, where there are fewer."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+    keys = hidden.new_empty((sum(len(each.weights) for each in positions), hidden.shape[-1]), dtype=torch.float64)
+    rows = keys.split([len(each.weights) for each in positions])
+    for embeddings, each, row in zip(hidden, positions, rows, strict=True):
+        torch.mul(
+            embeddings[each.start : each.start + len(each.weights)],
+            each.weights.sqrt()[:, None].to(embeddings.device),
+            out=row,
+        )
+    return keys.T

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import overpaint
@@ -30,8 +31,9 @@ from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch, read_patch
 from overpaint.solvers import SOLVERS
-from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settings_of
+from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settable, settings_of
 from overpaint.testing.tiny import tiny_base
+from overpaint.workspace.planning import SolveContext, SolveRequest, provenance
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,56 @@ class SolverContract:
 
     def test_a_concept_without_a_universe_can_be_erased(self, base: Base) -> None:
         assert self.made().solve(self.problem(base, universe=())).delta.targets(base)
+
+    def test_the_universe_decides_exactly_where_that_is_declared(self, base: Base, solved: SolvedExample) -> None:
+        changed = self.made().solve(self.problem(base, universe=(Concept("fox"),)))
+        differ = changed.delta != solved.solution.delta
+        assert differ == self.made().uses_universe, "see Solver.uses_universe"
+        assert (self._id(base, changed, universe=(Concept("fox"),)) != self._id(base, solved.solution)) == differ
+
+    def test_preserved_prompts_decide_exactly_where_that_is_declared(self, base: Base, solved: SolvedExample) -> None:
+        prompts = ("the moon and a house", "a rose by the sun")
+        changed = self.made().solve(self.problem(base, preserve_prompts=prompts))
+        differ = changed.delta != solved.solution.delta
+        assert differ == self.made().uses_preserved_prompts, "see Solver.uses_preserved_prompts"
+        assert (self._id(base, changed, preserve_prompts=prompts) != self._id(base, solved.solution)) == differ
+        again = self.made().solve(self.problem(base, preserve_prompts=(*reversed(prompts), f" {prompts[0]} ")))
+        assert again.delta == changed.delta, "their order changes nothing"
+
+    def test_pictures_decide_by_what_they_show_and_not_by_where_they_are(self, base: Base, tmp_path: Path) -> None:
+        if "images" not in settable(self.solver):
+            return
+        count = int(self.quick.get("pictures", getattr(self.made(), "pictures", 4)))
+        for folder, shift in (("one", 0), ("elsewhere", 0), ("others", 100)):
+            _draw(tmp_path / folder, count, shift)
+        for i, file in enumerate(sorted((tmp_path / "elsewhere").iterdir(), reverse=True)):
+            file.rename(file.with_name(f"{i} renamed.png"))
+        (tmp_path / "elsewhere" / ".hidden").write_text("not a picture")
+        solved = []
+        for folder in ("one", "elsewhere", "others"):
+            method = type(self.made())(**{**settings_of(self.made()), "images": str(tmp_path / folder)})
+            solution = method.solve(self.problem(base))
+            solved.append((solution.delta, self._id(base, solution, method)))
+        (one, its_id), (same, same_id), (other, other_id) = solved
+        assert one == same, "the same pictures give the same change"
+        assert its_id == same_id, "a folder's path is in no id"
+        assert one != other
+        assert its_id != other_id
+
+    def _id(
+        self,
+        base: Base,
+        solution: Solution,
+        method: Solver | None = None,
+        *,
+        universe: tuple[Concept, ...] | None = None,
+        preserve_prompts: tuple[str, ...] = (),
+    ) -> str:
+        """The id of the patch that a registry would make of a solution."""
+        request = SolveRequest(self.concept, "under-test", seed=3)
+        context = SolveContext(self.universe if universe is None else universe, preserve_prompts)
+        recorded = provenance(request, method or self.made(), context)
+        return make_patch(base, self.concept, solution.delta, {**recorded, **solution.record}).id
 
     def test_only_declared_tensors_are_touched(self, base: Base, solved: SolvedExample) -> None:
         declared = self.made().touches(base)
@@ -199,6 +251,13 @@ class _Impatient:
         if self.left == 0:
             raise KeyboardInterrupt
         self.left -= 1
+
+
+def _draw(folder: Path, count: int, shift: int) -> None:
+    """Small pictures, no two alike."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (16, 16), (shift + 10 * i, 60, 200 - 10 * i)).save(folder / f"{i}.png")
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ class SolveContext:
     """
 
     universe: tuple[Concept, ...] = ()
-    keep: tuple[str, ...] = ()
+    preserve_prompts: tuple[str, ...] = ()
     cache: Path | None = None
 
 
@@ -167,24 +168,31 @@ _PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 def provenance(order: SolveRequest, method: Solver, around: SolveContext) -> dict[str, Any]:
     """What a manifest says about how its patch was solved, before any compression.
 
-    The order's own concept is left out of the universe. Prompts to keep and pictures are named where there are any;
-    pictures by what is in their files.
+    An input is recorded where the solver declares that it reads it: the universe without the order's own concept, preserved
+    prompts, pictures by the digests of their files.
     """
-    from overpaint.solvers.problem import settings_of
+    from overpaint.solvers.problem import distinct_prompts, settings_of
+    from overpaint.solvers.trained.pictures import picture_files
 
     settings = settings_of(method)
-    others = sorted((each for each in around.universe if each.name != order.concept.name), key=lambda each: each.name)
-    found: dict[str, Any] = {
-        "name": order.solver,
-        "settings": settings,
-        "seed": order.seed,
-        "universe": [brief(each) for each in others],
-    }
-    if around.keep:
-        found["keep"] = sorted(around.keep)
-    if settings.get("images"):
-        found["pictures"] = _digests(Path(settings["images"]))
-    return found
+    recorded: dict[str, Any] = {"name": order.solver, "settings": _without_folder(settings), "seed": order.seed}
+    if method.revision > 1:
+        recorded["revision"] = method.revision
+    if method.uses_universe:
+        others = sorted(
+            (each for each in around.universe if each.name != order.concept.name), key=lambda each: each.name
+        )
+        recorded["universe"] = [brief(each) for each in others]
+    if method.uses_preserved_prompts and (prompts := distinct_prompts(around.preserve_prompts)):
+        recorded["keep"] = list(prompts)
+    if method.uses_pictures:
+        recorded["pictures"] = list(picture_files(settings["images"]))
+    return recorded
+
+
+def _without_folder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the folder of pictures: what is in the pictures decides, and not where they are."""
+    return {**settings, "images": ""} if "images" in settings else dict(settings)
 
 
 def brief(concept: Concept) -> dict[str, Any]:
@@ -202,12 +210,6 @@ def universe_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**_PLAIN, **item} for item in items if isinstance(item, dict)]
 
 
-def _digests(folder: Path) -> list[str]:
-    """The digests of a folder's files, sorted; none for a folder that is not there, which the solver will say."""
-    files = sorted(folder.expanduser().iterdir()) if folder.expanduser().is_dir() else []
-    return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file())
-
-
 def digest_of_order(order: SolveRequest, solved: Mapping[str, Any], fingerprint: str) -> str:
     """The digest of the inputs of an order on a base, `solved` being its provenance."""
     asked = {**solved, "compressed": [keep.as_json() for keep in order.keeps]} if order.keeps else solved
@@ -221,13 +223,28 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
 
     Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they lie.
     """
-    solved = {**manifest["solver"], "universe": universe_of(manifest)}
-    if "pictures" in solved:
-        solved["settings"] = {**solved["settings"], "images": ""}
+    recorded = manifest["solver"]
+    solved = {**recorded, "universe": universe_of(manifest), "settings": _without_folder(recorded.get("settings", {}))}
+    if not _reads_universe(solved["name"], canonical_json(solved["settings"])):
+        # Version 0.1 recorded the universe and preserved prompts for these solvers too, and they read neither.
+        solved["universe"] = ["preserved prompts were not read"] if {"keep", "universe"} <= recorded.keys() else []
+    solved.pop("vocabulary", None)
     if "compressed" in solved:
         solved["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
     meant = [manifest["subject"]["fingerprint"], manifest["concept"], solved]
     return hashlib.sha256(canonical_json(meant)).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _reads_universe(name: str, settings: bytes) -> bool:
+    """Whether a solver with settings declares that it reads the universe; True for one that is not here."""
+    from overpaint.solvers import solver_class
+
+    try:
+        method: Solver = solver_class(name)(**json.loads(settings))
+    except (OverpaintError, TypeError):
+        return True
+    return method.uses_universe
 
 
 def keeps_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.registry.registry import Registry
+from overpaint.solvers import is_closed_form
 from overpaint.workspace.planning import (
     SolveRequest,
     as_texts,
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from overpaint.workspace.planning import SolveContext, SolvePlan
 
 
-CLOSED_FORM = ("separable", "uce", "rece", "nullspace")
-"""Solvers that answer at once, from the concepts alone: no pictures, no training."""
-
-
 class NotReseparable(OverpaintError):
     """A recipe whose patches cannot be exchanged one for one."""
 
@@ -57,11 +54,13 @@ class RecipeUniverse:
 def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
     """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up."""
     found: dict[str, tuple[int, list[PatchRecord]]] = {}
-    for record, _ in registry.patches_on(recipe):
-        if record.solver in CLOSED_FORM:
-            concepts = _universe(manifest_of(registry, record))
-            digest = hashlib.sha256(canonical_json(concepts)).hexdigest()
-            found.setdefault(digest, (len(concepts), []))[1].append(record)
+    records = [record for record, _ in registry.patches_on(recipe)]
+    for record, manifest in _with_universe(
+        registry, [each for each in records if each.solver in _closed_form(records)]
+    ):
+        concepts, revision = _universe(manifest), manifest["solver"].get("revision", 1)
+        digest = hashlib.sha256(canonical_json([concepts, revision])).hexdigest()
+        found.setdefault(digest, (len(concepts), []))[1].append(record)
     ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
     return [RecipeUniverse(digest, count, tuple(patches)) for digest, (count, patches) in ordered]
 
@@ -76,6 +75,21 @@ def mixture(registry: Registry, recipe: str) -> str:
         f"the patches on {recipe} were solved for different universes ({shares}), so each may disturb what it was not told "
         f"of; `overpaint recipe reseparate {shlex.quote(recipe)}` solves them again for all concepts"
     )
+
+
+def _closed_form(records: Iterable[PatchRecord]) -> set[str]:
+    """The solvers of some patches that answer at once, from the concepts alone."""
+    return {solver for solver in {record.solver for record in records} if is_closed_form(solver)}
+
+
+def _with_universe(
+    registry: Registry, records: Iterable[PatchRecord]
+) -> Iterator[tuple[PatchRecord, Mapping[str, Any]]]:
+    """Patches whose solver read the universe, with their manifests."""
+    for record in records:
+        manifest = manifest_of(registry, record)
+        if "universe" in manifest["solver"]:
+            yield record, manifest
 
 
 def _universe(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -138,9 +152,10 @@ def _stale(
     """By id, the orders of patches to solve again; and those of other solvers, solved for another universe than today's."""
     known = {concept.name: concept for concept in around.universe}
     stale, left = dict[str, SolveRequest](), []
-    for record, _ in opened.registry.patches_on(recipe):
-        manifest = manifest_of(opened.registry, record)
-        if record.solver in CLOSED_FORM:
+    records = [record for record, _ in opened.registry.patches_on(recipe)]
+    closed_form = _closed_form(records)
+    for record, manifest in _with_universe(opened.registry, records):
+        if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
             order = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed, keeps_of(manifest))
             asked = digest_of_order(

@@ -18,7 +18,7 @@ from overpaint.core.progress import Progress, silent
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
-from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.workspace.compression import compressed
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest
 
@@ -44,13 +44,16 @@ def make(
     report: Progress,
 ) -> Made:
     """Solve an order. Nothing is stored; what the solver raises passes through."""
+    method = order.method()
+    if reason := method.supports(base.layout):
+        raise Unsolvable(reason)
     problem = EditProblem(
-        base, order.concept, around.universe, order.seed, device, report, keep=around.keep, cache=around.cache
+        base, order.concept, around.universe, order.seed, device, report, around.preserve_prompts, around.cache
     )
     started = time.perf_counter()
-    solution = order.method().solve(problem)
+    solution = method.solve(problem)
     seconds = time.perf_counter() - started
-    patch = make_patch(base, order.concept, solution.delta, dict(provenance))
+    patch = make_patch(base, order.concept, solution.delta, {**provenance, **solution.record})
     errors: dict[str, float] = {}
     for keep in order.keeps:
         found = compressed(base, patch, keep)

@@ -81,7 +81,7 @@ class Workspace(OpenRegistry):
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
         around = self.surroundings(base)
-        preserved = PreservedPrompts(around.keep, vocabulary, around.cache)
+        preserved = PreservedPrompts(around.preserve_prompts, vocabulary, around.cache)
         prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=progress)
 
     def keep(self, base: str, prompts: Iterable[str]) -> int:

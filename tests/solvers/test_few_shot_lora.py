@@ -10,7 +10,7 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, Sum, TextMap
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.sentences import asked, retained
+from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.few_shot_lora import FewShotLoRA
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAR, CAT, DOG, moved, solve
@@ -62,32 +62,32 @@ def test_the_projection_shrinks_when_its_norm_weighs_much(base: Base) -> None:
 
 def test_retained_prompts_never_name_the_concept(base: Base) -> None:
     concept = Concept("cat", synonyms=("fox",))
-    found = retained(EditProblem(base, concept, (CAT, DOG, CAR)), TextEncoder.of(base), 60)
+    found = retained_prompts(EditProblem(base, concept, (CAT, DOG, CAR)), TextEncoder.of(base), 60)
     assert found[0] == ""
     assert not any({"cat", "fox"} & set(prompt.split()) for prompt in found)
     assert sum("dog" in prompt or "car" in prompt for prompt in found) >= 20, "the universe speaks for itself"
     assert any("moon" in prompt for prompt in found), "and the vocabulary for everything else"
-    assert found == retained(EditProblem(base, concept, (CAR, CAT, DOG)), TextEncoder.of(base), 60)
+    assert found == retained_prompts(EditProblem(base, concept, (CAR, CAT, DOG)), TextEncoder.of(base), 60)
 
 
 def test_prompts_are_spread_over_sentences_and_words_with_what_should_stand_there_instead(base: Base) -> None:
     encoder = TextEncoder.of(base)
     concept = Concept("cat", synonyms=("fox",))
     problem = EditProblem(base, concept)
-    assert asked(problem, encoder, 0) == [("cat", ""), ("fox", "")]
-    found = asked(problem, encoder, 6)
+    assert training_prompts(problem, encoder, 0) == [("cat", ""), ("fox", "")]
+    found = training_prompts(problem, encoder, 6)
     assert len(found) == 6
     assert {"cat", "fox"} == {word for prompt, _ in found for word in prompt.split() if word in ("cat", "fox")}
     assert all("cat" not in without and "fox" not in without for _, without in found)
     anchored = EditProblem(base, Concept("cat", anchor="dog"))
-    assert asked(anchored, encoder, 0) == [("cat", "dog")]
-    assert all(prompt.replace("cat", "dog") == other for prompt, other in asked(anchored, encoder, 8))
-    assert len(asked(problem, encoder, 1000)) == 20, "never more than there are"
+    assert training_prompts(anchored, encoder, 0) == [("cat", "dog")]
+    assert all(prompt.replace("cat", "dog") == other for prompt, other in training_prompts(anchored, encoder, 8))
+    assert len(training_prompts(problem, encoder, 1000)) == 20, "never more than there are"
 
 
-def test_the_concepts_own_prompts_and_those_to_keep_are_among_what_is_asked(base: Base) -> None:
+def test_the_concepts_own_prompts_and_preserved_prompts_are_used(base: Base) -> None:
     encoder = TextEncoder.of(base)
-    problem = EditProblem(base, Concept("cat", prompts=("a cat by the moon",)), keep=("art by the sun",))
-    assert asked(problem, encoder, 0) == [("a cat by the moon", "a by the moon"), ("cat", "")]
-    assert asked(problem, encoder, 3)[0] == ("a cat by the moon", "a by the moon")
-    assert retained(problem, encoder, 4)[:2] == ["", "art by the sun"]
+    problem = EditProblem(base, Concept("cat", prompts=("a cat by the moon",)), preserve_prompts=("art by the sun",))
+    assert training_prompts(problem, encoder, 0) == [("a cat by the moon", "a by the moon"), ("cat", "")]
+    assert training_prompts(problem, encoder, 3)[0] == ("a cat by the moon", "a by the moon")
+    assert retained_prompts(problem, encoder, 4)[:2] == ["", "art by the sun"]

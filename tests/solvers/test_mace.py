@@ -13,7 +13,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, TextMap
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.mace import MACE, _Attention, _importance, _Told
+from overpaint.solvers.trained.mace import MACE, _Attention, _ConceptEmbeddings, _importance
 from overpaint.testing import SolverContract
 
 CAT, DOG = Concept("cat"), Concept("dog")
@@ -58,23 +58,23 @@ def test_attention_in_the_open_draws_the_same_and_sums_to_one(base: Base) -> Non
 def test_the_refinement_asks_about_what_follows_the_concept(base: Base) -> None:
     problem = EditProblem(base, Concept("cat", anchor="dog"))
     model = Denoiser.of(problem)
-    told = _Told.of(model.encoder, problem, 4)
-    start, end = told.spans[-1]
-    rows = model.encoder.hidden([told.prompts[-1]])[0].double()
-    assert torch.allclose(told.own[:, -1], rows[end - 1])
-    assert torch.allclose(_along(told.others[:, -1]), _along(rows[-1]))
+    concept = _ConceptEmbeddings.of(model.encoder, problem, 4)
+    start, end = concept.spans[-1]
+    rows = model.encoder.hidden([concept.prompts[-1]])[0].double()
+    assert torch.allclose(concept.own[:, -1], rows[end - 1])
+    assert torch.allclose(_along(concept.others[:, -1]), _along(rows[-1]))
     assert end - start == len(model.encoder.tokens("cat"))
-    assert not torch.equal(told.others, told.instead)
+    assert not torch.equal(concept.others, concept.instead)
 
 
 def test_fusion_is_the_identity_on_the_concept_where_nothing_is_preserved(base: Base) -> None:
     problem = EditProblem(base, CAT)
-    told = _Told.of(Denoiser.of(problem).encoder, problem, 2)
-    d = len(told.own)
-    share = told.fusion(torch.zeros(d, d, dtype=torch.float64), 1e-9 * torch.eye(d, dtype=torch.float64))
-    assert torch.allclose(share @ told.own, told.own, atol=1e-3)
-    heavy = told.fusion(1e9 * torch.eye(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64))
-    assert (heavy @ told.own).norm() < 1e-3 * told.own.norm()
+    concept = _ConceptEmbeddings.of(Denoiser.of(problem).encoder, problem, 2)
+    d = len(concept.own)
+    share = concept.fusion(torch.zeros(d, d, dtype=torch.float64), 1e-9 * torch.eye(d, dtype=torch.float64))
+    assert torch.allclose(share @ concept.own, concept.own, atol=1e-3)
+    heavy = concept.fusion(1e9 * torch.eye(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64))
+    assert (heavy @ concept.own).norm() < 1e-3 * concept.own.norm()
 
 
 @pytest.mark.parametrize("levels", [1000, 50])

@@ -7,7 +7,7 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
-from overpaint.solvers.closed_form.edits import MapEdit, gram, keys_at, projection_weights
+from overpaint.solvers.closed_form.edits import KeyChoice, MapEdit, gram, projection_weights
 from overpaint.solvers.closed_form.rece import RECE, recovered, revived
 from overpaint.solvers.problem import EditProblem
 from overpaint.testing import SolverContract
@@ -31,7 +31,7 @@ def test_the_adversarial_embedding_is_the_published_one(base: Base) -> None:
     weights = projection_weights(base, "text_encoder", torch.device("cpu"))
     up, down = (0.1 * torch.randn(encoder.width, 3, generator=rng, dtype=torch.float64) for _ in range(2))
     edit, lam = MapEdit(up, down), 0.3 * torch.eye(encoder.width, dtype=torch.float64)
-    keys, _ = keys_at(encoder, base, CAT, "all", False)
+    keys, _ = KeyChoice("all").keys_and_values(encoder, base, CAT)
     left, right = lam.clone(), torch.zeros_like(lam)
     for weight in weights.values():
         edited = weight + weight @ up @ down.T
@@ -54,7 +54,7 @@ def test_every_round_leaves_less_to_revive(base: Base) -> None:
 def test_without_a_penalty_an_edit_that_can_be_undone_hides_nothing(base: Base) -> None:
     """Why rounds need lambda: `I + up down^T` has an inverse, so some embedding always brings the concept back."""
     encoder = TextEncoder.of(base)
-    keys, _ = keys_at(encoder, base, CAT, "all", False)
+    keys, _ = KeyChoice("all").keys_and_values(encoder, base, CAT)
     g = torch.eye(encoder.width, dtype=torch.float64)
     down = 0.1 * torch.linalg.qr(keys).Q[:, :2]
     assert recovered(MapEdit(down, down), g, 0.0 * g, keys) > 1 - 1e-6

@@ -10,6 +10,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import TextMap
+from overpaint.solvers.closed_form.edits import KeyChoice, TextEdit
 from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.testing import SolverContract
@@ -31,6 +32,11 @@ def last_token(encoder: TextEncoder, name: str) -> Tensor:
     return encoder.hidden([name])[0, len(encoder.tokens(name))].double()
 
 
+def last_tokens(problem: EditProblem) -> TextEdit:
+    """The edit of the one text input, whose keys are last tokens of bare words."""
+    return TextEdit(problem, "text_encoder", TextEncoder.of(problem.base), KeyChoice())
+
+
 def published(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], kept: list[Tensor], ridge: float) -> Tensor:
     """Equation 7 as it is printed, for one projection: float64 [out, d]."""
     eye = torch.eye(weight.shape[1], dtype=torch.float64)
@@ -49,7 +55,7 @@ def published(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], kept: list[Ten
 def test_the_text_map_is_the_published_dense_formula_for_every_projection(base: Base, names: list[str]) -> None:
     encoder, erased = TextEncoder.of(base), [Concept(name) for name in names]
     problem = EditProblem(base, erased[0], (CAT, DOG, CAR, FOX))
-    edit, _ = UCE().edit(problem, erased, "text_encoder", encoder)
+    edit, _ = UCE().edit(last_tokens(problem), erased)
     pairs = [(last_token(encoder, name), last_token(encoder, "")) for name in names]
     kept = [last_token(encoder, c.name) for c in (CAR, CAT, DOG, FOX) if c.name not in names]
     for name in base.projections():
@@ -63,7 +69,7 @@ def test_the_text_map_is_the_published_dense_formula_for_every_projection(base: 
 def test_an_anchor_is_where_the_concept_arrives(base: Base) -> None:
     encoder = TextEncoder.of(base)
     concept = Concept("cat", anchor="dog")
-    edit, _ = UCE(ridge=1e-9).edit(EditProblem(base, concept), [concept], "text_encoder", encoder)
+    edit, _ = UCE(ridge=1e-9).edit(last_tokens(EditProblem(base, concept)), [concept])
     moved = edit(last_token(encoder, "cat")[:, None])[:, 0]
     assert torch.allclose(moved, last_token(encoder, "dog"), atol=1e-6)
 
@@ -92,10 +98,8 @@ def test_the_joint_solution_is_not_the_sum_of_single_ones(base: Base) -> None:
 def test_what_is_kept_moves_less(base: Base) -> None:
     encoder = TextEncoder.of(base)
     sentence = encoder.hidden(["a dog in the room"])[0].double().T
-    free, _ = UCE().edit(EditProblem(base, CAT), [CAT], "text_encoder", encoder)
-    held, _ = UCE(keep="a dog in the room", preserve_scale=100.0).edit(
-        EditProblem(base, CAT), [CAT], "text_encoder", encoder
-    )
+    free, _ = UCE().edit(last_tokens(EditProblem(base, CAT)), [CAT])
+    held, _ = UCE(keep="a dog in the room", preserve_scale=100.0).edit(last_tokens(EditProblem(base, CAT)), [CAT])
     assert (held(sentence) - sentence).norm() < 0.5 * (free(sentence) - sentence).norm()
 
 

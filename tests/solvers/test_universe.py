@@ -9,13 +9,13 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
 from overpaint.solvers.closed_form.separable import Separable, leading
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.sentences import PADDING, keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.universe import BEGIN, PreservedPrompts, Universe, universe
 from overpaint.testing.tiny import tiny_pipeline
 
@@ -92,13 +92,20 @@ def test_a_sentence_weighs_one_and_its_padding_as_much_as_a_few_tokens(base: Bas
     encoder = TextEncoder.of(base)
     hidden = encoder.hidden(["a photo of a cat"])[0].double()
     keys = keys_of(encoder, ["cat"], ["a photo of a {}"])
-    weights = keys.square().sum(0) / hidden[5:].square().sum(1)
-    # "cat", end-of-text, and nine embeddings of padding.
-    assert weights.shape == (11,)
+    weights = keys.square().sum(0) / hidden[5 : 7 + KEPT_PADDING].square().sum(1)
+    # "cat", end-of-text, and the first of nine embeddings of padding.
+    assert weights.shape == (2 + KEPT_PADDING,)
     assert weights.sum() == pytest.approx(1)
     assert weights[0] == pytest.approx(1 / (2 + PADDING))
     assert weights[2:].sum() == pytest.approx(PADDING / (2 + PADDING))
-    assert keys_of_prompts(encoder, ["a photo of a cat"]).shape == (64, 16)
+    assert keys_of_prompts(encoder, ["a photo of a cat"]).shape == (64, 7 + KEPT_PADDING)
+
+
+@pytest.mark.parametrize("length", [1, 7, 9, 16, 100])
+def test_the_first_embeddings_of_a_prompt_do_not_need_those_behind_them(base: Base, length: int) -> None:
+    prompts = ["a photo of a cat", "", "a very small picture of the moon and a rose and a house and a dog"]
+    for encoder in encoders(base, torch.device("cpu")).values():
+        assert torch.allclose(encoder.hidden(prompts, length), encoder.hidden(prompts)[:, :length], atol=1e-5)
 
 
 def test_a_concept_counts_the_same_however_many_sentences_it_is_asked_in(base: Base) -> None:
@@ -121,12 +128,12 @@ def test_a_prompt_that_is_kept_moves_less(base: Base) -> None:
         assert isinstance(delta, TextMap)
         return float((delta.up.double() @ (delta.down.double().T @ keys)).norm())
 
-    assert moved(keep=(prompt,)) < 0.7 * moved()
+    assert moved(preserve_prompts=(prompt,)) < 0.7 * moved()
 
 
 def test_the_order_of_prompts_to_keep_changes_nothing(base: Base) -> None:
-    first = Separable().solve(EditProblem(base, CAT, keep=("a moon", "a sun"))).delta
-    assert Separable().solve(EditProblem(base, CAT, keep=("a sun", "a moon", "a sun"))).delta == first
+    first = Separable().solve(EditProblem(base, CAT, preserve_prompts=("a moon", "a sun"))).delta
+    assert Separable().solve(EditProblem(base, CAT, preserve_prompts=("a sun", "a moon", "a sun"))).delta == first
 
 
 def test_what_was_asked_before_changes_no_bit(base: Base, base_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What closed-form edits share: which embeddings are asked about, what is preserved, and an edit as two thin factors.
+"""What closed-form edits share: a concept's keys and values, what is preserved, and an edit as two thin factors.
 
 All of them change every projection W that reads the prompt into `W T` with one `T = I + up down^T`, so that the whole edit is a
 text map. Everything is float64 and rounded once, when the text map is made.
@@ -19,13 +19,13 @@ from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, TextMap
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory
-from overpaint.solvers.sentences import keys_and_values, keys_of_prompts, sentences
-from overpaint.solvers.universe import Universe, universe
+from overpaint.solvers.sentences import keys_and_values, keys_of_prompts, phrasings
+from overpaint.solvers.universe import PreservedPrompts, Universe, universe
 
 LAST, ALL = "last", "all"
 POSITIONS = (LAST, ALL)
 """Which tokens are keys: the last one of the concept's words, as most papers have it, or all from its first one on, with
-weights that make one concept count 1 (`keys.py`)."""
+weights that make one concept count 1 (`sentences.py`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,111 +49,116 @@ class MapEdit:
         return TextMap(text_input, self.up.float().cpu().contiguous(), self.down.float().cpu().contiguous())
 
 
-def keys_at(encoder: TextEncoder, base: Base, concept: Concept, positions: str, spoken: bool) -> tuple[Tensor, Tensor]:
-    """K and V of a concept, float64 [d, m] each, on the encoder's device.
+@dataclass(frozen=True)
+class KeyChoice:
+    """Which embeddings of a concept are its keys.
 
-    `spoken`: in sentences rather than by the bare words. For `last`, V is the anchor's last token in the same sentence;
-    without an anchor, the token that stands before the concept once it is left out (of a bare name, begin-of-text).
+    `positions`: the last token of its words, or everything from its first token on. `in_sentences`: in the sentences for its
+    kind rather than by its bare words.
     """
-    if positions == ALL and spoken:
-        keys, values = keys_and_values(encoder, base, concept)
-        return keys.double(), values.double()
-    pairs = sentences(base, concept.kind).pairs if spoken else (("{}", ""),)
-    asked = [
-        (t, word, t.format(concept.anchor) if concept.anchor else rest) for word in concept.words for t, rest in pairs
-    ]
-    keys = encoder.hidden([template.format(word) for template, word, _ in asked]).double()
-    values = encoder.hidden([instead for _, _, instead in asked]).double()
-    starts = [encoder.first_position(template, word) for template, word, _ in asked]
-    if positions == ALL:
-        weight = sum(encoder.length - start for start in starts) ** -0.5
-        own, their = ([rows[s:] for rows, s in zip(h, starts, strict=True)] for h in (keys, values))
-        return weight * torch.cat(own).T, weight * torch.cat(their).T
-    if encoder.is_pooled:
-        return keys[:, 0].T, values[:, 0].T
-    ends = [start + len(encoder.tokens(word)) - 1 for start, (_, word, _) in zip(starts, asked, strict=True)]
-    stand_in = len(encoder.tokens(concept.anchor)) if concept.anchor else 0
-    own = [rows[end] for rows, end in zip(keys, ends, strict=True)]
-    their = [rows[start + stand_in - 1] for rows, start in zip(values, starts, strict=True)]
-    return torch.stack(own, 1), torch.stack(their, 1)
+
+    positions: str = LAST
+    in_sentences: bool = False
+
+    @property
+    def is_universal(self) -> bool:
+        """Whether these are the keys that a universe has, which keeps them."""
+        return self.positions == ALL and self.in_sentences
+
+    def keys_and_values(self, encoder: TextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+        """K and V of a concept, float64 [d, m] each, on the encoder's device.
+
+        For the last token, V is the anchor's last token in the same sentence; without an anchor, the token that stands before
+        the concept once it is left out (of a bare name, begin-of-text).
+        """
+        if self.is_universal:
+            return keys_and_values(encoder, base, concept)
+        every = phrasings(base, concept, bare=not self.in_sentences)
+        starts = [encoder.first_position(each.template, each.word) for each in every]
+        keys = encoder.hidden([each.prompt for each in every]).double()
+        values = encoder.hidden([each.replacement for each in every]).double()
+        if self.positions == ALL:
+            weight = sum(keys.shape[1] - start for start in starts) ** -0.5
+            k, v = (torch.cat([rows[start:] for rows, start in zip(h, starts, strict=True)]) for h in (keys, values))
+            return weight * k.T, weight * v.T
+        if encoder.is_pooled:
+            return keys[:, 0].T, values[:, 0].T
+        lengths = [len(encoder.tokens(each.word)) for each in every]
+        own = [rows[start + n - 1] for rows, start, n in zip(keys, starts, lengths, strict=True)]
+        anchor = len(encoder.tokens(concept.anchor)) if concept.anchor else 0
+        targets = [rows[start + anchor - 1] for rows, start in zip(values, starts, strict=True)]
+        return torch.stack(own, 1), torch.stack(targets, 1)
 
 
 @dataclass(frozen=True)
-class PreservationSet:
-    """What an edit preserves beside the universe: prompts of one's own, and the vocabulary, so many times as heavy as usual."""
+class TextEdit:
+    """One text input of a problem, and what an edit of it asks for: keys to move, and keys to preserve."""
 
-    prompts: tuple[str, ...] = ()
-    vocabulary: float = 0.0
+    problem: EditProblem
+    text_input: str
+    encoder: TextEncoder
+    choice: KeyChoice
 
-    @classmethod
-    def of(cls, keep: str, vocabulary: float = 0.0) -> PreservationSet:
-        """From a setting that separates prompts by `;`."""
-        return cls(tuple(sorted({p.strip() for p in keep.split(";") if p.strip()})), vocabulary)
+    def keys_and_values(self, concepts: Sequence[Concept]) -> list[tuple[Tensor, Tensor]]:
+        """K and V of each concept; those that a universe has too come from there."""
+        if self.choice.is_universal and concepts:
+            known = self._universe(concepts)
+            return [(known.keys[c.name].double(), known.values[c.name].double()) for c in concepts]
+        return [self.choice.keys_and_values(self.encoder, self.problem.base, concept) for concept in concepts]
 
+    def preserved(self, erased: Sequence[Concept], prompts: Sequence[str], vocabulary: float) -> Tensor:
+        """The second moment of all that is preserved: the universe but for what is erased, prompts, the vocabulary.
 
-def asked_about(
-    problem: EditProblem,
-    text_input: str,
-    encoder: TextEncoder,
-    concepts: Sequence[Concept],
-    positions: str,
-    spoken: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """K and V of each concept (`keys_at`); those of all positions in sentences come from the universe, which keeps them."""
-    if positions == ALL and spoken:
-        known = encoded(problem, text_input, concepts)
-        return [(known.keys[c.name].double(), known.values[c.name].double()) for c in concepts]
-    return [keys_at(encoder, problem.base, concept, positions, spoken) for concept in concepts]
+        float64 [d, d]; a listed concept counts as its keys do, a prompt 1, the vocabulary `vocabulary` times as much as usual.
+        """
+        names = {concept.name for concept in erased}
+        moment = torch.zeros(self.encoder.width, self.encoder.width, dtype=torch.float64, device=self.problem.device)
+        for keys, _ in self.keys_and_values([other for other in self.problem.others if other.name not in names]):
+            moment += keys @ keys.T
+        if prompts:
+            keys = keys_of_prompts(self.encoder, prompts)
+            moment += keys @ keys.T
+        if vocabulary:
+            factor = self._universe(erased).cholesky.double()
+            moment += vocabulary * factor @ factor.T
+        return moment
 
+    def weights(self) -> dict[str, Tensor]:
+        """The projections of this text input by canonical name: float64 [out, d], its own columns of each."""
+        return projection_weights(self.problem.base, self.text_input, self.problem.device)
 
-def encoded(problem: EditProblem, text_input: str, also: Sequence[Concept] = ()) -> Universe:
-    """The vocabulary without the words of the problem's concepts, and without their moments: they are weighed here."""
-    concepts = {c.name: c for c in (problem.concept, *problem.others, *also)}.values()
-    return universe(problem.base, concepts, 1e-9, 0.0, problem.device, text_input=text_input)
-
-
-def preserved(
-    problem: EditProblem,
-    text_input: str,
-    encoder: TextEncoder,
-    erased: Sequence[Concept],
-    kept: PreservationSet,
-    positions: str,
-    spoken: bool,
-) -> Tensor:
-    """The second moment of everything to preserve: the universe but for what is erased, kept prompts, the vocabulary.
-
-    float64 [d, d]; a listed concept counts as its keys do, a kept prompt 1.
-    """
-    names = {concept.name for concept in erased}
-    moment = torch.zeros(encoder.width, encoder.width, dtype=torch.float64, device=problem.device)
-    others = [other for other in problem.others if other.name not in names]
-    for keys, _ in asked_about(problem, text_input, encoder, others, positions, spoken) if others else ():
-        moment += keys @ keys.T
-    if kept.prompts:
-        keys = keys_of_prompts(encoder, kept.prompts).double()
-        moment += keys @ keys.T
-    if kept.vocabulary:
-        factor = encoded(problem, text_input, erased).cholesky.double()
-        moment += kept.vocabulary * factor @ factor.T
-    return moment
+    def _universe(self, concepts: Sequence[Concept]) -> Universe:
+        """The vocabulary without the words of the problem's concepts, and without their moments, which are weighed here."""
+        problem = self.problem
+        every = {c.name: c for c in (problem.concept, *problem.others, *concepts)}.values()
+        preserved = PreservedPrompts(cache=problem.cache)
+        return universe(
+            problem.base,
+            every,
+            1e-9,
+            0.0,
+            problem.device,
+            text_input=self.text_input,
+            preserved=preserved,
+            report=problem.report,
+        )
 
 
 def least_squares(
-    keys: Tensor, ways: Tensor, moment: Tensor, rank: int = 0, energy: float = 1.0
+    keys: Tensor, moves: Tensor, moment: Tensor, rank: int = 0, energy: float = 1.0
 ) -> tuple[MapEdit, float]:
-    """The minimiser of `|(T - I) K - ways|^2 + |(T - I) M^(1/2)|^2` for keys K [d, m] and a positive definite moment M [d, d].
+    """The minimiser of `|(T - I) K - moves|^2 + |(T - I) M^(1/2)|^2` for keys K [d, m] and a positive definite moment M [d, d].
 
-    `T - I = ways K^T A^-1` with `A = K K^T + M`, by one Cholesky factor of A; and the condition number of A. Cut to the
+    `T - I = moves K^T A^-1` with `A = K K^T + M`, by one Cholesky factor of A; and the condition number of A. Cut to the
     directions that hold `energy` of the change in the metric of A, at most `rank` (0: as many as there are).
     """
     a = keys @ keys.T + moment
     factor, failed = torch.linalg.cholesky_ex(a)
     if failed:
         raise Unsolvable("the embeddings to preserve leave the edit undetermined; raise ridge")
-    left, size, right = _svd_of_product(ways, torch.linalg.solve_triangular(factor, keys, upper=False))
+    left, size, right = _svd_of_product(moves, torch.linalg.solve_triangular(factor, keys, upper=False))
     if not size[0] > 0:
-        raise Unsolvable("the text encoder says the same of the concept and of its anchor; name another anchor")
+        raise Unsolvable("the text encoder gives the concept and its anchor the same embeddings; name another anchor")
     rest = size.square().flip(0).cumsum(0).flip(0) / size.square().sum()
     wanted = int(((rest > 1.0 - energy) & (size > size[0] * len(size) * torch.finfo(size.dtype).eps)).sum())
     count = max(1, min(wanted, rank or wanted))
@@ -172,13 +177,13 @@ def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qa @ left, size, right @ qb.T
 
 
-def arrived(edit: MapEdit, keys: Tensor, values: Tensor) -> float:
+def residual(edit: MapEdit, keys: Tensor, values: Tensor) -> float:
     """How much of the way from K to V is left, as a share."""
     return float((edit(keys) - values).norm() / (keys - values).norm())
 
 
 def projection_weights(base: Base, text_input: str, device: torch.device) -> dict[str, Tensor]:
-    """The matrices that read a door, by canonical name: float64 [out, d], the door's own columns of each."""
+    """The matrices that read a text input, by canonical name: float64 [out, d], its own columns of each."""
     return {
         name: weight[:, base.columns(text_input, name)].to(device, torch.float64)
         for name, weight in base.tensors(base.projections(text_input)).items()
@@ -194,25 +199,26 @@ Diagnostics = dict[str, float]
 
 
 def over_text_inputs(
-    problem: EditProblem, edit: Callable[[str, TextEncoder], tuple[MapEdit, Diagnostics]]
+    problem: EditProblem, choice: KeyChoice, solve: Callable[[TextEdit], tuple[MapEdit, Diagnostics]]
 ) -> tuple[dict[str, MapEdit], Diagnostics]:
-    """`edit(door, encoder)` for every door of the problem's base, and the worst (largest) of each number it gives.
+    """The edit that `solve` gives for each text input of the problem's base, and the largest of each number beside them.
 
-    Reports progress by door. Memory that runs out is reported as OutOfMemory.
+    Reports progress by text input. Memory that runs out is reported as OutOfMemory.
     """
     edits: dict[str, MapEdit] = {}
     worst: Diagnostics = {}
-    text_inputs = problem.base.text_inputs
-    problem.report(0, len(text_inputs), "editing in closed form")
+    count = len(problem.base.text_inputs)
+    problem.report(0, count, "editing in closed form")
     with within_memory("the number of concepts"):
         for i, (text_input, encoder) in enumerate(encoders(problem.base, problem.device).items()):
-            edits[text_input], found = edit(text_input, encoder)
-            worst = {name: max(value, worst.get(name, value)) for name, value in found.items()}
-            problem.report(i + 1, len(text_inputs), text_input)
+            edit = TextEdit(problem.within(i, count), text_input, encoder, choice)
+            edits[text_input], numbers = solve(edit)
+            worst = {name: max(value, worst.get(name, value)) for name, value in numbers.items()}
+            problem.report(i + 1, count, text_input)
     return edits, worst
 
 
 def text_maps(edits: Mapping[str, MapEdit]) -> Delta:
-    """Edits by door as one delta."""
+    """Edits by text input as one delta."""
     maps: list[Delta] = [edit.text_map(text_input) for text_input, edit in edits.items()]
     return reduce(add, maps)

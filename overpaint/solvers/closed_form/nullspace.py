@@ -28,15 +28,17 @@ from overpaint.solvers.closed_form.edits import (
     LAST,
     POSITIONS,
     Diagnostics,
+    KeyChoice,
     MapEdit,
-    arrived,
-    asked_about,
+    TextEdit,
     gram,
     over_text_inputs,
     projection_weights,
+    residual,
     text_maps,
 )
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
+from overpaint.solvers.sentences import spread
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class NullSpace(Solver):
         }
     }
 
+    is_closed_form = True
+    revision = 2
+
     projections: str = setting("v", "what is edited: values, or keys and values", choices=("v", "kv"))
     threshold: float = setting(
         0.1, "directions in which the retained keys are weaker than this share of the average are free", low=1e-12
@@ -66,7 +71,7 @@ class NullSpace(Solver):
         0.1, "size of the moves of retained keys where projections read least, over the keys'", low=0.0
     )
     positions: str = setting(LAST, "keys: the last token of the concept, or all from its first on", choices=POSITIONS)
-    spoken: bool = setting(False, "ask about the concept in sentences, not by its bare words")
+    spoken: bool = setting(False, "keys from sentences that name the concept, not from its bare words")
     rank: int = setting(0, "most directions to keep; 0: all", low=0)
 
     def solve(self, problem: EditProblem) -> Solution:
@@ -75,59 +80,53 @@ class NullSpace(Solver):
         Raises Unsolvable when what is retained leaves no direction free.
         """
         started = time.perf_counter()
-        edits, found = over_text_inputs(problem, lambda text_input, encoder: self._edit(problem, text_input, encoder))
+        choice = KeyChoice(self.positions, self.spoken)
+        edits, numbers = over_text_inputs(problem, choice, self._edit)
         delta = text_maps(edits) if self.projections == "kv" else _on_values(problem, edits)
-        return Solution(delta, {**found, "seconds": time.perf_counter() - started})
+        return Solution(delta, {**numbers, "seconds": time.perf_counter() - started})
 
-    def _edit(self, problem: EditProblem, text_input: str, encoder: TextEncoder) -> tuple[MapEdit, Diagnostics]:
-        ((keys, values),) = asked_about(problem, text_input, encoder, [problem.concept], self.positions, self.spoken)
+    def _edit(self, edit: TextEdit) -> tuple[MapEdit, Diagnostics]:
+        ((keys, values),) = edit.keys_and_values([edit.problem.concept])
         size = 1.0 if self.positions == ALL else keys.shape[1] ** 0.5
-        keys, ways = keys / size, (values - keys) / size
-        if not ways.abs().max() > 0:
-            raise Unsolvable("the text encoder says the same of the concept and of its anchor; name another anchor")
-        chosen = [
-            w
-            for name, w in projection_weights(problem.base, text_input, problem.device).items()
-            if self._is_edited(name)
-        ]
-        g = gram((w.cpu() for w in chosen), encoder.width).to(problem.device)
-        retained = self._retained(problem, text_input, encoder)
-        moment, share = self._moment(retained, keys, ways, g)
+        keys, moves = keys / size, (values - keys) / size
+        if not moves.abs().max() > 0:
+            raise Unsolvable(
+                "the text encoder gives the concept and its anchor the same embeddings; name another anchor"
+            )
+        weights = [weight.cpu() for name, weight in edit.weights().items() if self._is_edited(name)]
+        g = gram(weights, edit.encoder.width).to(edit.problem.device)
+        moment, share = self._moment(self._retained(edit), keys, moves, g)
         free = free_directions(moment, self.threshold)
         if not free.shape[1]:
             raise Unsolvable(
                 f"what is retained uses all {len(moment)} text directions; raise threshold ({self.threshold:g}), or retain less"
             )
-        down = _restricted(free, keys, self.retain, invariants(encoder)) @ keys
-        edit = _shortened(MapEdit(ways, down), self.rank)
-        numbers = {"free directions": free.shape[1], "retained share": share, "rank": edit.up.shape[1]}
-        return edit, {**numbers, "residual": arrived(edit, keys, keys + ways)}
+        down = _restricted(free, keys, self.retain, invariants(edit.encoder)) @ keys
+        change = _shortened(MapEdit(moves, down), self.rank)
+        numbers = {"free directions": free.shape[1], "retained share": share, "rank": change.up.shape[1]}
+        return change, {**numbers, "residual": residual(change, keys, keys + moves)}
 
     def _is_edited(self, name: str) -> bool:
         return self.projections == "kv" or ".to_v." in name
 
-    def _retained(self, problem: EditProblem, text_input: str, encoder: TextEncoder) -> Tensor:
-        """Keys of the other concepts, of the vocabulary's words at equal distances and of kept words, float64 [d, n]."""
-        concept, known = problem.concept, encoder.words()
-        count = min(self.words, len(known))
-        phrases = {word.casefold() for word in concept.words}
-        words = [known[i * len(known) // count] for i in range(count)]
-        kept = [word.strip() for word in self.keep.split(";") if word.strip()]
-        asked = [word for word in (*sorted(kept), *words) if word.casefold() not in phrases]
-        found = [_words_keys(encoder, asked[i : i + 256], self.positions) for i in range(0, len(asked), 256)]
-        others = problem.others
-        for keys, _ in asked_about(problem, text_input, encoder, others, self.positions, self.spoken) if others else ():
-            found.append(keys * (keys.shape[1] ** 0.5 if self.positions == ALL else 1.0))
-        if not found:
-            raise Unsolvable("nothing is retained; name other concepts, keep words, or set words above 0")
-        return torch.cat(found, 1)
+    def _retained(self, edit: TextEdit) -> Tensor:
+        """Keys of the other concepts, of the vocabulary's words at equal distances and of preserved prompts, float64 [d, n]."""
+        own = {word.casefold() for word in edit.problem.concept.words}
+        texts = [*edit.problem.preserved_prompts(self.keep), *spread(edit.encoder.words(), self.words)]
+        texts = [text for text in texts if text.casefold() not in own]
+        retained = [_prompt_keys(edit.encoder, texts[i : i + 256], self.positions) for i in range(0, len(texts), 256)]
+        for keys, _ in edit.keys_and_values(edit.problem.others):
+            retained.append(keys * (keys.shape[1] ** 0.5 if self.positions == ALL else 1.0))
+        if not retained:
+            raise Unsolvable("nothing is retained; name other concepts, preserve prompts, or set words above 0")
+        return torch.cat(retained, 1)
 
-    def _moment(self, retained: Tensor, keys: Tensor, ways: Tensor, g: Tensor) -> tuple[Tensor, float]:
+    def _moment(self, retained: Tensor, keys: Tensor, moves: Tensor, g: Tensor) -> tuple[Tensor, float]:
         """The mean second moment of what is retained after refinement, and the share of it that stayed."""
         share = 1.0
         if self.refine:
             eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
-            moved = ways @ torch.linalg.solve(keys @ keys.T + eye, keys).T @ retained
+            moved = moves @ torch.linalg.solve(keys @ keys.T + eye, keys).T @ retained
             disturbed = (moved * (g @ moved)).sum(0)
             stays = disturbed >= disturbed.mean()
             retained, share = retained[:, stays], float(stays.double().mean())
@@ -139,8 +138,8 @@ class NullSpace(Solver):
 def free_directions(moment: Tensor, threshold: float) -> Tensor:
     """An orthonormal basis, [d, q], of the eigenvectors below `threshold` times the mean eigenvalue."""
     size, vectors = torch.linalg.eigh(moment)
-    found: Tensor = vectors[:, size < threshold * size.mean()]
-    return found
+    free: Tensor = vectors[:, size < threshold * size.mean()]
+    return free
 
 
 def invariants(encoder: TextEncoder, centres: int = 3) -> Tensor:
@@ -175,18 +174,17 @@ def _shortened(edit: MapEdit, rank: int) -> MapEdit:
     return MapEdit(left[:, :count] * size[:count], right[:count].T.contiguous())
 
 
-def _words_keys(encoder: TextEncoder, words: Sequence[str], positions: str) -> Tensor:
-    """Keys of bare words: their last tokens, or everything from their first token on, float64 [d, n]."""
-    hidden = encoder.hidden(words).double()
-    if encoder.is_pooled:
-        return hidden[:, 0].T
-    if positions == ALL:
-        return hidden[:, 1:].reshape(-1, encoder.width).T
-    return torch.stack([rows[len(encoder.tokens(word))] for rows, word in zip(hidden, words, strict=True)], 1)
+def _prompt_keys(encoder: TextEncoder, prompts: Sequence[str], positions: str) -> Tensor:
+    """Keys of whole prompts: their last tokens, or everything after begin-of-text, float64 [d, n]."""
+    if positions == ALL and not encoder.is_pooled:
+        return encoder.hidden(prompts)[:, 1:].reshape(-1, encoder.width).double().T
+    last = [0 if encoder.is_pooled else min(len(encoder.tokens(prompt)), encoder.length - 1) for prompt in prompts]
+    hidden = encoder.hidden(prompts, max(last) + 1).double()
+    return torch.stack([rows[position] for rows, position in zip(hidden, last, strict=True)], 1)
 
 
 def _on_values(problem: EditProblem, edits: dict[str, MapEdit]) -> LowRank:
-    """The edits of all doors as factors of the value projections."""
+    """The edits of all text inputs as factors of the value projections."""
     ups: dict[str, list[Tensor]] = {}
     downs: dict[str, list[Tensor]] = {}
     for text_input, edit in edits.items():

@@ -12,28 +12,24 @@ the scale of G; here it is a share of G's mean eigenvalue. The start is UCE's ed
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from overpaint.bases.text_encoder import TextEncoder
-from overpaint.patches.delta import Delta, TextMap
+from overpaint.patches.delta import TextMap
 from overpaint.solvers.closed_form.edits import (
     ALL,
     LAST,
     POSITIONS,
     Diagnostics,
+    KeyChoice,
     MapEdit,
-    PreservationSet,
-    arrived,
-    asked_about,
+    TextEdit,
     gram,
     least_squares,
     over_text_inputs,
-    preserved,
-    projection_weights,
+    residual,
     text_maps,
 )
 from overpaint.solvers.closed_form.separable import Separable
@@ -49,13 +45,16 @@ class RECE(Solver):
         "emoji": {"start": "separable", "positions": "all", "spoken": True, "vocabulary": 1.0, "rank": 8},
     }
 
+    is_closed_form = True
+    revision = 2
+
     start: str = setting("uce", "the first edit, with its own default settings", choices=("uce", "separable"))
     rounds: int = setting(1, "adversarial rounds; the paper has 1 for objects, 2 and 3 for unsafe content", low=0)
     adversarial_ridge: float = setting(0.1, "lambda of the search for c', over the mean eigenvalue of G", low=1e-9)
     ridge: float = setting(0.1, "lambda of the edits that follow, on the scale of squared embeddings", low=0.0)
     preserve_scale: float = setting(0.1, "weight of everything preserved in the edits that follow", low=0.0)
     positions: str = setting(ALL, "keys: the last token of the concept, or all from its first on", choices=POSITIONS)
-    spoken: bool = setting(False, "ask about the concept in sentences, not by its bare words")
+    spoken: bool = setting(False, "keys from sentences that name the concept, not from its bare words")
     vocabulary: float = setting(0.0, "weight of the tokenizer's vocabulary among what is preserved", low=0.0)
     keep: str = setting("", "further prompts to preserve, separated by ;")
     rank: int = setting(0, "most directions of each round to keep; 0: all", low=0)
@@ -63,12 +62,11 @@ class RECE(Solver):
     def solve(self, problem: EditProblem) -> Solution:
         """A text map: the start and one edit for each round."""
         started = time.perf_counter()
-        quiet = replace(problem, report=lambda step, of, text: problem.report(0, of, text))
-        first = _by_text_input(self._first().solve(quiet).delta)
-        edits, found = over_text_inputs(
-            problem, lambda text_input, encoder: self._rounds(problem, text_input, encoder, first[text_input])
-        )
-        return Solution(text_maps(edits), {**found, "seconds": time.perf_counter() - started})
+        start = self._first().solve(problem.within(0, len(problem.base.text_inputs))).delta
+        first = {part.encoder: part for part in start.parts if isinstance(part, TextMap)}
+        choice = KeyChoice(self.positions, self.spoken)
+        edits, numbers = over_text_inputs(problem, choice, lambda edit: self._rounds(edit, first[edit.text_input]))
+        return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started})
 
     def _first(self) -> Solver:
         if self.start == "separable":
@@ -84,41 +82,31 @@ class RECE(Solver):
             ridge=0.1,
         )
 
-    def _rounds(
-        self, problem: EditProblem, text_input: str, encoder: TextEncoder, start: TextMap
-    ) -> tuple[MapEdit, Diagnostics]:
-        ((keys, values),) = asked_about(problem, text_input, encoder, [problem.concept], self.positions, self.spoken)
-        kept = PreservationSet.of(self.keep, self.vocabulary)
-        g = gram(projection_weights(problem.base, text_input, torch.device("cpu")).values(), encoder.width).to(
-            problem.device
-        )
+    def _rounds(self, edit: TextEdit, start: TextMap) -> tuple[MapEdit, Diagnostics]:
+        problem = edit.problem
+        ((keys, values),) = edit.keys_and_values([problem.concept])
+        g = gram((weight.cpu() for weight in edit.weights().values()), edit.encoder.width).to(problem.device)
         eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
-        moment = self.preserve_scale * preserved(
-            problem, text_input, encoder, [problem.concept], kept, self.positions, self.spoken
-        )
-        moment += self.ridge * eye
+        prompts = problem.preserved_prompts(self.keep)
+        moment = self.preserve_scale * edit.preserved([problem.concept], prompts, self.vocabulary) + self.ridge * eye
         lam = self.adversarial_ridge * g.diagonal().mean() * eye
-        edit = MapEdit(start.up.to(g), start.down.to(g))
-        found = {"recovered at the start": recovered(edit, g, lam, keys)}
+        change = MapEdit(start.up.to(g), start.down.to(g))
+        before = recovered(change, g, lam, keys)
         for _ in range(self.rounds):
-            calls = revived(edit, g, lam, keys)
-            edit = edit.then(least_squares(calls, values - calls, moment, self.rank)[0])
-        found |= {"recovered": recovered(edit, g, lam, keys), "residual": arrived(edit, keys, values)}
-        return edit, {**found, "rank": edit.up.shape[1]}
+            rewordings = revived(change, g, lam, keys)
+            change = change.then(least_squares(rewordings, values - rewordings, moment, self.rank)[0])
+        after = {"recovered": recovered(change, g, lam, keys), "residual": residual(change, keys, values)}
+        return change, {"recovered at the start": before, **after, "rank": change.up.shape[1]}
 
 
 def revived(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> Tensor:
     """The embeddings c' that reproduce keys c best through the edited projections: [d, m]."""
     t = edit(torch.eye(len(g), dtype=g.dtype, device=g.device))
-    found: Tensor = torch.linalg.solve(lam + t.T @ g @ t, t.T @ (g @ keys))
-    return found
+    embeddings: Tensor = torch.linalg.solve(lam + t.T @ g @ t, t.T @ (g @ keys))
+    return embeddings
 
 
 def recovered(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> float:
-    """How much of what the projections said of the keys the best c' brings back: 1 is all, 0 nothing (weighted by G)."""
+    """How much of the projections' output for the keys the best c' brings back: 1 is all, 0 nothing (weighted by G)."""
     missed = edit(revived(edit, g, lam, keys)) - keys
     return 1.0 - float(((missed * (g @ missed)).sum() / (keys * (g @ keys)).sum()).sqrt())
-
-
-def _by_text_input(delta: Delta) -> Mapping[str, TextMap]:
-    return {part.encoder: part for part in delta.parts if isinstance(part, TextMap)}

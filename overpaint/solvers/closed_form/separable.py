@@ -36,6 +36,9 @@ behind the last direction that is followed and of the last that is kept, to the 
 class Separable(Solver):
     """Send a concept to its anchor in closed form and hold everything else; patches add up to the joint solution."""
 
+    is_closed_form = True
+    revision = 2
+
     ridge: float = setting(1e-3, "lambda over the mean eigenvalue of A", low=0.0)
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
@@ -51,7 +54,7 @@ class Separable(Solver):
         started = time.perf_counter()
         concept, base = problem.concept, problem.base
         problem.report(0, 1, "reading the universe")
-        preserved = PreservedPrompts(problem.keep, self.vocabulary, problem.cache)
+        preserved = PreservedPrompts(problem.preserved_prompts(), self.vocabulary, problem.cache)
         maps: list[Delta] = []
         about: dict[str, dict[str, Any]] = {}
         for text_input in base.text_inputs:

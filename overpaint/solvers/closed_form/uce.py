@@ -18,19 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.solvers.closed_form.edits import (
     LAST,
     POSITIONS,
     Diagnostics,
+    KeyChoice,
     MapEdit,
-    PreservationSet,
-    arrived,
-    asked_about,
+    TextEdit,
     least_squares,
     over_text_inputs,
-    preserved,
+    residual,
     text_maps,
 )
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
@@ -51,14 +49,25 @@ class UCE(Solver):
         },
     }
 
+    is_closed_form = True
+    revision = 2
+
     erase_scale: float = setting(1.0, "a_e, weight of the erased concepts' keys", low=0.0)
     preserve_scale: float = setting(1.0, "a_p, weight of everything preserved", low=0.0)
     ridge: float = setting(0.5, "lambda, on the scale of squared embeddings", low=0.0)
     positions: str = setting(LAST, "keys: the last token of the concept, or all from its first on", choices=POSITIONS)
-    spoken: bool = setting(False, "ask about the concept in sentences, not by its bare words")
+    spoken: bool = setting(False, "keys from sentences that name the concept, not from its bare words")
     vocabulary: float = setting(0.0, "weight of the tokenizer's vocabulary among what is preserved", low=0.0)
     keep: str = setting("", "further prompts to preserve, separated by ;")
     rank: int = setting(0, "most directions to keep; 0: all, which is exact", low=0)
+
+    @property
+    def uses_universe(self) -> bool:
+        return self.preserve_scale > 0
+
+    @property
+    def uses_preserved_prompts(self) -> bool:
+        return self.preserve_scale > 0
 
     def solve(self, problem: EditProblem) -> Solution:
         """A text map for one concept, the universe preserved."""
@@ -67,28 +76,22 @@ class UCE(Solver):
     def joint(self, problem: EditProblem, concepts: Iterable[Concept]) -> Solution:
         """One text map that erases all of `concepts` (in any order) together, the rest of the universe preserved.
 
-        Raises Unsolvable when nothing is asked for, or a concept is its own anchor to the text encoder.
+        Raises Unsolvable without concepts, and for a concept that has the embeddings of its anchor.
         """
         started = time.perf_counter()
         erased = sorted(concepts, key=lambda concept: concept.name)
         if not erased:
             raise Unsolvable("there is nothing to erase; name at least one concept")
-        edits, found = over_text_inputs(
-            problem, lambda text_input, encoder: self.edit(problem, erased, text_input, encoder)
-        )
-        return Solution(text_maps(edits), {**found, "seconds": time.perf_counter() - started})
+        choice = KeyChoice(self.positions, self.spoken)
+        edits, numbers = over_text_inputs(problem, choice, lambda edit: self.edit(edit, erased))
+        return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started})
 
-    def edit(
-        self, problem: EditProblem, erased: Sequence[Concept], text_input: str, encoder: TextEncoder
-    ) -> tuple[MapEdit, Diagnostics]:
-        """The edit of everything that reads one door."""
-        asked = asked_about(problem, text_input, encoder, erased, self.positions, self.spoken)
-        keys, values = (torch.cat(half, 1) for half in zip(*asked, strict=True))
-        kept = PreservationSet.of(self.keep, self.vocabulary)
-        moment = self.preserve_scale * preserved(
-            problem, text_input, encoder, erased, kept, self.positions, self.spoken
-        )
+    def edit(self, edit: TextEdit, erased: Sequence[Concept]) -> tuple[MapEdit, Diagnostics]:
+        """The edit of everything that reads one text input."""
+        keys, values = (torch.cat(half, 1) for half in zip(*edit.keys_and_values(erased), strict=True))
+        prompts = edit.problem.preserved_prompts(self.keep)
+        moment = self.preserve_scale * edit.preserved(erased, prompts, self.vocabulary)
         moment += self.ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         weight = self.erase_scale**0.5
-        edit, condition = least_squares(weight * keys, weight * (values - keys), moment, self.rank)
-        return edit, {"rank": edit.up.shape[1], "residual": arrived(edit, keys, values), "condition": condition}
+        change, condition = least_squares(weight * keys, weight * (values - keys), moment, self.rank)
+        return change, {"rank": change.up.shape[1], "residual": residual(change, keys, values), "condition": condition}

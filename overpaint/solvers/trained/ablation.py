@@ -20,7 +20,7 @@ from torch import nn
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import ATTENTION, KEYS_AND_VALUES, UNET, DenseAdapter, tensors
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import drawn
@@ -45,6 +45,8 @@ class Ablation(Training):
         }
     )
 
+    uses_universe = False
+
     steps: int = setting(200, "most gradient steps", low=1)
     lr: float = setting(8e-6, "learning rate (the paper: 2e-6 times the batch)", low=0.0)
     batch: int = setting(4, "noised latents per step", low=1)
@@ -62,7 +64,7 @@ class Ablation(Training):
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the part."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         named, anchor = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
         found = drawn(
             model, problem, [prompt for _, prompt in pairs], self.pictures, self.sampling_steps, self.guidance
@@ -79,9 +81,8 @@ class Ablation(Training):
             if self.prior:
                 total = total + self.prior * F.mse_loss(by_anchor, noise)
             own = by_anchor if self.target == "model" else None
-            return StepResult(
-                total, concept_remaining(guess, model, change, x, t, said, meant, own) if self.watches else None
-            )
+            left = concept_remaining(guess, model, change, x, t, said, meant, own) if self.watches else None
+            return StepResult(total, left, (x, t))
 
         return TrainingTask(change, loss, adamw)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import (
     CROSS_ATTENTION,
     KEYS_AND_VALUES,
@@ -43,6 +43,8 @@ class ESD(Training):
         {"emoji": {"steps": 100, "lr": 3e-4, "batch": 16, "sentences": 64, "sampling_steps": 20, "bank": 64}}
     )
 
+    uses_universe = False
+
     variant: str = setting(
         "x", "what is trained: cross-attention, its keys and values, or all else", choices=("x", "x-strict", "u")
     )
@@ -59,7 +61,7 @@ class ESD(Training):
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the variant's tensors."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         named, unnamed = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
         states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
@@ -70,6 +72,6 @@ class ESD(Training):
                 with_it, without = model.both(x, t, named[which], unnamed[which])
             found = model(x, t, named[which])
             away = without - self.eta * (with_it - without)
-            return StepResult(F.mse_loss(found, away), share_left(found, with_it, without))
+            return StepResult(F.mse_loss(found, away), share_left(found, with_it, without), (x, t))
 
         return TrainingTask(change, loss)

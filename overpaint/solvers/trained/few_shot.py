@@ -21,7 +21,7 @@ from torch import nn
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import DenseAdapter, encoder_layer_tensors, encoder_layers
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import Pictures, gathered
@@ -45,6 +45,8 @@ class FewShot(Training):
         }
     )
 
+    uses_universe = False
+
     steps: int = setting(8, "most gradient steps (the paper: 8 to 10)", low=1)
     batch: int = setting(2, "noised latents per step", low=1)
     sentences: int = setting(
@@ -55,13 +57,17 @@ class FewShot(Training):
     pictures: int = setting(4, "pictures that the base draws, or that the folder has at least", low=1)
     zero_shot: bool = setting(False, "train on uniform noise instead of pictures")
 
+    @property
+    def uses_pictures(self) -> bool:
+        return bool(self.images) and not self.zero_shot
+
     def touches(self, base: Base) -> Sequence[str]:
         return encoder_layer_tensors(base, feed_forward=encoder_layers(base), attention=1)
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the text encoder."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         found = self._latents(model, problem, [prompt for prompt, _ in pairs])
 
         def loss(random: torch.Generator) -> StepResult:
@@ -74,7 +80,7 @@ class FewShot(Training):
                 left = concept_remaining(
                     guess, model, change, x, t, model.encoder.hidden(prompts), model.encoder.hidden(without)
                 )
-            return StepResult(-F.mse_loss(guess, goal), left)
+            return StepResult(-F.mse_loss(guess, goal), left, (x, t))
 
         return TrainingTask(change, loss, adam, facts={"images": list(found.digests)})
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked, retained
+from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.adapters import AdapterStack, LowRankAdapter, TextMapAdapter, encoder_layer_tensors
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import gathered
@@ -63,6 +63,14 @@ class FewShotLoRA(Training):
     retained: int = setting(512, "how many prompts are retained besides the empty one", low=0)
     retain_batch: int = setting(16, "how many of them a step looks at, besides the empty one", low=1)
 
+    @property
+    def uses_universe(self) -> bool:
+        return self.retain > 0 and self.retained > 1
+
+    @property
+    def uses_preserved_prompts(self) -> bool:
+        return self.retain > 0
+
     def touches(self, base: Base) -> Sequence[str]:
         return [*self._matrices(base), *base.projections("text_encoder")]
 
@@ -76,9 +84,10 @@ class FewShotLoRA(Training):
         layers = LowRankAdapter(model.pipe, problem.base, self._matrices(problem.base), self.rank, random)
         projection = TextMapAdapter("text_encoder", model.encoder.width, self.rank, random, model.device)
         change = AdapterStack(layers, projection)
-        pairs = asked(problem, model.encoder, self.sentences)
-        kept = retained(problem, model.encoder, self.retained)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
+        kept = retained_prompts(problem, model.encoder, self.retained)
         meant = model.encoder.hidden(kept)
+        preserved = len(problem.preserved_prompts())
         found = gathered(
             model,
             problem,
@@ -94,6 +103,8 @@ class FewShotLoRA(Training):
             chosen = [pairs[i] for i in torch.randint(len(pairs), (self.batch,), generator=random).tolist()]
             prompts, without = zip(*chosen, strict=True)
             also = [0, *torch.randint(len(kept), (self.retain_batch,), generator=random).tolist()]
+            if preserved:
+                also += (1 + torch.randperm(preserved, generator=random)[: self.retain_batch]).tolist()
             said = projection(model.encode([*prompts, *(kept[i] for i in also)]))
             guess = model(x, t, said[: self.batch])
             drift = F.mse_loss(said[self.batch :], meant[also])

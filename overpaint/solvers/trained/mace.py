@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.patches.delta import Delta, LowRank
-from overpaint.solvers.closed_form.edits import MapEdit, PreservationSet, least_squares, preserved
+from overpaint.solvers.closed_form.edits import ALL, KeyChoice, MapEdit, TextEdit, least_squares
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import sentences, spread
+from overpaint.solvers.sentences import phrasings, spread
 from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parameter
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import gathered
@@ -46,6 +46,8 @@ class MACE(Training):
         {"emoji": {"lr": 1e-2, "batch": 8, "sampling_steps": 20, "padding": True, "rank": 8, "mu": 1.0}}
     )
 
+    revision = 2
+
     steps: int = setting(50, "gradient steps", low=1)
     lr: float = setting(1e-5, "Adam's learning rate; the paper has 1e-4 for people and styles", low=0.0)
     guidance: float = setting(7.5, "guidance scale of the pictures that the base draws", low=0.0)
@@ -61,24 +63,24 @@ class MACE(Training):
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A text map (the refinement) and one direction for every projection that reads the prompt."""
-        told = _Told.of(model.encoder, problem, self.sentences)
+        concept = _ConceptEmbeddings.of(model.encoder, problem, self.sentences)
         drawn = gathered(
             model,
             problem,
-            told.prompts,
+            concept.prompts,
             folder=self.images,
             count=self.pictures,
             steps=self.sampling_steps,
             guidance=self.guidance,
         )
-        kept = PreservationSet.of(self.keep, self.prior)
-        moment = preserved(problem, TEXT_INPUT, model.encoder, [problem.concept], kept, "all", True)
+        edit = TextEdit(problem.within(0, self.steps), TEXT_INPUT, model.encoder, KeyChoice(ALL, in_sentences=True))
+        moment = edit.preserved([problem.concept], problem.preserved_prompts(self.keep), self.prior)
         eye = self.ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-        refined, condition = least_squares(told.others, told.instead - told.others, moment + eye, self.rank)
-        change = _Fused(model.pipe, problem, refined, told.fusion(self.mu * moment, eye))
+        refined, condition = least_squares(concept.others, concept.instead - concept.others, moment + eye, self.rank)
+        change = _Fused(model.pipe, problem, refined, concept.fusion(self.mu * moment, eye))
         attention = _Attention(model.pipe.unet)
-        hidden = model.encoder.hidden(told.prompts)
-        tokens = told.tokens(self.padding, model.encoder.length, model.device)
+        hidden = model.encoder.hidden(concept.prompts)
+        tokens = concept.tokens(self.padding, model.encoder.length, model.device)
         likely = _importance(model.levels)
 
         def loss(random: torch.Generator) -> StepResult:
@@ -98,8 +100,8 @@ class MACE(Training):
 
 
 @dataclass(frozen=True, eq=False)
-class _Told:
-    """What sentences say of a concept: [d, m] embeddings of its own tokens, of those after it, and of these with its anchor."""
+class _ConceptEmbeddings:
+    """Embeddings of sentences that name a concept, [d, m]: of its own tokens, of those after it, and of these with its anchor."""
 
     prompts: list[str]
     spans: list[tuple[int, int]]
@@ -108,18 +110,14 @@ class _Told:
     instead: Tensor
 
     @classmethod
-    def of(cls, encoder: TextEncoder, problem: EditProblem, count: int) -> _Told:
+    def of(cls, encoder: TextEncoder, problem: EditProblem, count: int) -> _ConceptEmbeddings:
         concept = problem.concept
-        pairs = sentences(problem.base, concept.kind).pairs
-        every = [
-            (t, w, t.format(concept.anchor) if concept.anchor else rest) for w in concept.words for t, rest in pairs
-        ]
-        chosen = spread(every, count)
-        starts = [encoder.first_position(template, word) for template, word, _ in chosen]
-        spans = [(s, s + len(encoder.tokens(word))) for s, (_, word, _) in zip(starts, chosen, strict=True)]
-        prompts = [template.format(word) for template, word, _ in chosen]
+        chosen = spread(phrasings(problem.base, concept), count)
+        starts = [encoder.first_position(each.template, each.word) for each in chosen]
+        spans = [(start, start + len(encoder.tokens(each.word))) for start, each in zip(starts, chosen, strict=True)]
+        prompts = [each.prompt for each in chosen]
         named = encoder.hidden(prompts).double()
-        unnamed = encoder.hidden([rest for _, _, rest in chosen]).double()
+        unnamed = encoder.hidden([each.replacement for each in chosen]).double()
         own, others, instead = [], [], []
         stand_in = len(encoder.tokens(concept.anchor)) if concept.anchor else 0
         for rows, plain, (start, end) in zip(named, unnamed, spans, strict=True):

@@ -49,24 +49,25 @@ def gathered(
 
 @torch.no_grad()
 def from_folder(model: Denoiser, folder: str, least: int, random: torch.Generator) -> Pictures:
-    """Every picture of a folder, by name: fitted to the base's size, mirrored or not at random, encoded.
+    """Every picture of a folder, in the order of their digests: fitted to the base's size, mirrored or not at random, encoded.
 
     Hidden files and folders in it are passed over. Raises BadPictures for a folder that is missing, holds anything that is no
     picture, or holds fewer than `least`.
     """
-    files = _files(Path(folder).expanduser())
+    if not Path(folder).expanduser().is_dir():
+        raise BadPictures(f"{folder} is no folder; name one with pictures of the concept")
+    files = picture_files(folder)
     if len(files) < least:
         raise BadPictures(
             f"{folder} holds {len(files)} pictures and at least {least} are needed; add some of the concept"
         )
-    contents = [file.read_bytes() for file in files]
-    pixels = torch.stack([_fitted(model, file, content) for file, content in zip(files, contents, strict=True)])
+    pixels = torch.stack([_fitted(model, file, file.read_bytes()) for file in files.values()])
     mirrored = torch.rand(len(pixels), generator=random) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
     vae, parts = model.pipe.vae, []
     for some in pixels.split(TOGETHER):
         parts.append(vae.encode(some.to(model.device)).latent_dist.sample(random) * vae.config.scaling_factor)
-    return Pictures(torch.cat(parts), tuple(hashlib.sha256(content).hexdigest() for content in contents))
+    return Pictures(torch.cat(parts), tuple(files))
 
 
 @torch.no_grad()
@@ -90,10 +91,15 @@ def drawn(
     return Pictures(torch.cat(found))
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise BadPictures(f"{folder} is no folder; name one with pictures of the concept")
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+def picture_files(folder: str) -> dict[str, Path]:
+    """The files of a folder by the SHA-256 of their bytes, sorted: where they are and what they are called decides nothing.
+
+    A picture that is there twice counts once. Hidden files and folders are passed over; without the folder there are none.
+    """
+    path = Path(folder).expanduser()
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    seen = [file for file in sorted(files) if not file.name.startswith(".")]
+    return dict(sorted((hashlib.sha256(file.read_bytes()).hexdigest(), file) for file in seen))
 
 
 def _fitted(model: Denoiser, file: Path, content: bytes) -> Tensor:

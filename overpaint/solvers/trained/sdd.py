@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, MovingAverage, tensors
 from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
@@ -42,6 +42,8 @@ class SDD(Training):
         }
     )
 
+    uses_universe = False
+
     steps: int = setting(1500, "most gradient steps", low=1)
     ema: float = setting(0.999, "weight of the past in the teacher", low=0.0, high=0.99999)
     bank: int = setting(
@@ -57,7 +59,7 @@ class SDD(Training):
         """A dense change of cross-attention."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         teacher = MovingAverage(change.parameters, self.ema)
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         named, unnamed = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps, teacher.held)
         states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
@@ -69,6 +71,6 @@ class SDD(Training):
                 without = model(x, t, unnamed[which])
             sides = named[which], unnamed[which]
             left = concept_remaining(guess, model, change, x, t, *sides, own=without) if self.watches else None
-            return StepResult(F.mse_loss(guess, without), left)
+            return StepResult(F.mse_loss(guess, without), left, (x, t))
 
         return TrainingTask(change, loss, average=teacher)

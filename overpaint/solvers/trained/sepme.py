@@ -34,7 +34,7 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
-from overpaint.solvers.sentences import sentences
+from overpaint.solvers.sentences import phrasings, spread
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
 from overpaint.solvers.trained.denoiser import Denoiser
 
@@ -119,9 +119,7 @@ def _drawn(
 
 def _trained(base: Base, concept: Concept, settings: SepME) -> list[str]:
     """The prompts whose representation is made irrelevant: the bare name, or the concept's words in sentences."""
-    found = [template.format(word) for template, _ in sentences(base, concept.kind).pairs for word in concept.words]
-    count = min(settings.sentences, len(found))
-    return [found[i * len(found) // count] for i in range(count)] or [concept.name]
+    return [each.prompt for each in spread(phrasings(base, concept), settings.sentences)] or [concept.name]
 
 
 def _representation(model: Denoiser, x: Tensor, t: Tensor, text: Tensor, empty: Tensor) -> Tensor:
@@ -215,6 +213,8 @@ class SepME(Solver):
         }
     )
 
+    revision = 2
+
     iterations: int = setting(1000, "most gradient steps", low=1)
     warm_up: int = setting(10, "steps before the stopping rule is asked", low=0)
     lr: float = setting(0.1, "Adam's learning rate for w (the paper has 1e-5 for whole weights)", low=0.0)
@@ -233,6 +233,14 @@ class SepME(Solver):
     sentences: int = setting(0, "train on this many sentences that name the concept; 0: on the bare name", low=0)
     joint: bool = setting(False, "train the increments of all concepts of the universe together, and keep one's own")
     decouple: bool = setting(True, "train in the null space; false: all cross-attention weights, disturbing whatever")
+
+    @property
+    def uses_universe(self) -> bool:
+        return self.decouple or self.joint
+
+    @property
+    def uses_preserved_prompts(self) -> bool:
+        return self.decouple
 
     def touches(self, base: Base) -> Sequence[str]:
         return base.projections() if self.decouple else tensors(base, CROSS_ATTENTION)
@@ -275,10 +283,9 @@ class SepME(Solver):
 
     def _null_space(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> Tensor:
         """What is free of the empty prompt, every other concept's bare name (as in the paper) and the kept prompts."""
-        kept = sorted({prompt.strip() for prompt in self.keep.split(";") if prompt.strip()})
         others = {c.name: c for c in (problem.concept, *problem.others)}
         names = [name for name in sorted(others) if name != concept.name]
-        return null_space(encoder, ["", *names, *kept], self.tolerance)[0]
+        return null_space(encoder, ["", *names, *problem.preserved_prompts(self.keep)], self.tolerance)[0]
 
 
 def null_space(encoder: TextEncoder, prompts: Sequence[str], tolerance: float = 0.0) -> tuple[Tensor, int]:

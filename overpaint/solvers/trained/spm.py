@@ -26,7 +26,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked, retained
+from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.adapters import LowRankAdapter, layers
 from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
@@ -68,6 +68,10 @@ class SPM(Training):
         0, "trajectories of the base to draw all x_t from; 0: denoise anew at every step, as in the paper", low=0
     )
 
+    @property
+    def uses_universe(self) -> bool:
+        return self.anchored == "prompts"
+
     def touches(self, base: Base) -> Sequence[str]:
         return layers(base, "unet/*.attentions.*")
 
@@ -75,7 +79,7 @@ class SPM(Training):
         """A low-rank change of the transformer blocks."""
         random = generator(problem.seed, BEFORE)
         change = LowRankAdapter(model.pipe, problem.base, self.touches(problem.base), self.rank, random)
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         named, surrogate = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps)
         states = states.with_bank(self.bank, random, problem.report)
@@ -92,7 +96,7 @@ class SPM(Training):
             found = model(many, times, texts)
             away = instead - self.eta * (with_it - instead)
             erase, anchor = F.mse_loss(found[: len(x)], away), F.mse_loss(found[len(x) :], still)
-            return StepResult(erase + self.anchoring * anchor, share_left(found[: len(x)], with_it, instead))
+            return StepResult(erase + self.anchoring * anchor, share_left(found[: len(x)], with_it, instead), (x, t))
 
         return TrainingTask(change, loss, torch.optim.AdamW, self._rate)
 
@@ -100,7 +104,7 @@ class SPM(Training):
         """What draws one embedding to anchor for each of the concept's."""
         if self.anchored == "noise":
             return noise_like
-        texts = model.encoder.hidden(retained(problem, model.encoder, 512))
+        texts = model.encoder.hidden(retained_prompts(problem, model.encoder, 512))
         return lambda like, random: texts[torch.randint(len(texts), (len(like),), generator=random).to(texts.device)]
 
     def _rate(self, step: int) -> float:

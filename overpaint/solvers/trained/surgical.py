@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import asked
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, UNET, DenseAdapter, tensors
 from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
@@ -33,6 +33,8 @@ class Surgical(Training):
         {"emoji": {"steps": 100, "lr": 3e-4, "batch": 16, "sentences": 64, "sampling_steps": 20, "bank": 64}}
     )
 
+    uses_universe = False
+
     part: str = setting(CROSS_ATTENTION, "what is trained", choices=(CROSS_ATTENTION, UNET))
     keep: float = setting(1.0, "lambda, the weight of the unconditional drift", low=0.0)
     bank: int = setting(0, "trajectories of the base to draw all x_t from; 0: denoise anew at every step", low=0)
@@ -43,7 +45,7 @@ class Surgical(Training):
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the part."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = asked(problem, model.encoder, self.sentences)
+        pairs = training_prompts(problem, model.encoder, self.sentences)
         named, instead = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
         empty = model.encoder.hidden([""]).expand(self.batch, -1, -1)
         states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
@@ -56,8 +58,7 @@ class Surgical(Training):
                 nothing = model(x, t, empty)
             found, drifted = model.both(x, t, named[which], empty)
             erase = F.mse_loss(found - drifted.detach(), other - nothing)
-            return StepResult(
-                erase + self.keep * F.mse_loss(drifted, nothing), share_left(found - drifted + nothing, with_it, other)
-            )
+            loss = erase + self.keep * F.mse_loss(drifted, nothing)
+            return StepResult(loss, share_left(found - drifted + nothing, with_it, other), (x, t))
 
         return TrainingTask(change, loss)

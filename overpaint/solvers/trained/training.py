@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overpaint.solvers.problem import EditProblem, Solution, Solver, finite, setting, within_memory
@@ -30,10 +31,14 @@ MakeOptimiser: TypeAlias = Callable[[list[nn.Parameter], float], torch.optim.Opt
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found: the loss to descend, and what is left of the concept where the solver knows it."""
+    """What one step gives: the loss to descend, and what is left of the concept where the solver knows it.
+
+    `noised`, the x_t and t of the step, lets the loop preserve prompts there; a solver with a way of its own leaves it out.
+    """
 
     loss: Tensor
     left: float | None = None
+    noised: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,13 @@ class Training(Solver):
     )
 
     def solve(self, problem: EditProblem) -> Solution:
-        """Train on a copy of the base's models. Raises Diverged, OutOfMemory, Unsolvable, PromptTooLong, BadPictures."""
+        """Train on a copy of the base's models. Raises TrainingDiverged, OutOfMemory, Unsolvable, PromptTooLong, BadPictures."""
         started = time.perf_counter()
         with within_memory(f"batch (it is {self.batch}), or set checkpoint=true or precision=bf16"):
             model = Denoiser.of(problem, precision=self.precision, checkpoint=self.checkpoint)
             task = self.task(model, problem)
-            history = descend(task, self, problem)
+            prompts = problem.preserved_prompts()
+            history = descend(task, self, problem, Preservation(model, task.change, prompts) if prompts else None)
             delta = task.change.delta()
         return Solution(delta, {**task.facts, **history, "seconds": time.perf_counter() - started})
 
@@ -94,11 +100,30 @@ class Training(Solver):
         return self.until < 1
 
 
-def descend(task: TrainingTask, settings: Training, problem: EditProblem) -> dict[str, Any]:
-    """Train `task.change` in place and tell how it went.
+class Preservation:
+    """What the loop adds for a problem's preserved prompts, which no paper has: their predictions stay the base's.
 
-    Every step has a CPU generator of its own, so that devices and interruptions do not change what is drawn. Raises Diverged
-    when a loss or a gradient is no number, naming the step.
+    `|eps(x_t, p; theta) - eps(x_t, p; theta0)|^2`, with a prompt p for each x_t of the step.
+    """
+
+    def __init__(self, model: Denoiser, change: Adapter, prompts: Sequence[str]) -> None:
+        self._model, self._change, self._prompts = model, change, prompts
+
+    def loss(self, x: Tensor, t: Tensor, random: torch.Generator) -> Tensor:
+        """The term for noised latents x [n, c, h, w] of timesteps t [n]."""
+        chosen = [self._prompts[i] for i in torch.randint(len(self._prompts), (len(x),), generator=random).tolist()]
+        with torch.no_grad(), self._change.off():
+            still = self._model(x, t, self._model.encode(chosen))
+        return F.mse_loss(self._model(x, t, self._model.encode(chosen)), still)
+
+
+def descend(
+    task: TrainingTask, settings: Training, problem: EditProblem, preservation: Preservation | None = None
+) -> dict[str, Any]:
+    """Train `task.change` in place; the steps, first and last loss, and what is left of the concept.
+
+    Every step has a CPU generator of its own, so that devices and interruptions do not change what is drawn. Raises
+    TrainingDiverged when a loss or a gradient is no number, naming the step.
     """
     optimiser = task.optimiser(task.change.parameters, settings.lr)
     lower = f"lr (it is {settings.lr:g})"
@@ -108,16 +133,20 @@ def descend(task: TrainingTask, settings: Training, problem: EditProblem) -> dic
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * task.rate(step)
         optimiser.zero_grad(set_to_none=True)
-        reading = task.loss(generator(problem.seed, step))
-        losses.append(finite(reading.loss.item(), step, lower))
-        reading.loss.backward()
+        random = generator(problem.seed, step)
+        result = task.loss(random)
+        loss = result.loss
+        if preservation is not None and result.noised is not None:
+            loss = loss + preservation.loss(*result.noised, random)
+        losses.append(finite(loss.item(), step, lower))
+        loss.backward()
         size = nn.utils.clip_grad_norm_(task.change.parameters, settings.clip or torch.inf)
         finite(size.item(), step, lower)
         optimiser.step()
         if task.average is not None:
             task.average.update()
-        if reading.left is not None:
-            known, left = True, settings.momentum * left + (1 - settings.momentum) * reading.left
+        if result.left is not None:
+            known, left = True, settings.momentum * left + (1 - settings.momentum) * result.left
         problem.report(
             step + 1, settings.steps, f"loss {losses[-1]:.2e}" + (f", {max(left, 0):.0%} left" if known else "")
         )
