@@ -28,7 +28,8 @@ from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.registry.registry import EvaluationRecord
 from overpaint.solvers import SOLVERS, solver_class
 from overpaint.solvers.problem import configure, settings_of
-from overpaint.workspace.evaluating import EvaluationRequest
+from overpaint.workspace.evaluating import EvaluationRequest, evaluate
+from overpaint.workspace.recipe import current_user
 from overpaint.workspace.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +139,7 @@ def _refused(work: Path) -> dict[str, str]:
 
 def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str) -> None:
     """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
-    laid = workspace.recipe(recipe, base=BASE)
+    laid = workspace.create_recipe(recipe, base=BASE, exist_ok=True)
     there = {record.concept for record, _ in laid.patches()}
     for name in names:
         if name not in there:
@@ -162,7 +163,7 @@ def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest) -> 
     if any(record.suite == request.suite for record in workspace.recipe(recipe).evaluations()):
         return
     click.echo(f"{recipe}: {request.suite}", err=True)
-    workspace.evaluate(recipe, request, progress=_progress)
+    evaluate(workspace, recipe, request, who=current_user(), progress=_progress)
     click.echo("", err=True)
 
 

@@ -33,7 +33,6 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.build import GIB, resident
 from benchmarks.checkpoints import write_single_file
-from overpaint.workspace.exchange import export_recipe
 from overpaint.workspace.workspace import Workspace
 
 BAR_MEMORY = 1024.0
@@ -41,14 +40,12 @@ STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
 STEPS: dict[str, Callable[[Workspace, Path], object]] = {
     "add, with the fingerprint": lambda workspace, folder: workspace.add_base("xl", folder / "base"),
     "solve separable, one concept": lambda workspace, folder: workspace.solve("cat", base="xl"),
-    "add the patch to a recipe": lambda workspace, folder: workspace.recipe("r", base="xl").add(
+    "add the patch to a recipe": lambda workspace, folder: workspace.create_recipe("r", base="xl", exist_ok=True).add(
         workspace.patches()[0].id
     ),
-    "export a LoRA": lambda workspace, folder: export_recipe(workspace, "r", folder / "built.safetensors", "kohya"),
-    "build a folder": lambda workspace, folder: workspace.build("r", folder / "built"),
-    "build a single file": lambda workspace, folder: workspace.build(
-        "r", folder / "built.safetensors", form="single-file"
-    ),
+    "export a LoRA": lambda workspace, folder: workspace.recipe("r").export(folder / "built.safetensors"),
+    "build a folder": lambda workspace, folder: workspace.recipe("r").build(folder / "built"),
+    "build a single file": lambda workspace, folder: workspace.recipe("r").build(folder / "built.safetensors"),
 }
 
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import overpaint
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.text_encoder import TextEncoder
-from overpaint.workspace.planning import SolveRequest
-from overpaint.workspace.workspace import Solved, Workspace
+from overpaint.workspace.planning import Solved
+from overpaint.workspace.workspace import Workspace
 
 T = TypeVar("T")
 
@@ -41,19 +41,19 @@ class Stages:
         return [[*row, row[1] / of] for row in self.rows]
 
 
-def measured(workspace: Workspace, orders: Callable[[], list[SolveRequest]]) -> Stages:
+def measured(workspace: Workspace, file: Path) -> Stages:
     """Every stage of a first run, and of a second that finds everything solved."""
     stage = Stages()
     stage("encode the vocabulary, once per base", lambda: workspace.prepare("emoji", device="cpu"))
-    listed = stage("read the file", orders)
-    plan = stage("plan", lambda: workspace.plan(listed, base="emoji"))
+    plan = stage("read the file and plan", lambda: workspace.plan(file=file, base="emoji"))
     first: list[float] = []
     began = time.process_time()
     stage(
-        "carry out", lambda: workspace.carry_out(plan, device="cpu", told=lambda o: first.append(time.process_time()))
+        "carry out",
+        lambda: workspace.carry_out(plan, device="cpu", on_result=lambda o: first.append(time.process_time())),
     )
     stage.rows.append(["of that, the first concept, with all embeddings", first[0] - began, None])
-    again = stage("plan once more", lambda: workspace.plan(listed, base="emoji"))
+    again = stage("plan once more", lambda: workspace.plan(file=file, base="emoji"))
     stage("carry out once more: nothing is open", lambda: workspace.carry_out(again, device="cpu"))
     return stage
 
@@ -83,9 +83,10 @@ def main() -> None:
         names = random.Random(0).sample(words, asked.count)
         file = folder / "concepts.yaml"
         file.write_text("\n".join(f"- {name!r}" for name in names))
-        stages = measured(workspace, lambda: workspace.orders(file=file))
+        stages = measured(workspace, file)
         first = show(f"{asked.count} concepts", ["stage", "processor s", "s", "ratio"], stages.table("carry out"))
-        few.learn(names[:4])
+        for name in names[:4]:
+            few.add_concept(name)
         whole = {"positions": "all", "spoken": "true"}
         solved = [few.solve(name, base="emoji", solver="uce", settings=whole, device="cpu") for name in names[:4]]
         rows = [compressed(few, solved, keep) for keep in ("0.99", "8", "4", "1")]

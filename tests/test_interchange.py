@@ -112,7 +112,7 @@ def test_patches_of_every_origin_are_exported_together(ready: Shell, spm: Path, 
 
     workspace = overpaint.open(ready.registry)
     wanted = compose(workspace.base("tiny"), workspace.recipe("safe").terms())
-    workspace.recipe("again", base="tiny").add("pets")
+    workspace.create_recipe("again", base="tiny", exist_ok=True).add("pets")
     found = compose(workspace.base("tiny"), workspace.recipe("again").terms())
     assert found.keys() == wanted.keys()
     # One unit in the last place of float16 where the sum lies at the border between two values.

@@ -15,8 +15,7 @@ import torch
 import overpaint
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.patches.compose import compose
-from overpaint.workspace.live_pipelines import CannotFollow
-from overpaint.workspace.opened import LostPatch
+from overpaint.workspace.opened import CannotFollow, LostPatch
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 
@@ -73,7 +72,7 @@ def test_a_pipeline_follows_every_change_of_its_recipe(recipe: Recipe) -> None:
 
 
 def test_two_objects_for_one_recipe_drive_the_same_pipeline(workspace: Workspace, recipe: Recipe) -> None:
-    pipe = workspace.pipeline("safe", device="cpu")
+    pipe = workspace.recipe("safe").pipeline(device="cpu")
     workspace.recipe("safe").add("cat")
     assert carries(pipe, recipe)
 

@@ -73,7 +73,7 @@ def test_a_tag_is_as_good_as_a_number(workspace: Workspace, recipe: Recipe) -> N
 
 
 def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, recipe: Recipe, tmp_path: Path) -> None:
-    built = workspace.build("safe@2", tmp_path / "out")
+    built = workspace.recipe("safe@2").build(tmp_path / "out")
     assert built.digest == recipe.log()[1].digest_after
     before = len(recipe.log())
     then = workspace.recipe("safe@2")

@@ -65,7 +65,7 @@ def test_restore_is_shown_by_digests(workspace: Workspace) -> None:
     assert [line.action for line in lines] == ["add", "add", "remove"]
     assert [line.why for line in lines] == ["takedown", "takedown", "licence"]
     assert lines[0].digest_before == workspace.base("tiny").fingerprint
-    only_dog = workspace.recipe("only dog", base="tiny")
+    only_dog = workspace.create_recipe("only dog", base="tiny", exist_ok=True)
     only_dog.add("dog")
     assert only_dog.digest() == recipe.digest() == lines[-1].digest_after
     recipe.remove("dog")
@@ -101,7 +101,7 @@ def test_a_base_that_changed_since_it_was_added_is_noticed(
 
 
 def test_names_are_free_text(workspace: Workspace) -> None:
-    recipe = workspace.recipe("Montag, früh / spät'; DROP TABLE patches", base="tiny")
+    recipe = workspace.create_recipe("Montag, früh / spät'; DROP TABLE patches", base="tiny", exist_ok=True)
     recipe.add(workspace.solve("kä 'x' /", base="tiny"))
     again = workspace.recipe("Montag, früh / spät'; DROP TABLE patches")
     assert again.patches()[0][0].concept == "kä 'x' /"
@@ -154,7 +154,7 @@ def test_a_new_recipe_needs_a_base_when_there_are_several(workspace: Workspace, 
 def test_a_build_is_the_recipe(workspace: Workspace, tmp_path: Path) -> None:
     recipe = workspace.create_recipe("safe", exist_ok=True)
     recipe.add(workspace.solve("cat", base="tiny"))
-    built = workspace.build("safe", tmp_path / "out")
+    built = recipe.build(tmp_path / "out")
     assert Base.open(built.folder).fingerprint == recipe.digest() == built.digest
     assert "cat" in (built.folder / "README.md").read_text("utf-8")
 
@@ -225,6 +225,40 @@ def test_a_moved_base_is_found_again_and_only_that(workspace: Workspace, base_fo
     workspace.create_recipe("safe").add(patch.id)
 
 
+def test_a_base_whose_folder_was_moved_is_added_again_under_its_name(
+    workspace: Workspace, base_folder: Path, tmp_path: Path
+) -> None:
+    before = shutil.copytree(base_folder, tmp_path / "before")
+    workspace.add_base("mine", before)
+    patch = workspace.solve("cat", base="mine")
+    with pytest.raises(AlreadyExists, match=f"files are at {before}; there is nothing to add"):
+        workspace.add_base("mine", base_folder)
+    after = before.rename(tmp_path / "after")
+    again = overpaint.open(workspace.registry.folder)
+    with pytest.raises(
+        OverpaintError, match=f"no longer at {before}.* add them again .*`overpaint base add mine PATH`"
+    ):
+        again.base("mine")
+    other = tiny_base(tmp_path / "other", seed=7)
+    with pytest.raises(AlreadyExists, match="another base called 'mine'") as refused:
+        again.add_base("mine", other.path, exist_ok=True)
+    assert other.fingerprint[:12] in str(refused.value)
+    assert again.registry.base("mine").fingerprint[:12] in str(refused.value)
+    assert again.add_base("mine", after).source == after
+    again.create_recipe("safe", base="mine").add(patch)
+    last = shutil.copytree(after, tmp_path / "last")
+    shutil.copytree(other.path, after, dirs_exist_ok=True)
+    assert again.add_base("mine", last).source == last, "where it was there is another base now"
+    assert [record.name for record in again.bases()] == ["tiny", "mine"]
+
+
+def test_one_base_may_have_several_names(workspace: Workspace, base_folder: Path, tmp_path: Path) -> None:
+    workspace.add_base("second", shutil.copytree(base_folder, tmp_path / "copy"))
+    patch = workspace.solve("cat", base="tiny")
+    workspace.create_recipe("safe", base="second").add(patch)
+    assert workspace.recipe("safe").patches()[0][0].id == patch.id
+
+
 def test_a_concept_can_be_described_otherwise_and_removed(workspace: Workspace) -> None:
     workspace.add_concept("cat", synonyms=["kitty"])
     assert workspace.edit_concept("cat", anchor="dog").synonyms == ("kitty",)
@@ -259,6 +293,11 @@ def test_public_objects_say_what_they_are(workspace: Workspace) -> None:
     recipe.add(solved)
     assert "cat on tiny" in repr(solved)
     assert "erases cat" in repr(recipe)
+    patch = workspace.patch(solved.id)
+    assert repr(patch) == f"<Patch {patch.id[:12]}: cat by separable, {patch.nbytes:,} bytes>"
+    assert f"<td>{patch.nbytes:,}</td>" in patch._repr_html_()
+    assert f"<td>{solved.nbytes:,}</td>" in solved._repr_html_()
+    assert "<td>cat</td>" in recipe._repr_html_()
     assert "1 patches, 1 recipes" in repr(workspace)
     assert "&lt;b&gt;safe" in recipe._repr_html_()
     assert "<b>" not in workspace._repr_html_()
@@ -272,8 +311,8 @@ def test_the_signatures_of_the_public_objects_are_whole_and_stay() -> None:
         assert "*args" not in text
 
 
-BAGS = ("Workspace.solve", "Workspace.solve_many", "Workspace.import_file", "Workspace.pull")
-"""Settings of a solver are checked by name; what is asked of a source is checked by `PullRequest`."""
+BAGS = ("Workspace.solve", "Workspace.solve_many", "Workspace.plan")
+"""Settings of a solver, which are checked by name."""
 
 
 def signatures() -> dict[str, str]:

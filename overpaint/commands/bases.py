@@ -83,7 +83,7 @@ def base_keep(
         talk.say(f"{workspace.registry.forget_prompts(name, None if remove_all else remove)} no longer kept")
     if prompts is not None:
         wanted = [line.strip() for line in _lines(prompts) if line.strip()]
-        talk.say(f"{workspace.keep(name, wanted)} of {len(wanted)} are new")
+        talk.say(f"{workspace.preserve(name, wanted)} of {len(wanted)} are new")
     rows = [
         [kept.prompt, kept.who, kept.at.isoformat(timespec="seconds")] for kept in workspace.registry.kept_prompts(name)
     ]

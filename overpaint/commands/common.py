@@ -12,7 +12,6 @@ import click
 
 if TYPE_CHECKING:
     from overpaint.registry.records import HistoryRecord
-    from overpaint.workspace.recipe import Recipe
     from overpaint.workspace.workspace import Workspace
 
 
@@ -94,12 +93,6 @@ def open_workspace(ctx: click.Context, *, create: bool = False) -> Workspace:
     from overpaint.workspace.workspace import Workspace
 
     return Workspace.open(ctx.obj, create=create)
-
-
-def existing_recipe(workspace: Workspace, name: str) -> Recipe:
-    """A recipe that is there: a command that reads or removes makes none. Raises NotFound."""
-    workspace.registry.recipe(name)
-    return workspace.recipe(name)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

@@ -58,13 +58,13 @@ def evaluate(
         return
     if name is None:
         raise click.UsageError("name a recipe or a patch to evaluate, or --list the suites")
-    from overpaint.workspace.evaluating import EvaluationRequest
+    from overpaint.workspace import evaluating
+    from overpaint.workspace.recipe import current_user
 
     talk = Talk()
     chosen = dict(_pair(text) for text in settings)
-    done = open_workspace(ctx).evaluate(
-        name, EvaluationRequest(suite=suite, settings=chosen, **options), progress=talk.progress
-    )
+    request = evaluating.EvaluationRequest(suite=suite, settings=chosen, **options)
+    done = evaluating.evaluate(open_workspace(ctx), name, request, who=current_user(), progress=talk.progress)
     talk.clear()
     for place in done.redrawn:
         talk.say(f"a damaged picture in the cache was drawn again: {place}")
@@ -79,7 +79,7 @@ def evaluate(
 def report(ctx: click.Context, recipe: str, out: Path, device: str) -> None:
     """Write all that was measured of a recipe as one page, with its numbers and figures in files beside it."""
     talk = Talk()
-    done = open_workspace(ctx).report(recipe, out, device=device, progress=talk.progress)
+    done = open_workspace(ctx).recipe(recipe).report(out, device=device, progress=talk.progress)
     talk.clear()
     for notice in done.notices:
         talk.say(notice)

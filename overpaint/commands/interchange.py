@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from overpaint.commands.common import Talk, existing_recipe, json_option, open_workspace
+from overpaint.commands.common import Talk, json_option, open_workspace
 
 if TYPE_CHECKING:
     from overpaint.patches.formats.exporting import Exported
@@ -114,7 +114,7 @@ def patch_export(ctx: click.Context, /, patches: tuple[str, ...], as_json: bool,
 def recipe_export(ctx: click.Context, /, name: str, as_json: bool, **how: Any) -> None:
     """Write what lies on a recipe as one file that other tools load. (To share it: `overpaint export --recipe`.)"""
     talk = Talk()
-    done = existing_recipe(open_workspace(ctx), name).export(progress=talk.progress, **how)
+    done = open_workspace(ctx).recipe(name).export(progress=talk.progress, **how)
     talk.clear()
     _show(done, as_json)
 

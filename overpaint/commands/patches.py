@@ -9,7 +9,6 @@ import click
 
 from overpaint.commands.common import (
     Talk,
-    existing_recipe,
     interruptible,
     json_option,
     limit_option,
@@ -135,16 +134,16 @@ def patch_add(
     base = registry.recipe(recipe).base if registry.has_recipe(recipe) else registry.patch(patches[0]).base
     # Before a recipe is made, so that a patch that is not there leaves none behind.
     ids = [registry.patch(key, base=base).id for key in patches]
-    lines = workspace.create_recipe(recipe, base=base, exist_ok=True).add_all(ids, strength, why=why, until=until)
-    for line in lines:
+    changed = workspace.create_recipe(recipe, base=base, exist_ok=True)
+    for line in changed.add_all(ids, strength, why=why, until=until):
         show_change(line)
-        for pair in workspace.disturbances(recipe, line.patch or ""):
+        for pair in changed.disturbances(line.patch or ""):
             click.echo(
                 f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as {pair.emitter}; "
                 "solve them in one registry, so that each preserves the other",
                 err=True,
             )
-    if mixed := workspace.mixture(recipe):
+    if mixed := changed.mixture():
         click.echo(f"warning: {mixed}", err=True)
 
 
@@ -156,7 +155,7 @@ def patch_add(
 def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
     """Remove patches from a recipe, all or none; the concepts come back."""
     workspace = open_workspace(ctx)
-    lines = existing_recipe(workspace, recipe).remove_all(patches, why=why)
+    lines = workspace.recipe(recipe).remove_all(patches, why=why)
     for line in lines:
         show_change(line)
     if lines[-1].digest_after == workspace.registry.base(workspace.registry.recipe(recipe).base).fingerprint:

@@ -10,7 +10,6 @@ import click
 from overpaint.commands.common import (
     Talk,
     device_option,
-    existing_recipe,
     interruptible,
     json_option,
     open_workspace,
@@ -57,13 +56,13 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
 def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
     """Show what lies on a recipe's base, and the digest of the weights."""
     workspace = open_workspace(ctx)
-    found = existing_recipe(workspace, name)
+    found = workspace.recipe(name)
     days = {laid.patch: _day(laid) for laid in found.record.laid}
     rows = [[p.concept, p.id if as_json else p.id[:12], p.solver, s, days[p.id], p.nbytes] for p, s in found.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
     show_table(f"Recipe {name} on {found.record.base}", columns, rows, as_json)
     click.echo(f"weights {found.digest()}", err=as_json)
-    if mixed := workspace.mixture(name):
+    if mixed := found.mixture():
         Talk().say(mixed)
     if not as_json:
         show_evaluations(found.evaluations())
@@ -86,7 +85,7 @@ def recipe_create(ctx: click.Context, name: str, base_name: str) -> None:
 @click.pass_context
 def recipe_copy(ctx: click.Context, source: str, name: str, why: str) -> None:
     """Make recipe NAME with what lies on SOURCE, or lay on it at SOURCE@REVISION."""
-    record = existing_recipe(open_workspace(ctx), source).copy(name, why=why).record
+    record = open_workspace(ctx).recipe(source).copy(name, why=why).record
     click.echo(f"recipe {record.name} on {record.base}, {len(record.laid)} patches: weights {record.digest}")
 
 
@@ -96,7 +95,7 @@ def recipe_copy(ctx: click.Context, source: str, name: str, why: str) -> None:
 @click.pass_context
 def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
     """Take a recipe off the lists. Its name is free again; its history stays (`recipe log NAME --deleted`)."""
-    existing_recipe(open_workspace(ctx), name).delete(why=why)
+    open_workspace(ctx).recipe(name).delete(why=why)
     click.echo(f"deleted {name}; `overpaint recipe undelete` brings it back")
 
 
@@ -120,7 +119,7 @@ def recipe_checkout(ctx: click.Context, revision: str, why: str) -> None:
     then = workspace.registry.recipe(revision)
     if revision == then.name:
         raise click.UsageError(f"say which revision of {then.name!r}, such as {then.name}@{max(then.revision - 1, 0)}")
-    lines = existing_recipe(workspace, then.name).checkout(then.revision, why=why)
+    lines = workspace.recipe(then.name).checkout(then.revision, why=why)
     for line in lines:
         day = f" until {line.until_after}" if line.until_after else ""
         how = "lifted off" if line.strength_after is None else f"strength {line.strength_after:g}{day}"
@@ -211,7 +210,7 @@ def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str) -> N
     """Solve the closed-form patches of a recipe again for all concepts known now, and exchange them in one revision."""
     talk = Talk()
     with interruptible(talk, lambda: f"the recipe {name!r} is as it was; run the same command again"):
-        done = open_workspace(ctx).reseparate(name, device=device, why=why, progress=talk.progress)
+        done = open_workspace(ctx).recipe(name).reseparate(device=device, why=why, progress=talk.progress)
     talk.clear()
     for line in done.lines:
         show_change(line)

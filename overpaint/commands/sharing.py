@@ -72,7 +72,7 @@ def import_(
     """Take what a FILE of `overpaint export`, or a bare patch file, has; or only some of it."""
     talk = Talk()
     done = open_workspace(ctx).import_file(
-        file, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, progress=talk.progress, **asked
+        file, patches=patches, trust=_trusted(trust, no_verify), warn=talk.say, progress=talk.progress, **asked
     )
     talk.clear()
     _show(done, as_json, no_verify)
@@ -124,7 +124,7 @@ def pull(
     """Take patches and recipes from SOURCE, a folder or a URL that was pushed to; or only some of them."""
     talk = Talk()
     done = open_workspace(ctx).pull(
-        source, patches=patches, trust=_trusted(trust, no_verify), notice=talk.say, progress=talk.progress, **asked
+        source, patches=patches, trust=_trusted(trust, no_verify), warn=talk.say, progress=talk.progress, **asked
     )
     talk.clear()
     _show(done, as_json, no_verify)

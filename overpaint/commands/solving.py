@@ -110,8 +110,7 @@ def solve(
     plan: SolvePlan | None = None
     with interruptible(talk, lambda: _kept(plan, outcomes)):
         workspace = open_workspace(ctx)
-        orders = workspace.orders(concepts, file=file, **how)
-        plan = workspace.plan(orders, base=base_name, update=update, again=again)
+        plan = workspace.plan(concepts, file=file, base=base_name, update=update, force=again, **how)
         if dry_run:
             _show_plan(plan, as_json)
             return

@@ -13,7 +13,6 @@ import click
 from overpaint.commands.common import (
     Talk,
     device_option,
-    existing_recipe,
     json_option,
     open_workspace,
     recipe_option,
@@ -45,7 +44,7 @@ def db_upgrade(ctx: click.Context) -> None:
 @click.pass_context
 def build(ctx: click.Context, name: str, out: Path, form: Any) -> None:
     """Bake a recipe into a new checkpoint OUT: a diffusers folder, or a single file whose name ends in .safetensors."""
-    built = open_workspace(ctx).build(name, out, notice=Talk().say, form=form)
+    built = open_workspace(ctx).recipe(name).build(out, format=form, warn=Talk().say)
     click.echo(f"built {built.folder}: weights {built.digest}")
 
 
@@ -64,7 +63,7 @@ def generate(ctx: click.Context, /, prompt: str, recipe: str, out: Path, compare
     """Draw a prompt with a recipe applied."""
     from overpaint.workspace.evaluating import draw
 
-    wanted, talk = existing_recipe(open_workspace(ctx), recipe), Talk()
+    wanted, talk = open_workspace(ctx).recipe(recipe), Talk()
     require_parent(out)
     draw(wanted.base, wanted.terms(), prompt, out, label=recipe, compare=compare, progress=talk.progress, **options)
     talk.clear()

@@ -20,6 +20,7 @@ from overpaint.bases.layout import LAST, PENULTIMATE
 from overpaint.bases.safetensors_file import DTYPES, dtype_name, raw_bytes, tensor_digest
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json, combined_digest
+from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, TextMap, delta_from
 
@@ -267,6 +268,23 @@ class Patch:
     manifest: dict[str, Any]
     delta: Delta
     arrays: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return f"<Patch {self.id[:12]}: {self.concept.name} by {self.manifest['solver'].get('name')}, {self.nbytes:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        subject, solver = self.manifest["subject"], self.manifest["solver"]
+        rows = [
+            ("concept", self.concept.name),
+            ("solver", solver.get("name")),
+            *solver.get("settings", {}).items(),
+            ("seed", solver.get("seed")),
+            ("kind", self.delta.kind),
+            ("bytes", f"{self.nbytes:,}"),
+            ("tensors it changes", subject["count"]),
+            ("base fingerprint", subject["fingerprint"][:12]),
+        ]
+        return html_table(f"Patch {self.id[:12]}", ["what", "value"], rows)
 
     @cached_property
     def id(self) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table as TerminalTable
 
 import overpaint
 from overpaint.bases.emoji.catalogue import catalogue
-from overpaint.bases.loading import quiet_loading
+from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists
 from overpaint.evaluation.figures import labelled_grid
@@ -28,8 +28,9 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.metrics import Score, accuracy, load_judge
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
 from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, write_report
+from overpaint.workspace.planning import Solved
 from overpaint.workspace.recipe import Recipe
-from overpaint.workspace.workspace import Solved, Workspace
+from overpaint.workspace.workspace import Workspace
 
 # The demo: the main job end to end on the embedded base, measured, in one table and one report.
 
@@ -154,11 +155,11 @@ class Demo:
     def run(self) -> Findings:
         started = time.monotonic()
         recipe = self.solve_and_compose()
-        pipe, overlay = self.workspace.live("safe")
-        self.judge_all(pipe, overlay, recipe)
-        self.put_back(pipe, overlay, recipe)
-        self.build_and_reload(pipe)
-        self.take_everything_off(pipe, overlay, recipe)
+        plain, pipe = self.base.pipeline(device=str(resolve_device("auto"))), recipe.pipeline()
+        self.judge_all(plain, pipe)
+        self.put_back(pipe, recipe)
+        self.build_and_reload(pipe, recipe)
+        self.remove_everything(plain, pipe, recipe)
         self.found.seconds = time.monotonic() - started
         return self.found
 
@@ -166,7 +167,7 @@ class Demo:
         """Steps 1 and 2: a patch for each concept, all of them on one recipe."""
         for concept in self.concepts:
             self.workspace.registry.ensure_concept(concept)
-        recipe = self.workspace.recipe("safe", base="emoji")
+        recipe = self.workspace.create_recipe("safe", base="emoji", exist_ok=True)
         self.report(0.0, "encoding the vocabulary and the concepts, once")
         started = time.perf_counter()
         self.workspace.prepare("emoji")
@@ -190,17 +191,14 @@ class Demo:
         kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
         return {"preset": "emoji", "keep": "; ".join(kept)}
 
-    def judge_all(self, pipe: Any, overlay: Any, recipe: Recipe) -> None:
+    def judge_all(self, plain: Any, pipe: Any) -> None:
         """Step 3: the base and the safe recipe on the same prompts and seeds."""
         total = sum(len(t) for t in self.trials.values())
         done = 0
         for name, trials in self.trials.items():
             concept = next((c for c in self.concepts if c.name == name), None)
             self.report(0.15 + 0.6 * done / total, f"drawing and judging {name}")
-            overlay.clear()
-            before = self.draw(pipe, trials)
-            overlay.set(recipe.terms())
-            after = self.draw(pipe, trials)
+            before, after = self.draw(plain, trials), self.draw(pipe, trials)
             scores = self.score(before, trials, concept), self.score(after, trials, concept)
             if concept is None:
                 self.found.kept_base, self.found.kept = scores
@@ -224,17 +222,16 @@ class Demo:
         self._check("separable: slowest concept", f"{seconds:.2f} s", "<= 1 s", seconds <= SECONDS_BAR)
         self._check("separable: largest patch", f"{size / 1024:.1f} KiB", "<= 16 KiB", size <= BYTES_BAR)
 
-    def put_back(self, pipe: Any, overlay: Any, recipe: Recipe) -> None:
+    def put_back(self, pipe: Any, recipe: Recipe) -> None:
         """Step 4: two patches off again; the same bits as if they had never been laid on."""
         for name in PUT_BACK:
             recipe.remove(name, why="demo: licence deal")
-        never = self.workspace.recipe("never-erased", base="emoji")
+        never = self.workspace.create_recipe("never-erased", base="emoji", exist_ok=True)
         for concept in self.concepts:
             if concept.name not in PUT_BACK:
                 never.add(self.found.solved[concept.name], STRENGTHS.get(concept.name, 1.0))
         equal = recipe.digest() == never.digest()
         self._check("two put back: weights as if never erased", recipe.digest()[:16], "equal digests", equal)
-        overlay.set(recipe.terms())
         for i, name in enumerate(PUT_BACK):
             self.report(0.78 + 0.05 * i, f"judging {name}, put back")
             concept = next(c for c in self.concepts if c.name == name)
@@ -243,10 +240,10 @@ class Demo:
             shown = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)
             self.found.pictures[f"{name} put back"] = list(pictures[shown])
 
-    def build_and_reload(self, pipe: Any) -> None:
+    def build_and_reload(self, pipe: Any, recipe: Recipe) -> None:
         """Step 5: a checkpoint that plain diffusers loads, and whose pictures are the live ones."""
         self.report(0.9, "building a checkpoint and reloading it")
-        built = self.workspace.build("safe", self.out / "checkpoint")
+        built = recipe.build(self.out / "checkpoint")
         with quiet_loading():
             from diffusers import StableDiffusionPipeline
 
@@ -257,7 +254,7 @@ class Demo:
         same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
         self._check("checkpoint in plain diffusers: pictures", "identical" if same else "different", "identical", same)
 
-    def take_everything_off(self, pipe: Any, overlay: Any, recipe: Recipe) -> None:
+    def remove_everything(self, plain: Any, pipe: Any, recipe: Recipe) -> None:
         """Step 6: an empty recipe is the base: weights and pictures."""
         self.report(0.95, "taking everything off")
         for patch, _ in recipe.patches():
@@ -265,11 +262,8 @@ class Demo:
         self.found.digests["all taken off"] = recipe.digest()
         equal = recipe.digest() == self.base.fingerprint
         self._check("all taken off: weights", recipe.digest()[:16], "the base's digest", equal)
-        overlay.set(recipe.terms())
-        names = [c.name for c in self.concepts]
-        fresh = self.base.pipeline(device=str(pipe.device))
-        trials = [t for name in names for t in self.trials[name][:3]]
-        same = bool(np.array_equal(self.draw(fresh, trials), self.draw(pipe, trials)))
+        trials = [trial for concept in self.concepts for trial in self.trials[concept.name][:3]]
+        same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
         self._check("all taken off: pictures", "identical" if same else "different", "the base's", same)
 
     def _check(self, what: str, found: str, bar: str, holds: bool) -> None:

@@ -1,7 +1,4 @@
-"""Pictures, cross-talk and evaluations of what a registry holds; the numbers are stored in it.
-
-Every function takes what it needs: a registry, an opened base, loaded patches.
-"""
+"""Pictures, cross-talk and evaluations of what a registry holds; the numbers are stored in it."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
+from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
@@ -30,6 +28,9 @@ from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
+
+if TYPE_CHECKING:
+    from overpaint.workspace.opened import OpenRegistry
 
 
 def draw(
@@ -71,30 +72,6 @@ def liked_guidance(base: Base) -> float:
     return float(base.extras.get("guidance", 7.5))
 
 
-def patches_for_crosstalk(registry: Registry, recipe: str | None, base: str | None) -> tuple[str, list[str]]:
-    """A base's name and patch ids: those of a recipe, else the newest patch of each concept on `base` (or the only one).
-
-    Raises NotFound for an unknown name, OverpaintError when there is no patch or the base is not clear.
-    """
-    if recipe is not None:
-        record = registry.recipe(recipe)
-        base, ids = record.base, [patch_id for patch_id, _ in record.patches]
-    else:
-        base = base or _only_base(registry)
-        ids = list({record.concept: record.id for record in registry.patches(base=base)}.values())
-    if not ids:
-        place = f"the recipe {recipe!r}" if recipe is not None else f"the base {base!r}"
-        raise OverpaintError(f"there is no patch on {place}; solve one and add it first")
-    return base, ids
-
-
-def _only_base(registry: Registry) -> str:
-    known = [record.name for record in registry.bases()]
-    if len(known) != 1:
-        raise OverpaintError(f"say which base is meant (known: {', '.join(known) or 'none; add one first'})")
-    return known[0]
-
-
 def moments_cache(registry: Registry) -> Path:
     """The folder in which the second moments of concepts' keys are kept."""
     return registry.folder / "cache" / "moments"
@@ -131,6 +108,18 @@ class Evaluated:
     record: EvaluationRecord
     redrawn: tuple[Path, ...]
 
+    def __repr__(self) -> str:
+        run = self.record
+        of = f"recipe {run.recipe}@{run.revision}" if run.recipe else f"patch {(run.patch or '')[:12]}"
+        return f"<Evaluated {of}: {run.suite} by {run.judge}, seed {run.seed}, {len(run.results)} numbers>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (r.subject, r.metric, *("" if value is None else f"{value:.4g}" for value in (r.value, r.low, r.high)), r.n)
+            for r in self.record.results
+        ]
+        return html_table(repr(self), ["about", "metric", "value", "low", "high", "n"], rows)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -153,23 +142,18 @@ class Subject:
 
 
 def evaluate(
-    registry: Registry,
-    subject: Subject,
-    base: Base,
-    patches: Sequence[Patch],
-    request: EvaluationRequest,
-    *,
-    who: str,
-    progress: Progress = silent,
+    opened: OpenRegistry, name: str, request: EvaluationRequest, *, who: str, progress: Progress = silent
 ) -> Evaluated:
-    """Run a suite on a recipe or a patch; store and return its numbers. `patches` are those of `subject.entries`.
+    """Run a suite on a recipe, or on a patch alone; store and return its numbers.
 
     Pictures are cached beside the registry, so that an interrupted run continues where it was. Nothing is stored of
     a run that fails. Raises NotFound for an unknown suite or judge, BlindJudge for a judge that recognises too little.
     """
+    registry, subject = opened.registry, Subject.named(opened.registry, name)
+    patches = [opened.patch(record.id) for record, _ in subject.entries]
     suite = configured(request.suite, request.settings)
     started = time.monotonic()
-    context = open_context(registry, subject, base, patches, request, progress)
+    context = open_context(registry, subject, opened.base(subject.base), patches, request, progress)
     measurements = suite.run(context)
     seconds = time.monotonic() - started
     record = registry.add_evaluation(

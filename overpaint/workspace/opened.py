@@ -1,28 +1,127 @@
-"""A registry with what was opened from it: bases, patches, live pipelines. What the use cases of this room take."""
+"""A registry with what was opened from it: bases, patches, and the pipelines that follow a recipe.
+
+What the use cases of this room take.
+"""
 
 from __future__ import annotations
 
 import shlex
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry.records import BaseRecord, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing
-from overpaint.workspace.live_pipelines import LivePipelines
 from overpaint.workspace.planning import SolveContext
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
     from overpaint.patches.compose import Term
+    from overpaint.patches.live import Overlay
     from overpaint.patches.patch import Patch
+
+
+ATTRIBUTE = "_overpaint_overlay"
+"""Where a pipeline keeps the overlay that changes it, so that both are freed together."""
+
+ReadTerm: TypeAlias = "Callable[[str, float], Term]"
+"""Reads a stored patch as a term of a composition: its id and its strength."""
 
 
 class LostPatch(OverpaintError):
     """A patch whose bytes are lost or damaged."""
+
+
+class CannotFollow(OverpaintError):
+    """A pipeline that carries a recipe and cannot take a change of it."""
+
+
+class LivePipelines:
+    """The pipelines of this process that carry recipes, by the name of the recipe; they are referred to weakly."""
+
+    def __init__(self) -> None:
+        self._overlays: dict[str, weakref.WeakSet[Overlay]] = {}
+
+    def apply(self, recipe: str | None, pipe: Any, base: Base, strengths: Mapping[str, float], term: ReadTerm) -> None:
+        """Make `pipe` carry these patches (strengths by id) and follow `recipe`, or nothing if None.
+
+        Raises CannotFollow when the pipeline carries patches of another base, and what `Overlay` raises; the pipeline is
+        then as it was.
+        """
+        from overpaint.patches.live import Overlay
+
+        overlay: Overlay | None = getattr(pipe, ATTRIBUTE, None)
+        if overlay is None:
+            overlay = Overlay(_weakly(pipe), base)
+        elif overlay.base.fingerprint != base.fingerprint:
+            raise CannotFollow(
+                f"the pipeline carries a recipe on the base {overlay.base.fingerprint[:12]}, and this one is on "
+                f"{base.fingerprint[:12]}; load another pipeline"
+            )
+        overlay.set(_terms(overlay, strengths, term))
+        setattr(pipe, ATTRIBUTE, overlay)
+        self._forget(overlay)
+        if recipe is not None:
+            self._overlays.setdefault(recipe, weakref.WeakSet()).add(overlay)
+
+    def release(self, pipe: Any) -> None:
+        """Let go of a pipeline: it follows no recipe any more, and its weights stay as they are."""
+        overlay: Overlay | None = getattr(pipe, ATTRIBUTE, None)
+        if overlay is not None:
+            delattr(pipe, ATTRIBUTE)
+            self._forget(overlay)
+
+    def release_all(self, recipe: str) -> None:
+        """No pipeline follows `recipe` any more."""
+        self._overlays.pop(recipe, None)
+
+    @contextmanager
+    def changing(self, recipe: str, strengths: Mapping[str, float], term: ReadTerm) -> Iterator[None]:
+        """Make every pipeline of `recipe` carry these patches; all are as before when one cannot, or when the block raises.
+
+        Raises CannotFollow.
+        """
+        changed: list[tuple[Overlay, tuple[Term, ...]]] = []
+        try:
+            for overlay in list(self._overlays.get(recipe, ())):
+                before = overlay.terms
+                try:
+                    overlay.set(_terms(overlay, strengths, term))
+                except OverpaintError as error:
+                    raise CannotFollow(
+                        f"a pipeline that follows the recipe {recipe!r} cannot take the change, so the recipe stays as it "
+                        f"was: {error}; or let go of that pipeline with recipe.release(pipe)"
+                    ) from error
+                changed.append((overlay, before))
+            yield
+        except BaseException:
+            for overlay, before in reversed(changed):
+                overlay.set(before)
+            raise
+
+    def _forget(self, overlay: Overlay) -> None:
+        for overlays in self._overlays.values():
+            overlays.discard(overlay)
+
+
+def _terms(overlay: Overlay, strengths: Mapping[str, float], term: ReadTerm) -> list[Term]:
+    """Terms that the overlay carries already are taken from it, so that removing one reads no file."""
+    carried = {(each.id, each.strength): each for each in overlay.terms}
+    return [carried.get(each) or term(*each) for each in strengths.items()]
+
+
+def _weakly(pipe: Any) -> Any:
+    # The pipeline keeps its overlay; were it kept by it in turn, `del pipe` would free no memory until some later time.
+    try:
+        return weakref.proxy(pipe)
+    except TypeError:
+        return pipe
 
 
 class OpenRegistry:
@@ -40,20 +139,29 @@ class OpenRegistry:
         """Remember a base: a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL[@REVISION]`, kept
         with its commit), or `emoji` for the embedded one. One base may have several names.
 
-        Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base), OverpaintError for a base that
-        is missing, broken or unknown.
+        A base that has this name already, and is no longer where it was, is remembered at `source` from now on: see the
+        returned record. Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base),
+        OverpaintError for a base that is missing, broken or unknown.
         """
-        there = next((each for each in self.registry.bases() if each.name == name), None)
-        if there is not None and not exist_ok:
-            raise AlreadyExists(f"a base called {name!r} is there already; choose another name")
-        base = self._opened(source)
-        if there is not None and there.fingerprint != base.fingerprint:
+        base, there = self._opened(source), None
+        with suppress(NotFound):
+            there = self.registry.base(name)
+        if there is None:
+            record = self.registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
+        elif there.fingerprint != base.fingerprint:
             raise AlreadyExists(
                 f"another base called {name!r} is there already: fingerprint {there.fingerprint[:12]}, and {source} has "
                 f"{base.fingerprint[:12]}; choose another name"
             )
-        record = there or self.registry.add_base(name, Path(base.source), base.layout.name, base.fingerprint)
-        self._bases[name] = base
+        elif not self._is_at(there.source, there.fingerprint):
+            record = self.registry.move_base(name, Path(base.source), base.fingerprint)
+        elif exist_ok:
+            record = there
+        else:
+            raise AlreadyExists(
+                f"this base is called {name!r} already, and its files are at {there.source}; there is nothing to add"
+            )
+        self._bases[record.name] = base
         return record
 
     def move_base(self, name: str, source: str | Path) -> BaseRecord:
@@ -83,6 +191,11 @@ class OpenRegistry:
         """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone, broken or changed."""
         if name not in self._bases:
             record = self.registry.base(name)
+            if record.source.is_absolute() and not record.source.exists():
+                raise OverpaintError(
+                    f"the files of the base {name!r} are no longer at {record.source}; if they were moved, add them again "
+                    f"under this name: `overpaint base add {shlex.quote(name)} PATH`"
+                )
             base = self._opened(record.source)
             if base.fingerprint != record.fingerprint:
                 raise OverpaintError(
@@ -92,6 +205,12 @@ class OpenRegistry:
                 )
             self._bases[name] = base
         return self._bases[name]
+
+    def _is_at(self, source: Path, fingerprint: str) -> bool:
+        try:
+            return self._opened(source).fingerprint == fingerprint
+        except OverpaintError:
+            return False
 
     def base_name(self, name: str | None) -> str:
         """`name`, or the name of the only base there is. Raises OverpaintError when there are several, or none."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
+from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, told_apart
@@ -389,6 +390,12 @@ class Solved:
 
     def __repr__(self) -> str:
         return f"<Solved {self.id[:12]}: {self.record.concept} on {self.record.base}, {self.nbytes:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        record = self.record
+        rows = [("solver", record.solver), *record.settings.items(), ("seed", record.seed), ("kind", record.kind)]
+        numbers = [("bytes", f"{self.nbytes:,}"), ("seconds", f"{self.seconds:.3g}"), *self.diagnostics.items()]
+        return html_table(repr(self), ["what", "value"], [*rows, *numbers])
 
 
 def truncations(compress: str | None) -> tuple[Truncation, ...]:

@@ -1,4 +1,4 @@
-"""A recipe in the hand: a base plus a set of patches, changed one patch at a time with a reason."""
+"""A recipe: a base plus a set of patches, with a history of who changed it, when and why."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import getpass
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, timezone
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.history import Note, StaleRevision
@@ -28,12 +28,14 @@ from overpaint.workspace.planning import Solved
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
+    from overpaint.evaluation.crosstalk import Pair
     from overpaint.patches.build import Built
     from overpaint.patches.compose import Term
     from overpaint.patches.conversion import Form
     from overpaint.patches.formats.exporting import Exported
-    from overpaint.workspace.evaluating import Evaluated, EvaluationRequest
+    from overpaint.workspace.evaluating import Evaluated
     from overpaint.workspace.report import Reported
+    from overpaint.workspace.reseparation import Reseparated
 
 
 TRIES = 20
@@ -46,13 +48,6 @@ def current_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
-
-
-def html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    """A small table for notebooks."""
-    head = "".join(f"<th>{escape(each)}</th>" for each in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<p>{escape(title.strip('<>'))}</p><table><tr>{head}</tr>{body}</table>"
 
 
 class Recipe:
@@ -335,25 +330,39 @@ class Recipe:
         form = format or ("single-file" if out.suffix == ".safetensors" else None)
         return build(self.base, self.terms(), out, card=self.card(), record=self.as_json(), notice=warn, form=form)
 
-    def evaluate(self, request: EvaluationRequest | None = None, *, progress: Progress = silent) -> Evaluated:
-        """Run a suite (`quick`, unless the request names another) on this recipe and keep its numbers."""
-        from overpaint.workspace.evaluating import EvaluationRequest, Subject, evaluate
+    def evaluate(
+        self,
+        suite: str = "quick",
+        *,
+        settings: Mapping[str, str] | None = None,
+        judge: str = "",
+        prompts: Path | None = None,
+        seed: int = 0,
+        steps: int = 20,
+        guidance: float | None = None,
+        batch: int = 50,
+        device: str = "auto",
+        progress: Progress = silent,
+    ) -> Evaluated:
+        """Draw with this recipe, judge the pictures, and keep the numbers in the registry.
 
-        subject = Subject.named(self._opened.registry, self.name)
-        patches = [self._opened.patch(record.id) for record, _ in subject.entries]
-        asked = request or EvaluationRequest()
-        return evaluate(
-            self._opened.registry, subject, self.base, patches, asked, who=current_user(), progress=progress
-        )
+        `judge` is one of `overpaint.evaluation.judges`; empty is the base's own. `prompts` is a CSV file of prompts of your
+        own. `guidance` None is what the base likes, `batch` how many pictures are drawn at once. All seeds follow from
+        `seed`. Raises NotFound for an unknown suite or judge, BlindJudge for a judge that recognises too little.
+        """
+        from overpaint.workspace.evaluating import EvaluationRequest, evaluate
+
+        request = EvaluationRequest(suite, settings or {}, judge, prompts, seed, steps, guidance, batch, device)
+        return evaluate(self._opened, self.name, request, who=current_user(), progress=progress)
 
     def report(self, out: str | Path, *, device: str = "auto", progress: Progress = silent) -> Reported:
-        """Write what was measured of this recipe as one HTML page, with JSON, CSV and PNG beside it."""
-        from overpaint.workspace.evaluating import Subject
+        """Write what was measured of this recipe as one HTML page, with JSON, CSV and PNG beside it.
+
+        Raises OverpaintError when it was not evaluated as it is now, AlreadyExists when one of the files is there.
+        """
         from overpaint.workspace.report import report
 
-        subject = Subject.named(self._opened.registry, self.name)
-        patches = [self._opened.patch(record.id) for record, _ in subject.entries]
-        return report(self._opened.registry, subject, self.base, patches, Path(out), device=device, progress=progress)
+        return report(self._opened, self.name, Path(out), device=device, progress=progress)
 
     def export(
         self,
@@ -365,11 +374,50 @@ class Recipe:
         progress: Progress = silent,
     ) -> Exported:
         """Write this recipe as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
-        from overpaint.workspace.exchange import export_recipe
+        from overpaint.workspace.exchange import export_patches
 
-        return export_recipe(
-            self._opened, self.name, Path(out), format, dtype=dtype, truncate=truncate, progress=progress
+        out, base = Path(out), self.record.base
+        return export_patches(
+            self._opened,
+            base,
+            self.patches(),
+            out,
+            format,
+            self.name,
+            dtype=dtype,
+            truncate=truncate,
+            progress=progress,
         )
+
+    # Together with the other patches
+
+    def reseparate(
+        self, *, device: str = "auto", why: str = "", who: str = "", progress: Progress = silent
+    ) -> Reseparated:
+        """Solve the closed-form patches again for all concepts known now, and replace them in one revision.
+
+        See `overpaint.workspace.reseparation`, also for what it raises; the recipe is then as it was.
+        """
+        from overpaint.workspace.reseparation import reseparate
+
+        def exchange(new: Mapping[str, str], reason: str) -> list[HistoryRecord]:
+            return self.replace(new, why=why or reason, who=who)
+
+        return reseparate(self._opened, self.name, exchange, device=device, progress=progress)
+
+    def mixture(self) -> str:
+        """One sentence when the closed-form patches were solved for different universes, else nothing."""
+        from overpaint.workspace.reseparation import mixture
+
+        return mixture(self._opened.registry, self.name)
+
+    def disturbances(self, patch_id: str) -> list[Pair]:
+        """The strong cross-talk between one patch and the others, both ways, where it has a closed form."""
+        from overpaint.workspace.evaluating import disturbances, moments_cache
+
+        patches = [self._opened.patch(each) for each, _ in self.record.patches]
+        concept = self._opened.patch(patch_id).concept.name
+        return disturbances(self.base, patches, concept, cache=moments_cache(self._opened.registry))
 
     # Keeping
 

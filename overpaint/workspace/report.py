@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.atomic import require_parent
+from overpaint.core.display import html_table
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvaluatedPatch
@@ -24,10 +25,12 @@ from overpaint.evaluation.reports import sections
 from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, rendered, write_report
 from overpaint.evaluation.reports.sections import Numbers, save_figures
 from overpaint.patches.compose import Term
-from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord, RecipeRecord
-from overpaint.registry.registry import EvaluationRecord, Registry
+from overpaint.registry.registry import EvaluationRecord
 from overpaint.workspace.evaluating import Subject, image_cache, prompt_set_of
+
+if TYPE_CHECKING:
+    from overpaint.workspace.opened import OpenRegistry
 
 SHOWN = 6
 """Pictures in a row."""
@@ -40,29 +43,26 @@ class Reported:
     files: tuple[Path, ...]
     notices: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"<Reported {self.files[0]} and {len(self.files) - 1} files beside it>"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), ["file", "bytes"], [(file, f"{file.stat().st_size:,}") for file in self.files])
+
 
 def report(
-    registry: Registry,
-    subject: Subject,
-    base: Base,
-    patches: Sequence[Patch],
-    out: Path,
-    *,
-    device: str = "auto",
-    progress: Progress = silent,
+    opened: OpenRegistry, name: str, out: Path, *, device: str = "auto", progress: Progress = silent
 ) -> Reported:
     """Write `out` (HTML) about a recipe, and beside it its numbers as JSON and CSV and its figures as PNG.
 
     Everything is read from the registry except for the pictures, which are drawn (or taken from the cache of the last
-    evaluation); `patches` are those of `subject.entries`. Raises OverpaintError when the recipe was never evaluated,
-    AlreadyExists when one of the files is there.
+    evaluation). Raises OverpaintError when the recipe was never evaluated, AlreadyExists when one of the files is there.
     """
-    assert subject.recipe is not None
-    records = registry.evaluations(recipe=subject.recipe, latest=True)
+    registry, subject = opened.registry, Subject.named(opened.registry, name)
+    base, patches = opened.base(subject.base), [opened.patch(record.id) for record, _ in subject.entries]
+    records = registry.evaluations(recipe=name, latest=True)
     if not records:
-        raise OverpaintError(
-            f"recipe {subject.recipe!r} was not evaluated as it is now; run `overpaint evaluate {subject.recipe}` first"
-        )
+        raise OverpaintError(f"recipe {name!r} was not evaluated as it is now; run `overpaint evaluate {name}` first")
     _refuse_existing(out)
     sampler = Sampler(records[-1].settings["sampler"]["steps"], records[-1].settings["sampler"]["guidance"])
     generator = ImageGenerator(base, sampler, image_cache(registry), resolve_device(device), progress)
@@ -73,7 +73,7 @@ def report(
     weights = generator.digest([each.term for each in evaluated])
     provenance = _provenance(subject, runs, {"base fingerprint": base.fingerprint, "weights of the recipe": weights})
     numbers = {suite: numbers_of(record) for suite, record in runs.items()}
-    write_report(out, _page(registry.recipe(subject.recipe), subject, runs, numbers, rows, provenance))
+    write_report(out, _page(registry.recipe(name), subject, runs, numbers, rows, provenance))
     figures, notices = save_figures(out, numbers)
     return Reported((out, *save_numbers(out, records), *figures), tuple(notices))
 

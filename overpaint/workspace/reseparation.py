@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from overpaint.workspace.planning import (
     provenance,
     universe_of,
 )
-from overpaint.workspace.recipe import Recipe
 
 if TYPE_CHECKING:
     from overpaint.workspace.opened import OpenRegistry
@@ -109,30 +108,28 @@ class Reseparated:
 def reseparate(
     opened: OpenRegistry,
     recipe: str,
+    exchange: Callable[[Mapping[str, str], str], list[HistoryRecord]],
     *,
     device: str = "auto",
-    why: str = "",
     progress: Progress = silent,
 ) -> Reseparated:
-    """Solve a recipe's closed-form patches for the registry's universe, and exchange them in one revision.
+    """Solve a recipe's closed-form patches for the registry's universe, and `exchange` them: new ids by old ones, and why.
 
-    Each new patch has the settings, seed and compressions of the old one, and lies as that did: its strength, its day. The
-    concepts are those of the registry as they are described now. Patches of other solvers stay. Raises what the solvers
-    raise, and NotReseparable where two patches would become one; the recipe is then as it was.
+    Each new patch has the settings, seed and compressions of the old one. The concepts are those of the registry as they
+    are described now. Patches of other solvers stay. Raises what the solvers raise, and NotReseparable where two patches
+    would become one; nothing is exchanged then.
     """
     from overpaint.bases.loading import resolve_device
     from overpaint.workspace.solving import carry_out
 
-    held = Recipe(opened, recipe)
-    if held.record.name != recipe:
-        raise OverpaintError(
-            f"{recipe!r} is as it was then and cannot be changed; re-separate {held.record.name!r} itself"
-        )
-    around = opened.surroundings(held.record.base)
-    stale, left = _stale(opened, recipe, around)
+    record = opened.registry.recipe(recipe)
+    if record.name != recipe:
+        raise OverpaintError(f"{recipe!r} is as it was then and cannot be changed; re-separate {record.name!r} itself")
+    context = opened.surroundings(record.base)
+    stale, left = _stale(opened, recipe, context)
     if not stale:
-        return Reseparated([], left, len(around.universe))
-    plan = plan_solves(opened.registry, stale.values(), around, base=held.record.base)
+        return Reseparated([], left, len(context.universe))
+    plan = plan_solves(opened.registry, stale.values(), context, base=record.base)
     _refuse_collisions(opened, recipe, stale, plan)
     made = dict[SolveRequest, str]()
     for outcome in carry_out(opened.registry, plan, opened.base, resolve_device(device), report=progress):
@@ -141,9 +138,9 @@ def reseparate(
                 f"{outcome.task.order.concept.name}: {outcome.error}; the recipe {recipe!r} is as it was"
             )
         made[outcome.task.order] = outcome.record.id
-    new = {old: made[order] for old, order in stale.items()}
-    reason = why or f"re-separated for {_concepts(len(plan.around.universe))}"
-    return Reseparated(held.replace(new, why=reason), left, len(plan.around.universe))
+    concepts = len(plan.around.universe)
+    lines = exchange({old: made[order] for old, order in stale.items()}, f"re-separated for {_concepts(concepts)}")
+    return Reseparated(lines, left, concepts)
 
 
 def _stale(

@@ -1,14 +1,16 @@
-"""The small public facade: the one place, beside the command line, that knows registry, solvers and patches together."""
+"""What `overpaint.open` returns: a registry with everything that can be done on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
+from overpaint.core.display import html_table
+from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
 from overpaint.registry.registry import Registry
@@ -25,24 +27,17 @@ from overpaint.workspace.planning import (
     setting_texts,
     truncations,
 )
-from overpaint.workspace.recipe import Recipe, current_user, html_table
+from overpaint.workspace.recipe import Recipe, current_user
 
 if TYPE_CHECKING:
-    from overpaint.evaluation.crosstalk import Crosstalk, Pair
-    from overpaint.patches.build import Built
-    from overpaint.patches.conversion import Form
+    from overpaint.evaluation.crosstalk import Crosstalk
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.formats.reading import Meaning
-    from overpaint.patches.live import Overlay
     from overpaint.registry.integrity import Verified
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
     from overpaint.workspace.compression import Compressed
-    from overpaint.workspace.evaluating import Evaluated
-    from overpaint.workspace.evaluating import EvaluationRequest as Evaluation
     from overpaint.workspace.exchange import ImportedPatch
-    from overpaint.workspace.report import Reported
-    from overpaint.workspace.reseparation import Reseparated
     from overpaint.workspace.solving import SolveOutcome, SolverInfo
 
 
@@ -84,7 +79,7 @@ class Workspace(OpenRegistry):
         preserved = PreservedPrompts(around.preserve_prompts, vocabulary, around.cache)
         prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=progress)
 
-    def keep(self, base: str, prompts: Iterable[str]) -> int:
+    def preserve(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
         return self.registry.keep_prompts(base, prompts, who=current_user())
 
@@ -203,41 +198,43 @@ class Workspace(OpenRegistry):
         the file's description of a known concept, `force` solves everything again. Raises as `solve` before anything is
         solved; a solver that gives up on one concept is an outcome with an error.
         """
-        requests = self.orders(
+        plan = self.plan(
             concepts,
-            file=None if file is None else Path(file),
+            file=file,
+            base=base,
             solver=solver,
-            settings=setting_texts(settings),
             seed=seed,
             compress=compress,
+            update=update,
+            force=force,
+            settings=settings,
         )
-        plan = self.plan(requests, base=self.base_name(base), update=update, again=force)
         return self.carry_out(plan, device=device, progress=progress, on_result=on_result)
 
-    def orders(
+    def plan(
         self,
-        names: Iterable[str] = (),
+        concepts: Iterable[str] = (),
         *,
-        file: Path | None = None,
+        file: str | Path | None = None,
+        base: str | None = None,
         solver: str | None = None,
-        settings: Mapping[str, str] | None = None,
         seed: int | None = None,
         compress: str | None = None,
-    ) -> list[SolveRequest]:
-        """What to solve for concepts by name, and for those of a file (see `overpaint.workspace.concept_file`)."""
+        update: bool = False,
+        force: bool = False,
+        **settings: object,
+    ) -> SolvePlan:
+        """What `solve_many` would do: which concepts are new, and what is solved already. Nothing is stored or solved."""
         from overpaint.workspace.concept_file import read_concepts
 
-        plain = Defaults().overridden(solver, settings or {}, seed)
-        found = [replace(plain.order(Concept(name)), described=False) for name in names]
+        given, base_name = setting_texts(settings), self.base_name(base)
+        defaults = Defaults().overridden(solver, given, seed)
+        requests = [replace(defaults.order(Concept(name)), described=False) for name in concepts]
         if file is not None:
-            found += read_concepts(file, solver=solver, settings=settings, seed=seed)
-        return completed(found, self.concepts(), truncations(compress))
-
-    def plan(
-        self, orders: Iterable[SolveRequest], *, base: str, update: bool = False, again: bool = False
-    ) -> SolvePlan:
-        """What orders come down to: what is solved already, which concepts are new. See `overpaint.workspace.solving`."""
-        return plan_solves(self.registry, orders, self.surroundings(base), base=base, update=update, again=again)
+            requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
+        requests = completed(requests, self.concepts(), truncations(compress))
+        context = self.surroundings(base_name)
+        return plan_solves(self.registry, requests, context, base=base_name, update=update, again=force)
 
     def carry_out(
         self,
@@ -247,7 +244,7 @@ class Workspace(OpenRegistry):
         progress: Progress = silent,
         on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
     ) -> list[SolveOutcome]:
-        """Solve and store what a plan leaves open. See `overpaint.workspace.solving`."""
+        """Solve and store what a plan leaves open; see `solve_many`."""
         from overpaint.bases.loading import resolve_device
         from overpaint.workspace.solving import carry_out
 
@@ -265,13 +262,6 @@ class Workspace(OpenRegistry):
         found = compressed(self.base(record.base), self.patch(record.id), asked)
         refuse_if_not_smaller(found, asked)
         return store_patch(self.registry, found.patch, record.base, 0.0), found
-
-    def learn(self, names: Iterable[str]) -> None:
-        """Make objects of the names the registry does not know, so that each preserves all the others when solved."""
-        known = {concept.name for concept in self.concepts()}
-        for name in names:
-            if name not in known:
-                self.registry.ensure_concept(Concept(name))
 
     # Patches and recipes
 
@@ -300,16 +290,8 @@ class Workspace(OpenRegistry):
         self._patches.pop(record.id, None)
         return record
 
-    def recipe(self, name: str = "default", *, base: str | None = None) -> Recipe:
-        """A recipe that is there, as it is or (NAME@REVISION, NAME@TAG) as it was.
-
-        As in version 0.1, it is made where `base` is given, and `default` also where there is only one base; in new programs
-        `create_recipe` says so. Raises NotFound with the nearest name, AlreadyExists when it is on another base than `base`.
-        """
-        if base is None and name == "default" and len(self.bases()) == 1 and not self.registry.has_recipe(name):
-            base = self.bases()[0].name
-        if base is not None:
-            self.registry.ensure_recipe(name, base)
+    def recipe(self, name: str = "default") -> Recipe:
+        """A recipe that is there, as it is or (NAME@REVISION, NAME@TAG) as it was. Raises NotFound with the nearest name."""
         self.registry.recipe(name)
         return Recipe(self, name)
 
@@ -357,20 +339,6 @@ class Workspace(OpenRegistry):
         """Patches and recipes that mention every word of a text; see `Registry.search`."""
         return self.registry.search(text, kind=kind, solver=solver, tag=tag, base=base, limit=limit, offset=offset)
 
-    def reseparate(
-        self, recipe: str, *, device: str = "auto", why: str = "", progress: Progress = silent
-    ) -> Reseparated:
-        """Solve a recipe's closed-form patches again for the registry's universe. See `overpaint.workspace.reseparation`."""
-        from overpaint.workspace.reseparation import reseparate
-
-        return reseparate(self, recipe, device=device, why=why, progress=progress)
-
-    def mixture(self, recipe: str) -> str:
-        """One sentence when the closed-form patches of a recipe were solved for different universes, else nothing."""
-        from overpaint.workspace.reseparation import mixture
-
-        return mixture(self.registry, recipe)
-
     def crosstalk(
         self, recipe: str | None = None, *, base: str | None = None, everything: bool = False, device: str = "auto"
     ) -> Crosstalk:
@@ -381,9 +349,17 @@ class Workspace(OpenRegistry):
         """
         from overpaint.bases.loading import resolve_device
         from overpaint.evaluation.crosstalk import crosstalk
-        from overpaint.workspace.evaluating import moments_cache, patches_for_crosstalk
+        from overpaint.workspace.evaluating import moments_cache
 
-        base, ids = patches_for_crosstalk(self.registry, recipe, base)
+        if recipe is not None:
+            record = self.registry.recipe(recipe)
+            base, ids = record.base, [patch_id for patch_id, _ in record.patches]
+        else:
+            base = self.base_name(base)
+            ids = list({each.concept: each.id for each in self.patches(base=base)}.values())
+        if not ids:
+            place = f"the recipe {recipe!r}" if recipe is not None else f"the base {base!r}"
+            raise OverpaintError(f"there is no patch on {place}; solve one and add it first")
         return crosstalk(
             self.base(base),
             [self.patch(patch_id) for patch_id in ids],
@@ -391,46 +367,6 @@ class Workspace(OpenRegistry):
             cache=moments_cache(self.registry),
             device=resolve_device(device),
         )
-
-    def disturbances(self, recipe: str, patch_id: str) -> list[Pair]:
-        """The strong cross-talk between one patch of a recipe and the others, both ways, where it has a closed form."""
-        from overpaint.workspace.evaluating import disturbances, moments_cache
-
-        record = self.registry.recipe(recipe)
-        patches = [self.patch(each) for each, _ in record.patches]
-        concept = self.patch(patch_id).concept.name
-        return disturbances(self.base(record.base), patches, concept, cache=moments_cache(self.registry))
-
-    def evaluate(
-        self,
-        name: str,
-        request: Evaluation | None = None,
-        *,
-        progress: Progress = silent,
-    ) -> Evaluated:
-        """Run a suite (`quick`, unless the request names another) on a recipe, or on a patch alone, and keep its numbers.
-
-        See `overpaint.workspace.evaluating`.
-        """
-        from overpaint.workspace.evaluating import EvaluationRequest, Subject, evaluate
-
-        subject = Subject.named(self.registry, name)
-        patches = [self.patch(record.id) for record, _ in subject.entries]
-        asked = request or EvaluationRequest()
-        return evaluate(
-            self.registry, subject, self.base(subject.base), patches, asked, who=current_user(), progress=progress
-        )
-
-    def report(self, recipe: str, out: str | Path, *, device: str = "auto", progress: Progress = silent) -> Reported:
-        """Write what was measured of a recipe as one HTML page, with JSON, CSV and PNG beside it."""
-        from overpaint.workspace.evaluating import Subject
-        from overpaint.workspace.report import report
-
-        self.registry.recipe(recipe)
-        subject = Subject.named(self.registry, recipe)
-        patches = [self.patch(record.id) for record, _ in subject.entries]
-        base = self.base(subject.base)
-        return report(self.registry, subject, base, patches, Path(out), device=device, progress=progress)
 
     # Upkeep and sharing
 
@@ -443,10 +379,17 @@ class Workspace(OpenRegistry):
     def export(
         self, file: str | Path, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), sign: Path | None = None
     ) -> Sent:
-        """Write patches and recipes, or everything, to one new file; `sign` is a key file. See `transport.sending`."""
-        from overpaint.workspace.exchange import export_archive
+        """Write patches and recipes, or everything, to one new file; `sign` is a key file.
 
-        return export_archive(self, Path(file), patches=patches, recipes=recipes, sign=sign)
+        A recipe brings every patch of its history. Raises AlreadyExists when the file is there, NotFound for unknown names.
+        """
+        from overpaint.registry.sharing.sending import export
+        from overpaint.registry.sharing.signing import load_signer
+
+        signer = load_signer(sign) if sign else None
+        return export(
+            self.registry, Path(file), patches=patches, recipes=recipes, signer=signer, vocabularies=self.vocabularies
+        )
 
     def push(
         self,
@@ -458,27 +401,70 @@ class Workspace(OpenRegistry):
         check: bool = False,
         progress: Progress = silent,
     ) -> Sent:
-        """Send patches and recipes, or everything, to a folder or a URL. See `overpaint.registry.sharing.sending`."""
-        from overpaint.workspace.exchange import push
+        """Send patches and recipes, or everything, to a folder or a URL; `sign` is a key file.
 
-        return push(self, destination, patches=patches, recipes=recipes, sign=sign, check=check, progress=progress)
+        What is there already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which
+        reads them all. Raises NotFound for unknown names, and Diverged when a recipe has another history there.
+        """
+        from overpaint.registry.sharing.sending import push
+        from overpaint.registry.sharing.signing import load_signer
 
-    def import_file(self, file: str | Path, **asked: Any) -> Received:
-        """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
-        from overpaint.workspace.exchange import import_file
+        return push(
+            self.registry,
+            destination,
+            patches=patches,
+            recipes=recipes,
+            signer=load_signer(sign) if sign else None,
+            vocabularies=self.vocabularies,
+            check=check,
+            report=progress,
+        )
 
-        return import_file(self, Path(file), **asked)
-
-    def pull(self, source: str | Path, **asked: Any) -> Received:
-        """Take patches and recipes from a folder or a URL: everything, or the `patches` and `recipes` that are named.
+    def pull(
+        self,
+        source: str | Path,
+        *,
+        patches: Iterable[str] = (),
+        recipes: Iterable[str] = (),
+        name: str | None = None,
+        trust: Iterable[str | Path] | None = None,
+        progress: Progress = silent,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> Received:
+        """Take patches and recipes from a folder or a URL: everything, or those that are named.
 
         `trust` lists public key files, or folders of them: only what one of those keys has signed is taken. None verifies
-        no signature, which the result says; an empty list is refused. `name` is
-        another name for the one recipe that is taken. See `overpaint.registry.sharing.ingest`.
+        no signature, which the result says; an empty list is refused. `name` is another name for the one recipe that is
+        taken. Raises NotFound for what is not there, Untrusted, MissingBase, Diverged when a recipe has another history
+        here, OverpaintError for what contradicts itself or its digest.
         """
-        from overpaint.workspace.exchange import pull
+        from overpaint.registry.sharing.ingest import pull
+        from overpaint.workspace.exchange import pull_request
 
-        return pull(self, source, **asked)
+        request = pull_request(
+            self.vocabularies, patches=patches, recipes=recipes, name=name, trust=trust, progress=progress, warn=warn
+        )
+        return pull(self.registry, source, request)
+
+    def import_file(
+        self,
+        file: str | Path,
+        *,
+        patches: Iterable[str] = (),
+        recipes: Iterable[str] = (),
+        name: str | None = None,
+        trust: Iterable[str | Path] | None = None,
+        progress: Progress = silent,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> Received:
+        """Take patches and recipes from a file that `export` wrote, or a bare patch file; see `pull`."""
+        from overpaint.registry.sharing.ingest import import_file
+        from overpaint.workspace.exchange import pull_request
+
+        request = pull_request(
+            self.vocabularies, patches=patches, recipes=recipes, name=name, trust=trust, progress=progress, warn=warn
+        )
+        return import_file(self.registry, Path(file), request)
 
     # Other tools' files
 
@@ -494,7 +480,10 @@ class Workspace(OpenRegistry):
         tolerance: float = 0.0,
         progress: Progress = silent,
     ) -> ImportedPatch:
-        """Store another tool's erasure (LoRA, differences, edited weights) as a patch; see `formats.importing.Options`."""
+        """Store another tool's erasure (LoRA, differences, edited weights) as a patch.
+
+        See `overpaint.patches.formats.importing` for what the options mean and what is raised; nothing is stored then.
+        """
         from overpaint.patches.formats.importing import Options
         from overpaint.workspace.exchange import import_patch
 
@@ -515,44 +504,16 @@ class Workspace(OpenRegistry):
         truncate: int | None = None,
         progress: Progress = silent,
     ) -> Exported:
-        """Write patches of one base as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
+        """Write patches (by id, beginning of an id, or concept) of one base, all at one strength, as one new file.
+
+        Other tools load it; see `overpaint.patches.formats.exporting`.
+        """
         from overpaint.workspace.exchange import export_patches
 
+        records = list({record.id: record for record in map(self.registry.patch, patches)}.values())
+        if len(bases := sorted({record.base for record in records})) != 1:
+            raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
+        out, listed = Path(out), [(record, strength) for record in records]
         return export_patches(
-            self, patches, Path(out), format, strength, dtype=dtype, truncate=truncate, progress=progress
+            self, bases[0], listed, out, format, out.stem, dtype=dtype, truncate=truncate, progress=progress
         )
-
-    # Using
-
-    def pipeline(self, recipe: str = "default", *, device: str = "auto") -> Any:
-        """A diffusers pipeline with a recipe applied, which follows the recipe: see `Recipe.apply`."""
-        return self.recipe(recipe).pipeline(device=device)
-
-    def live(self, recipe: str, *, device: str = "auto") -> tuple[Any, Overlay]:
-        """A pipeline that carries a recipe and follows nothing, and the overlay that changes what it carries."""
-        from overpaint.bases.loading import resolve_device
-        from overpaint.patches.live import Overlay
-
-        record = self.registry.recipe(recipe)
-        base = self.base(record.base)
-        pipe: Any = base.pipeline(device=str(resolve_device(device)))
-        overlay = Overlay(pipe, base)
-        overlay.set(self.terms(record))
-        return pipe, overlay
-
-    def build(
-        self,
-        recipe: str,
-        out: str | Path,
-        *,
-        notice: Callable[[str], None] = lambda text: None,
-        form: Form | None = None,
-    ) -> Built:
-        """Bake a recipe into a new checkpoint of its base's form, or of another (see `overpaint.patches.build`).
-
-        Raises AlreadyExists when `out` is there.
-        """
-        return self.recipe(recipe).build(out, format=form, warn=notice)
-
-
-__all__ = ["Solved", "Workspace"]

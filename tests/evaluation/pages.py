@@ -32,7 +32,7 @@ def evaluated(folder: Path, base_folder: Path) -> Workspace:
     workspace = overpaint.open(folder)
     workspace.add_base("tiny", base_folder)
     found = context(Base.open(base_folder), faithful)
-    recipe = workspace.recipe("safe", base="tiny")
+    recipe = workspace.create_recipe("safe", base="tiny", exist_ok=True)
     for concept, held in zip(CONCEPTS, found.patches, strict=True):
         workspace.registry.add_concept(concept)
         record = workspace.registry.add_patch(

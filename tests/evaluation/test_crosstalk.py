@@ -117,9 +117,10 @@ def test_pairs_come_strongest_first_and_leave_out_a_concept_with_itself() -> Non
 def test_separable_patches_of_one_universe_do_not_disturb_each_other(tmp_path: Path, base_folder: Path) -> None:
     workspace = Workspace.open(tmp_path / "registry")
     workspace.add_base("tiny", base_folder)
-    workspace.learn(["cat", "dog", "sun"])
     for name in ("cat", "dog", "sun"):
-        workspace.recipe("safe", base="tiny").add(workspace.solve(name, base="tiny"))
+        workspace.add_concept(name, exist_ok=True)
+    for name in ("cat", "dog", "sun"):
+        workspace.create_recipe("safe", base="tiny", exist_ok=True).add(workspace.solve(name, base="tiny"))
     assert max(pair.ratio for pair in workspace.crosstalk("safe").pairs()) < 0.5
 
 
@@ -142,7 +143,7 @@ def test_the_command_prints_pairs_and_draws_a_heat_map(tmp_path: Path, base_fold
 def test_a_recipe_without_patches_is_said_to_be_empty(tmp_path: Path, base_folder: Path) -> None:
     workspace = Workspace.open(tmp_path / "registry")
     workspace.add_base("tiny", base_folder)
-    workspace.recipe("safe", base="tiny")
+    workspace.create_recipe("safe", base="tiny", exist_ok=True)
     with pytest.raises(OverpaintError, match="no patch on the recipe 'safe'"):
         workspace.crosstalk("safe")
 

@@ -23,6 +23,7 @@ from overpaint.evaluation.metrics import UNDECIDED, Measurement
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, Report, Section, render
 from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled, summary
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
+from overpaint.workspace.evaluating import Evaluated
 from overpaint.workspace.report import model_card
 from overpaint.workspace.workspace import Workspace
 
@@ -33,7 +34,14 @@ from .test_report import Outline
 @pytest.fixture(scope="module")
 def files(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
     """The files of one report, the page first."""
-    return workspace.report("safe", tmp_path_factory.mktemp("page") / "safe.html", device="cpu").files
+    return workspace.recipe("safe").report(tmp_path_factory.mktemp("page") / "safe.html", device="cpu").files
+
+
+def test_an_evaluation_shows_its_numbers_in_a_notebook(workspace: Workspace) -> None:
+    record = workspace.recipe("safe").evaluations()[0]
+    done = Evaluated(record, ())
+    assert repr(done).startswith(f"<Evaluated recipe safe@{record.revision}: {record.suite} by {record.judge}, seed 0")
+    assert f"<td>{record.results[0].metric}</td><td>{record.results[0].value:.4g}</td>" in done._repr_html_()
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +116,18 @@ def test_figures_are_pictures(files: Sequence[Path]) -> None:
 def test_a_report_is_not_written_over_another(workspace: Workspace, files: Sequence[Path], tmp_path: Path) -> None:
     before = files[0].read_bytes()
     with pytest.raises(AlreadyExists, match="already there"):
-        workspace.report("safe", files[0])
+        workspace.recipe("safe").report(files[0])
     assert files[0].read_bytes() == before
     (tmp_path / "new.csv").write_text("mine")
     with pytest.raises(AlreadyExists, match=r"new\.csv is already there"):
-        workspace.report("safe", tmp_path / "new.html")
+        workspace.recipe("safe").report(tmp_path / "new.html")
     assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
     with pytest.raises(OverpaintError, match="make it first"):
-        workspace.report("safe", tmp_path / "nowhere" / "new.html")
+        workspace.recipe("safe").report(tmp_path / "nowhere" / "new.html")
 
 
 def test_a_recipe_that_was_not_evaluated_says_what_to_type(workspace: Workspace, tmp_path: Path) -> None:
-    workspace.recipe("other", base="tiny").add("cat")
+    workspace.create_recipe("other", base="tiny", exist_ok=True).add("cat")
     found = CliRunner().invoke(
         main, ["--registry", str(workspace.registry.folder), "report", "other", "-o", str(tmp_path / "r.html")]
     )
@@ -135,8 +143,10 @@ def test_without_matplotlib_only_the_figures_are_missing(
         raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'")
 
     monkeypatch.setattr(figures, "_figure", none)
-    done = workspace.report("safe", tmp_path / "r.html", device="cpu")
+    done = workspace.recipe("safe").report(tmp_path / "r.html", device="cpu")
     assert [path.suffix for path in done.files] == [".html", ".json", ".csv"]
+    assert repr(done) == f"<Reported {tmp_path / 'r.html'} and 2 files beside it>"
+    assert f"<td>{tmp_path / 'r.csv'}</td>" in done._repr_html_()
     assert done.notices == ("no PNG figures: figures need matplotlib: pip install 'overpaint[figures]'",)
 
 

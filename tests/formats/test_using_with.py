@@ -27,7 +27,7 @@ def test_what_the_page_says_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     workspace = overpaint.open("registry")
     workspace.add_base("sd15", "path/to/sd15")
     for name in ("cat", "dog"):
-        workspace.recipe("safe", base="sd15").add(workspace.solve(name, base="sd15"))
+        workspace.create_recipe("safe", base="sd15", exist_ok=True).add(workspace.solve(name, base="sd15"))
     ran = []
     for kind, text in BLOCK.findall(PAGE.read_text("utf-8")):
         if kind == "python":

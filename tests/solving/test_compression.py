@@ -214,7 +214,7 @@ def test_a_patch_that_would_not_be_smaller_is_refused(workspace: Workspace) -> N
 
 def test_a_run_with_compression_is_resumed_too(workspace: Workspace) -> None:
     for compress, before in (("2", False), ("2", True), (None, False), ("0.9", False), ("0.9", True)):
-        plan = workspace.plan(workspace.orders(["cat"], solver="counting", compress=compress), base="tiny")
+        plan = workspace.plan(["cat"], solver="counting", compress=compress, base="tiny")
         assert [outcome.before for outcome in workspace.carry_out(plan, device="cpu")] == [before]
 
 

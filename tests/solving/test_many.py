@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def solved(workspace: Workspace, file: Path, *, update: bool = False, again: bool = False) -> list[SolveOutcome]:
-    plan = workspace.plan(workspace.orders(file=file), base="tiny", update=update, again=again)
+    plan = workspace.plan(file=file, base="tiny", update=update, force=again)
     return workspace.carry_out(plan, device="cpu")
 
 
@@ -181,7 +181,7 @@ def test_one_that_cannot_be_solved_does_not_stop_the_others(workspace: Workspace
 def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(workspace: Workspace, file: Path, at: str) -> None:
     fakes.INTERRUPTED.add(at)
     told: list[SolveOutcome] = []
-    plan = workspace.plan(workspace.orders(file=file), base="tiny")
+    plan = workspace.plan(file=file, base="tiny")
     with pytest.raises(KeyboardInterrupt):
         workspace.carry_out(plan, device="cpu", on_result=told.append)
     done = ["cat", "dog", "sun"].index(at)
@@ -197,7 +197,7 @@ def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(workspace: Work
 def test_two_runs_at_once_end_with_the_same_patches(workspace: Workspace, file: Path, tmp_path: Path) -> None:
     """Both plan before either has stored anything; the slower one finds concepts and patches there."""
     other = overpaint.open(tmp_path / "registry")
-    plans = [each.plan(each.orders(file=file), base="tiny") for each in (workspace, other)]
+    plans = [each.plan(file=file, base="tiny") for each in (workspace, other)]
     ids = [[o.record and o.record.id for o in workspace.carry_out(plan, device="cpu")] for plan in plans]
     assert ids[0] == ids[1]
     assert len(workspace.patches()) == 3
@@ -205,7 +205,7 @@ def test_two_runs_at_once_end_with_the_same_patches(workspace: Workspace, file: 
 
 def test_progress_says_how_long_the_rest_takes(workspace: Workspace, file: Path) -> None:
     told: list[tuple[int, int, str]] = []
-    plan = workspace.plan(workspace.orders(file=file), base="tiny")
+    plan = workspace.plan(file=file, base="tiny")
     workspace.carry_out(plan, device="cpu", progress=lambda *step: told.append(step))
     assert [step for step, _, _ in told] == [1, 1, 2, 2, 3, 3]
     assert {of for _, of, _ in told} == {3}

@@ -31,11 +31,12 @@ def test_afterwards_everything_is_as_if_solved_together(
     workspace: Workspace, tmp_path: Path, base_folder: Path
 ) -> None:
     grown(workspace)
-    done = workspace.reseparate("safe", device="cpu")
+    done = workspace.recipe("safe").reseparate(device="cpu")
     assert done.concepts == 3
     fresh = overpaint.open(tmp_path / "fresh")
     fresh.add_base("tiny", base_folder)
-    fresh.learn(["cat", "dog", "sun"])
+    for name in ("cat", "dog", "sun"):
+        fresh.add_concept(name)
     wanted = {name: fresh.solve(name, base="tiny", device="cpu").id for name in ("cat", "dog")}
     assert {patch.concept: patch.id for patch, _ in workspace.recipe("safe").patches()} == wanted
     assert verify(workspace.registry).problems == ()
@@ -45,7 +46,7 @@ def test_it_is_one_revision_and_every_patch_lies_as_it_did(workspace: Workspace)
     grown(workspace)
     recipe = workspace.create_recipe("safe", exist_ok=True)
     before, digest = recipe.record, recipe.digest()
-    done = workspace.reseparate("safe", device="cpu")
+    done = workspace.recipe("safe").reseparate(device="cpu")
     after = recipe.record
     assert after.revision == before.revision + 1
     assert sorted((patch.concept, strength) for patch, strength in recipe.patches()) == [("cat", 0.5), ("dog", 1.0)]
@@ -65,16 +66,16 @@ def test_it_is_one_revision_and_every_patch_lies_as_it_did(workspace: Workspace)
 
 def test_the_new_revision_travels(workspace: Workspace) -> None:
     grown(workspace)
-    workspace.reseparate("safe", device="cpu")
+    workspace.recipe("safe").reseparate(device="cpu")
     record = record_of(workspace.registry, "safe")
     assert read_record(record.raw) == record
 
 
 def test_a_second_time_there_is_nothing_to_do(workspace: Workspace) -> None:
     grown(workspace)
-    workspace.reseparate("safe", device="cpu")
+    workspace.recipe("safe").reseparate(device="cpu")
     revision, patches = workspace.recipe("safe").record.revision, len(workspace.patches())
-    assert workspace.reseparate("safe", device="cpu").lines == []
+    assert workspace.recipe("safe").reseparate(device="cpu").lines == []
     assert (workspace.recipe("safe").record.revision, len(workspace.patches())) == (revision, patches)
 
 
@@ -82,7 +83,7 @@ def test_settings_seed_and_compression_come_along(workspace: Workspace) -> None:
     old = workspace.solve("cat", base="tiny", settings={"rank": "3"}, seed=7, compress="2", device="cpu")
     workspace.create_recipe("safe", exist_ok=True).add(old)
     workspace.add_concept("sun")
-    workspace.reseparate("safe", device="cpu")
+    workspace.recipe("safe").reseparate(device="cpu")
     ((new, _),) = workspace.recipe("safe").patches()
     assert new.id != old.id
     assert (new.settings, new.seed) == (old.record.settings, 7)
@@ -94,10 +95,10 @@ def test_what_needs_training_stays_and_is_named(workspace: Workspace) -> None:
     workspace.create_recipe("safe", exist_ok=True).add(
         workspace.solve("cat", base="tiny", solver="counting", device="cpu")
     )
-    assert workspace.reseparate("safe", device="cpu").left == ()
+    assert workspace.recipe("safe").reseparate(device="cpu").left == ()
     workspace.create_recipe("safe", exist_ok=True).add(workspace.solve("dog", base="tiny", device="cpu"))
     workspace.add_concept("sun")
-    done = workspace.reseparate("safe", device="cpu")
+    done = workspace.recipe("safe").reseparate(device="cpu")
     assert [(record.concept, record.solver) for record in done.left] == [("cat", "counting")]
     assert [line.concept for line in done.lines] == ["dog", "dog"]
 
@@ -107,7 +108,7 @@ def test_a_concept_that_cannot_be_solved_any_more_leaves_the_recipe_as_it_was(wo
     before = workspace.recipe("safe").record
     workspace.add_concept("cat dog fox car bus sun moon tree rose house person a of the in")
     with pytest.raises(OverpaintError, match="is as it was"):
-        workspace.reseparate("safe", device="cpu")
+        workspace.recipe("safe").reseparate(device="cpu")
     assert workspace.recipe("safe").record == before
 
 
@@ -118,14 +119,14 @@ def test_two_patches_that_would_become_one_are_refused(workspace: Workspace) -> 
     recipe.add(workspace.solve("cat", base="tiny", device="cpu"))
     patches = len(workspace.patches())
     with pytest.raises(NotReseparable, match="remove one of them first"):
-        workspace.reseparate("safe", device="cpu")
+        workspace.recipe("safe").reseparate(device="cpu")
     assert (len(recipe.record.laid), len(workspace.patches())) == (2, patches)
 
 
 def test_only_a_recipe_as_it_is_now_can_be_changed(workspace: Workspace) -> None:
     grown(workspace)
     with pytest.raises(OverpaintError, match="re-separate 'safe' itself"):
-        workspace.reseparate("safe@1", device="cpu")
+        workspace.recipe("safe@1").reseparate(device="cpu")
 
 
 def test_the_parts_of_one_universe_add_up_and_others_are_told_apart(workspace: Workspace) -> None:
@@ -135,10 +136,10 @@ def test_the_parts_of_one_universe_add_up_and_others_are_told_apart(workspace: W
         (2, ["dog"]),
         (1, ["cat"]),
     ]
-    assert "1 for 2 concepts, 1 for 1 concept" in workspace.mixture("safe")
-    workspace.reseparate("safe", device="cpu")
+    assert "1 for 2 concepts, 1 for 1 concept" in workspace.recipe("safe").mixture()
+    workspace.recipe("safe").reseparate(device="cpu")
     assert len(universes(workspace.registry, "safe")) == 1
-    assert workspace.mixture("safe") == ""
+    assert workspace.recipe("safe").mixture() == ""
     assert compose(workspace.base("tiny"), workspace.recipe("safe").terms())
 
 

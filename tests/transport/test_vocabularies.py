@@ -64,7 +64,7 @@ def test_a_vocabulary_that_is_not_what_it_says_is_left_out_with_notice(sender: W
     blob[-1] ^= 1
     file.write_bytes(blob)
     receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
-    moved(sender, receiver, "folder", tmp_path, notice=notices.append)
+    moved(sender, receiver, "folder", tmp_path, warn=notices.append)
     assert list(cache_of(receiver).iterdir()) == []
     assert "was left out, and is heard when it is needed" in notices[0]
 
@@ -75,7 +75,7 @@ def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workspace, tmp_p
     secret, public = tmp_path / "me", tmp_path / "me.pub"
     receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     sender.push(tmp_path / "shared")
-    receiver.pull(tmp_path / "shared", trust=[public], notice=notices.append)
+    receiver.pull(tmp_path / "shared", trust=[public], warn=notices.append)
     assert "is not signed" in notices[0]
     assert kept(cache_of(receiver)) == []
     sender.push(tmp_path / "signed", sign=secret)
@@ -88,6 +88,6 @@ def test_a_blob_that_is_too_large_is_not_read(
 ) -> None:
     monkeypatch.setattr("overpaint.registry.sharing.vocabularies.LIMIT", 10)
     receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
-    moved(sender, receiver, "folder", tmp_path, notice=notices.append)
+    moved(sender, receiver, "folder", tmp_path, warn=notices.append)
     assert "at most 10" in notices[0]
     assert kept(cache_of(receiver)) == []
