@@ -18,7 +18,9 @@ READ_ONLY = "cannot write in {path}: it is read-only for this user; make it writ
 BUSY = "the registry {path} is busy: another process has been writing for 20 seconds; wait for it and run this again"
 CANNOT_OPEN = "cannot open {path}; check that its folder exists and that this user may write there"
 NOT_A_DATABASE = "{path} is not a SQLite database; name another registry, or move this file away"
-DAMAGED = "the database {path} is damaged; keep a copy of it, then put back a backup (`registry.db.before-*` beside it)"
+DAMAGED = (
+    "the database {path} is damaged ({reason}); keep a copy, then put back a backup (`registry.db.before-*` beside it)"
+)
 UNKNOWN_OPTION = "the URL {path} has an option that PostgreSQL does not know ({reason}); correct it or leave it out"
 IO_ERROR = (
     "the disk that holds {path} is full or failing ({reason}); free some space, or check the disk, and run this again. "
@@ -44,6 +46,10 @@ OF_SQLITE = {
     "unable to open database file": CANNOT_OPEN,
     "file is not a database": NOT_A_DATABASE,
     "database disk image is malformed": DAMAGED,
+    "Could not decode to UTF-8": DAMAGED,
+    # What is written follows from rows that were read, so those do not fit each other.
+    "FOREIGN KEY constraint failed": DAMAGED,
+    "UNIQUE constraint failed": DAMAGED,
 }
 # By the standard's codes, which PostgreSQL gives and SQLite does not.
 OF_POSTGRES = {
@@ -55,6 +61,10 @@ OF_POSTGRES = {
     "28P01": NOT_LET_IN,
     "28000": NOT_LET_IN,
 }
+
+
+class Damaged(OverpaintError):
+    """A database that something else than this program has changed."""
 
 
 @contextmanager
@@ -79,7 +89,8 @@ def plain_database_errors(path: Path | str) -> Iterator[None]:
         if sentence is None:
             raise
         reason = printed(str(cause).strip().replace("\n", " "))
-        raise OverpaintError(sentence.format(path=path, reason=reason)) from error
+        kind = Damaged if sentence is DAMAGED else OverpaintError
+        raise kind(sentence.format(path=path, reason=reason)) from error
 
 
 def _of_sqlite(error: sqlite3.Error) -> str | None:

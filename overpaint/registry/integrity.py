@@ -7,23 +7,21 @@ row is changed.
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import Text, select, type_coerce
+from sqlalchemy import select, type_coerce
 from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.types import NullType
 
-from overpaint.core.concepts import Concept
-from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry import models
+from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of
 from overpaint.registry.records import PatchRecord
-from overpaint.registry.registry import Registry
+from overpaint.registry.registry import EvaluationRecord, Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
@@ -72,13 +70,16 @@ def patch_rows(registry: Registry) -> Iterator[StoredPatch]:
 
 def row_problems(registry: Registry) -> list[str]:
     """What is wrong in the database itself: damage, references to nothing, rows that contradict each other."""
-    with registry.reading() as session:
-        # What cannot be read at all is said first, because nothing else can be checked then.
-        unreadable = [*_damage(session), *_moments(session)]
-        try:
-            return unreadable or [*_concepts(session), *_patches(session), *_recipes(session)]
-        except models.DamagedRow as error:
-            return [str(error)]
+    problems: list[str] = []
+    try:
+        with registry.reading() as session:
+            # What cannot be read at all is said first, because nothing else can be checked then.
+            problems += [*_damage(session), *_values(session)]
+            if not problems:
+                problems += [*_concepts(session), *_settings(session), *_recipes(session)]
+    except Damaged as error:
+        problems.append(str(error))
+    return problems
 
 
 def _damage(session: Session) -> Iterator[str]:
@@ -93,39 +94,42 @@ def _damage(session: Session) -> Iterator[str]:
         yield f"row {row} of {table} refers to a {other} that is not there"
 
 
-def _moments(session: Session) -> Iterator[str]:
-    """Times and days are text in SQLite, which takes any text for one."""
+def _values(session: Session) -> Iterator[str]:
+    """Every value as the reader of its column finds it; SQLite takes anything for a number or a time."""
+    dialect = session.get_bind().dialect
     for table in models.Row.metadata.sorted_tables:
-        for column in table.columns:
-            kind = {models.UtcTime: datetime, models.Day: date}.get(type(column.type))
-            if kind is None:
-                continue
-            query = select(*table.primary_key.columns, type_coerce(column, Text)).where(column.is_not(None))
-            for *key, text in session.execute(query.execution_options(yield_per=MANY)):
+        readers = [
+            (column.name, column.type.dialect_impl(dialect).result_processor(dialect, None)) for column in table.columns
+        ]
+        stored = select(*(type_coerce(column, NullType()) for column in table.columns))
+        for row in session.execute(stored.execution_options(yield_per=MANY)):
+            for (name, read), value in zip(readers, row, strict=True):
                 try:
-                    if isinstance(text, str):
-                        kind.fromisoformat(text)
-                except ValueError:
-                    yield f"row {', '.join(map(str, key))} of {table.name} has {text!r} for {column.name}, which is no time"
+                    if read is not None:
+                        read(value)
+                except models.DamagedRow as error:
+                    yield f"the {name} of a row of {table.name} is damaged: {error.what}, in {tuple(row)}"
 
 
 def _concepts(session: Session) -> Iterator[str]:
     for row in session.scalars(select(models.ConceptRow).execution_options(yield_per=MANY)):
         try:
-            concept = Concept.from_json(json.loads(row.definition))
-        except (ValueError, TypeError, AttributeError, OverpaintError) as error:
-            yield f"the definition of the concept {row.name!r} cannot be read: {error}"
+            concept = row.concept
+        except models.DamagedRow as error:
+            yield error.what
             continue
         if (concept.name, concept.kind) != (row.name, row.kind):
             yield f"the concept {row.name!r} ({row.kind}) is defined as {concept.name!r} ({concept.kind})"
 
 
-def _patches(session: Session) -> Iterator[str]:
-    for row in session.scalars(select(models.PatchRow).order_by(models.PatchRow.id).execution_options(yield_per=MANY)):
-        try:
-            PatchRecord.of(row)
-        except models.DamagedRow as error:
-            yield str(error)
+def _settings(session: Session) -> Iterator[str]:
+    """Columns with JSON in them."""
+    for query, of in ((select(models.PatchRow), PatchRecord.of), (select(models.EvaluationRow), EvaluationRecord.of)):
+        for row in session.scalars(query.execution_options(yield_per=MANY)):
+            try:
+                of(row)
+            except models.DamagedRow as error:
+                yield error.what
 
 
 def _recipes(session: Session) -> Iterator[str]:
@@ -194,7 +198,10 @@ class Verified:
 def verify(registry: Registry, *, report: Progress = silent) -> Verified:
     """Read every row, every patch and every blob of a registry, and compare each with its digest."""
     problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
-    rows = list(patch_rows(registry))
+    try:
+        rows = list(patch_rows(registry))
+    except Damaged:  # which is among the problems by now; the blobs can be read all the same
+        rows = []
     check = _Check(PatchFiles(registry.blobs))
     for step, row in enumerate(rows, 1):
         report(step, len(rows), f"patch {row.id[:12]} ({row.concept})")

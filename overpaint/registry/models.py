@@ -19,13 +19,17 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    inspect,
 )
 from sqlalchemy import text as sql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm.interfaces import MANYTOONE
 from sqlalchemy.types import TypeDecorator
 
+from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.registry.db_errors import Damaged
 
 HEAD = "0004"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
@@ -45,10 +49,11 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-class DamagedRow(OverpaintError):
-    """A row that was changed by something else than this program."""
+class DamagedRow(Damaged):
+    """A row that was changed by something else than this program; `what` is wrong with it."""
 
     def __init__(self, what: str) -> None:
+        self.what = what
         super().__init__(f"the registry's database is damaged: {what}; run `overpaint verify`, then put back a backup")
 
 
@@ -61,6 +66,54 @@ def stored_json(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedRow(f"{what} cannot be read (no JSON object)")
     return value
+
+
+Read = Callable[[Any], Any]
+"""What makes of a value as the database has it one that the program uses."""
+
+
+class _Stored(TypeDecorator[Any]):
+    """A column whose values are of one Python type; SQLite would keep anything in it."""
+
+    wanted: ClassVar[type | tuple[type, ...]]
+    noun: ClassVar[str]
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Read | None:
+        wanted = self.wanted
+
+        def process(value: Any) -> Any:
+            if value is None or (isinstance(value, wanted) and value not in INFINITE):
+                return value
+            raise DamagedRow(f"{value!r} where a {self.noun} belongs")
+
+        return process
+
+
+INFINITE = (float("inf"), float("-inf"))
+
+
+class StoredText(_Stored):
+    """Text of any length."""
+
+    cache_ok, impl, wanted, noun = True, Text, str, "text"
+
+
+class StoredInteger(_Stored):
+    """A whole number of 32 bits."""
+
+    cache_ok, impl, wanted, noun = True, Integer, int, "whole number"
+
+
+class StoredLong(_Stored):
+    """A whole number of 64 bits."""
+
+    cache_ok, impl, wanted, noun = True, BigInteger, int, "whole number"
+
+
+class StoredFloat(_Stored):
+    """A finite number of double precision."""
+
+    cache_ok, impl, wanted, noun = True, Double, (int, float), "number"
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -88,7 +141,7 @@ class Day(TypeDecorator[date]):
     impl = Date
     cache_ok = True
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], date | None] | None:
+    def result_processor(self, dialect: Dialect, coltype: object) -> Read | None:
         read = super().result_processor(dialect, coltype)
 
         def process(value: Any) -> date | None:
@@ -104,19 +157,23 @@ class Row(DeclarativeBase):
     """The root of all tables (not called Base, because a base is something else here)."""
 
     metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map: ClassVar[dict[Any, Any]] = {str: Text, float: Double, datetime: UtcTime, date: Day}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: StoredText,
+        int: StoredInteger,
+        float: StoredFloat,
+        datetime: UtcTime,
+        date: Day,
+    }
 
 
 @event.listens_for(Row, "load", propagate=True)
-def _refuse_other_types(row: Row, _context: object) -> None:
-    """SQLite keeps any text in any column."""
-    for column in type(row).__table__.columns:
-        value, wanted = row.__dict__.get(column.key), TYPES.get(type(column.type))
-        if value is not None and wanted and not isinstance(value, wanted):
-            raise DamagedRow(f"{value!r} for {column.key} in a row of {column.table.name}")
-
-
-TYPES: dict[type, Any] = {Integer: int, BigInteger: int, Double: (int, float), Text: str}
+def _refuse_dangling(row: Row, _context: object) -> None:
+    """Every reference that was read along with a row leads to a row."""
+    for relation in inspect(type(row)).relationships:
+        if relation.direction is MANYTOONE and row.__dict__.get(relation.key, row) is None:
+            (column,) = relation.local_columns
+            if row.__dict__.get(str(column.key)) is not None:
+                raise DamagedRow(f"a {row.__tablename__} refers to a {relation.key} that is gone")
 
 
 class BaseRow(Row):
@@ -145,6 +202,14 @@ class ConceptRow(Row):
     definition: Mapped[str]
     added_at: Mapped[datetime] = mapped_column(default=now)
 
+    @property
+    def concept(self) -> Concept:
+        """What the row defines. Raises DamagedRow."""
+        try:
+            return Concept.from_json(stored_json(self.definition, f"the concept {self.name!r}"))
+        except (KeyError, TypeError, AttributeError, ValueError, OverpaintError) as error:
+            raise DamagedRow(f"the concept {self.name!r} cannot be read ({error})") from error
+
 
 class PatchRow(Row):
     """A stored delta and where it came from. `id` is the digest of its manifest, `blob` the digest of its bytes."""
@@ -164,14 +229,14 @@ class PatchRow(Row):
     solver: Mapped[str]
     kind: Mapped[str]
     settings: Mapped[str]
-    seed: Mapped[int] = mapped_column(BigInteger)
-    nbytes: Mapped[int] = mapped_column(BigInteger)
+    seed: Mapped[int] = mapped_column(StoredLong)
+    nbytes: Mapped[int] = mapped_column(StoredLong)
     blob: Mapped[str]
     seconds: Mapped[float]
     solved_at: Mapped[datetime] = mapped_column(default=now)
 
     # Outer joins, though there always is a concept: SQLite may begin an inner join with the other table, and then it
-    # sorts all patches to show fifty.
+    # sorts all patches to show fifty. And a row whose concept was lost would not be seen to be damaged.
     concept: Mapped[ConceptRow] = relationship(lazy="joined")
     base: Mapped[BaseRow] = relationship(lazy="joined")
     tags: Mapped[list[PatchTagRow]] = relationship(lazy="selectin", order_by="PatchTagRow.tag", viewonly=True)
@@ -222,7 +287,7 @@ class RecipeRow(Row):
     created_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
 
-    base: Mapped[BaseRow] = relationship(lazy="joined", innerjoin=True)
+    base: Mapped[BaseRow] = relationship(lazy="joined")
     patches: Mapped[list[RecipePatchRow]] = relationship(order_by="RecipePatchRow.patch_id", viewonly=True)
     tags: Mapped[list[RecipeTagRow]] = relationship(order_by="RecipeTagRow.tag", viewonly=True)
 
@@ -252,7 +317,7 @@ class RecipeTagRow(Row):
     who: Mapped[str]
     at: Mapped[datetime] = mapped_column(default=now)
 
-    recipe: Mapped[RecipeRow] = relationship(lazy="joined", innerjoin=True, viewonly=True)
+    recipe: Mapped[RecipeRow] = relationship(lazy="joined", viewonly=True)
 
 
 class RecipeTextRow(Row):
@@ -289,7 +354,7 @@ class RevisionRow(Row):
     digest_before: Mapped[str | None]
     digest_after: Mapped[str | None]
 
-    recipe: Mapped[RecipeRow] = relationship(lazy="joined", innerjoin=True, viewonly=True)
+    recipe: Mapped[RecipeRow] = relationship(lazy="joined", viewonly=True)
     changes: Mapped[list[RevisionPatchRow]] = relationship(order_by="RevisionPatchRow.patch_id")
 
 
@@ -329,7 +394,7 @@ class EvaluationRow(Row):
     digest: Mapped[str]
     suite: Mapped[str]
     judge: Mapped[str]
-    seed: Mapped[int] = mapped_column(BigInteger)
+    seed: Mapped[int] = mapped_column(StoredLong)
     settings: Mapped[str]
     versions: Mapped[str]
     seconds: Mapped[float]

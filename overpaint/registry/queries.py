@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,8 +34,7 @@ def keep_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = (
     """Write what a search finds `patch` by."""
     known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
     row = known or models.PatchTextRow(patch_id=patch.id)
-    concept = Concept.from_json(json.loads(patch.concept.definition))
-    row.text = of_patch(concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
+    row.text = of_patch(patch.concept.concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
     session.add(row)
 
 
@@ -132,9 +130,15 @@ def chunks(ids: Iterable[str]) -> Iterator[Sequence[str]]:
 
 
 def patches_by_id(session: Session, ids: Iterable[str]) -> dict[str, models.PatchRow]:
-    """The patches of these ids, by id."""
+    """The patches of these ids, by id; looking up one that is not there raises DamagedRow."""
     query = select(models.PatchRow)
-    return {row.id: row for some in chunks(ids) for row in session.scalars(query.where(models.PatchRow.id.in_(some)))}
+    pieces = (session.scalars(query.where(models.PatchRow.id.in_(some))) for some in chunks(ids))
+    return _ById({row.id: row for piece in pieces for row in piece})
+
+
+class _ById(dict[str, models.PatchRow]):
+    def __missing__(self, id: str) -> models.PatchRow:
+        raise models.DamagedRow(f"the patch {id}, which other rows name, is gone")
 
 
 def same_bases(session: Session, name: str) -> list[int]:

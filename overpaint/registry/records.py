@@ -46,8 +46,6 @@ class PatchRecord:
 
     @classmethod
     def of(cls, row: models.PatchRow) -> PatchRecord:
-        if row.concept is None or row.base is None:
-            raise models.DamagedRow(f"a patch {row.id} whose concept or base is gone")
         return cls(
             id=row.id,
             concept=row.concept.name,

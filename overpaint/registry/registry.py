@@ -106,7 +106,7 @@ def _row(concept: Concept) -> models.ConceptRow:
 def _add_new(session: Session, row: models.ConceptRow) -> None:
     """Names that an older version let pass stay; new ones are checked."""
     checked_name(row.name, "concept")
-    _check_words(_concept(row))
+    _check_words(row.concept)
     session.add(row)
 
 
@@ -119,13 +119,6 @@ def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
     """What a search finds patches by has the words of their concept."""
     for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == concept.id)):
         queries.keep_patch(session, patch, [tag.tag for tag in patch.tags])
-
-
-def _concept(row: models.ConceptRow) -> Concept:
-    try:
-        return Concept.from_json(models.stored_json(row.definition, f"the concept {row.name!r}"))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise models.DamagedRow(f"the concept {row.name!r} cannot be read ({error})") from error
 
 
 TRIES = 100
@@ -582,11 +575,11 @@ class Registry:
         rows = [_row(concept) for concept in concepts]
         with self._database.writing() as session:
             known = {row.name: lookup(session, models.ConceptRow, row.name) for row in rows}
-            pairs = [(there, row) for row in rows if (there := known[row.name]) and _concept(there) != _concept(row)]
+            pairs = [(there, row) for row in rows if (there := known[row.name]) and there.concept != row.concept]
             if pairs and not update:
-                raise ConceptDiffers(told_apart([(_concept(there), _concept(row)) for there, row in pairs]))
+                raise ConceptDiffers(told_apart([(there.concept, row.concept) for there, row in pairs]))
             for there, row in pairs:
-                _check_words(_concept(row))
+                _check_words(row.concept)
                 there.kind, there.definition = row.kind, row.definition
                 _rewrite_texts(session, there)
             for row in rows:
@@ -599,7 +592,7 @@ class Registry:
             known = lookup(session, models.ConceptRow, row.name)
             if known is None:
                 _add_new(session, row)
-            elif not (equal_is_fine and _concept(known) == concept):
+            elif not (equal_is_fine and known.concept == concept):
                 raise AlreadyExists(
                     f"concept {known.name!r} is there already, as {known.definition}; choose another name"
                 )
@@ -622,7 +615,7 @@ class Registry:
         """All concepts, in the order they came, or `limit` of them after the first `offset`."""
         query = select(models.ConceptRow).order_by(models.ConceptRow.id).limit(limit).offset(offset)
         with self._database.reading() as session:
-            return [_concept(row) for row in session.scalars(query)]
+            return [row.concept for row in session.scalars(query)]
 
     def count_concepts(self) -> int:
         """How many there are."""
@@ -632,7 +625,7 @@ class Registry:
     def concept(self, name: str) -> Concept:
         """The concept of that name. Raises NotFound."""
         with self._database.reading() as session:
-            return _concept(find(session, models.ConceptRow, name))
+            return find(session, models.ConceptRow, name).concept
 
     # Patches
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -77,6 +82,47 @@ def test_a_path_is_a_folder_and_a_url_is_what_it_says(tmp_path: Path) -> None:
     assert isinstance(open_files(str(tmp_path)), FolderFiles)
     assert isinstance(open_files(f"file://{tmp_path}"), FolderFiles)
     assert isinstance(open_files("memory://x"), RemoteFiles)
+
+
+ACTS: dict[str, Callable[[Files], object]] = {
+    "reading": lambda files: files.read("index.json"),
+    "reading the beginning": lambda files: files.read("index.json", limit=10),
+    "asking": lambda files: files.info("index.json"),
+    "listing": lambda files: list(files.walk("blobs")),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("scheme", ["http", "ftp", "webhdfs"])
+def test_where_nobody_answers_nothing_is_taken_for_empty(scheme: str, act: str) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(Unreachable, match=rf"{scheme}://127.0.0.1:{port}/x cannot be used .*(refused|connect)"):
+        ACTS[act](open_files(f"{scheme}://127.0.0.1:{port}/x"))
+
+
+@pytest.mark.parametrize(("status", "missing"), [(404, True), (403, False), (500, False)])
+def test_only_a_server_that_says_so_lacks_a_file(status: int, missing: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever).start()
+        files = open_files(f"http://127.0.0.1:{server.server_port}/x")
+        for act in ACTS.values():
+            if missing:
+                assert not act(files)
+            else:
+                with pytest.raises(Unreachable, match=str(status)):
+                    act(files)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("url", ["nothing://x/y", "wss://x"])

@@ -176,8 +176,8 @@ def _run(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (_run("UPDATE patch SET blob = '" + "0" * 64 + "' WHERE id = '{id}'"), "but make the file"),
         (_run("UPDATE base SET fingerprint = 'e'"), "gives it the base 'e'"),
         (_run("UPDATE concept SET name = 'plum', definition = replace(definition, 'apple', 'plum')"), "concept 'plum'"),
-        (_run("UPDATE concept SET definition = '{'"), "definition of the concept 'apple' cannot be read"),
-        (_run("UPDATE concept SET definition = '[]'"), "definition of the concept 'apple' cannot be read"),
+        (_run("UPDATE concept SET definition = '{'"), "the concept 'apple' cannot be read"),
+        (_run("UPDATE concept SET definition = '[]'"), "the concept 'apple' cannot be read"),
         (_run("UPDATE concept SET kind = 'style'"), r"'apple' \(style\) is defined as 'apple' \(object\)"),
         (_run("UPDATE patch SET settings = 'x' WHERE id = '{id}'"), "settings of patch {id} cannot be read"),
         (
@@ -188,9 +188,14 @@ def _run(*statements: str) -> Callable[[sqlite3.Connection], None]:
         (_run("DELETE FROM recipe_patch"), "is not what its history says"),
         (
             _run("UPDATE patch SET solved_at = 'Tuesday' WHERE id = '{id}'"),
-            "row {id} of patch has 'Tuesday' for solved_at",
+            "the solved_at of a row of patch is damaged: 'Tuesday' where a time belongs, in .'{id}'",
         ),
-        (_run("UPDATE recipe_patch SET until = 'x'"), "of recipe_patch has 'x' for until"),
+        (_run("UPDATE recipe_patch SET until = 'x'"), "the until of a row of recipe_patch is damaged"),
+        (_run("UPDATE revision SET at = 'x'"), "the at of a row of revision is damaged: 'x' where a time belongs"),
+        (_run("UPDATE patch SET kind = x'ff' WHERE id = '{id}'"), "the kind of a row of patch is damaged"),
+        (_run("UPDATE patch_text SET text = x'ff'"), "the text of a row of patch_text is damaged"),
+        (_run("UPDATE recipe_patch SET strength = 9e999"), "inf where a number belongs"),
+        (_run("UPDATE concept SET name = CAST(x'ff' AS TEXT)"), "is damaged .Could not decode to UTF-8"),
         (_run("DELETE FROM base"), "refers to a base that is not there"),
         (
             _run(
@@ -292,6 +297,13 @@ DAMAGE: dict[str, tuple[str, Callable[[Registry], object]]] = {
     "a strength": ("UPDATE recipe_patch SET strength = 'much'", Registry.recipes),
     "a day": ("UPDATE recipe_patch SET until = 'soon'", Registry.recipes),
     "a strength in the history": ("UPDATE revision_patch SET strength_after = 'x'", lambda each: each.log("r")),
+    "a name that is no text": ("UPDATE concept SET name = x'ff'", lambda each: each.concept("apples")),
+    "a lost patch in a list": ("DELETE FROM patch", lambda each: each.patches_on("r")),
+    "a lost patch in the history": ("DELETE FROM patch", lambda each: each.log("r")),
+    "a lost patch in a comparison": ("DELETE FROM patch", lambda each: each.diff("r@1", "r")),
+    "a lost patch in a search": ("DELETE FROM patch", lambda each: each.search("apple")),
+    "a lost concept in the history": ("DELETE FROM concept", lambda each: each.log("r")),
+    "a lost base": ("DELETE FROM base", Registry.recipes),
 }
 
 
@@ -303,3 +315,19 @@ def test_rows_damaged_by_hand_are_sentences(full: Registry, damage: str) -> None
     with pytest.raises(OverpaintError, match=r"database is damaged: .* run `overpaint verify`"):
         read(full)
     assert row_problems(full)
+
+
+def test_text_that_is_no_text_is_a_sentence_everywhere(full: Registry) -> None:
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute("UPDATE concept SET name = CAST(x'ff' AS TEXT)")
+    for read in (Registry.concepts, Registry.patches, lambda each: each.log("r"), lambda each: each.concept("plum")):
+        with pytest.raises(OverpaintError, match=r"is damaged \(Could not decode to UTF-8 column 'name"):
+            read(full)
+    assert [problem.part for problem in verify(full).problems] == ["database"]
+
+
+def test_a_change_that_a_lost_row_forbids_is_a_sentence(full: Registry) -> None:
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute("DELETE FROM patch")
+    with pytest.raises(OverpaintError, match="is damaged"):
+        full.copy_recipe("r", "copy", why="", who="tester")

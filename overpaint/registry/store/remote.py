@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
+from ftplib import FTP
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
@@ -35,16 +37,20 @@ class RemoteFiles(Files):
             import fsspec  # type: ignore[import-untyped]
 
             # Listings are never taken from a cache: other programs write here too.
+            if scheme == "ftp":  # what fsspec's destructor closes, also where no connection came about
+                fsspec.get_filesystem_class(scheme).ftp = FTP()
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             hint = EXTRAS.get(scheme, "install the package that `fsspec` names for it")
             reason = printed(str(error), url)
             raise OverpaintError(f"{scheme}:// cannot be reached ({reason}); {hint}, or name a folder") from None
+        except Exception as error:  # some packages connect as soon as they are asked for
+            raise self._unreachable(error) from None
         self._root = str(root).rstrip("/")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(name)
-        with self._plain(name), suppress(FileNotFoundError):
+        with self._looking_for(name):
             if limit is not None:
                 nbytes = int(self._fs.info(path)["size"])
                 if nbytes > limit:
@@ -66,7 +72,7 @@ class RemoteFiles(Files):
                 self._fs.mv(temporary, path)
 
     def info(self, name: str) -> FileInfo | None:
-        with self._plain(name), suppress(FileNotFoundError):
+        with self._looking_for(name):
             found = self._fs.info(self._path(name))
             if found["type"] == "file":
                 return FileInfo(name, int(found["size"]), self._modified(found))
@@ -76,11 +82,11 @@ class RemoteFiles(Files):
         return self.info(name) is not None  # what an object store has acknowledged is durable
 
     def walk(self, folder: str) -> Iterator[FileInfo]:
-        with self._plain(folder):
-            try:
-                found = self._fs.find(self._path(folder), detail=True)
-            except FileNotFoundError:
-                found = {}
+        found: dict[str, Any] = {}
+        # An object store lists everything in one go; elsewhere a folder that cannot be listed would be left out.
+        all_or_nothing = {} if self._at_once else {"on_error": "raise"}
+        with self._looking_for(folder):
+            found = self._fs.find(self._path(folder), detail=True, **all_or_nothing)
         for path, entry in found.items():
             name = str(path).removeprefix(self._root).strip("/")
             yield FileInfo(name, int(entry["size"]), self._modified(entry))
@@ -92,7 +98,7 @@ class RemoteFiles(Files):
             self._fs.mv(self._path(name), target)
 
     def remove(self, name: str) -> None:
-        with self._plain(name), suppress(FileNotFoundError):
+        with self._looking_for(name):
             self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -120,7 +126,27 @@ class RemoteFiles(Files):
         except OverpaintError:
             raise
         except Exception as error:  # each package has errors of its own, with no common root
-            reason = printed(str(error).strip(), self._url) or type(error).__name__
-            raise Unreachable(
-                f"{self.where} cannot be used for {name} ({reason}); check the address, the network and your credentials"
-            ) from None  # the cause may hold the credentials
+            raise self._unreachable(error, f" for {name}") from None  # the cause may hold the credentials
+
+    @contextmanager
+    def _looking_for(self, name: str) -> Iterator[None]:
+        """The same, where a file that is not there is no error."""
+        with self._plain(name):
+            try:
+                yield
+            except FileNotFoundError as error:
+                if not _is_missing(error.__cause__):
+                    raise (error.__cause__ or error) from None
+
+    def _unreachable(self, error: Exception, purpose: str = "") -> Unreachable:
+        reason = printed(str(error).strip(), self._url) or type(error).__name__
+        return Unreachable(
+            f"{self.where} cannot be used{purpose} ({reason}); check the address, the network and your credentials"
+        )
+
+
+def _is_missing(cause: BaseException | None) -> bool:
+    """Whether a place said that a file is missing: `fsspec` says so too when nobody answered, or with another refusal."""
+    if type(cause).__module__.startswith("aiohttp"):
+        return getattr(cause, "status", None) == 404
+    return isinstance(cause, FileNotFoundError) or not isinstance(cause, (OSError, asyncio.TimeoutError))
