@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.base import Base, BrokenBase, Unchangeable
 from overpaint.core.errors import OverpaintError
 from overpaint.patches import arithmetic
 from overpaint.patches.compose import Term, compose, composition_digest, exactly, plan
@@ -405,7 +405,7 @@ def test_a_tensor_of_whole_numbers_is_refused(tmp_path: Path) -> None:
     file = whole.places[KEY].file
     tensors = safetensors.torch.load_file(file)
     safetensors.torch.save_file({k: v.to(torch.int8) for k, v in tensors.items()}, file)
-    with pytest.raises(BadDelta, match="is int8 in the base"):
+    with pytest.raises(Unchangeable, match="is int8, whose steps"):
         compose(Base.open(whole.path), [Term("a", Dense({BIAS: torch.ones(4)}))])
 
 

@@ -24,16 +24,20 @@ from overpaint.bases.checkpoint import (
 )
 from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.key_mapping import SingleFile
-from overpaint.bases.layout import Layout, TextInput, read_index
+from overpaint.bases.layout import Layout, TextInput, UnknownLayout, read_index
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.pipelines import absent_components, load_pipeline
-from overpaint.bases.safetensors_file import SafetensorsFile, file_stamp
+from overpaint.bases.pipelines import absent_components, check_configuration, load_pipeline, mended_index
+from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
 from overpaint.core.digests import canonical_json, combined_digest
-from overpaint.core.errors import NotFound
+from overpaint.core.errors import NotFound, OverpaintError
 
 __all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
 
 EMBEDDED = Path(__file__).parent / "emoji" / "model"
+
+
+class Unchangeable(OverpaintError):
+    """Weights of a type that no change can be added to: quantised ones."""
 
 
 @dataclass(eq=False)
@@ -70,7 +74,9 @@ class Base:
             hub = None
         found = open_single_file(path) if path.is_file() else open_folder(path)
         containers = {part.container.path: part.container for part in found.parts}
-        return cls(path, found.layout, found.places(), containers, found.variant, found.form, hub)
+        base = cls(path, found.layout, found.places(), containers, found.variant, found.form, hub)
+        base.pipeline_class  # noqa: B018  raises for a denoiser of other channels, whatever container it comes in
+        return base
 
     @property
     def is_single_file(self) -> bool:
@@ -182,6 +188,16 @@ class Base:
             self._readers[text_input] = self.layout.projections(text_input, self.names)
         return list(self._readers[text_input])
 
+    def check_changeable(self, names: Iterable[str]) -> None:
+        """Raise Unchangeable unless the named tensors are of types that a change can be added to."""
+        for name in names:
+            if (dtype := DTYPES[self.places[name].entry.dtype]) not in FLOATS:
+                raise Unchangeable(
+                    f"{name} of the base at {self.path} is {dtype_name(dtype)}, whose steps are too coarse for the change of a "
+                    "patch; use the float16 or bfloat16 model that it was made from (patches are small, and quantising can "
+                    "follow the build)"
+                )
+
     def columns(self, text_input: str, reader: str) -> slice:
         """The input columns of one of a door's readers that belong to the door."""
         spec = self.text_input(text_input)
@@ -219,18 +235,40 @@ class Base:
 
         A single file has none of them: they are read from a folder of its name beside it (`model/` for
         `model.safetensors`), or from the published folder of its layout where the Hub's local cache has it. Raises
-        NotFound when neither is there.
+        NotFound when neither is there, UnknownLayout when it is another architecture's.
         """
         if not self.is_single_file:
             return self.path
-        beside, published = self.path.with_suffix(""), self.form.config if self.form else ""
+        assert self.form is not None
+        beside = self.path.with_suffix("")
+        published = self.form.configs.get(str(self.channels), self.form.config)
         for folder in (beside, _in_hub_cache(published)):
             if folder is not None and (folder / "model_index.json").is_file():
+                check_configuration(folder, self.layout, self.channels, self.path)
                 return folder
         raise NotFound(
             f"{self.path.name} holds weights alone; put the configuration (a diffusers folder, no weights needed) into "
             f"{beside}, or download {published} once"
         )
+
+    @property
+    def channels(self) -> int | None:
+        """The denoiser's input channels; None where the layout tells nothing by them."""
+        place = self.places.get(self.layout.input)
+        return place.shape[1] if place and len(place.shape) > 1 else None
+
+    @cached_property
+    def pipeline_class(self) -> str:
+        """The class of diffusers that draws with this base. Raises UnknownLayout for a denoiser of other input channels."""
+        if self.channels is None:
+            return self.layout.pipelines[0]
+        if str(self.channels) not in self.layout.by_channels:
+            known = ", ".join(f"{count} ({kind})" for count, kind in self.layout.by_channels.items())
+            raise UnknownLayout(
+                f"{self.layout.input} of the base at {self.path} reads {self.channels} channels; known are: {known}. Use a "
+                "model of one of these kinds"
+            )
+        return self.layout.by_channels[str(self.channels)]
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -242,6 +280,11 @@ class Base:
         """The optional components (a safety checker, say) that the index names and that are not there whole."""
         return absent_components(self.config_folder, self.index, self.layout, weights=not self.is_single_file)
 
+    @property
+    def mended_index(self) -> dict[str, Any]:
+        """The index that a folder built from this base has."""
+        return mended_index(self.index, self.layout, self.pipeline_class, self.absent_components)
+
     @own_torch_settings()
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A fresh diffusers pipeline of this base, of the class that its layout names.
@@ -249,7 +292,7 @@ class Base:
         It has no safety checker. Raises NotFound for a single file without configuration, BrokenBase for what diffusers
         cannot load.
         """
-        kind, config = self.layout.pipelines[0], self.config_folder
+        kind, config = self.pipeline_class, self.config_folder
         pipe = load_pipeline(kind, self.path, config, self.layout, self.absent_components, self.variant, dtype)
         return pipe.to(device)
 

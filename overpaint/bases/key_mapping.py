@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.resources import files
@@ -158,7 +158,7 @@ class KeyMapping:
 @dataclass(frozen=True)
 class SingleFile:
     """One way of keeping a whole pipeline in a file: what such a file is called, how it spells each component, and which
-    published folder has the configuration and tokenizer that it lacks.
+    published folder has the configuration and tokenizer that it lacks: `config`, or by input channels one of `configs`.
 
     `holds` is a canonical name that a base must have to be written so; empty: any base of the layout.
     """
@@ -167,6 +167,7 @@ class SingleFile:
     config: str
     spellings: Mapping[str, KeyMapping]
     holds: str = ""
+    configs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SingleFile:
@@ -175,7 +176,7 @@ class SingleFile:
         found = {
             name: KeyMapping(**{**_rules_of(rest["spelling"]), **_without(rest)}) for name, rest in components.items()
         }
-        return cls(raw["about"], raw["config"], found, raw.get("holds", ""))
+        return cls(raw["about"], raw["config"], found, raw.get("holds", ""), raw.get("configs", {}))
 
     def lacking(self, keys: Collection[str]) -> list[str]:
         """The beginnings that keys of such a file have and none of these has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -78,6 +78,8 @@ class TextInput:
 class Layout:
     """An architecture: its components, and its doors by name.
 
+    `pipelines` are the classes of such a pipeline. Where `by_channels` names some too, the one that draws is found by the
+    input channels of the tensor `input`: an inpainting model is told by them alone.
     `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
     """
 
@@ -86,6 +88,8 @@ class Layout:
     components: dict[str, Component]
     text_inputs: dict[str, TextInput]
     single_files: tuple[SingleFile, ...] = ()
+    input: str = ""
+    by_channels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Layout:
@@ -97,6 +101,8 @@ class Layout:
             components={name: Component(**rules) for name, rules in whole["components"].items()},
             text_inputs={name: TextInput(**rules) for name, rules in whole["text_inputs"].items()},
             single_files=tuple(SingleFile.from_json(form) for form in whole.get("single_files", ())),
+            input=whole.get("input", ""),
+            by_channels=whole.get("by_channels", {}),
         )
 
     def projections(self, text_input: str, names: Iterable[str]) -> list[str]:
@@ -144,7 +150,7 @@ def layout_of(folder: Path) -> Layout:
     """
     kind = read_index(folder)["_class_name"]
     for layout in layouts():
-        if kind in layout.pipelines:
+        if kind in (*layout.pipelines, *layout.by_channels.values()):
             return layout
     known = ", ".join(p for layout in layouts() for p in layout.pipelines)
     raise UnknownLayout(

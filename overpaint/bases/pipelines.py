@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from overpaint.bases.checkpoint import BrokenBase
-from overpaint.bases.layout import Layout
+from overpaint.bases.layout import Layout, UnknownLayout, layout_of
 from overpaint.bases.loading import quiet_loading
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, other_kind
 
@@ -39,6 +40,17 @@ def absent_components(folder: Path, index: Mapping[str, Any], layout: Layout, *,
     return sorted(name for name in optional if not _is_there(folder / name, weights))
 
 
+def check_configuration(folder: Path, layout: Layout, channels: int | None, file: Path) -> None:
+    """Raise UnknownLayout unless a folder is the configuration of a single `file`, so far as that is told without weights."""
+    denoiser = layout.input.partition("/")[0]
+    configured = _object(folder / denoiser / "config.json").get("in_channels") if denoiser else None
+    if layout_of(folder).name != layout.name or (channels and configured and configured != channels):
+        held = f"{layout.name}{f' of {channels} input channels' if channels else ''}"
+        raise UnknownLayout(
+            f"{folder} is no configuration of {file.name}, which is a {held}; put that of such a model there"
+        )
+
+
 def check_tokenizer(folder: Path) -> None:
     """Raise BrokenBase unless a folder has a tokenizer's vocabulary: transformers would make an empty tokenizer of none."""
     whole = any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
@@ -49,15 +61,17 @@ def check_tokenizer(folder: Path) -> None:
 def _is_there(component: Path, weights: bool) -> bool:
     for name in SETTINGS:
         if (component / name).is_file():
-            return _is_object(component / name)
-    return weights and _is_object(component / "config.json") and any(map(_has_weights, component.iterdir()))
+            return bool(_object(component / name))
+    return weights and bool(_object(component / "config.json")) and any(map(_has_weights, component.iterdir()))
 
 
-def _is_object(file: Path) -> bool:
+def _object(file: Path) -> dict[str, Any]:
+    """What a JSON file of settings holds; nothing where it is missing or damaged."""
     try:
-        return isinstance(json.loads(file.read_text("utf-8")), dict)
+        found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _has_weights(file: Path) -> bool:
@@ -74,12 +88,28 @@ def _has_weights(file: Path) -> bool:
     return bool(beginning) and (beginning[:1] in (b"P", b"\x80") or not other_kind(beginning))
 
 
-def index_without(index: Mapping[str, Any], absent: Collection[str]) -> bytes:
-    """A pipeline's index that names some components no more, as diffusers would write it."""
+def mended_index(index: Mapping[str, Any], layout: Layout, kind: str, absent: Collection[str]) -> dict[str, Any]:
+    """A pipeline's index with which diffusers loads and draws: the `absent` components are named no more, and a denoiser
+    with a class of its own by its channels is no longer called a plain one."""
     changed = {**index, **{name: [None, None] for name in absent}}
     if "safety_checker" in absent and "requires_safety_checker" in index:
         changed["requires_safety_checker"] = False
-    return (json.dumps(changed, indent=2) + "\n").encode()
+    if index["_class_name"] == layout.pipelines[0]:
+        changed["_class_name"] = kind
+    return changed
+
+
+def blank_inputs(pipe: Any, count: int) -> dict[str, Any]:
+    """What a pipeline that edits pictures needs beside `count` prompts to draw from them alone: grey pictures, and masks
+    that let it paint everywhere; nothing for one that draws from prompts."""
+    asked = inspect.signature(pipe.__call__).parameters
+    if "image" not in asked:
+        return {}
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    blank = {"image": [Image.new("RGB", (size, size), "grey")] * count}
+    if "mask_image" not in asked:
+        return blank
+    return {**blank, "mask_image": [Image.new("L", (size, size), 255)] * count, "strength": 1.0}
 
 
 def load_pipeline(

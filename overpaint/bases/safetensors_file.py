@@ -81,6 +81,10 @@ DTYPES = {
 }
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a change can be added to. The steps of an fp8 weight are as large as the change that a patch makes to it."""
+
+
 class BrokenFile(OverpaintError):
     """A file that is no whole safetensors file: missing, cut short, or with a header that contradicts it."""
 

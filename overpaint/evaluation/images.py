@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from overpaint.bases.base import Base
+from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
@@ -84,6 +85,7 @@ def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler)
         guidance_scale=sampler.guidance,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pil",
+        **blank_inputs(pipe, len(prompts)),
     )
     return [np.asarray(picture.convert("RGB")) for picture in result.images]
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, open_weights
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.pipelines import index_without
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, TensorEntry, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
@@ -31,7 +30,7 @@ from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
 from overpaint.patches.compose import CompositionPlan, Term, plan
-from overpaint.patches.conversion import Form, configuration, converted, form_of
+from overpaint.patches.conversion import Form, configuration, converted, form_of, index_bytes
 from overpaint.patches.duplicate_weights import Survey, survey
 
 # A weight file written again with some tensors replaced and others left out, in one pass, at the speed of a copy.
@@ -239,9 +238,9 @@ def build(
 
 
 def _index(base: Base) -> dict[str, Path | bytes]:
-    """A folder's new index, where the old one names what is not there: diffusers would not load the build."""
-    absent = base.absent_components
-    return {"model_index.json": index_without(base.index, absent)} if absent else {}
+    """A folder's new index, where diffusers would not load the build, or not draw with it, by the old one."""
+    index = base.mended_index
+    return {} if index == base.index else {"model_index.json": index_bytes(index)}
 
 
 def _write_around(folder: Path, files: Mapping[str, Path | bytes]) -> None:

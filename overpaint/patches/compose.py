@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, dtype_name, tensor_digest
+from overpaint.bases.safetensors_file import dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.arithmetic import (
@@ -26,7 +26,7 @@ from overpaint.patches.arithmetic import (
     TensorUpdate,
     side_by_side,
 )
-from overpaint.patches.delta import FLOATS, BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, all_finite, residual
+from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, all_finite, residual
 
 # Composition: the tensors that a base and a set of patches yield.
 #
@@ -190,19 +190,15 @@ def plan(base: Base, terms: Iterable[Term], work: ScratchBuffers | None = None) 
 
     `work` is scratch memory to share with plans that take turns.
 
-    Raises BadDelta when a delta names a tensor the base lacks or does not fit one, OverpaintError when a patch is given
-    twice.
+    Raises BadDelta when a delta names a tensor the base lacks or does not fit one, Unchangeable when one is quantised,
+    OverpaintError when a patch is given twice.
     """
     ordered = sorted(terms, key=lambda term: term.id)
     if len({term.id for term in ordered}) != len(ordered):
         raise OverpaintError("a composition holds each patch once; change its strength instead of adding it again")
     work = work or ScratchBuffers()
     stacks = _stacked(base, ordered, work)
-    for name in stacks:
-        if (dtype := DTYPES[base.places[name].entry.dtype]) not in FLOATS:
-            raise BadDelta(
-                f"{name} is {dtype_name(dtype)} in the base, which has no room for a change; use another base"
-            )
+    base.check_changeable(stacks)
     return CompositionPlan(base, tuple(ordered), stacks, work)
 
 

@@ -6,10 +6,11 @@ of the original. What the way back would give is compared with what went in befo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import ResolvedCheckpoint, TensorLocation, WeightFiles
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
-from overpaint.bases.pipelines import index_without
 from overpaint.bases.safetensors_file import DTYPES
 from overpaint.bases.virtual_checkpoint import DATA_START, VirtualCheckpoint, entries_at_offsets
 from overpaint.core.errors import OverpaintError
@@ -79,12 +79,17 @@ def configuration(base: Base) -> dict[str, Path | bytes]:
     """
     folder, absent = base.config_folder, base.absent_components
     named = {name for name, value in base.index.items() if isinstance(value, list)} - set(absent)
-    found: dict[str, Path | bytes] = {"model_index.json": index_without(base.index, absent)}
+    found: dict[str, Path | bytes] = {"model_index.json": index_bytes(base.mended_index)}
     for file in sorted(folder.glob("*/*")):
         inside = file.relative_to(folder)
         if file.suffix in _CONFIGURATION and ".index." not in file.name and inside.parts[0] in named:
             found[inside.as_posix()] = file
     return found
+
+
+def index_bytes(index: Mapping[str, Any]) -> bytes:
+    """A pipeline's index as diffusers writes it."""
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _single_form(base: Base) -> SingleFile:

@@ -19,14 +19,11 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, dtype_name, tensor_digest
+from overpaint.bases.safetensors_file import DTYPES, FLOATS, dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 
 # The arrays of deltas: what may be in them, and the few operations that lose nothing.
-
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class BadDelta(OverpaintError):

@@ -141,9 +141,10 @@ class OpenRegistry:
 
         A base that has this name already, and is no longer where it was, is remembered at `source` from now on: see the
         returned record. Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another base),
-        OverpaintError for a base that is missing, broken or unknown.
+        OverpaintError for a base that is missing, broken, unknown, or quantised so that no patch can be applied.
         """
         base, there = self._opened(source), None
+        base.check_changeable(base.projections())
         with suppress(NotFound):
             there = self.registry.base(name)
         if there is None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.hostile import archive, built_again, saved, with_pickle
-from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.base import Base, BrokenBase, Unchangeable
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
 from overpaint.bases.virtual_checkpoint import BUILT_LIMIT, PICKLE_LIMIT, STEP_LIMIT, PickledCheckpoint
 from overpaint.core.errors import OverpaintError
@@ -194,8 +194,8 @@ def spoiled(base: Base, file: Path, name: str, change: Callable[[Tensor], Tensor
     [
         (lambda t: t.index_fill(0, torch.tensor([1]), float("nan")), BrokenBase, "not finite"),
         (lambda t: t.index_fill(0, torch.tensor([1]), float("-inf")), BrokenBase, "not finite"),
-        (lambda t: t.to(torch.int8), BadDelta, "int8 in the base, which has no room for a change"),
-        (lambda t: t.to(torch.float8_e4m3fn), BadDelta, "float8_e4m3fn in the base"),
+        (lambda t: t.to(torch.int8), Unchangeable, "is int8, whose steps are too coarse"),
+        (lambda t: t.to(torch.float8_e4m3fn), Unchangeable, "is float8_e4m3fn, whose steps"),
         (lambda t: t[:, :5].contiguous(), BadDelta, "text width 64"),
         (lambda t: t[None].contiguous(), BadDelta, "text width 64"),
     ],

@@ -17,9 +17,9 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import refuse_lone_shard, weight_files, weight_variants
 from overpaint.bases.layout import UnknownLayout
-from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, dtype_name
+from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
-from overpaint.patches.delta import FLOATS, all_finite, identical
+from overpaint.patches.delta import all_finite, identical
 from overpaint.patches.formats.dialects import PEFT_PREFIX, AdapterConfig, FileReading, ForeignFile, Role, configs_of
 
 # What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.

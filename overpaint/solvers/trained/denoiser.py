@@ -42,6 +42,11 @@ class Denoiser:
                 f"{len(problem.base.text_inputs)} ({', '.join(problem.base.text_inputs)}): use `separable`, which knows them all"
             )
         pipe = problem.base.pipeline(device=str(problem.device))
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise Unsolvable(
+                "solvers that train know denoisers that draw from a prompt alone, and this base also reads a picture "
+                f"({problem.base.pipeline_class}): use `separable`, whose patches fit it as they fit any"
+            )
         for module in (pipe.unet, pipe.text_encoder, pipe.vae):
             module.eval().requires_grad_(False)
         if checkpoint:
