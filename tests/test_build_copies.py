@@ -221,6 +221,38 @@ def test_what_is_no_part_of_a_base_is_left_out(source: Path, terms: list[Term], 
     assert not any(built.path.joinpath(name).exists() for name in built.left_out)
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_links_to_what_a_pipeline_is_loaded_from_are_built_as_files(
+    source: Path, terms: list[Term], tmp_path: Path, changed: bool
+) -> None:
+    """Somebody keeps configurations, a tokenizer and the weights in one place for several bases."""
+    shared = tmp_path / "shared"
+    for name in ("model_index.json", "vae/config.json", "tokenizer/tokenizer.json", "scheduler", UNET):
+        (shared / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).rename(shared / name)
+        (source / name).symlink_to(shared / name)
+    built = build(Base.open(source), terms if changed else [], tmp_path / "safe")
+    assert built.left_out == ()
+    assert {p.relative_to(source) for p in source.rglob("*")} | {Path("scheduler/scheduler_config.json")} == {
+        p.relative_to(built.path) for p in built.path.rglob("*")
+    }
+    assert not any(path.is_symlink() for path in built.path.rglob("*"))
+
+
+def test_a_link_to_a_folder_that_is_no_component_is_not_followed(source: Path, tmp_path: Path) -> None:
+    """It may lead to a whole disk."""
+    (tmp_path / "home/letters").mkdir(parents=True)
+    (tmp_path / "home/letters/private.txt").write_text("private")
+    (source / "home").symlink_to(tmp_path / "home")
+    (source / "unet/home").symlink_to(tmp_path / "home")
+    (source / "again").symlink_to(source / "tokenizer")
+    (source / "unet/circle").symlink_to(source / "unet")
+    built = build(Base.open(source), [], tmp_path / "safe")
+    assert set(built.left_out) == {"home", "unet/home"}
+    assert (built.path / "again/tokenizer.json").read_bytes() == (built.path / "tokenizer/tokenizer.json").read_bytes()
+    assert not any("private" in path.name for path in built.path.rglob("*"))
+
+
 def test_without_a_change_nothing_is_left_out(base: Base, source: Path, tmp_path: Path) -> None:
     shutil.copyfile(source / UNET, source / "unet/diffusion_pytorch_model.fp16.safetensors")
     (source / "model.ckpt").write_bytes(b"\0")

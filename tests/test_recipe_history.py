@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +87,18 @@ def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, 
         workspace.create_recipe("safe@2")
     assert len(recipe.log()) == before
     assert [record.name for record in workspace.recipes()] == ["safe"]
+
+
+def test_a_build_that_is_not_what_the_history_says_is_noticed(
+    workspace: Workspace, recipe: Recipe, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    built = recipe.build(tmp_path / "true", warn=told.append)
+    assert told == []
+    with closing(sqlite3.connect(tmp_path / "registry/registry.db")) as database, database:
+        database.execute("UPDATE revision SET digest_after = ?", ["0" * 64])
+    assert recipe.build(tmp_path / "false", warn=told.append).digest == built.digest
+    assert [f"{built.digest[:12]}, and the recipe's history says 000000000000" in text for text in told] == [True]
 
 
 def test_a_checkout_whose_patch_is_damaged_changes_nothing(

@@ -233,7 +233,7 @@ def build(
         notice(text)
     for name in absent:
         notice(f"left out {name}, which the base's index names and of which not everything is there; it draws without")
-    left = _left_out(base, found) if made is base else tuple(_left_behind(base, notice))
+    left = _left_out(base, found) if made is base else tuple(_left_behind(base, made, notice))
     return Built(out, digest, (*absent, *left))
 
 
@@ -252,12 +252,18 @@ def _write_around(folder: Path, files: Mapping[str, Path | bytes]) -> None:
             (folder / name).write_bytes(content)
 
 
-def _left_behind(base: Base, notice: Callable[[str], None]) -> Iterator[str]:
+def _left_behind(base: Base, made: Base, notice: Callable[[str], None]) -> Iterator[str]:
     """What the other container has no place for, named and told."""
     keys = [key for found in base.unnamed.values() for key in found]
     if keys:
         notice(f"left out {len(keys)} tensors that are no weights of a component, first {keys[0]}")
         yield from keys
+    for spelling in made.form.spellings.values() if made.form else ():
+        if spelling.unused:
+            notice(
+                f"published single files also hold {', '.join(spelling.unused)} of {spelling.prefix.rstrip('.')}, which a "
+                "folder does not have; no picture depends on them, though other programs may warn that they are missing"
+            )
     if not base.is_single_file:
         notice(
             "left out the configuration, which a single file does not hold; to draw with it, keep the base's folder beside "

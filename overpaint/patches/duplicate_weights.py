@@ -9,7 +9,7 @@ looked into (pickles, other frameworks' files) is taken for a copy, except in th
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -41,6 +41,13 @@ _TOKENIZER_LIMIT = 16 << 20
 _SECRETS = (".env", ".pem", ".key", ".p12", ".pfx", ".netrc", ".kdbx")
 
 
+_LOADED = re.compile(
+    r"\w*config\.json|vocab\.json|merges\.txt|tokenizer\.json|added_tokens\.json|special_tokens_map\.json|spiece\.model"
+    r"|(diffusion_)?(pytorch_)?model(\.\w+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
+)
+"""The files by which the libraries load a component."""
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a build carries over: the files `kept`, and what it leaves out, each with its reason: whole `files`, and
@@ -68,7 +75,7 @@ def survey(base: Base, names: Iterable[str]) -> Survey:
         kept = [base.path]
     else:
         # What the base's own card says is not true of the build, which gets one of its own.
-        found = {file: _reason(base, file, changed) for file in _walk(base.path) if file != base.path / "README.md"}
+        found = {file: _reason(base, file, changed) for file in _walk(base) if file != base.path / "README.md"}
         kept = [file for file, reason in found.items() if reason is None]
         files = {file: reason for file, reason in found.items() if reason}
     return Survey(tuple(kept), files, _tensors(base, changed) if changed else {})
@@ -90,28 +97,45 @@ def _tensors(base: Base, changed: list[str]) -> dict[Path, dict[str, str]]:
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, sorted; through links to folders, but not in circles, nor into hidden places."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        hidden = real in seen
-        seen.add(real)
-        folders[:] = [] if hidden else sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        yield from (Path(place, name) for name in sorted(names) if not hidden and not name.startswith("."))
+def _walk(base: Base, folder: Path | None = None, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below a base's folder, sorted, and links to folders elsewhere; not in circles, nor into hidden places.
+
+    Of links to folders elsewhere those of components are followed: what else is behind one could be a whole disk.
+    """
+    folder = folder or base.path
+    above = (*above, folder.resolve())
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        inside = []
+        yield folder
+    for each in inside:
+        if each.name.startswith(".") or each.name == "__pycache__":
+            continue
+        real = each.resolve() if each.is_dir() else None
+        near = folder == base.path and _is_component(base, each.name)
+        if real is None or not (near or real.is_relative_to(above[0]) or not each.is_symlink()):
+            yield each
+        elif real not in above:
+            yield from _walk(base, each, above)
+
+
+def _is_component(base: Base, name: str) -> bool:
+    """Whether a pipeline's index names a component, whether the layout knows it or not."""
+    return isinstance(base.index.get(name), list)
 
 
 def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
     """Why a file of a base's folder is not carried over; None when it is."""
     relative = file.relative_to(base.path)
-    if not file.is_file():
-        return "it is no plain file"
     if file in base.containers:
         return None
+    if not file.is_file() and not file.is_dir():
+        return "it is no plain file"
     if file.name.lower().endswith(_SECRETS):
         return "it is no part of a pipeline, and may hold a secret"
-    if not _is_inside(base, file):
-        return "it is a link out of the base's folder"
+    if file.is_dir() or not (_is_inside(base, file) or _is_named_by_convention(base, relative)):
+        return "it is a link out of the base's folder, or cannot be read"
     if not changed:
         return None
     components = {name.partition("/")[0] for name in changed}
@@ -125,13 +149,13 @@ def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
     if file.suffix == ".safetensors":
         copied = _copied_in(base, file, changed)
         return None if copied is None else f"it may hold a second copy of {copied}"
-    if isinstance(base.index.get(inside), list):  # a component, whether the layout knows it or not
+    if _is_component(base, inside):
         return None
     return "it cannot be looked into, and may hold a second copy of the weights"
 
 
 def _is_inside(base: Base, file: Path) -> bool:
-    """Whether a file's content lies in the base's folder, in a folder that is linked in whole, or in the Hub's cache."""
+    """Whether a file's content lies in the base's folder, in that of a component, or in the Hub's cache."""
     real = file.resolve()
     folders = [base.path.resolve(), file.parent.resolve()]
     if base.path.parent.name == "snapshots":  # there every file is a link to a blob
@@ -139,12 +163,24 @@ def _is_inside(base: Base, file: Path) -> bool:
     return any(real.is_relative_to(folder) for folder in folders)
 
 
+def _is_named_by_convention(base: Base, relative: Path) -> bool:
+    """Whether diffusers or transformers would look for a file of that name there, so that a link to it is meant."""
+    if len(relative.parts) == 1:
+        return relative.name == "model_index.json"
+    return (
+        len(relative.parts) == 2 and _is_component(base, relative.parts[0]) and bool(_LOADED.fullmatch(relative.name))
+    )
+
+
 def _is_plain(file: Path) -> bool:
     """Whether a file is a text or a picture."""
     if file.name.endswith(_WEIGHTS):
         return False
-    with file.open("rb") as opened:
-        beginning = opened.read(4096)
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(4096)
+    except OSError:
+        return False
     if file.suffix in _PICTURES:
         return beginning.startswith(_PICTURES[file.suffix])
     # SentencePiece's models are binary, and lie beside the other files of a tokenizer.

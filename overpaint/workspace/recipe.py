@@ -328,7 +328,14 @@ class Recipe:
 
         out = Path(out)
         form = format or ("single-file" if out.suffix == ".safetensors" else None)
-        return build(self.base, self.terms(), out, card=self.card(), record=self.as_json(), notice=warn, form=form)
+        built = build(self.base, self.terms(), out, card=self.card(), record=self.as_json(), notice=warn, form=form)
+        recorded = self.record.digest
+        if recorded is not None and built.digest != recorded:
+            warn(
+                f"what was built has the digest {built.digest[:12]}, and the recipe's history says {recorded[:12]}: it was "
+                "composed on another kind of processor, or the history was changed; see `overpaint recipe log` and `verify`"
+            )
+        return built
 
     def evaluate(
         self,

@@ -139,6 +139,24 @@ def test_what_has_no_place_in_the_other_container_is_told(folders: dict[str, Pat
     assert ["configuration" in text for text in told] == [True]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "missing"), [("2.x", ["resblocks.23", "text_projection", "logit_scale"]), ("XL", ["logit_scale"])]
+)
+def test_what_published_single_files_hold_besides_is_named(
+    folders: dict[str, Path], tmp_path: Path, architecture: str, missing: list[str]
+) -> None:
+    """Of a folder it cannot be made; ComfyUI warns that it is not there."""
+    told: list[str] = []
+    base = Base.open(folders[architecture])
+    built = build(base, [], tmp_path / "x.safetensors", form="single-file", notice=told.append)
+    keys = load_file(built.path)
+    assert all(word in told[0] for word in missing)
+    assert not any(key.endswith(tuple(missing)) or ".resblocks.23." in key for key in keys)
+    told.clear()
+    build(Base.open(built.path), [], tmp_path / "same.safetensors", notice=told.append)
+    assert told == []
+
+
 def test_a_safety_checker_that_is_not_there_leaves_the_index(folders: dict[str, Path], tmp_path: Path) -> None:
     one = Base.open(written(folders["1.x"], "single file", tmp_path / "one"))
     without_weights(folders["1.x"], tmp_path / "one")
