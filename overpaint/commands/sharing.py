@@ -22,6 +22,11 @@ recipes_option = click.option("--recipe", "recipes", multiple=True, help="A reci
 sign_option = click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this key.")
 
 
+older_option = click.option(
+    "--accept-older", is_flag=True, help="Go on although the place showed a newer list of a trusted key before."
+)
+
+
 def receiving_options(command: Command) -> Command:
     """What `pull` and `import` share."""
     for option in (
@@ -86,6 +91,7 @@ def import_(
 @click.option(
     "--check", is_flag=True, help="Read again also the large blobs that a URL has already; mend what is damaged."
 )
+@older_option
 @click.pass_context
 def push(
     ctx: click.Context,
@@ -94,11 +100,18 @@ def push(
     recipes: tuple[str, ...],
     key: Path | None,
     check: bool,
+    accept_older: bool,
 ) -> None:
     """Send patches or recipes to DEST, a folder or a URL such as s3://bucket/path; without a name, everything."""
     talk = Talk()
     sent = open_workspace(ctx).push(
-        destination, patches=patches, recipes=recipes, sign=key, check=check, progress=talk.progress
+        destination,
+        patches=patches,
+        recipes=recipes,
+        sign=key,
+        check=check,
+        accept_older=accept_older,
+        progress=talk.progress,
     )
     talk.clear()
     for name in sent.newer:
@@ -110,6 +123,7 @@ def push(
 @click.argument("source")
 @patches_argument
 @receiving_options
+@older_option
 @click.pass_context
 def pull(
     ctx: click.Context,

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.sharing.ingest import PullRequest
-from overpaint.registry.sharing.signing import Keyring, load_keyring
+from overpaint.registry.sharing.signing import load_keyring
 
 if TYPE_CHECKING:
     from overpaint.core.concepts import Concept
@@ -79,6 +78,7 @@ def pull_request(
     recipes: Iterable[str],
     name: str | None,
     trust: Iterable[str | Path] | None,
+    accept_older: bool = False,
     progress: Progress,
     warn: Callable[[str], None],
 ) -> PullRequest:
@@ -88,22 +88,14 @@ def pull_request(
     from overpaint.solvers.vocabulary import read as read_vocabulary
 
     return PullRequest(
-        tuple(patches), tuple(recipes), _keyring(trust), name, read_patch, vocabularies, read_vocabulary, progress, warn
+        patches=patches,
+        recipes=recipes,
+        trusted=None if trust is None else load_keyring(trust),
+        name=name,
+        accept_older=accept_older,
+        check=read_patch,
+        vocabularies=vocabularies,
+        check_vocabulary=read_vocabulary,
+        report=progress,
+        notice=warn,
     )
-
-
-def _keyring(trust: Iterable[str | Path] | None) -> Keyring | None:
-    """The keys to trust; None asks for no verification. Raises OverpaintError for an empty list, an empty path, one string."""
-    if trust is None:
-        return None
-    if isinstance(trust, (str, Path)):
-        raise OverpaintError(
-            f"trust is a list of .pub files or folders, not {str(trust)!r}; write trust=[{str(trust)!r}]"
-        )
-    paths = list(trust)
-    if not paths or not all(str(path).strip() for path in paths) or Path("") in paths:
-        raise OverpaintError(
-            "no key to trust was named, so nothing could be verified; name .pub files or folders of them, or ask for no "
-            "verification in so many words: --no-verify, or trust=None"
-        )
-    return load_keyring(Path(path) for path in paths)

@@ -386,7 +386,7 @@ class Workspace(OpenRegistry):
         from overpaint.registry.sharing.sending import export
         from overpaint.registry.sharing.signing import load_signer
 
-        signer = load_signer(sign) if sign else None
+        signer = None if sign is None else load_signer(Path(sign))
         return export(
             self.registry, Path(file), patches=patches, recipes=recipes, signer=signer, vocabularies=self.vocabularies
         )
@@ -399,6 +399,7 @@ class Workspace(OpenRegistry):
         recipes: Iterable[str] = (),
         sign: Path | None = None,
         check: bool = False,
+        accept_older: bool = False,
         progress: Progress = silent,
     ) -> Sent:
         """Send patches and recipes, or everything, to a folder or a URL; `sign` is a key file.
@@ -414,9 +415,10 @@ class Workspace(OpenRegistry):
             destination,
             patches=patches,
             recipes=recipes,
-            signer=load_signer(sign) if sign else None,
+            signer=None if sign is None else load_signer(Path(sign)),
             vocabularies=self.vocabularies,
             check=check,
+            accept_older=accept_older,
             report=progress,
         )
 
@@ -428,21 +430,30 @@ class Workspace(OpenRegistry):
         recipes: Iterable[str] = (),
         name: str | None = None,
         trust: Iterable[str | Path] | None = None,
+        accept_older: bool = False,
         progress: Progress = silent,
         warn: Callable[[str], None] = lambda text: None,
     ) -> Received:
         """Take patches and recipes from a folder or a URL: everything, or those that are named.
 
         `trust` lists public key files, or folders of them: only what one of those keys has signed is taken. None verifies
-        no signature, which the result says; an empty list is refused. `name` is another name for the one recipe that is
-        taken. Raises NotFound for what is not there, Untrusted, MissingBase, Diverged when a recipe has another history
-        here, OverpaintError for what contradicts itself or its digest.
+        no signature, which the result says; an empty list is refused. A place that shows an older signed list of such a key
+        than before is refused unless `accept_older`. `name` is another name for the one recipe that is taken. Raises
+        NotFound for what is not there, Untrusted, MissingBase, Diverged when a recipe has another history here,
+        OverpaintError for what contradicts itself or its digest.
         """
         from overpaint.registry.sharing.ingest import pull
         from overpaint.workspace.exchange import pull_request
 
         request = pull_request(
-            self.vocabularies, patches=patches, recipes=recipes, name=name, trust=trust, progress=progress, warn=warn
+            self.vocabularies,
+            patches=patches,
+            recipes=recipes,
+            name=name,
+            trust=trust,
+            accept_older=accept_older,
+            progress=progress,
+            warn=warn,
         )
         return pull(self.registry, source, request)
 

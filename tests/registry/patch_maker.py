@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import random
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from overpaint.core.concepts import Concept
@@ -59,7 +60,7 @@ def id_of(file: bytes) -> str:
     return manifest.id
 
 
-def keep(registry: Registry, file: bytes, *, base: str = "small") -> PatchRecord:
+def keep(registry: Registry, file: bytes, *, base: str = "small", solved_at: datetime | None = None) -> PatchRecord:
     """Add a patch file to a registry, with the row that its manifest asks for."""
     manifest = embedded_manifest(file)
     assert manifest is not None
@@ -74,4 +75,5 @@ def keep(registry: Registry, file: bytes, *, base: str = "small") -> PatchRecord
         settings=content["solver"]["settings"],
         seed=content["solver"]["seed"],
         seconds=0.5,
+        solved_at=solved_at,
     )

@@ -66,7 +66,15 @@ def holdings(registry: Registry) -> tuple[object, ...]:
     """All that must be equal after a recipe and its patches went from one registry to another."""
     return (
         {
-            record.id: (record.blob, record.nbytes, record.concept, record.solver, record.kind, record.seed)
+            record.id: (
+                record.blob,
+                record.nbytes,
+                record.concept,
+                record.solver,
+                record.kind,
+                record.seed,
+                record.solved_at,
+            )
             for record in registry.patches()
         },
         [registry.blob(record) for record in sorted(registry.patches(), key=lambda each: each.id)],

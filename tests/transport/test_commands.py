@@ -76,6 +76,9 @@ def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Shell, bob: Shell
     alice.ok("push", shared)
     assert "is not signed" in bob.fails("pull", shared, "--trust", f"{key}.pub")
     assert "no key to trust" in bob.fails("pull", shared, "--trust", "")
+    alice.ok("export", "-o", f"{shared}.overpaint")
+    assert "no key to trust" in bob.fails("import", f"{shared}.overpaint", "--trust", "")
+    assert "no key file" in alice.fails("push", shared, "--sign", "")
     assert "contradict" in bob.fails("pull", shared, "--trust", f"{key}.pub", "--no-verify")
     for trust, message in (([], "no key to trust"), ([""], "no key to trust"), (f"{key}.pub", "is a list")):
         with pytest.raises(OverpaintError, match=message):
@@ -85,6 +88,12 @@ def test_only_what_is_signed_by_a_trusted_key_is_pulled(alice: Shell, bob: Shell
     alice.ok("push", shared, "--sign", key)
     bob.ok("pull", shared, "--trust", str(tmp_path), "--recipe", "safe")
     assert weights(bob) == weights(alice)
+    (tmp_path / "shared" / "index.json").unlink()
+    alice.ok("push", shared)
+    assert "--accept-older" in bob.fails("pull", shared, "--trust", f"{key}.pub")
+    assert "--accept-older" in alice.fails("push", shared, "--sign", key)
+    alice.ok("push", shared, "--sign", key, "--accept-older")
+    bob.ok("pull", shared, "--trust", f"{key}.pub")
     assert "no .pub file" in bob.fails("pull", shared, "--trust", str(tmp_path / "alice"))
 
 

@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import threading
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.history import HistoriesDiverged
 from overpaint.registry.integrity import verify
-from overpaint.registry.sharing.ingest import MissingBase, PullRequest, pull
-from overpaint.registry.sharing.layout import PATCH, RECIPE, BadLayout, OciLayout, base_document
-from overpaint.registry.sharing.sending import push
+from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_file, pull
+from overpaint.registry.sharing.layout import CREATED, PATCH, RECIPE, BadLayout, OciLayout, base_document
+from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import read_manifest
@@ -277,6 +279,9 @@ def test_two_registries_push_the_same_patch_as_the_same_bytes(ours: Registry, th
     keep(theirs, labelled("one"), base="mine")
     for registry, folder in ((ours, "a"), (theirs, "b")):
         push(registry, tmp_path / folder, patches=[id_of(labelled("one"))])
+        OciLayout(open_files(tmp_path / folder)).update(
+            lambda entries: [replace(each, annotations={}) for each in entries]  # they were solved at other times
+        )
     a, b = (
         {
             path.relative_to(tmp_path / folder): path.read_bytes()
@@ -362,8 +367,7 @@ def test_a_damaged_blob_in_a_shared_place_is_mended_by_the_next_push(
     ours: Registry, theirs: Registry, place: str, kind: str
 ) -> None:
     where = place if kind == "folder" else f"memory://{next(PREFIXES)}"
-    patches = [record.id for record in ours.patches()]
-    push(ours, where, patches=patches)
+    push(ours, where)
     files = open_files(where)
     names = [each.name for each in files.walk("blobs")]
     for name in names:
@@ -372,8 +376,9 @@ def test_a_damaged_blob_in_a_shared_place_is_mended_by_the_next_push(
     with pytest.raises(OverpaintError):
         pull(theirs, where, ALL)
     assert is_empty(theirs)
-    assert push(ours, where, patches=patches).written == len(names)
-    assert sorted(pull(theirs, where, ALL).new) == sorted(patches)
+    assert push(ours, where).written == len(names)
+    pull(theirs, where, ALL)
+    assert holdings(theirs) == holdings(ours)
 
 
 def test_a_large_damaged_blob_behind_a_url_is_mended_when_a_push_is_asked_to_check(
@@ -389,3 +394,71 @@ def test_a_large_damaged_blob_behind_a_url_is_mended_when_a_push_is_asked_to_che
         pull(theirs, where, ALL)
     assert push(ours, where, check=True).written == 1
     assert plum in pull(theirs, where, ALL).new
+
+
+def solved(registry: Registry, label: str, days: int, base: str = "sd15") -> str:
+    """Add a patch of the apple that was solved some days ago; returns its id."""
+    moment = datetime.now(timezone.utc) - timedelta(days=days)
+    return keep(registry, labelled(label), base=base, solved_at=moment).id
+
+
+@pytest.mark.parametrize("way", ["push", "export"])
+def test_the_newest_patch_of_a_concept_is_the_same_after_a_pull(
+    ours: Registry, theirs: Registry, tmp_path: Path, way: str
+) -> None:
+    newest, *_ = [solved(ours, f"solved {days} days ago", days) for days in range(-3, 5)]
+    theirs.add_concept(Concept("apple", anchor="pear"))
+    if way == "push":
+        push(ours, tmp_path / "shared")
+        pull(theirs, tmp_path / "shared", ALL)
+    else:
+        export(ours, tmp_path / "shared")
+        import_file(theirs, tmp_path / "shared", ALL)
+    times = [{each.id: each.solved_at for each in registry.patches()} for registry in (ours, theirs)]
+    assert ours.patch("apple").id == newest
+    assert {id: moment for id, moment in times[0].items() if moment < datetime.now(timezone.utc)}.items() <= times[
+        1
+    ].items()
+
+
+def test_ones_own_newer_patch_stays_the_newest_after_a_pull(ours: Registry, theirs: Registry, place: str) -> None:
+    theirs.add_concept(Concept("apple", anchor="pear"))
+    older = solved(ours, "older", 2)
+    push(ours, place, patches=[older])
+    mine = solved(theirs, "mine", 1, base="mine")
+    assert pull(theirs, place, ALL).new == (older,)
+    assert theirs.patch("apple").id == mine
+
+
+@pytest.mark.parametrize("claimed", ["2999-01-01T00:00:00+00:00", "yesterday", ""])
+def test_a_time_of_solving_that_cannot_be_is_not_believed(
+    ours: Registry, theirs: Registry, place: str, claimed: str
+) -> None:
+    theirs.add_concept(Concept("apple", anchor="pear"))
+    push(ours, place, patches=["plum"])
+    OciLayout(open_files(place)).update(
+        lambda entries: [replace(each, annotations={**each.annotations, CREATED: claimed}) for each in entries]
+    )
+    before = datetime.now(timezone.utc)
+    pull(theirs, place, ALL)
+    assert before <= theirs.patch("plum").solved_at <= datetime.now(timezone.utc)
+
+
+def test_the_time_of_solving_stays_the_earliest_that_is_known(ours: Registry, theirs: Registry, place: str) -> None:
+    first = solved(ours, "early", 9)
+    push(ours, place, patches=[first])
+    theirs.add_concept(Concept("apple", anchor="pear"))
+    solved(theirs, "early", 1, base="mine")
+    push(theirs, place)
+    (entry,) = OciLayout(open_files(place)).entries()
+    assert entry.created == ours.patch(first).solved_at
+
+
+def test_one_name_is_no_list_of_names(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, place)
+    for names in ("safe", 7):
+        with pytest.raises(OverpaintError, match="lists of names"):
+            push(ours, place, recipes=names)  # type: ignore[arg-type]
+        with pytest.raises(OverpaintError, match="lists of names"):
+            pull(theirs, place, PullRequest(recipes=names))  # type: ignore[arg-type]
+    assert pull(theirs, place, PullRequest(recipes=(each for each in ["safe"]))).recipes

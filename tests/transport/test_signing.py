@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,19 @@ pytest.importorskip("cryptography", reason='cryptography is not installed; pip i
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.sharing.archive import ArchiveReader
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import RECIPE, SIGNATURE, SUBJECT, Descriptor, OciLayout, signature_document
+from overpaint.registry.sharing.layout import (
+    NAME,
+    PATCH,
+    RECIPE,
+    SIGNATURE,
+    SIGNED_LIST,
+    SUBJECT,
+    Descriptor,
+    OciLayout,
+    signature_document,
+)
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.sharing.signing import (
     BadKey,
@@ -107,7 +119,7 @@ def test_signing_again_writes_nothing_and_two_may_sign(
     assert push(ours, place, signer=load_signer(alice)).written == 0
     push(ours, place, signer=load_signer(bob))
     signatures = [each for each in OciLayout(open_files(place)).entries() if each.artifact_type == SIGNATURE]
-    assert len(signatures) == 2 * 4
+    assert len(signatures) == 2 * (4 + 1)  # three patches, a recipe, and the list of each key
     pull(theirs, place, trusting(bob))
 
 
@@ -127,8 +139,10 @@ def test_an_archive_carries_its_signatures(ours: Registry, theirs: Registry, tmp
     assert holdings(theirs) == holdings(ours)
 
 
-def refused(theirs: Registry, place: Path, request: PullRequest, message: str) -> None:
-    with pytest.raises(Untrusted, match=message):
+def refused(
+    theirs: Registry, place: Path, request: PullRequest, message: str, kind: type[Exception] = Untrusted
+) -> None:
+    with pytest.raises(kind, match=message):
         pull(theirs, place, request)
     assert is_empty(theirs)
     assert list(theirs.blobs.digests()) == []
@@ -166,6 +180,200 @@ def test_a_recipe_must_be_signed_too(ours: Registry, theirs: Registry, place: Pa
         for each in OciLayout(open_files(place)).entries()
         if each.artifact_type == SIGNATURE
     )
+
+
+def edit_index(place: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Do what somebody with the folder, but without a key, can do to the index."""
+    index = json.loads((place / "index.json").read_bytes())
+    (place / "index.json").write_bytes(canonical_json({**index, "manifests": change(index["manifests"])}))
+
+
+def called(entry: dict[str, Any]) -> str:
+    return str(entry["annotations"].get(NAME))
+
+
+@pytest.fixture
+def signed(ours: Registry, place: Path, alice: Path) -> Path:
+    """A place with all that is ours and with a second recipe, "weak", signed by Alice."""
+    ours.create_recipe("weak", "sd15")
+    lay(ours, "weak", ours.patches()[0].id, -3.0)
+    push(ours, place, signer=load_signer(alice))
+    return place
+
+
+def asking(*recipes: str, keys: Path, **rest: Any) -> PullRequest:
+    return PullRequest(recipes=recipes, trusted=load_keyring([public(keys)]), **rest)
+
+
+def test_an_index_that_calls_another_signed_recipe_by_the_name_that_was_asked_for_yields_nothing(
+    theirs: Registry, signed: Path, alice: Path
+) -> None:
+    def rename(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        others = [each for each in entries if each["artifactType"] != RECIPE or called(each) != "safe"]
+        for each in others:
+            if called(each) == "weak":
+                each["annotations"] = dict.fromkeys(each["annotations"], "safe")
+        return others
+
+    edit_index(signed, rename)
+    for request in (asking("safe", keys=alice), PullRequest(recipes=["safe"])):
+        with pytest.raises(OverpaintError, match="'safe'"):
+            pull(theirs, signed, request)
+        assert is_empty(theirs)
+
+
+def test_a_forged_name_beside_the_true_one_brings_only_what_was_asked_for(
+    theirs: Registry, signed: Path, alice: Path
+) -> None:
+    def rename(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {**each, "annotations": {**each["annotations"], NAME: "safe"}} if called(each) == "weak" else each
+            for each in entries
+        ]
+
+    edit_index(signed, rename)
+    for request in (asking("safe", keys=alice), PullRequest(recipes=["safe"])):
+        assert [name for name, _ in pull(theirs, signed, request).recipes] == ["safe"]
+    assert [each.name for each in theirs.recipes()] == ["safe"]
+
+
+def test_a_name_that_the_index_hides_is_found_in_what_is_signed(theirs: Registry, signed: Path, alice: Path) -> None:
+    edit_index(
+        signed, lambda entries: [{**each, "annotations": {**each["annotations"], NAME: "x"}} for each in entries]
+    )
+    assert pull(theirs, signed, PullRequest(recipes=["safe"], patches=["plum"])).recipes == (("safe", "new"),)
+    assert "safe" in dict(pull(theirs, signed, asking("safe", keys=alice)).recipes)
+
+
+def test_what_was_removed_from_the_index_is_noticed(theirs: Registry, signed: Path, alice: Path) -> None:
+    def remove(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [each for each in entries if each["artifactType"] != RECIPE or called(each) != "safe"]
+
+    edit_index(signed, remove)
+    refused(theirs, signed, trusting(alice), "no longer lists the recipe 'safe', which list 1 of key")
+    refused(theirs, signed, asking("safe", keys=alice), "somebody removed it")
+    refused(theirs, signed, PullRequest(recipes=["safe"]), "has no recipe 'safe'", NotFound)
+    warned: list[str] = []
+    assert pull(theirs, signed, asking("weak", keys=alice, notice=warned.append)).recipes == (("weak", "new"),)
+    assert "removed the recipe 'safe'" in warned[0]
+
+
+def test_an_empty_index_is_noticed(ours: Registry, theirs: Registry, signed: Path, alice: Path) -> None:
+    lists = [SIGNED_LIST, SIGNATURE]
+    edit_index(signed, lambda entries: [each for each in entries if each["artifactType"] in lists])
+    refused(theirs, signed, trusting(alice), "somebody removed it")
+    push(ours, signed)
+    pull(theirs, signed, trusting(alice))
+    edit_index(signed, lambda entries: [])
+    with pytest.raises(Untrusted, match=r"shows no list of key .* has seen list 1"):
+        pull(theirs, signed, trusting(alice))
+    warned: list[str] = []
+    pull(theirs, signed, PullRequest(notice=warned.append))
+    assert "lists no patches and no recipes" in warned[0]
+    with pytest.raises(NotFound, match="has no recipe 'safe'"):
+        pull(theirs, signed, asking("safe", keys=alice, accept_older=True))
+
+
+def test_an_older_state_of_a_place_is_noticed_by_who_has_seen_a_newer_one(
+    ours: Registry, theirs: Registry, signed: Path, alice: Path
+) -> None:
+    older = (signed / "index.json").read_bytes()
+    lay(ours, "safe", ours.patches()[2].id, 1.0, why="a takedown")
+    push(ours, signed, signer=load_signer(alice))
+    newer = (signed / "index.json").read_bytes()
+    pull(theirs, signed, asking("weak", keys=alice))
+    (signed / "index.json").write_bytes(older)
+    with pytest.raises(Untrusted, match=r"shows list 1 of key .* has seen list 2 there: .*--accept-older"):
+        pull(theirs, signed, asking("safe", keys=alice))
+    with pytest.raises(Untrusted, match="has seen list 2"):
+        push(ours, signed, signer=load_signer(alice))
+    assert [each.name for each in theirs.recipes()] == ["weak"]
+    assert pull(theirs, signed, asking("safe", keys=alice, accept_older=True)).recipes == (("safe", "new"),)
+    assert pull(theirs, signed, asking("safe", keys=alice)).recipes == (("safe", "the same"),)
+    (signed / "index.json").write_bytes(newer)
+    assert pull(theirs, signed, asking("safe", keys=alice)).recipes == (("safe", "updated"),)
+
+
+def test_a_recipe_put_back_to_an_older_revision_is_noticed_also_at_first_sight(
+    ours: Registry, theirs: Registry, signed: Path, alice: Path
+) -> None:
+    def recipe(entries: list[dict[str, Any]]) -> dict[str, Any]:
+        return next(each for each in entries if each["artifactType"] == RECIPE and called(each) == "safe")
+
+    before = json.loads((signed / "index.json").read_bytes())["manifests"]
+    signature = next(each for each in before if each["annotations"].get(SUBJECT) == recipe(before)["digest"][7:])
+    lay(ours, "safe", ours.patches()[2].id, 1.0, why="a takedown")
+    push(ours, signed, signer=load_signer(alice))
+
+    def put_back(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*(each for each in entries if each != recipe(entries)), recipe(before), signature]
+
+    edit_index(signed, put_back)
+    refused(theirs, signed, asking("safe", keys=alice), "no longer lists the recipe 'safe', which list 2 of key")
+
+
+def test_two_who_sign_may_carry_each_others_recipes_on(
+    ours: Registry, theirs: Registry, signed: Path, alice: Path, bob: Path
+) -> None:
+    pull(theirs, signed, trusting(alice))
+    lay(theirs, "safe", theirs.patches()[2].id, 1.0)
+    push(theirs, signed, signer=load_signer(bob))
+    assert ("safe", "updated") in pull(ours, signed, trusting(alice, bob)).recipes
+    push(ours, signed, signer=load_signer(alice))
+    assert ("safe", "the same") in pull(theirs, signed, trusting(alice)).recipes
+
+
+def test_pushing_what_is_there_changes_no_list_and_pushing_more_keeps_what_was_on_it(
+    ours: Registry, theirs: Registry, place: Path, alice: Path
+) -> None:
+    def signed_lists() -> list[dict[str, str]]:
+        entries = OciLayout(open_files(place)).entries()
+        return [dict(each.annotations) for each in entries if each.artifact_type == SIGNED_LIST]
+
+    for number, patch in enumerate(("plum", "plum", "apple")):
+        push(ours, place, patches=[patch], signer=load_signer(alice))
+        key = load_signer(alice).public.hex()
+        assert signed_lists() == [{"org.overpaint.key": key, "org.overpaint.counter": "112"[number]}]
+    push(ours, place)
+    assert len(signed_lists()) == 1
+    edit_index(place, lambda entries: [each for each in entries if called(each) != "plum"])
+    refused(theirs, place, PullRequest(patches=["plum"], trusted=load_keyring([public(alice)])), "the patch 'plum'")
+
+
+def test_a_place_that_was_begun_anew_goes_on_counting(
+    ours: Registry, theirs: Registry, signed: Path, alice: Path
+) -> None:
+    pull(theirs, signed, trusting(alice))
+    shutil.rmtree(signed)
+    push(ours, signed, patches=["plum"], signer=load_signer(alice))
+    assert len(pull(theirs, signed, trusting(alice)).known) == 1
+
+
+def test_a_signed_archive_has_a_list_too(ours: Registry, theirs: Registry, tmp_path: Path, alice: Path) -> None:
+    export(ours, tmp_path / "one", signer=load_signer(alice))
+    assert len(import_file(theirs, tmp_path / "one", trusting(alice)).new) == 3
+    with (tmp_path / "one").open("rb") as file:
+        entries = OciLayout(ArchiveReader(file, "one")).entries()
+    (listed,) = (each for each in entries if each.artifact_type == SIGNED_LIST)
+    assert listed.annotations["org.overpaint.counter"] == "1"
+    assert not (theirs.folder / "seen-lists.json").exists()
+
+
+def test_a_damaged_memory_of_lists_gets_a_sentence(theirs: Registry, signed: Path, alice: Path) -> None:
+    for content in (b"{", b"[]", b'{"x":{"y":"z"}}', b'{"x":7}'):
+        (theirs.folder / "seen-lists.json").write_bytes(content)
+        refused(theirs, signed, trusting(alice), "is damaged", OverpaintError)
+
+
+def test_no_list_of_keys_is_no_verification() -> None:
+    for keys in ([], [""], [" "], [None], iter(())):
+        with pytest.raises(OverpaintError, match="no key to trust"):
+            load_keyring(keys)  # type: ignore[arg-type]
+    for no_list in ("alice.pub", Path("alice.pub"), 7, False):
+        with pytest.raises(OverpaintError, match="is a list"):
+            load_keyring(no_list)  # type: ignore[arg-type]
+    with pytest.raises(OverpaintError, match="no key to trust"):
+        Keyring(frozenset())
 
 
 def test_a_bare_patch_file_is_never_trusted(theirs: Registry, tmp_path: Path, alice: Path) -> None:
@@ -242,12 +450,9 @@ def test_a_patch_that_was_altered_after_it_was_signed_is_refused(
     push(ours, place, patches=["apple"])
     layout = OciLayout(open_files(place))
     entries = layout.entries()
-    (signature,) = (each for each in entries if each.artifact_type == SIGNATURE)
-    (stranger,) = (
-        each
-        for each in entries
-        if each.artifact_type not in (SIGNATURE, RECIPE) and each.digest != signature.annotations[SUBJECT]
-    )
+    patches = {each.digest: each for each in entries if each.artifact_type == PATCH}
+    (signature,) = (each for each in entries if each.annotations.get(SUBJECT) in patches)
+    (stranger,) = (each for each in patches.values() if each.digest != signature.annotations[SUBJECT])
     claimed = Descriptor(signature.media_type, signature.digest, signature.size, SIGNATURE, {SUBJECT: stranger.digest})
     layout.update(lambda before: [stranger, claimed])
     refused(theirs, place, trusting(alice), "is not signed")

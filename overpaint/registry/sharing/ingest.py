@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,10 +18,11 @@ from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
-from overpaint.registry.sharing.layout import BadLayout, Descriptor, OciLayout
+from overpaint.registry.sharing.layout import PATCH, RECIPE, VOCABULARY, BadLayout, OciLayout
 from overpaint.registry.sharing.merge_history import compared, merge_recipe, record_of
-from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd, seals_of
+from overpaint.registry.sharing.selection import PATCH_LIMIT, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Untrusted
+from overpaint.registry.sharing.trust import Trust
 from overpaint.registry.sharing.vocabularies import take
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles, open_files
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
@@ -80,7 +82,14 @@ def _concept(value: dict[str, Any]) -> Concept:
     return concept
 
 
-def keep(registry: Registry, row: Arrival, file_digest: str, base: str, notice: Callable[[str], None]) -> None:
+def keep(
+    registry: Registry,
+    row: Arrival,
+    file_digest: str,
+    base: str,
+    notice: Callable[[str], None],
+    solved_at: datetime | None = None,
+) -> None:
     """Write the row of a patch, on the base of that name, whose bytes are in the store already."""
     try:
         registry.ensure_concept(row.concept)
@@ -99,6 +108,7 @@ def keep(registry: Registry, row: Arrival, file_digest: str, base: str, notice: 
         settings=row.settings,
         seed=row.seed,
         seconds=0.0,
+        solved_at=solved_at,
     )
 
 
@@ -130,15 +140,17 @@ class PullRequest:
     """What is asked of a source, and what it must be.
 
     Patches by id, its beginning or concept, and recipes by name; everything, if neither is named. With `trusted`, all that
-    is taken must be signed by one of its keys. `name` is another name for the one recipe that is taken. `check` is called
+    is taken must be signed by one of its keys, nothing that their signed lists name may be missing, and a place may show no
+    older list than before unless `accept_older`. `name` is another name for the one recipe that is taken. `check` is called
     with the file of each new patch, and raises if it will not do. With everything come the kept vocabularies, if there is a
     folder `vocabularies` for them; `check_vocabulary` is called with each file.
     """
 
-    patches: Sequence[str] = ()
-    recipes: Sequence[str] = ()
+    patches: Iterable[str] = ()
+    recipes: Iterable[str] = ()
     trusted: Keyring | None = None
     name: str | None = None
+    accept_older: bool = False
     check: Callable[[bytes], object] = lambda file: None
     vocabularies: Path | None = None
     check_vocabulary: Callable[[Path], object] = lambda file: None
@@ -155,18 +167,30 @@ def pull(registry: Registry, source: str | Path, request: PullRequest) -> Receiv
     layout = OciLayout(open_files(source))
     if not layout.is_there():
         raise NotFound(f"nothing was ever pushed to {layout.where}: it has no file oci-layout; check the address")
-    return receive(registry, layout, request)
+    return receive(registry, layout, request, remember=True)
 
 
-def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Received:
-    """See `pull`."""
-    entries = layout.entries()
-    offers, recipe_offers = Selection(request.patches, request.recipes).of(layout, entries)
+def receive(registry: Registry, layout: OciLayout, request: PullRequest, *, remember: bool = False) -> Received:
+    """See `pull`; whether to `remember` the counters of signed lists, which only a place that changes has."""
+    entries, selection = layout.entries(), Selection.by(request.patches, request.recipes)
+    trust = None if request.trusted is None else Trust(layout, entries, request.trusted)
+    if trust is not None:
+        if remember:
+            trust.refuse_older(registry.folder, request.accept_older)
+        trust.refuse_removed(selection.asks_for, request.notice)
+        entries = trust.entries
+    offers, recipe_offers = selection.of(layout, entries)
+    if not any(each.artifact_type in (PATCH, RECIPE, VOCABULARY) for each in entries):
+        request.notice(f"{layout.where} lists no patches and no recipes")
     if request.name is not None and len(recipe_offers) != 1:
         raise OverpaintError(
             f"one recipe can be given another name, and this would take {len(recipe_offers)}; name one"
         )
-    _require_trust(layout, entries, request.trusted, offers, recipe_offers)
+    if trust is not None:
+        for offer in offers:
+            trust.require(offer.document, f"patch {offer.manifest.id[:12]} ({offer.concept})")
+        for recipe in recipe_offers:
+            trust.require(recipe.document, f"the recipe {recipe.record.name!r}")
     rows = [arrival(each.manifest) for each in offers]
     bases = bases_of(
         registry, [*(each.fingerprint for each in rows), *(each.record.fingerprint for each in recipe_offers)]
@@ -183,9 +207,9 @@ def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Rece
             request.check(file)
             files.put(id, file)
             new[id], nbytes = hashlib.sha256(file).hexdigest(), nbytes + read
-    for row in rows:
+    for row, offer in zip(rows, offers, strict=True):
         if row.id in new:
-            keep(registry, row, new[row.id], bases[row.fingerprint], request.notice)
+            keep(registry, row, new[row.id], bases[row.fingerprint], request.notice, offer.solved_at)
     outcomes = [
         (
             request.name or each.record.name,
@@ -194,27 +218,10 @@ def receive(registry: Registry, layout: OciLayout, request: PullRequest) -> Rece
         for each in recipe_offers
     ]
     known = tuple(row.id for row in rows if row.id not in new)
-    if request.vocabularies and not request.patches and not request.recipes:
+    if request.vocabularies and selection.everything:
         folder, check = request.vocabularies, request.check_vocabulary
-        nbytes += take(layout, entries, folder, check, request.trusted, request.notice)
+        nbytes += take(layout, entries, folder, check, trust, request.notice)
     return Received(tuple(new), known, tuple(outcomes), nbytes, request.trusted is not None)
-
-
-def _require_trust(
-    layout: OciLayout,
-    entries: Sequence[Descriptor],
-    trusted: Keyring | None,
-    patches: Iterable[PatchOffer],
-    recipes: Iterable[RecipeOffer],
-) -> None:
-    if trusted is None:
-        return
-    for patch in patches:
-        what = f"patch {patch.manifest.id[:12]} ({patch.concept})"
-        trusted.check(patch.document, seals_of(layout, entries, patch.document), what)
-    for recipe in recipes:
-        what = f"the recipe {recipe.record.name!r}"
-        trusted.check(recipe.document, seals_of(layout, entries, recipe.document), what)
 
 
 def bases_of(registry: Registry, fingerprints: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from overpaint.core.digests import canonical_json
@@ -32,6 +33,7 @@ RECIPE = "application/vnd.overpaint.recipe.v1"
 RECORD = "application/vnd.overpaint.recipe.record.v1+json"
 SIGNATURE = "application/vnd.overpaint.signature.v1"
 SEAL = "application/vnd.overpaint.signature.v1+json"
+SIGNED_LIST = "application/vnd.overpaint.signed-list.v1"
 VOCABULARY = "application/vnd.overpaint.vocabulary.v1"
 MOMENTS = "application/vnd.overpaint.vocabulary.moments.v1"
 
@@ -39,6 +41,10 @@ FINGERPRINT = "org.overpaint.base.fingerprint"
 NAME = "org.overpaint.name"
 SUBJECT = "org.overpaint.subject"
 REF = "org.opencontainers.image.ref.name"
+CREATED = "org.opencontainers.image.created"
+KEY = "org.overpaint.key"
+COUNTER = "org.overpaint.counter"
+REVISIONS = "org.overpaint.revisions"
 
 DOCUMENT_LIMIT = 32 << 20
 """The most bytes a document may have."""
@@ -57,6 +63,15 @@ class Descriptor:
     size: int
     artifact_type: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def created(self) -> datetime | None:
+        """The moment that the annotation of this name gives, in UTC and never one to come; None if it gives none."""
+        try:
+            found = datetime.fromisoformat(self.annotations[CREATED].replace("Z", "+00:00")).astimezone(timezone.utc)
+        except (KeyError, ValueError, OverflowError):
+            return None
+        return min(found, datetime.now(timezone.utc))
 
     @classmethod
     def of(cls, data: bytes, media_type: str, artifact_type: str = "", **rest: Any) -> Descriptor:
@@ -124,16 +139,14 @@ def record_document(record: bytes, fingerprint: str) -> Document:
 
 def recipe_document(record: Document, patches: Iterable[Document]) -> Document:
     """The document of a recipe: its record, and every patch that its history names."""
-    found = [record.descriptor, *sorted((each.descriptor for each in patches), key=lambda each: each.digest)]
-    data = canonical_json(
-        {
-            "schemaVersion": 2,
-            "mediaType": INDEX,
-            "artifactType": RECIPE,
-            "manifests": [each.as_json() for each in found],
-        }
-    )
-    return Document(data, Descriptor.of(data, INDEX, RECIPE))
+    members = sorted((each.descriptor for each in patches), key=lambda each: each.digest)
+    return _index(RECIPE, [record.descriptor, *members])
+
+
+def list_document(key: bytes, counter: int, members: Iterable[Descriptor]) -> Document:
+    """The document of a key's signed list: what `index.json` shall list of what the key has signed, word for word."""
+    members = sorted(members, key=lambda each: (each.artifact_type, each.digest))
+    return _index(SIGNED_LIST, members, {KEY: key.hex(), COUNTER: str(counter)})
 
 
 def vocabulary_document(data: bytes) -> Document:
@@ -158,8 +171,29 @@ def read_document(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
+def members_of(content: Mapping[str, Any], where: str) -> list[Descriptor]:
+    """What a document of the OCI index format lists. Raises BadLayout."""
+    listed = content.get("manifests")
+    if not isinstance(listed, list):
+        raise BadLayout(f"{where} lists no manifests; nothing was taken from it")
+    return [Descriptor.from_json(each, where) for each in listed]
+
+
 NOTHING = b"{}"
 """The blob that a document names where the format wants a blob and there is nothing to say."""
+
+
+def _index(artifact_type: str, members: Iterable[Descriptor], annotations: Mapping[str, str] | None = None) -> Document:
+    content: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": INDEX,
+        "artifactType": artifact_type,
+        "manifests": [each.as_json() for each in members],
+    }
+    if annotations is not None:
+        content["annotations"] = dict(annotations)
+    data = canonical_json(content)
+    return Document(data, Descriptor.of(data, INDEX, artifact_type))
 
 
 def _document(
@@ -252,14 +286,11 @@ class OciLayout:
         where = f"index.json of {self.where}"
         if data is None:
             raise BadLayout(f"{self.where} has no index.json; it is no layout, or a push to it was never finished")
-        listed = read_document(data, where).get("manifests")
-        if not isinstance(listed, list):
-            raise BadLayout(f"{where} lists no manifests; nothing was taken from it")
-        return [Descriptor.from_json(each, where) for each in listed]
+        return members_of(read_document(data, where), where)
 
-    def document(self, descriptor: Descriptor) -> bytes:
-        """A document, its size and digest checked. Raises BadLayout."""
-        if descriptor.media_type not in (MANIFEST, INDEX) or descriptor.size > DOCUMENT_LIMIT:
+    def document(self, descriptor: Descriptor, limit: int = DOCUMENT_LIMIT) -> bytes:
+        """A document of at most `limit` bytes, its size and digest checked. Raises BadLayout."""
+        if descriptor.media_type not in (MANIFEST, INDEX) or descriptor.size > limit:
             raise BadLayout(
                 f"{self.where} lists {descriptor.digest} as {descriptor.media_type} of {descriptor.size} bytes, which is "
                 "no document that this program reads"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, TypeVar
 
-from overpaint.core.errors import NotFound
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.sharing.layout import (
     MANIFEST,
     NAME,
     PATCH,
     RECIPE,
     REF,
-    SIGNATURE,
-    SUBJECT,
     BadLayout,
     Descriptor,
     OciLayout,
+    members_of,
     patch_document,
     read_document,
     recipe_document,
@@ -31,7 +31,6 @@ from overpaint.registry.store.patch_files import BadManifest, Manifest, read_man
 # Reading documents that arrived, and what they must be for anything in them to be believed.
 
 
-SEAL_LIMIT = 10_000
 PATCH_LIMIT = 4 << 30
 """The most bytes that a patch may have; it is put together in memory."""
 
@@ -42,6 +41,8 @@ class PatchOffer:
 
     manifest: Manifest
     document: str
+    solved_at: datetime | None
+    """When it was solved, as far as the index says so."""
 
     @property
     def concept(self) -> str:
@@ -78,16 +79,13 @@ def patch_at(layout: OciLayout, descriptor: Descriptor) -> PatchOffer:
             f"the document {descriptor.digest} of {layout.where} is not that of patch {manifest.id}, whose manifest it "
             "names; it was altered, and nothing was taken from it"
         )
-    return PatchOffer(manifest, descriptor.digest)
+    return PatchOffer(manifest, descriptor.digest, descriptor.created)
 
 
 def recipe_at(layout: OciLayout, descriptor: Descriptor) -> RecipeOffer:
     """The recipe of a document. Raises BadLayout, BadRecord."""
     where = f"the document {descriptor.digest} of {layout.where}"
-    listed = read_document(layout.document(descriptor), where).get("manifests")
-    if not isinstance(listed, list):
-        raise BadLayout(f"{where} lists nothing, and a recipe lists its record and its patches")
-    members = [Descriptor.from_json(each, where) for each in listed]
+    members = members_of(read_document(layout.document(descriptor), where), where)
     records = [each for each in members if each.artifact_type == RECIPE and each.media_type == MANIFEST]
     if len(records) != 1:
         raise BadLayout(f"{where} has {len(records)} records, and a recipe has one")
@@ -97,20 +95,6 @@ def recipe_at(layout: OciLayout, descriptor: Descriptor) -> RecipeOffer:
     if record_document(record.raw, record.fingerprint).data != data:
         raise BadLayout(f"{where} names a record that it does not describe; it was altered")
     return RecipeOffer(record, descriptor.digest, tuple(each for each in members if each is not records[0]))
-
-
-def seals_of(layout: OciLayout, entries: Iterable[Descriptor], document: str) -> Iterator[bytes]:
-    """The signatures over a document that a layout has, not yet checked. Raises BadLayout."""
-    for entry in entries:
-        # What the list says a signature is about only saves reading the others.
-        if entry.artifact_type == SIGNATURE and entry.annotations.get(SUBJECT) == document:
-            where = f"the signature {entry.digest} of {layout.where}"
-            content = read_document(layout.document(entry), where)
-            layers = content.get("layers")
-            subject = Descriptor.from_json(content.get("subject"), where)
-            if subject.digest == document and isinstance(layers, list) and len(layers) == 1:
-                seal = Descriptor.from_json(layers[0], where)
-                yield layout.blob(seal.digest, min(seal.size, SEAL_LIMIT))
 
 
 def _config(layout: OciLayout, data: bytes, limit: int) -> Descriptor:
@@ -141,6 +125,9 @@ SHORTEST = 4
 """How many digits of an id are enough to mean it."""
 
 
+Offer = TypeVar("Offer")
+
+
 @dataclass(frozen=True)
 class Selection:
     """Patches by id, its beginning or concept, and recipes by name; everything, if there are none of both."""
@@ -148,48 +135,92 @@ class Selection:
     patches: Sequence[str]
     recipes: Sequence[str]
 
+    @classmethod
+    def by(cls, patches: Iterable[str], recipes: Iterable[str]) -> Selection:
+        """What these names mean. Raises OverpaintError for what is no list of names."""
+        for names in (patches, recipes):
+            if isinstance(names, str) or not isinstance(names, Iterable):
+                raise OverpaintError(f"patches and recipes are lists of names, not {names!r}; write [{names!r}]")
+        selection = cls(tuple(patches), tuple(recipes))
+        for name in (*selection.patches, *selection.recipes):
+            if not isinstance(name, str):
+                raise OverpaintError(f"a patch or a recipe is named by a text, not {name!r}")
+        return selection
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing was asked for by name."""
+        return not self.patches and not self.recipes
+
+    def asks_for(self, entry: Descriptor) -> bool:
+        """Whether an entry is meant, by what the index says of it, which nobody has to believe."""
+        marks = entry.annotations
+        return (
+            self.everything
+            or (entry.artifact_type == RECIPE and marks.get(NAME) in self.recipes)
+            or (entry.artifact_type == PATCH and bool(self._meant(marks.get(REF, ""), marks.get(NAME, ""))))
+        )
+
     def of(self, layout: OciLayout, entries: Sequence[Descriptor]) -> tuple[list[PatchOffer], list[RecipeOffer]]:
         """What is meant of a layout, with all patches of the recipes; patches sorted by id, each once.
 
-        What the list of contents says about an entry only saves reading the others: what is read is compared with what was
-        asked for. Raises NotFound, BadLayout.
+        What was asked for is compared with the manifests and records themselves; what the index says of them only decides
+        which are read first. Raises NotFound for what is not there, BadLayout.
         """
-        recipes = [recipe_at(layout, each) for each in entries if self._may_be_recipe(each)]
-        _require(self.recipes, {each.record.name for each in recipes}, "recipe", layout)
-        of_recipes = {each.digest: each for recipe in recipes for each in recipe.patches}
-        listed = {each.digest: each for each in entries if self._may_be_patch(each)}
-        offers: dict[str, PatchOffer] = {}
-        for digest, descriptor in {**listed, **of_recipes}.items():
-            offer = patch_at(layout, descriptor)
-            if digest in of_recipes or self._means(offer.manifest.id, offer.concept):
-                offers[offer.manifest.id] = offer
-        found = {key for key in self.patches for each in offers.values() if _is(key, each.manifest.id, each.concept)}
-        _require(self.patches, found, "patch", layout)
+
+        def read_recipe(entry: Descriptor) -> tuple[RecipeOffer, set[str]]:
+            recipe = recipe_at(layout, entry)
+            return recipe, {recipe.record.name} & set(self.recipes)
+
+        def read_patch(entry: Descriptor) -> tuple[PatchOffer, set[str]]:
+            patch = patch_at(layout, entry)
+            return patch, self._meant(patch.manifest.id, patch.concept)
+
+        recipes = self._read(layout, entries, RECIPE, self.recipes, read_recipe)
+        names = [each.record.name for each in recipes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise BadLayout(
+                f"{layout.where} lists several recipes called {twice[0]!r}; nothing was taken. Its owner should push again"
+            )
+        listed = {each.digest: each for each in entries if each.artifact_type == PATCH}
+        members = {each.digest: listed.get(each.digest, each) for recipe in recipes for each in recipe.patches}
+        patches = [patch_at(layout, each) for each in members.values()]
+        rest = [each for each in listed.values() if each.digest not in members]
+        meant = set().union(*(self._meant(each.manifest.id, each.concept) for each in patches))
+        patches += self._read(layout, rest, PATCH, set(self.patches) - meant, read_patch)
+        offers = {each.manifest.id: each for each in patches}
         for recipe in recipes:
             _require_whole(recipe, offers, layout)
         return [offers[id] for id in sorted(offers)], recipes
 
-    def _may_be_recipe(self, entry: Descriptor) -> bool:
-        everything = not self.patches and not self.recipes
-        return entry.artifact_type == RECIPE and (everything or entry.annotations.get(NAME) in self.recipes)
+    def _read(
+        self,
+        layout: OciLayout,
+        entries: Sequence[Descriptor],
+        kind: str,
+        wanted: Iterable[str],
+        read: Callable[[Descriptor], tuple[Offer, set[str]]],
+    ) -> list[Offer]:
+        """What is meant of one kind of entries; `read` also says which names it answers to. Raises NotFound."""
+        offers, missing = [], set(wanted)
+        likely = [each for each in entries if each.artifact_type == kind and self.asks_for(each)]
+        unlikely = [each for each in entries if each.artifact_type == kind and not self.asks_for(each)]
+        for group in (likely, unlikely):
+            for entry in group if missing or group is likely else ():
+                offer, answered = read(entry)
+                if self.everything or answered:
+                    offers.append(offer)
+                    missing -= answered
+        if missing:
+            what = "recipe" if kind == RECIPE else "patch"
+            raise NotFound(
+                f"{layout.where} has no {what} {sorted(missing)[0]!r}; name no patch and no recipe to take everything"
+            )
+        return offers
 
-    def _may_be_patch(self, entry: Descriptor) -> bool:
-        marks = entry.annotations
-        return entry.artifact_type == PATCH and self._means(marks.get(REF, ""), marks.get(NAME, ""))
-
-    def _means(self, id: str, concept: str) -> bool:
-        everything = not self.patches and not self.recipes
-        return everything or any(_is(key, id, concept) for key in self.patches)
-
-
-def _is(key: str, id: str, concept: str) -> bool:
-    return key == concept or (len(key) >= SHORTEST and id.startswith(key.lower()))
-
-
-def _require(wanted: Iterable[str], found: set[str], what: str, layout: OciLayout) -> None:
-    for each in wanted:
-        if each not in found:
-            raise NotFound(f"{layout.where} has no {what} {each!r}; name no patch and no recipe to take everything")
+    def _meant(self, id: str, concept: str) -> set[str]:
+        """Which of the patches that were asked for this one is."""
+        return {key for key in self.patches if key == concept or (len(key) >= SHORTEST and id.startswith(key.lower()))}
 
 
 def _require_whole(recipe: RecipeOffer, offers: dict[str, PatchOffer], layout: OciLayout) -> None:

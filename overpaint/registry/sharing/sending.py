@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from overpaint.core.errors import OverpaintError
@@ -13,24 +14,33 @@ from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import new_archive
 from overpaint.registry.sharing.layout import (
+    COUNTER,
+    CREATED,
+    KEY,
     NAME,
     NOTHING,
     RECIPE,
     REF,
+    REVISIONS,
     SIGNATURE,
+    SIGNED_LIST,
     SUBJECT,
+    BadLayout,
     Descriptor,
     Document,
     OciLayout,
     base_document,
+    list_document,
     patch_document,
     recipe_document,
     record_document,
     signature_document,
 )
 from overpaint.registry.sharing.merge_history import Record, compared, record_of
-from overpaint.registry.sharing.selection import recipe_at, refuse_odd
-from overpaint.registry.sharing.signing import Signer
+from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
+from overpaint.registry.sharing.signing import Signer, Untrusted
+from overpaint.registry.sharing.trust import SignedList, refuse_older, seen_counter, signed_list
+from overpaint.registry.sharing.trust import remember as remember_counters
 from overpaint.registry.sharing.vocabularies import documents
 from overpaint.registry.store import PatchFiles, open_files
 from overpaint.registry.store.patch_files import Manifest, Parts, split
@@ -65,6 +75,7 @@ def push(
     signer: Signer | None = None,
     vocabularies: Path | None = None,
     check: bool = False,
+    accept_older: bool = False,
     report: Progress = silent,
 ) -> Sent:
     """Send patches and recipes, or everything when none are named, to a folder or a URL that `fsspec` knows.
@@ -73,6 +84,9 @@ def push(
     NotFound for an unknown name, Diverged when a recipe of the same name has another history there, BlobMissing or
     BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds. What is there
     already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which reads them all.
+
+    With a `signer`, all that its key has signed there is on its signed list. Raises Untrusted when the place shows an older
+    list than this registry saw there, unless `accept_older`.
     """
     return send(
         registry,
@@ -81,6 +95,8 @@ def push(
         recipes=recipes,
         signer=signer,
         vocabularies=vocabularies,
+        remember=True,
+        accept_older=accept_older,
         report=report,
     )
 
@@ -112,30 +128,39 @@ def send(
     recipes: Iterable[str] = (),
     signer: Signer | None = None,
     vocabularies: Path | None = None,
+    remember: bool = False,
+    accept_older: bool = False,
     report: Progress = silent,
 ) -> Sent:
-    """See `push`."""
-    patches, recipes = list(patches), list(recipes)
-    everything = not patches and not recipes
-    if everything:
-        wanted = {record.id: record for record in registry.patches()}
-        recipes = [record.name for record in registry.recipes()]
-    else:
-        wanted = {record.id: record for record in map(registry.patch, patches)}
-    records = [record_of(registry, name) for name in recipes]
+    """See `push`; whether to `remember` the counter of the signed list, which only a place that changes has."""
+    asked = Selection.by(patches, recipes)
+    found = registry.patches() if asked.everything else map(registry.patch, asked.patches)
+    wanted = {record.id: record for record in found}
+    names = [each.name for each in registry.recipes()] if asked.everything else asked.recipes
+    records = [record_of(registry, name) for name in names]
     for each in records:
         wanted.update((id, registry.patch(id)) for id in each.patches if id not in wanted)
     sender = _Sender(layout, signer)
-    sender.compare(records, sender.layout.listed())  # before anything is sent
+    listed = layout.listed()
+    if remember and signer is not None:
+        sender.counter = seen_counter(registry.folder, layout.where, signer.public)
+        if listed:  # a place that is empty was begun anew
+            known = sender.known_list(listed)
+            counters = {signer.public.hex(): known.counter if known else 0}
+            refuse_older(registry.folder, layout.where, counters, accept_older)
+    with suppress(BadLayout):  # what is damaged there may be mended now, and is looked at again in the end
+        sender.compare(records, listed)
     ordered = [wanted[id] for id in sorted(wanted)]
     for step, record in enumerate(ordered, 1):
         report(step, len(ordered), f"patch {record.id[:12]} ({record.concept})")
         sender.patch(PatchFiles(registry.blobs), record)
     for each in records:
         sender.recipe(each)
-    for document, name, data in documents(vocabularies) if everything and vocabularies else ():
+    for document, name, data in documents(vocabularies) if asked.everything and vocabularies else ():
         sender.vocabulary(document, name, data)
     newer = sender.finish(records)
+    if remember and signer is not None:
+        remember_counters(registry.folder, layout.where, {signer.public.hex(): sender.counter})
     sent = tuple(each.name for each in records if each.name not in newer)
     return Sent(layout.where, tuple(sorted(wanted)), sent, tuple(sorted(newer)), sender.written, sender.nbytes)
 
@@ -144,7 +169,7 @@ class _Sender:
     """One push: what was written so far, and what index.json shall list in the end."""
 
     def __init__(self, layout: OciLayout, signer: Signer | None) -> None:
-        self.layout, self.signer = layout, signer
+        self.layout, self.signer, self.counter = layout, signer, 0
         self.written = self.nbytes = 0
         self._documents: dict[str, Document] = {}
         self._entries: list[Descriptor] = []
@@ -173,7 +198,7 @@ class _Sender:
         self._base(manifest.content["subject"]["fingerprint"])
         self._documents[manifest.id] = document
         concept = str(manifest.content["concept"]["name"])
-        self._list(document, {REF: manifest.id, NAME: concept})
+        self._entries += self._list(document, {REF: manifest.id, NAME: concept, CREATED: record.solved_at.isoformat()})
 
     def recipe(self, record: Record) -> None:
         """Send one recipe, whose patches have been sent."""
@@ -181,13 +206,15 @@ class _Sender:
         self._count(self.layout.put(record.digest, len(record.raw), [record.raw]))
         of_record = record_document(record.raw, record.fingerprint)
         self._count(self.layout.put_document(of_record))
-        marks = {NAME: record.name, **({REF: record.name} if REFERENCE.fullmatch(record.name) else {})}
-        self._list(recipe_document(of_record, [self._documents[id] for id in record.patches]), marks)
+        marks = {NAME: record.name, REVISIONS: str(len(record.revisions))}
+        if REFERENCE.fullmatch(record.name):
+            marks[REF] = record.name
+        self._entries += self._list(recipe_document(of_record, [self._documents[id] for id in record.patches]), marks)
 
     def vocabulary(self, document: Document, name: str, data: bytes) -> None:
         """Send a kept vocabulary."""
         self._count(self.layout.put(Descriptor.of(data, "").digest, len(data), [data]))
-        self._list(document, {NAME: name})
+        self._entries += self._list(document, {NAME: name})
 
     def finish(self, records: Sequence[Record]) -> set[str]:
         """List all that was sent, beside what is listed already; return the names of the recipes that are newer there."""
@@ -195,26 +222,51 @@ class _Sender:
 
         def merged(before: list[Descriptor]) -> Iterable[Descriptor]:
             newer.update(self.compare(records, before))
-            return _merged(before, self._entries, newer)
+            ours = [
+                each for each in self._entries if each.artifact_type != RECIPE or each.annotations[NAME] not in newer
+            ]
+            return _merged(before, [*ours, *self._signed_list(before, ours)])
 
         self.layout.update(merged)
         return newer
 
-    def _list(self, document: Document, marks: dict[str, str]) -> None:
+    def _signed_list(self, before: Sequence[Descriptor], ours: Sequence[Descriptor]) -> list[Descriptor]:
+        """The list of this push's key, and the signature over it: what it named `before`, and `ours`."""
+        if self.signer is None:
+            return []
+        known = self.known_list(before)
+        members = _by_slot(
+            [*(known.members if known else ()), *(each for each in ours if each.artifact_type != SIGNATURE)]
+        )
+        if known and {each.digest: each for each in members} == {each.digest: each for each in known.members}:
+            self.counter = known.counter
+            return []
+        self.counter = max(self.counter, known.counter if known else 0) + 1
+        document = list_document(self.signer.public, self.counter, members)
+        return self._list(document, {KEY: self.signer.public.hex(), COUNTER: str(self.counter)})
+
+    def known_list(self, before: Sequence[Descriptor]) -> SignedList | None:
+        """The list that this push's key has there; None also for one that was damaged or altered."""
+        assert self.signer is not None
+        with suppress(BadLayout, Untrusted):
+            return signed_list(self.layout, before, self.signer.public)
+        return None
+
+    def _list(self, document: Document, marks: dict[str, str]) -> list[Descriptor]:
+        """Send a document, and the signature over it; what the index shall list of both."""
         self._count(self.layout.put_document(document))
         described = document.descriptor
-        self._entries.append(
-            Descriptor(described.media_type, described.digest, described.size, described.artifact_type, marks)
-        )
+        entries = [Descriptor(described.media_type, described.digest, described.size, described.artifact_type, marks)]
         if self.signer is not None:
             seal = self.signer.seal(described.digest)
             self._count(self.layout.put(Descriptor.of(seal, "").digest, len(seal), [seal]))
             signature = signature_document(seal, described)
             self._count(self.layout.put_document(signature))
             where = signature.descriptor
-            self._entries.append(
+            entries.append(
                 Descriptor(where.media_type, where.digest, where.size, SIGNATURE, {SUBJECT: described.digest})
             )
+        return entries
 
     def _base(self, fingerprint: str) -> None:
         self._count(self.layout.put_document(base_document(fingerprint)))
@@ -224,16 +276,25 @@ class _Sender:
         self.nbytes += nbytes
 
 
-def _merged(before: Iterable[Descriptor], ours: Iterable[Descriptor], newer: set[str]) -> Iterable[Descriptor]:
-    """What a layout lists when `ours` has come to what was there `before`, where some recipes are `newer`."""
-    ours = [each for each in ours if each.artifact_type != RECIPE or each.annotations[NAME] not in newer]
-    names = {each.annotations[NAME] for each in ours if each.artifact_type == RECIPE}
-    kept = (each for each in before if each.artifact_type != RECIPE or each.annotations.get(NAME) not in names)
-    every = {each.digest: each for each in (*kept, *ours)}
-    # The signature of a recipe that has another document now is over nothing that is listed.
-    return (
-        each for each in every.values() if each.artifact_type != SIGNATURE or each.annotations.get(SUBJECT) in every
-    )
+def _merged(before: Iterable[Descriptor], ours: Iterable[Descriptor]) -> Iterable[Descriptor]:
+    """What a layout lists when `ours` has come to what was there `before`."""
+    every = _by_slot([*before, *ours])
+    digests = {each.digest for each in every}
+    # The signature of a recipe or list that has another document now is over nothing that is listed.
+    return (each for each in every if each.artifact_type != SIGNATURE or each.annotations.get(SUBJECT) in digests)
+
+
+def _by_slot(entries: Iterable[Descriptor]) -> list[Descriptor]:
+    """Each document once, and of a recipe's and a key's only the last; a patch with the earliest time that is known."""
+    slots: dict[tuple[str, str], Descriptor] = {}
+    for entry in entries:
+        owner = {RECIPE: NAME, SIGNED_LIST: KEY}.get(entry.artifact_type, "")
+        slot = (entry.artifact_type, entry.annotations.get(owner, entry.digest))
+        known = slots.get(slot)
+        if known and known.digest == entry.digest and known.created and entry.created and known.created < entry.created:
+            entry = replace(entry, annotations={**entry.annotations, CREATED: known.annotations[CREATED]})
+        slots[slot] = entry
+    return list(slots.values())
 
 
 def _manifest(files: PatchFiles, record: PatchRecord) -> tuple[Manifest, Parts | None]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 
 KEY_LIMIT = 10_000
+NO_KEYS = (
+    "no key to trust was named, so nothing could be verified; name .pub files or folders of them, or ask for no "
+    "verification in so many words: --no-verify, or trust=None"
+)
 
 
 class BadKey(OverpaintError):
@@ -57,6 +61,10 @@ class Keyring:
     """The public keys that somebody trusts."""
 
     keys: frozenset[bytes]
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise OverpaintError(NO_KEYS)
 
     def check(self, digest: str, seals: Iterable[bytes], what: str) -> None:
         """Raise Untrusted unless one of `seals` is a trusted key's valid signature over the document of `digest`."""
@@ -128,9 +136,17 @@ def load_signer(path: Path) -> Signer:
     return Signer(key)
 
 
-def load_keyring(paths: Iterable[Path]) -> Keyring:
-    """The public keys in these files, or in the `.pub` files of these folders. Raises NotFound, BadKey."""
-    files = [file for path in paths for file in (sorted(path.glob("*.pub")) if path.is_dir() else [path])]
+def load_keyring(paths: Iterable[str | Path]) -> Keyring:
+    """The public keys in these files, or in the `.pub` files of these folders.
+
+    Raises NotFound, BadKey, and OverpaintError for an empty list, an empty path, and what is no list.
+    """
+    if isinstance(paths, (str, Path)) or not isinstance(paths, Iterable):
+        raise OverpaintError(f"trust is a list of .pub files or folders, not {paths!r}; write trust=['alice.pub']")
+    named = list(paths)
+    if not named or not all(isinstance(path, (str, Path)) and str(path).strip() for path in named):
+        raise OverpaintError(NO_KEYS)
+    files = [file for path in map(Path, named) for file in (sorted(path.glob("*.pub")) if path.is_dir() else [path])]
     if not files:
         raise NotFound("there is no .pub file among the keys to trust; name one, or a folder with some")
     return Keyring(frozenset(_load_public(file) for file in files))

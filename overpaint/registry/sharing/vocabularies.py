@@ -21,8 +21,7 @@ from overpaint.registry.sharing.layout import (
     read_document,
     vocabulary_document,
 )
-from overpaint.registry.sharing.selection import seals_of
-from overpaint.registry.sharing.signing import Keyring
+from overpaint.registry.sharing.trust import Trust
 from overpaint.registry.store import DIGEST
 
 LIMIT = 1 << 30
@@ -47,7 +46,7 @@ def take(
     entries: Sequence[Descriptor],
     folder: Path,
     check: Callable[[Path], object],
-    trusted: Keyring | None,
+    trust: Trust | None,
     notice: Callable[[str], None],
 ) -> int:
     """Put the vocabularies that a layout lists and the folder lacks there; returns how many bytes were read.
@@ -60,8 +59,8 @@ def take(
         if entry.artifact_type != VOCABULARY or not DIGEST.fullmatch(name) or (folder / f"{name}{SUFFIX}").exists():
             continue
         try:
-            if trusted is not None:
-                trusted.check(entry.digest, seals_of(layout, entries, entry.digest), f"the vocabulary {name[:12]}")
+            if trust is not None:
+                trust.require(entry.digest, f"the vocabulary {name[:12]}")
             nbytes += _take(layout, entry, folder / f"{name}{SUFFIX}", check)
         except (OverpaintError, OSError) as error:
             notice(f"the vocabulary {name[:12]} was left out, and is heard when it is needed: {error}")
