@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from overpaint.commands.bases import base, base_keep, base_prepare
+from overpaint.commands.certifying import certify, verify_certificate
 from overpaint.commands.common import open_workspace
 from overpaint.commands.concepts import concept
 from overpaint.commands.evaluating import crosstalk, evaluate, report
@@ -72,7 +73,7 @@ for _command in (base, concept, solve, patch, recipe, tag, search, build, genera
     main.add_command(_command)
 main.add_command(evaluate)
 main.add_command(report)
-for _command in (solvers, export_, import_, push, pull, key, verify, gc):
+for _command in (solvers, export_, import_, push, pull, key, certify, verify_certificate, verify, gc):
     main.add_command(_command)
 for _command in (patch_import, patch_export, patch_compress):
     patch.add_command(_command)

@@ -17,8 +17,8 @@ from tests.registry.s3_server import BUCKET, s3_server
 
 SLOW_MODULES = """
     test_ablation test_adapter_settings test_adapters test_adding_a_solver test_archives test_attacks test_backup
-    test_bases test_build test_build_copies test_build_killed test_build_streaming test_channels test_choosing test_cli
-    test_commands test_composition_benchmark test_compression test_containers test_converting test_crash
+    test_bases test_build test_build_copies test_build_killed test_build_streaming test_certificates test_channels test_choosing
+    test_cli test_commands test_composition_benchmark test_compression test_containers test_converting test_crash
     test_crosstalk test_esd test_evaluate_command test_exporting test_few_shot test_few_shot_embedded
     test_few_shot_lora test_fingerprints test_gc test_hub test_importing test_interchange test_interrupting
     test_judges test_judging test_kept test_live test_live_recipes test_load_matrix test_mace test_maintenance

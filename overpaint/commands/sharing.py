@@ -151,11 +151,12 @@ def key() -> None:
 
 @key.command("new")
 @click.argument("file", type=click.Path(path_type=Path))
-def key_new(file: Path) -> None:
+@click.option("--for-checkpoints", is_flag=True, help="A P-256 key for `build --sign`, which model_signing verifies.")
+def key_new(file: Path, for_checkpoints: bool) -> None:
     """Make a key pair: the private key in the new FILE, the public one in FILE.pub."""
     from overpaint.registry.sharing.signing import key_id, new_key
 
-    public = new_key(file)
+    public = new_key(file, for_checkpoints=for_checkpoints)
     click.echo(f"key {key_id(public)}: keep {file} to yourself, give {file}.pub to those who shall trust you")
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from overpaint.commands.common import (
     show_table,
 )
 from overpaint.core.atomic import require_parent
+
+if TYPE_CHECKING:
+    from overpaint.workspace.workspace import Workspace
 
 # Using what is there: `build`, `generate`, `demo`, and the upkeep of the database.
 
@@ -41,11 +44,18 @@ def db_upgrade(ctx: click.Context) -> None:
 @click.argument("name", metavar="RECIPE")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["single-file", "diffusers"]), help="Default: that of the base.")
+@click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign all files: model.sig, as OpenSSF has it."
+)
 @click.pass_context
-def build(ctx: click.Context, name: str, out: Path, form: Any) -> None:
+def build(ctx: click.Context, name: str, out: Path, form: Any, sign: Path | None) -> None:
     """Bake a recipe into a new checkpoint OUT: a diffusers folder, or a single file whose name ends in .safetensors."""
     built = open_workspace(ctx).recipe(name).build(out, format=form, warn=Talk().say)
     click.echo(f"built {built.folder}: weights {built.digest}")
+    if sign is not None:
+        from overpaint.workspace.certifying import sign_checkpoint
+
+        click.echo(f"signed: {sign_checkpoint(built.path, sign)}")
 
 
 @click.command()
@@ -93,13 +103,20 @@ def _free_folder() -> Path:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE-OR-FOLDER")
+@click.option("--explain", is_flag=True, help="Fit the registry's patches to what any checkpoint changes.")
+@click.option("--base", metavar="NAME", help="With --explain: the base that it was made from.")
 @json_option
 @click.pass_context
-def inspect(ctx: click.Context, path: Path, as_json: bool) -> None:
+def inspect(ctx: click.Context, path: Path, explain: bool, base: str | None, as_json: bool) -> None:
     """Say what is erased in a checkpoint and check every digest; also describes bases and patch files.
 
-    The exit code is 0 only when Overpaint built it and everything recorded is true.
+    The exit code is 0 only when Overpaint built it and everything recorded is true. With --explain it is about any
+    checkpoint: which of the registry's patches are in it, at which strengths, and how much of its difference from the
+    base they leave unexplained.
     """
+    if explain:
+        _show_explanation(open_workspace(ctx), path, base, as_json)
+        return
     from overpaint.patches.inspect import inspect as look
 
     found = look(path)
@@ -115,6 +132,26 @@ def inspect(ctx: click.Context, path: Path, as_json: bool) -> None:
         if found.sound:
             click.echo("every digest matches")
     ctx.exit(0 if found.sound else 1)
+
+
+def _show_explanation(workspace: Workspace, path: Path, base: str | None, as_json: bool) -> None:
+    from overpaint.bases.base import Base
+    from overpaint.patches.explaining import explain
+
+    name = workspace.base_name(base)
+    patches = [workspace.patch(record.id) for record in workspace.registry.patches(base=name)]
+    found = explain(Base.open(path), workspace.base(name), patches)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1, ensure_ascii=False))
+        return
+    rows = [[_plain(patch.concept.name), f"{strength:.2f}", patch.id[:12]] for patch, strength in found.present]
+    show_table(f"{path}: patches of {name} in it", ["concept", "strength", "patch"], rows, False)
+    click.echo(
+        f"{found.changed} tensors differ from the base; {found.residual:.1%} of the change is explained by no patch"
+        + (f", among it {len(found.unexplained)} tensors that none reaches" if found.unexplained else "")
+    )
+    if found.uncovered:
+        click.echo(f"text inputs that nothing in it changes: {', '.join(found.uncovered)}")
 
 
 def _plain(value: Any) -> str:

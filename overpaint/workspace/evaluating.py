@@ -179,8 +179,13 @@ def open_context(
     patches: Sequence[Patch],
     request: EvaluationRequest,
     progress: Progress,
+    *,
+    fresh: bool = False,
 ) -> EvalContext:
-    """What a suite works with, for a recipe or a patch. Raises WrongBase for a patch of another base."""
+    """What a suite works with, for a recipe or a patch; with `fresh`, no picture that was drawn before is used.
+
+    Raises WrongBase for a patch of another base.
+    """
     for patch in patches:
         patch.check(base)
     device, known = resolve_device(request.device), tuple(registry.concepts())
@@ -191,7 +196,9 @@ def open_context(
         base=base,
         prompt_set=prompt_set,
         judge=open_judge(request.judge, base, prompt_set, device),
-        image_generator=ImageGenerator(base, sampler, image_cache(registry), device, progress),
+        image_generator=ImageGenerator(
+            base, sampler, ImageCache(None) if fresh else image_cache(registry), device, progress
+        ),
         patches=tuple(
             EvaluatedPatch(patch, strength, record.seconds, record.nbytes)
             for patch, (record, strength) in zip(patches, subject.entries, strict=True)

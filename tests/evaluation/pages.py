@@ -68,7 +68,7 @@ def _probes() -> list[ResultRecord]:
 
 def _keep(workspace: Workspace, suite: str, results: list[ResultRecord]) -> None:
     workspace.registry.add_evaluation(
-        recipe="safe", digest="d" * 64, suite=suite, judge="reader", seed=0,
+        recipe="safe", digest=workspace.recipe("safe").digest(), suite=suite, judge="reader", seed=0,
         settings={"suite": {"pictures": 6}, "sampler": {"steps": 1, "guidance": 3.0, "device": "cpu"}, "judge": ""},
         versions={"overpaint": "0"}, seconds=1.0, who="tester", results=results,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.store.patch_files import BadManifest, read_json
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
@@ -95,12 +96,14 @@ def key_id(public: bytes) -> str:
     return hashlib.sha256(public).hexdigest()[:16]
 
 
-def new_key(path: Path) -> bytes:
+def new_key(path: Path, *, for_checkpoints: bool = False) -> bytes:
     """Make a key pair: the private key in `path`, for its owner's eyes only, and the public one beside it, with `.pub`.
 
-    Returns the public key. Raises AlreadyExists when one of the two files is there.
+    Ed25519, or with `for_checkpoints` ECDSA on P-256, which is what OpenSSF's `model_signing` verifies. Returns the public
+    key (Ed25519: 32 bytes; P-256: its DER encoding). Raises AlreadyExists when one of the two files is there.
     """
     with _cryptography():
+        from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import (
             Encoding,
@@ -108,7 +111,10 @@ def new_key(path: Path) -> bytes:
             PrivateFormat,
             PublicFormat,
         )
-    key, public = Ed25519PrivateKey.generate(), path.with_name(f"{path.name}.pub")
+    key: Ed25519PrivateKey | EllipticCurvePrivateKey = (
+        ec.generate_private_key(ec.SECP256R1()) if for_checkpoints else Ed25519PrivateKey.generate()
+    )
+    public = path.with_name(f"{path.name}.pub")
     for each in (path, public):
         if os.path.lexists(each):
             raise AlreadyExists(f"{each} is there already; a key is never overwritten: name a new file")
@@ -118,7 +124,9 @@ def new_key(path: Path) -> bytes:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return key.public_key().public_bytes_raw()
+    if isinstance(key, Ed25519PrivateKey):
+        return key.public_key().public_bytes_raw()
+    return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def load_signer(path: Path) -> Signer:

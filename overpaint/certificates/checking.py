@@ -1,0 +1,312 @@
+"""Checking a certificate: who signed it, whether it is still valid, and whether base, patches and checkpoint are as it states.
+
+Every check ends in "holds", "fails" or "not checked" with the reason, so that what nobody looked at is never taken for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from overpaint.bases.base import Base
+from overpaint.certificates.envelope import BadCertificate, opened
+from overpaint.certificates.statement import (
+    REPORT,
+    TESTS,
+    Composition,
+    Thresholds,
+    digest_of,
+    file_digests,
+    stated,
+    subjects_of,
+    tests_of,
+)
+from overpaint.core.errors import OverpaintError
+from overpaint.patches.patch import Patch
+from overpaint.registry.registry import EvaluationRecord, ResultRecord
+from overpaint.registry.sharing.signing import Keyring, key_id
+
+Outcome = Literal["holds", "fails", "not checked"]
+FindPatch = Callable[[str], Patch | None]
+"""The patch of an id, or None where it is not to be had."""
+Rerun = Callable[[Mapping[str, Any], Composition], list[ResultRecord]]
+"""Runs a suite again, from what the certificate states of the run, on a composition."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: the field of the certificate, what came out, and why."""
+
+    field: str
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one certificate, and what it states in short."""
+
+    checks: tuple[Check, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing failed; what was not checked is listed among the checks."""
+        return all(check.outcome != "fails" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"good": self.good, "facts": dict(self.facts), "checks": [vars(check) for check in self.checks]}
+
+
+def check_certificate(
+    file: Path,
+    *,
+    keys: Keyring | None = None,
+    base: Base | None = None,
+    find_patch: FindPatch | None = None,
+    checkpoint: Path | None = None,
+    rerun: Rerun | None = None,
+    today: date | None = None,
+) -> Verification:
+    """Check a certificate against whatever is given; what is not given is "not checked".
+
+    Raises BadCertificate for a file that is damaged, altered, spelled otherwise or signed by somebody else: nothing that it
+    states means anything then.
+    """
+    from overpaint.certificates.envelope import LIMIT
+
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(LIMIT)
+    except OSError as error:
+        raise OverpaintError(f"cannot read the certificate {file}: {error.strerror}") from error
+    found = opened(content, keys)
+    if set(found.statements) != {REPORT, TESTS}:
+        raise BadCertificate(
+            f"payload.predicateType: a certificate has a report ({REPORT}) and test results ({TESTS}), and nothing else; "
+            f"this one has {', '.join(sorted(found.statements))}"
+        )
+    report, tests = found.statements[REPORT], found.statements[TESTS]
+    facts = stated(report)
+    (recipe,), (validity,) = facts["RECIPE"], facts["VALIDITY"]
+    signed = f"by {key_id(found.key)} ({report['predicate']['producer'].get('name', '')})"
+    signer = Check("signature", "holds", f"{signed}, whom you trust")
+    if keys is None:
+        signer = Check("signature", "not checked", f"it fits the key {signed}; nobody said whom to trust (--trust KEY)")
+    checks = [
+        signer,
+        _validity(validity, today or datetime.now(timezone.utc).date()),
+        *_consistency(report, tests, facts),
+        *_files(report, checkpoint, file),
+        *_composition(facts, base, find_patch, checkpoint, rerun),
+    ]
+    short = {
+        "recipe": recipe["name"],
+        "base": recipe["base"],
+        "concepts": [each["concept"] for each in facts.get("CONCEPT_HIDDEN", ())],
+        "result": tests["predicate"].get("result"),
+        **validity,
+    }
+    return Verification(tuple(checks), short)
+
+
+def _validity(validity: Mapping[str, Any], today: date) -> Check:
+    last = validity.get("expires")
+    if last is None:
+        return Check("VALIDITY.expires", "holds", "it does not expire")
+    try:
+        expired = date.fromisoformat(last) < today
+    except (TypeError, ValueError):
+        return Check("VALIDITY.expires", "fails", f"{last!r} is no date")
+    return Check("VALIDITY.expires", "fails" if expired else "holds", f"{'expired on' if expired else 'until'} {last}")
+
+
+def _consistency(
+    report: Mapping[str, Any], tests: Mapping[str, Any], facts: Mapping[str, list[Mapping[str, Any]]]
+) -> Iterator[Check]:
+    """Whether the certificate agrees with itself: subjects, recipe, patches, and test results with the numbers."""
+    (recipe,), files = facts["RECIPE"], _subject_files(report)
+    subjects = subjects_of(recipe, files)
+    for statement, name in ((report, "the report"), (tests, "the test results")):
+        same = statement.get("subject") == subjects
+        yield Check(f"subject of {name}", "holds" if same else "fails", "its digest is that of the stated recipe")
+    listed = [(each["patch"], each["strength"]) for each in recipe["patches"]]
+    hidden = [(each["patch"], each["strength"]) for each in facts.get("CONCEPT_HIDDEN", ())]
+    yield Check(
+        "CONCEPT_HIDDEN", "holds" if listed == hidden else "fails", f"{len(hidden)} patches, those of the recipe"
+    )
+    runs = [*facts.get("MEASURED", ()), *facts.get("COUNTER_EVIDENCE", ())]
+    (weights,) = facts["WEIGHTS"]
+    for run in runs:
+        same = run.get("weights") == weights["digest"]
+        yield Check(
+            f"MEASURED.weights ({run['suite']})", "holds" if same else "fails", "judged were the stated weights"
+        )
+    yield _tests_follow(tests["predicate"], runs)
+
+
+def _tests_follow(predicate: Mapping[str, Any], runs: list[Mapping[str, Any]]) -> Check:
+    """Whether passed, warned and failed are what the numbers come to under the stated thresholds."""
+    try:
+        outcomes: dict[str, list[str]] = {"yes": [], "no": [], "undecided": []}
+        for entry in predicate["configuration"]:
+            (run,) = (run for run in runs if digest_of(run) == entry["digest"]["sha256"])
+            thresholds = Thresholds(**entry["annotations"]["thresholds"])
+            for test in tests_of(_record(run), thresholds):
+                outcomes[test.holds if test.holds in outcomes else "undecided"].append(test.name)
+        lists = [predicate["passedTests"], predicate["failedTests"], predicate["warnedTests"]]
+        result = "FAILED" if outcomes["no"] else "WARNED" if outcomes["undecided"] or not any(lists) else "PASSED"
+        same = list(outcomes.values()) == lists and predicate["result"] == result
+        same = same and len(predicate["configuration"]) == len(runs)
+    except (KeyError, TypeError, ValueError, AttributeError, OverpaintError):
+        same = False
+    detail = f"{predicate.get('result')}: {len(predicate.get('passedTests', ()))} thresholds hold"
+    return Check(
+        "test-result", "holds" if same else "fails", f"{detail}, as the stated numbers have it" if same else detail
+    )
+
+
+def _record(run: Mapping[str, Any]) -> EvaluationRecord:
+    return EvaluationRecord(
+        patch=None,
+        recipe=None,
+        revision=None,
+        digest=run["weights"],
+        suite=run["suite"],
+        judge=run["judge"],
+        seed=run["seed"],
+        settings=run["settings"],
+        versions=run["versions"],
+        seconds=0.0,
+        who=run["by"],
+        at=datetime.fromisoformat(run["at"]),
+        results=tuple(ResultRecord(**result) for result in run["results"]),
+    )
+
+
+def _subject_files(report: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        named = {each["name"]: each["digest"]["sha256"] for each in report["subject"]}
+    except (KeyError, TypeError) as error:
+        raise BadCertificate(f"subject: each has a name and a digest.sha256 ({error})") from error
+    named.pop("recipe", None)
+    return named
+
+
+def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path) -> Iterator[Check]:
+    wanted = _subject_files(report)
+    if not wanted:
+        detail = "the certificate is about a recipe and names no files" if checkpoint else "it names none"
+        yield Check("subject files", "not checked", detail)
+        return
+    if checkpoint is None:
+        yield Check("subject files", "not checked", f"{len(wanted)} files; give the checkpoint with --checkpoint")
+        return
+    beside = [certificate, certificate.with_name(f"{certificate.name}.cdx.json")]
+    digests = file_digests(checkpoint, but=beside)
+    wrong = False
+    for name in sorted({*wanted, *digests}):
+        if wanted.get(name) != digests.get(name):
+            wrong = True
+            why = "missing" if name not in digests else "not in the certificate" if name not in wanted else "altered"
+            yield Check(f"subject {name}", "fails", f"the file is {why}")
+    if not wrong:
+        yield Check("subject files", "holds", f"all {len(wanted)} files are as certified")
+
+
+def _composition(
+    facts: Mapping[str, list[Mapping[str, Any]]],
+    base: Base | None,
+    find_patch: FindPatch | None,
+    checkpoint: Path | None,
+    rerun: Rerun | None,
+) -> Iterator[Check]:
+    """Base and patches composed again, the checkpoint's weights, and if asked for the suites run again."""
+    (recipe,), (weights,), (inputs,) = facts["RECIPE"], facts["WEIGHTS"], facts["TEXT_INPUTS"]
+    if checkpoint is not None:
+        digest = Base.open(checkpoint).fingerprint
+        same = digest == weights["digest"]
+        yield Check("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
+    if base is None:
+        yield Check("WEIGHTS", "not checked", "composing them again needs the base (--base)")
+        return
+    named = recipe["base"]
+    if base.fingerprint != named["fingerprint"]:
+        yield Check("RECIPE.base.fingerprint", "fails", f"the base given is another one: {base.fingerprint}")
+        return
+    yield Check("RECIPE.base.fingerprint", "holds", f"the base is the one that is stated, {named['fingerprint'][:12]}")
+    patches: list[tuple[Patch, float, date | None]] = []
+    for entry in recipe["patches"]:
+        patch = find_patch(entry["patch"]) if find_patch else None
+        if patch is None:
+            why = "composing them again needs the patches, from a registry or with --from; not to be had: "
+            yield Check("WEIGHTS", "not checked", why + entry["patch"][:12])
+            return
+        last = date.fromisoformat(entry["expires"]) if entry["expires"] else None
+        patches.append((patch, entry["strength"], last))
+    made = Composition.of(base, named["name"], patches, recipe["name"], recipe["revision"])
+    yield from _compared(facts, made, weights, inputs)
+    runs = [*facts.get("MEASURED", ()), *facts.get("COUNTER_EVIDENCE", ())]
+    for run in runs:
+        field = f"MEASURED.results ({run['suite']})"
+        if rerun is None:
+            yield Check(field, "not checked", "drawing and judging again takes a while; ask for it with --rerun")
+        else:
+            yield _again(field, run, rerun(run, made))
+
+
+def _compared(
+    facts: Mapping[str, list[Mapping[str, Any]]],
+    made: Composition,
+    weights: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+) -> Iterator[Check]:
+    stated_tensors = dict(weights["changed"])
+    wrong = sorted(n for n in {*stated_tensors, *made.tensors} if stated_tensors.get(n) != made.tensors.get(n))
+    for name in wrong:
+        yield Check(f"WEIGHTS.changed[{name}]", "fails", "base and patches compose to another tensor")
+    same = weights["digest"] == made.weights
+    detail = f"base and {len(made.patches)} patches compose to {made.weights}"
+    yield Check("WEIGHTS.digest", "holds" if same and not wrong else "fails", detail)
+    for field, value, now in (
+        ("RECIPE", facts["RECIPE"][0], made.record),
+        ("TEXT_INPUTS.covered", inputs.get("covered"), list(made.covered)),
+        ("TEXT_INPUTS.uncovered", inputs.get("uncovered"), list(made.uncovered)),
+    ):
+        yield Check(
+            field, "holds" if value == now else "fails", "as base and patches have it" if value == now else f"{now}"
+        )
+    concepts = {patch.id: patch for patch, _, _ in made.patches}
+    for each in facts.get("CONCEPT_HIDDEN", ()):
+        solver = concepts[each["patch"]].manifest["solver"]
+        wanted = {
+            "concept": concepts[each["patch"]].concept.name,
+            "solver": solver.get("name"),
+            "settings": solver.get("settings", {}),
+            "seed": solver.get("seed"),
+        }
+        if differing := [key for key, value in wanted.items() if each.get(key) != value]:
+            yield Check(f"CONCEPT_HIDDEN.{differing[0]}", "fails", f"patch {each['patch'][:12]} says {wanted}")
+
+
+def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> Check:
+    """Whether a suite that was run again gives the same numbers; another machine may round a picture otherwise."""
+    before = {(each["subject"], each["metric"]): each for each in run["results"]}
+    moved = []
+    for result in results:
+        stated_result = before.get((result.subject, result.metric))
+        if stated_result is None:
+            return Check(field, "fails", f"{result.subject}: {result.metric} is not in the certificate")
+        low, high = stated_result["low"], stated_result["high"]
+        inside = stated_result["value"] == result.value or (low is not None and low <= result.value <= high)
+        if not inside:
+            moved.append(
+                f"{result.subject}, {result.metric}: {stated_result['value']:.4g} then, {result.value:.4g} now"
+            )
+    if moved:
+        return Check(field, "fails", "; ".join(moved[:3]))
+    exact = all(before[r.subject, r.metric]["value"] == r.value for r in results)
+    return Check(field, "holds", "run again: the same numbers" if exact else "run again: within the stated intervals")

@@ -1,0 +1,283 @@
+"""What a certificate states, as two in-toto Statements about the same subjects.
+
+The attribute report (SCAI v0.3) holds what was composed and what was measured, one attribute for each; the test result (v0.1)
+holds which thresholds that meets. Subjects are the recipe's record and, for a built checkpoint, each of its files by the
+SHA-256 of its bytes, which is how OpenSSF Model Signing v1.0 digests them.
+
+Attributes: `RECIPE` (base, patches with their strengths, days of expiry), `WEIGHTS` (the digest of the composed model and of
+each changed tensor), `CONCEPT_HIDDEN` (one for each patch: concept, solver, settings), `TEXT_INPUTS` (which of them a patch
+covers), `MEASURED` and, for suites that attack, `COUNTER_EVIDENCE` (one for each run), `VALIDITY` (from, until, by whom).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from overpaint.bases.base import Base
+from overpaint.bases.safetensors_file import tensor_digest
+from overpaint.certificates.envelope import STATEMENT, BadCertificate
+from overpaint.core.digests import canonical_json, combined_digest
+from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.metrics import Measurement, verdict
+from overpaint.patches.compose import Term, compose
+from overpaint.patches.patch import Patch, uncovered_inputs
+from overpaint.registry.registry import EvaluationRecord
+
+REPORT = "https://in-toto.io/attestation/scai/v0.3"
+TESTS = "https://in-toto.io/attestation/test-result/v0.1"
+ATTACKS = frozenset({"probes", "attacks"})
+"""Suites whose numbers speak against the erasure: they try to bring a concept back."""
+SIGNATURE = "model.sig"
+"""The file beside a checkpoint's own that holds its OpenSSF signature."""
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What is promised: at most so much of an erased concept is left, at least so much of what else was there."""
+
+    erased: float = 0.05
+    preserved: float = 0.97
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """What a base and patches come to: the base, each patch with its strength and last day, and the digests."""
+
+    base_name: str
+    fingerprint: str
+    layout: str
+    patches: tuple[tuple[Patch, float, date | None], ...]
+    weights: str
+    tensors: Mapping[str, str]
+    uncovered: tuple[str, ...]
+    covered: tuple[str, ...]
+    recipe: str = ""
+    revision: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        base_name: str,
+        patches: Sequence[tuple[Patch, float, date | None]],
+        recipe: str = "",
+        revision: int | None = None,
+    ) -> Composition:
+        """Compose and digest. Raises WrongBase for a patch of another base, BadDelta for one that does not fit."""
+        for patch, _, _ in patches:
+            patch.check(base)
+        composed = compose(base, [Term(patch.id, patch.delta, strength) for patch, strength, _ in patches])
+        tensors = {name: tensor_digest(name, tensor) for name, tensor in composed.items()}
+        open_inputs = {name for patch, _, _ in patches for name in uncovered_inputs(base, patch.delta)}
+        uncovered = tuple(name for name in base.text_inputs if name in open_inputs)
+        return cls(
+            base_name=base_name,
+            fingerprint=base.fingerprint,
+            layout=base.layout.name,
+            patches=tuple(sorted(patches, key=lambda entry: entry[0].id)),
+            weights=combined_digest({**base.digests(base.names), **tensors}),
+            tensors=tensors,
+            uncovered=uncovered,
+            covered=tuple(sorted(set(base.text_inputs) - set(uncovered))),
+            recipe=recipe,
+            revision=revision,
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The recipe's record: what the subject of that name is the digest of."""
+        entries = [
+            {"patch": patch.id, "strength": strength, "expires": last.isoformat() if last else None}
+            for patch, strength, last in self.patches
+        ]
+        base = {"name": self.base_name, "fingerprint": self.fingerprint, "layout": self.layout}
+        return {"name": self.recipe, "revision": self.revision, "base": base, "patches": entries}
+
+    @property
+    def expires(self) -> date | None:
+        """The last day on which all of it holds: the first day on which one of its patches expires."""
+        return min((last for _, _, last in self.patches if last is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Test:
+    """A threshold, what was measured against it, and whether that holds: "yes", "no" or "not enough pictures"."""
+
+    name: str
+    holds: str
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Everything that is signed. `files` are a checkpoint's, by their names within it, with their SHA-256."""
+
+    composition: Composition
+    runs: tuple[EvaluationRecord, ...]
+    who: str
+    issued: datetime
+    expires: date | None
+    files: Mapping[str, str] = field(default_factory=dict)
+    thresholds: Thresholds = Thresholds()
+
+    def __post_init__(self) -> None:
+        for run in self.runs:
+            if run.digest != self.composition.weights:
+                raise OverpaintError(
+                    f"the suite {run.suite} was run on other weights ({run.digest[:12]}) than these "
+                    f"({self.composition.weights[:12]}); evaluate the recipe as it is"
+                )
+
+    @property
+    def tests(self) -> list[Test]:
+        """Every threshold that the runs can be held against, in the order of the runs."""
+        return [test for run in self.runs for test in tests_of(run, self.thresholds)]
+
+    def statements(self, producer: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The attribute report and the test result, ready to be signed by `producer` (a resource descriptor)."""
+        subjects = subjects_of(self.composition.record, self.files)
+        parts = ((REPORT, {"attributes": self._attributes(), "producer": dict(producer)}), (TESTS, self._results()))
+        return [
+            {"_type": STATEMENT, "subject": subjects, "predicateType": kind, "predicate": predicate}
+            for kind, predicate in parts
+        ]
+
+    def _attributes(self) -> list[dict[str, Any]]:
+        made = self.composition
+        validity = {
+            "issued": self.issued.astimezone(timezone.utc).isoformat(timespec="seconds"),
+            "expires": self.expires.isoformat() if self.expires else None,
+            "by": self.who,
+        }
+        attributes: list[tuple[str, dict[str, Any]]] = [
+            ("RECIPE", made.record),
+            ("WEIGHTS", {"digest": made.weights, "changed": dict(made.tensors)}),
+            *(("CONCEPT_HIDDEN", _hidden(patch, strength)) for patch, strength, _ in made.patches),
+            ("TEXT_INPUTS", {"covered": list(made.covered), "uncovered": list(made.uncovered)}),
+            *(("COUNTER_EVIDENCE" if run.suite in ATTACKS else "MEASURED", described(run)) for run in self.runs),
+            ("VALIDITY", validity),
+        ]
+        return [{"attribute": name, "conditions": conditions} for name, conditions in attributes]
+
+    def _results(self) -> dict[str, Any]:
+        tests = self.tests
+        by_verdict = {holds: [test.name for test in tests if test.holds == holds] for holds in ("yes", "no")}
+        undecided = [test.name for test in tests if test.holds not in by_verdict]
+        result = "FAILED" if by_verdict["no"] else "WARNED" if undecided or not tests else "PASSED"
+        configuration = [
+            {
+                "name": f"suite {run.suite}",
+                "digest": {"sha256": digest_of(described(run))},
+                "annotations": {"thresholds": asdict(self.thresholds)},
+            }
+            for run in self.runs
+        ]
+        return {
+            "result": result,
+            "configuration": configuration,
+            "passedTests": by_verdict["yes"],
+            "warnedTests": undecided,
+            "failedTests": by_verdict["no"],
+        }
+
+
+def tests_of(run: EvaluationRecord, thresholds: Thresholds) -> list[Test]:
+    """What the numbers of the suite `quick` promise: erased, preserved and restored; other suites have no thresholds."""
+    tests = []
+    for each in run.results if run.suite == "quick" else ():
+        number = Measurement(each.subject, each.metric, each.value, each.n, each.low, each.high)
+        about, metric = each.subject, each.metric
+        if about.startswith("erased: ") and metric == "accuracy":
+            name, holds = f"at most {thresholds.erased:.0%}", verdict(number, at_most=thresholds.erased)
+        elif about.startswith(("kept: ", "restored: ")) and metric == "share of the base's accuracy":
+            name, holds = f"at least {thresholds.preserved:.0%}", verdict(number, at_least=thresholds.preserved)
+        elif metric == "tensors that differ in any bit":
+            name, holds = "none", verdict(number, at_most=0.0)
+        else:
+            continue
+        tests.append(Test(f"{about}, {metric}: {name}", holds))
+    return tests
+
+
+def described(run: EvaluationRecord) -> dict[str, Any]:
+    """A run as a certificate states it: suite, settings, seed, judge with its digest, versions, and every number."""
+    return {
+        "suite": run.suite,
+        "settings": run.settings,
+        "seed": run.seed,
+        "judge": run.judge,
+        "versions": run.versions,
+        "weights": run.digest,
+        "by": run.who,
+        "at": run.at.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "results": [asdict(result) for result in run.results],
+    }
+
+
+def _hidden(patch: Patch, strength: float) -> dict[str, Any]:
+    made = patch.manifest["solver"]
+    return {
+        "concept": patch.concept.name,
+        "kind": patch.concept.kind,
+        "patch": patch.id,
+        "strength": strength,
+        "solver": made.get("name"),
+        "settings": made.get("settings", {}),
+        "seed": made.get("seed"),
+    }
+
+
+def subjects_of(record: Mapping[str, Any], files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The subjects: the recipe's record, and files by name."""
+    named = [("recipe", digest_of(record)), *sorted(files.items())]
+    return [{"name": name, "digest": {"sha256": digest}} for name, digest in named]
+
+
+def digest_of(value: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON value in its canonical spelling."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_digests(checkpoint: Path, but: Iterable[Path] = ()) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint by its name within it, without its signature and the files `but`.
+
+    Raises OverpaintError where a file cannot be read.
+    """
+    left_out = {path.absolute() for path in but}
+    files = [checkpoint] if checkpoint.is_file() else sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    root = checkpoint.parent if checkpoint.is_file() else checkpoint
+    digests = {}
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        if name == SIGNATURE or path.absolute() in left_out:
+            continue
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+            digests[name] = digest.hexdigest()
+        except OSError as error:
+            raise OverpaintError(f"cannot read {path}: {error.strerror}") from error
+    return digests
+
+
+def stated(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The conditions of a report's attributes by attribute. Raises BadCertificate when one that has to be there is not."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    try:
+        for each in report["predicate"]["attributes"]:
+            found.setdefault(each["attribute"], []).append(each["conditions"])
+        for name in ("RECIPE", "WEIGHTS", "TEXT_INPUTS", "VALIDITY"):
+            if len(found[name]) != 1:
+                raise KeyError(name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadCertificate(
+            f"payload.predicate.attributes lacks what every certificate has, or has it twice ({error})"
+        ) from error
+    return found
