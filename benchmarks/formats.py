@@ -1,7 +1,8 @@
 """Other tools' files at full size: `python -m benchmarks.formats [--architecture 1.x|XL] [--patches 20] [--json FILE]`.
 
 A random U-Net of true shapes in float16, with patches of rank-1 text maps at every door, is exported as a LoRA, that LoRA is
-imported again, and so are the edited weights themselves, as UCE saves them. Each step is a program of its own that has
+imported again, and so are the edited weights themselves, as UCE saves them; and a LoRA of rank 16 on every layer of the
+U-Net is exported and imported. Each step is a program of its own that has
 imported everything and knows the base's digests, as after `overpaint base add`. Memory is the highest resident size during
 the step less that before it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from benchmarks.checkpoints import write_single_file
 from benchmarks.shapes import CONFIGS
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term
-from overpaint.patches.delta import TextMap
+from overpaint.patches.delta import LowRank, TextMap
 from overpaint.patches.formats.exporting import About, export
 from overpaint.patches.formats.importing import import_weights
 
@@ -40,7 +42,15 @@ ENCODERS_XL: dict[str, Shapes] = {
     **ENCODERS,
     "text_encoder_2": {"final_layer_norm.weight": (1280,), "text_projection.weight": (1280, 1280)},
 }
-STEPS = ("export kohya", "import that LoRA", "export full", "import edited weights")
+STEPS = {
+    "export kohya": "kohya",
+    "import that LoRA": "kohya",
+    "export full": "full",
+    "import edited weights": "full",
+    "export a LoRA of every layer": "every",
+    "import a LoRA of every layer": "every",
+}
+"""Each step, and the file that it writes or reads."""
 
 
 def main() -> None:
@@ -87,14 +97,14 @@ def step(folder: Path, what: str, patches: int) -> list[Any]:
     error, and the part of values that differ."""
     base = Base.open(folder / "base")
     base.recall_digests(folder / "digests.json")
-    kind = "kohya" if what in STEPS[:2] else "full"
+    kind = STEPS[what]
     file = folder / f"{kind}.safetensors"
-    terms = list(some_terms(base, patches))
+    terms = [Term("a", every_layer(base))] if kind == "every" else list(some_terms(base, patches))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     idle, started = resident("VmRSS"), time.perf_counter()
     size = None
     if what.startswith("export"):
-        done = export(base, terms, file, kind, About("benchmark"))
+        done = export(base, terms, file, "full" if kind == "full" else "kohya", About("benchmark"))
         error, differing, of, bar = max(done.errors.values()), done.differing, done.of, f"<= {BAR_MEMORY:.0f}"
     else:
         found = import_weights(base, file)
@@ -115,6 +125,18 @@ def some_terms(base: Base, patches: int) -> Iterator[Term]:
             up, down = torch.randn(2, width, 1, generator=generator) / width**0.5
             maps.append(TextMap(text_input, up, down))
         yield Term(f"{number:04}", sum(maps[1:], start=maps[0]))
+
+
+def every_layer(base: Base, rank: int = 16) -> LowRank:
+    """Random factors for every linear layer and convolution of the U-Net."""
+    generator, factors = torch.Generator().manual_seed(0), {}
+    for name in base.names:
+        out, *rest = base.places[name].shape
+        if rest and name.startswith("unet/"):
+            sides = (out, rank), (rank, math.prod(rest))
+            up, down = (torch.randn(side, generator=generator) / 100 for side in sides)
+            factors[name] = up, down
+    return LowRank(factors)
 
 
 def random_base(folder: Path, architecture: str) -> Base:

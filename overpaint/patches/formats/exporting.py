@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
 from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import ENCODERS, UNET, split
-from overpaint.patches.formats.fitting import leading
+from overpaint.patches.formats.fitting import Fitted, leading
 
 # The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.
 #
@@ -154,6 +155,8 @@ def _head(header: Mapping[str, str], slots: Sequence[ArraySlot]) -> bytes:
 # or columns are reduced to as many without loss.
 
 
+Pair = tuple[Tensor, Tensor]
+"""up (out x r) and down (r x in)."""
 ROUNDING = 2.0**-22
 """Four roundings of float32. A stored change that is off by no more, as a part of itself, counts as exact."""
 
@@ -196,13 +199,15 @@ def _directions_of(piece: Piece, name: str) -> int:
 
 def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
     """down (r x in), up (out x r) and r of a tensor on which only thin factors lie; `directions` is its `rank`."""
-    up, down = _product(plan, name, plan.pieces[name], plan.original(name).values)
-    true = up @ down
-    found = [_stored(plan, name, true, (up, down), dtype)] if up.shape[1] == directions else []
-    if not found or found[0].error > ROUNDING:
+    up, down = _product(plan, name)
+    rounded = [_rounded((up, down), dtype)] if up.shape[1] == directions else []
+    errors = [_error((up, down), pair) for pair in rounded]
+    if not errors or errors[0] > ROUNDING:
         # Factors that nearly cancel lose more to rounding than an orthonormal side does.
-        found.append(_stored(plan, name, true, _orthonormal(up, down), dtype))
-    return min(found, key=lambda each: each.error)
+        rounded.append(_rounded(_orthonormal(up, down), dtype))
+        errors.append(_error((up, down), rounded[-1]))
+    error, pair = min(zip(errors, rounded, strict=True), key=itemgetter(0))
+    return _stored(plan, name, pair, error, is_same=_is_same(pair, (up, down)))
 
 
 def stored_truncated(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
@@ -210,14 +215,15 @@ def stored_truncated(plan: CompositionPlan, name: str, dtype: torch.dtype, direc
     true = change(plan, name).reshape(plan.base.places[name].shape[0], -1)
     up, values, down = leading(true, directions, rounds=8)
     root = values.sqrt()
-    return _stored(plan, name, true, (up * root, root[:, None] * down), dtype)
+    pair = _rounded((up * root, root[:, None] * down), dtype)
+    return _stored(plan, name, pair, _relative(pair[0].double() @ pair[1].double() - true, true))
 
 
 def stored_difference(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
     """The change itself, of the tensor's shape."""
     true = change(plan, name)
     array = true.to(dtype)
-    return Stored((array,), _relative(array.double() - true, true), *_differing(plan, name, array.double()))
+    return Stored((array,), _relative(array.double() - true, true), *_differing(plan, name, Fitted(array=array)))
 
 
 def stored_nothing(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
@@ -240,9 +246,8 @@ def change(plan: CompositionPlan, name: str) -> Tensor:
     if any(isinstance(part, Xor) for _, part in plan.pieces[name]):
         return plan.tensor(name).double() - original.double()
     total = torch.zeros(original.shape, dtype=torch.float64)
-    thin = [piece for piece in plan.pieces[name] if isinstance(piece[1], TextMap | LowRank)]
-    if thin:
-        up, down = _product(plan, name, thin, original)
+    if any(isinstance(part, TextMap | LowRank) for _, part in plan.pieces[name]):
+        up, down = _product(plan, name)
         total += (up @ down).reshape(original.shape)
     for term, part in plan.pieces[name]:
         if not isinstance(part, TextMap | LowRank):
@@ -250,11 +255,12 @@ def change(plan: CompositionPlan, name: str) -> Tensor:
     return total
 
 
-def _product(plan: CompositionPlan, name: str, pieces: Sequence[Piece], original: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of some pieces side by side, float64, strengths in `up`."""
-    ups, downs = [], []
-    for term, part in pieces:
+def _product(plan: CompositionPlan, name: str) -> Pair:
+    """The thin factors on a tensor side by side, float64, strengths in `up`."""
+    ups, downs, original = [], [], None
+    for term, part in plan.pieces[name]:
         if isinstance(part, TextMap):
+            original = plan.original(name).values if original is None else original
             columns = plan.base.columns(part.encoder, name)
             down = torch.zeros(part.up.shape[1], original.shape[1], dtype=torch.float64)
             down[:, columns] = part.down.double().T
@@ -277,10 +283,38 @@ def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _stored(plan: CompositionPlan, name: str, true: Tensor, pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> Stored:
-    up, down = (side.to(dtype) for side in pair)
-    held, alpha = up.double() @ down.double(), torch.tensor(float(up.shape[1]))
-    return Stored((down, up, alpha), _relative(held - true, true), *_differing(plan, name, held))
+def _rounded(pair: Pair, dtype: torch.dtype) -> Pair:
+    up, down = pair
+    return up.to(dtype), down.to(dtype)
+
+
+def _is_same(pair: Pair, wide: Pair) -> bool:
+    """Whether rounding changed no factor."""
+    return all(torch.equal(narrow.double(), side) for narrow, side in zip(pair, wide, strict=True))
+
+
+def _error(true: Pair, held: Pair) -> float:
+    """The norm of the difference of two products over that of the first."""
+    if _is_same(held, true):
+        return 0.0
+    (up, down), (held_up, held_down) = true, held
+    return _relative(
+        _core(torch.cat([held_up.double(), -up], 1), torch.cat([held_down.double(), down])), _core(up, down)
+    )
+
+
+def _core(up: Tensor, down: Tensor) -> Tensor:
+    """A small matrix with the singular values of a product, which is not formed: it has a million values."""
+    return torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
+
+
+def _stored(plan: CompositionPlan, name: str, pair: Pair, error: float, *, is_same: bool = False) -> Stored:
+    """A pair of factors as a file has it. Where it is the patches' own (`is_same`), a reader adds what composing adds."""
+    up, down = pair
+    differing = (
+        (0, math.prod(plan.base.places[name].shape)) if is_same else _differing(plan, name, Fitted(factors=pair))
+    )
+    return Stored((down, up, torch.tensor(float(up.shape[1]))), error, *differing)
 
 
 def _relative(apart: Tensor, true: Tensor) -> float:
@@ -288,11 +322,10 @@ def _relative(apart: Tensor, true: Tensor) -> float:
     return float(apart.norm()) / size if size else float(bool(apart.any()))
 
 
-def _differing(plan: CompositionPlan, name: str, held: Tensor) -> tuple[int, int]:
+def _differing(plan: CompositionPlan, name: str, held: Fitted) -> tuple[int, int]:
     """How many composed values differ when a reader adds what a file holds to the base's weight, and of how many."""
-    original, composed = plan.original(name).values, plan.tensor(name)
-    read = (original.double() + held.reshape(original.shape)).to(original.dtype)
-    return int((read != composed).sum()), composed.numel()
+    read, composed = held.added_to(plan.original(name).values), plan.tensor(name)
+    return (0 if torch.equal(read, composed) else int((read != composed).sum())), composed.numel()
 
 
 # The formats that are written, and where each keeps a tensor's change.

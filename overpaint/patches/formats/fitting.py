@@ -8,12 +8,13 @@ residual bits that make it exact, and the one that takes fewer bytes is kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from overpaint.patches.arithmetic import Original, ScratchBuffers, Target, TensorUpdate
+from overpaint.patches.arithmetic import BLOCK, Original, ScratchBuffers, Target, TensorUpdate
 from overpaint.patches.delta import residual
 
 WIDEST = 128
@@ -36,16 +37,16 @@ class Fitted:
         arrays = (*(self.factors or ()), *(self.bits or ()), *(() if self.array is None else (self.array,)))
         return sum(array.nbytes for array in arrays)
 
-    def laid_on(self, original: Tensor) -> Tensor:
-        """A tensor with factors or array added, rounded to its dtype; without the bits."""
-        found = torch.empty_like(original)
-        change = TensorUpdate(
+    def added_to(self, original: Tensor) -> Tensor:
+        """A tensor with factors or array added as composing adds them, rounded to its dtype; without the bits."""
+        total = torch.empty_like(original)
+        update = TensorUpdate(
             factors=() if self.factors is None else ((*self.factors, 1.0),),
             arrays=() if self.array is None else ((self.array, 1.0),),
         )
         with torch.inference_mode():
-            change.write(Target(Original(original, math.inf), found, ScratchBuffers()))
-        return found
+            update.write(Target(Original(original, math.inf), total, ScratchBuffers()))
+        return total
 
 
 def fitted(
@@ -65,8 +66,17 @@ def fitted(
     if with_bits and (pair := thin(change, ROUNDING * rounding_energy(wanted))) is not None:
         candidates.append(Fitted(factors=pair))
     if with_bits:
-        candidates = [replace(each, bits=residual(each.laid_on(original), wanted)) for each in candidates]
+        candidates = [replace(each, bits=residual(each.added_to(original), wanted)) for each in candidates]
     return min(candidates, key=lambda each: each.nbytes)
+
+
+def products(*pairs: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The product up down (out x r, r x in) of each pair, float64, a block of rows at a time: never a whole one in memory."""
+    wide = [(up.double(), down.double()) for up, down in pairs]
+    out, width = wide[0][0].shape[0], wide[0][1].shape[1]
+    rows = max(BLOCK // max(width, 1), 1)
+    for at in range(0, out, rows):
+        yield tuple(up[at : at + rows] @ down for up, down in wide)
 
 
 def difference(original: Tensor, change: Tensor) -> Tensor:

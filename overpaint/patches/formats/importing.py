@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from overpaint.bases.safetensors_file import DTYPES, dtype_name
 from overpaint.core.errors import NotFound
 from overpaint.core.progress import Progress, silent
 from overpaint.patches.compose import Term, plan
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, residual
+from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, identical, residual
 from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
 from overpaint.patches.formats.fitting import Fitted, fitted
 from overpaint.patches.formats.reading import (
     FP8,
     FileEdits,
     Meaning,
+    Pair,
     TensorEdit,
     edits_of_checkpoint,
     edits_of_file,
@@ -157,9 +159,9 @@ def _edits_of_file(base: Base, path: Path, options: Options) -> FileEdits:
     return edits_of_file(base, weights, detect(DIALECTS, base, weights.shapes), options.meaning, options.keep_rounding)
 
 
-def _fit(edit: TensorEdit, tolerance: float) -> Fitted:
-    if isinstance(edit.change, tuple):
-        return Fitted(factors=edit.change)
+def _fit(edit: TensorEdit | Pair, tolerance: float) -> Fitted:
+    if isinstance(edit, tuple):
+        return Fitted(factors=edit)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
     with_bits = edit.rounded is None and not edit.given
     return fitted(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
@@ -189,15 +191,20 @@ def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdit
         report(len(fits) + step, 2 * len(fits), name)
         edit = edits.edit(name)
         assert edit is not None
-        found = fits[name].laid_on(edit.original) if edit.rounded else planned.tensor(name)
-        left = residual(found, edit.wanted)
-        differing += 0 if left is None else len(left[0])
-        of += found.numel()
-        error = _relative(found, edit.wanted)
-        if error > worst:
-            worst, where = error, name
-        dtypes[dtype_name(edit.rounded or found.dtype)] += 1
-        rounded = rounded or edit.rounded is not None
+        if isinstance(edit, tuple):
+            composed, wanted, coarser = planned.tensor(name), Fitted(factors=edit).added_to(base.tensor(name)), None
+        else:
+            coarser = edit.rounded
+            composed = fits[name].added_to(edit.original) if coarser else planned.tensor(name)
+            wanted = edit.wanted
+        of += composed.numel()
+        dtypes[dtype_name(coarser or composed.dtype)] += 1
+        rounded = rounded or coarser is not None
+        if not identical(composed, wanted):
+            left = residual(composed, wanted)
+            differing += len(left[0]) if left else 0
+            error = _relative(composed, wanted)
+            worst, where = max((worst, where), (error, name), key=itemgetter(0))
     return Proof(differing, of, worst, where, dtypes.most_common(1)[0][0], rounded)
 
 

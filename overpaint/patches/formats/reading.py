@@ -21,6 +21,7 @@ from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, Safeten
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.patches.delta import all_finite, identical
 from overpaint.patches.formats.dialects import PEFT_PREFIX, AdapterConfig, FileReading, ForeignFile, Role, configs_of
+from overpaint.patches.formats.fitting import products
 
 # What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
 #
@@ -282,20 +283,23 @@ SAMPLE = 32
 @dataclass(frozen=True)
 class TensorEdit:
     """One tensor's edit: `wanted` instead of `original`, which is the base's value, rounded to the file's dtype where that
-    is the coarser one (`rounded`); and what was added, as two factors where the file has it so, else as float64 array.
+    is the coarser one (`rounded`); and what was added, float64.
 
     `given` says that the file holds the change itself, and not weights that it was worked out from."""
 
     original: Tensor
     wanted: Tensor
-    change: Tensor | Pair
+    change: Tensor
     rounded: torch.dtype | None = None
     given: bool = False
 
 
 @dataclass(frozen=True)
 class FileEdits:
-    """All edits of a file: which tensors of the base it speaks about, and each edit on demand (None: it stays the same)."""
+    """All edits of a file: which tensors of the base it speaks about, and each edit on demand.
+
+    Where the file has two factors, they are the edit. None: the tensor stays the same.
+    """
 
     dialect: str
     meaning: Meaning
@@ -303,7 +307,7 @@ class FileEdits:
     matched: int
     unmatched: tuple[str, ...]
     dtypes: tuple[str, ...]
-    edit: Callable[[str], TensorEdit | None] = field(repr=False)
+    edit: Callable[[str], TensorEdit | Pair | None] = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -313,16 +317,17 @@ def edits_of_file(
     """The edits of a file of keys. Raises ForeignFile when it cannot be told whether it holds changes or weights."""
     meaning = meaning or _meaning(base, weights, reading)
 
-    def edit(name: str) -> TensorEdit | None:
-        keys, original = reading.parts[name], base.tensor(name)
+    def edit(name: str) -> TensorEdit | Pair | None:
+        keys = reading.parts[name]
+        if not keys.keys() & {"difference", "value"}:
+            pair = factors(weights, name, keys, base.places[name].shape)
+            return pair if pair and any(product.any() for (product,) in products(pair)) else None
+        original = base.tensor(name)
         if "difference" in keys or ("value" in keys and meaning == "change"):
             key = keys.get("difference") or keys["value"]
             return _changed(original, _fitting(weights, key, name, original.shape).double())
-        if "value" in keys:
-            value = _fitting(weights, keys["value"], name, original.shape)
-            return edited(original, value, weights.shapes[keys["value"]][0], keep_rounding)
-        pair = factors(weights, name, keys, tuple(original.shape))
-        return None if pair is None else _changed(original, pair)
+        value = _fitting(weights, keys["value"], name, original.shape)
+        return edited(original, value, weights.shapes[keys["value"]][0], keep_rounding)
 
     keys = [key for roles in reading.parts.values() for role, key in roles.items() if role != "alpha"]
     return FileEdits(
@@ -391,11 +396,10 @@ def edited(original: Tensor, value: Tensor, stored: torch.dtype, keep_rounding: 
     return TensorEdit(start, wanted, value.double() - start.double(), rounded)
 
 
-def _changed(original: Tensor, change: Tensor | Pair) -> TensorEdit | None:
-    array = (change[0].double() @ change[1].double()).reshape(original.shape) if isinstance(change, tuple) else change
-    if not bool(array.any()):
+def _changed(original: Tensor, change: Tensor) -> TensorEdit | None:
+    if not bool(change.any()):
         return None
-    return TensorEdit(original, (original.double() + array).to(original.dtype), change, given=True)
+    return TensorEdit(original, (original.double() + change).to(original.dtype), change, given=True)
 
 
 def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size) -> Tensor:
