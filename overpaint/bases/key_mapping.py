@@ -184,6 +184,12 @@ class SingleFile:
         return [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]
 
 
+def single_file_of(forms: Iterable[SingleFile], names: Collection[str]) -> SingleFile | None:
+    """How a base that holds tensors of these names is kept in one file; None where there is no such file."""
+    fitting = [form for form in forms if not form.holds or form.holds in names]
+    return max(fitting, key=lambda form: bool(form.holds), default=None)
+
+
 def _rules_of(name: str) -> dict[str, Any]:
     file = files("overpaint.bases").joinpath("spellings").joinpath(f"{name}.json")
     rules: dict[str, Any] = frozen(json.loads(file.read_text("utf-8")))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("kohya", "diffusers", "comfy-diff", "full")
+READERS = ("a1111", "kohya", "comfyui", "diffusers")
 DTYPES = ("float32", "float16", "bfloat16")
 MEANINGS = ("change", "weights")
 
@@ -36,11 +37,15 @@ def export_options(command: Command) -> Command:
         click.option(
             "--format",
             "format",
-            default=FORMATS[0],
-            show_default=True,
             type=click.Choice(FORMATS),
-            help="kohya: LoRA for ComfyUI, A1111, Forge, kohya's scripts, diffusers. diffusers: LoRA for diffusers, PEFT. "
-            "comfy-diff: also full differences, for ComfyUI, A1111, Forge. full: the edited weights.",
+            help="kohya: LoRA by kohya's names, which most tools read; the default without --for. diffusers: LoRA for diffusers, "
+            "PEFT. comfy-diff: also full differences, for ComfyUI, A1111, Forge. full: the edited weights.",
+        ),
+        click.option(
+            "--for",
+            "for_",
+            type=click.Choice(READERS),
+            help="The tool that is to load it: a format is chosen of which it loads everything, or the export is refused.",
         ),
         click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"),
     ):
@@ -127,6 +132,8 @@ def _show(done: Exported, as_json: bool) -> None:
                 "format": done.format,
                 "bytes": done.nbytes,
                 "exact": done.is_exact,
+                "whole_for": done.whole_for,
+                "passed_over": {name: names for name, names in done.skipped.items() if names},
                 "differing": done.differing,
                 "of": done.of,
                 "errors": dict(done.errors),
@@ -138,6 +145,7 @@ def _show(done: Exported, as_json: bool) -> None:
             click.echo(f"{error:.2e}  {name}", err=True)
     click.echo(f"exported {len(done.errors)} tensors to {done.path} as {done.format}, {done.nbytes} bytes")
     click.echo(done.sentence())
+    click.echo(done.readers_sentence())
 
 
 def _json(found: dict[str, Any]) -> None:

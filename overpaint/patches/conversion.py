@@ -17,7 +17,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import ResolvedCheckpoint, TensorLocation, WeightFiles
-from overpaint.bases.key_mapping import KeyMapping, SingleFile
+from overpaint.bases.key_mapping import KeyMapping, SingleFile, single_file_of
 from overpaint.bases.safetensors_file import DTYPES
 from overpaint.bases.virtual_checkpoint import DATA_START, VirtualCheckpoint, entries_at_offsets
 from overpaint.core.errors import OverpaintError
@@ -93,10 +93,10 @@ def index_bytes(index: Mapping[str, Any]) -> bytes:
 
 
 def _single_form(base: Base) -> SingleFile:
-    forms = [form for form in base.layout.single_files if not form.holds or form.holds in base.places]
-    if not forms:
+    form = single_file_of(base.layout.single_files, base.places)
+    if form is None:
         raise NotConvertible(f"there are no single files of {base.layout.name}; build {base.path} as a folder")
-    return max(forms, key=lambda form: bool(form.holds))
+    return form
 
 
 def _folder_parts(base: Base) -> Iterator[WeightFiles]:

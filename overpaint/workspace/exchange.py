@@ -55,9 +55,10 @@ def export_patches(
     base: str,
     patches: Sequence[tuple[PatchRecord, float]],
     out: Path,
-    format: str,
+    format: str | None,
     title: str,
     *,
+    for_: str | None,
     dtype: str,
     truncate: int | None,
     progress: Progress,
@@ -68,7 +69,9 @@ def export_patches(
     terms = [opened.term(record.id, strength, base) for record, strength in patches]
     listed = sorted((record.id, record.concept, strength) for record, strength in patches)
     about = About(title, listed, max((record.solved_at.date().isoformat() for record, _ in patches), default=""))
-    return export(opened.base(base), terms, out, format, about, dtype=dtype, truncate=truncate, report=progress)
+    return export(
+        opened.base(base), terms, out, format, about, for_=for_, dtype=dtype, truncate=truncate, report=progress
+    )
 
 
 def pull_request(

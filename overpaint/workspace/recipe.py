@@ -374,13 +374,14 @@ class Recipe:
     def export(
         self,
         out: str | Path,
-        format: str = "kohya",
+        format: str | None = None,
         *,
+        for_: str | None = None,
         dtype: str = "float32",
         truncate: int | None = None,
         progress: Progress = silent,
     ) -> Exported:
-        """Write this recipe as one new file that other tools load; see `overpaint.patches.formats.exporting`."""
+        """Write this recipe as one new file that other tools load; see `Workspace.export_patches`."""
         from overpaint.workspace.exchange import export_patches
 
         out, base = Path(out), self.record.base
@@ -391,6 +392,7 @@ class Recipe:
             out,
             format,
             self.name,
+            for_=for_,
             dtype=dtype,
             truncate=truncate,
             progress=progress,

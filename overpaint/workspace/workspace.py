@@ -508,8 +508,9 @@ class Workspace(OpenRegistry):
         self,
         patches: Iterable[str],
         out: str | Path,
-        format: str = "kohya",
+        format: str | None = None,
         *,
+        for_: str | None = None,
         strength: float = 1.0,
         dtype: str = "float32",
         truncate: int | None = None,
@@ -517,7 +518,8 @@ class Workspace(OpenRegistry):
     ) -> Exported:
         """Write patches (by id, beginning of an id, or concept) of one base, all at one strength, as one new file.
 
-        Other tools load it; see `overpaint.patches.formats.exporting`.
+        `for_` names the tool that is to load it: a1111, comfyui, diffusers or kohya. Without it and without a format, the
+        format is kohya; see `overpaint.patches.formats.exporting`.
         """
         from overpaint.workspace.exchange import export_patches
 
@@ -526,5 +528,5 @@ class Workspace(OpenRegistry):
             raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
         out, listed = Path(out), [(record, strength) for record in records]
         return export_patches(
-            self, bases[0], listed, out, format, out.stem, dtype=dtype, truncate=truncate, progress=progress
+            self, bases[0], listed, out, format, out.stem, for_=for_, dtype=dtype, truncate=truncate, progress=progress
         )

@@ -126,10 +126,14 @@ def _a1111_layers(architecture: str) -> dict[str, str]:
 
 
 def sd_scripts(architecture: str) -> dict[str, str]:
-    """sd-scripts' names: of diffusers' modules for 1.x and 2.x, of the old ones for XL; `lora_te_` alone for one encoder."""
+    """sd-scripts' names: of diffusers' modules for 1.x and 2.x, of the old ones for XL; `lora_te_` alone for one encoder.
+
+    It finds linear layers and convolutions inside of transformers, residual blocks and samplers.
+    """
+    inside = (".attentions.", ".resnets.", ".downsamplers.", ".upsamplers.")
     found = {}
     for name, old in ldm_of(architecture).items():
-        if name.endswith(".weight"):
+        if name.endswith(".weight") and any(part in name for part in inside):
             module = old if architecture == "XL" else name.removeprefix("unet/")
             found["lora_unet_" + module.removesuffix(".weight").replace(".", "_")] = name
     for name in _encoder_weights(true_model(architecture)):

@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from overpaint.bases.base import Base
 from overpaint.commands.interchange import DTYPES, MEANINGS
 from overpaint.commands.interchange import FORMATS as OFFERED
+from overpaint.commands.interchange import READERS as TOOLS
 from overpaint.core.errors import AlreadyExists
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, Sum, TextMap, Xor
 from overpaint.patches.formats.exporting import FORMATS, ROUNDING, STORED, About, Exported, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
+from overpaint.patches.formats.readers import READERS
 from overpaint.patches.formats.reading import Meaning
 from tests.formats.models import dense, layers, low_rank, noise, some_terms, text_maps
 
@@ -42,6 +44,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 def test_the_command_line_offers_what_there_is() -> None:
     assert set(OFFERED) == set(FORMATS)
+    assert set(TOOLS) == set(READERS)
     assert set(DTYPES) == set(STORED)
     assert set(MEANINGS) == set(Meaning.__args__)  # type: ignore[attr-defined]
 
@@ -276,7 +279,12 @@ def test_factors_of_a_patch_are_exported_without_reading_the_base(
     first = layers(base)[0]
     reads: list[str] = []
     read = Base.tensor
-    monkeypatch.setattr(Base, "tensor", lambda self, name: reads.append(name) or read(self, name))
+
+    def counted(self: Base, name: str) -> torch.Tensor:
+        reads.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Base, "tensor", counted)
     names = [name for name in layers(base) if min(base.places[name].shape[:2]) >= 2]
     exported = written(base, [Term("a", low_rank(base, names))], tmp_path / "x.safetensors")
     assert (exported.differing, set(exported.errors.values()), reads) == (0, {0.0}, [])

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import overpaint
 from overpaint.cli import main
 from overpaint.patches.formats.exporting import FORMATS
+from overpaint.patches.formats.readers import READERS
 from tests.conftest import tiny_pipeline
 
 PAGE = Path(__file__).parents[2] / "docs" / "using-with.md"
@@ -59,6 +60,7 @@ def _commands(group: click.Command) -> Iterator[click.Command]:
             yield from _commands(found)
 
 
-def test_the_page_has_every_format() -> None:
+def test_the_page_has_every_format_and_every_tool() -> None:
     page = PAGE.read_text("utf-8")
     assert [name for name in FORMATS if f"| `{name}`" not in page] == []
+    assert [name for name in READERS if f"--for {name}" not in page] == []

@@ -436,6 +436,8 @@ def kohya_written(base: Base) -> dict[str, str]:
     is_xl = ENCODERS[1] in base.layout.components
     unet = ldm_unet_modules(base) if is_xl else unet_modules(base)
     found = {module: _underscored("lora_unet", local) for module, local in unet}
+    if f"{UNET}/conv_norm_out" in found:
+        found[f"{UNET}/conv_norm_out"] = "lora_unet_out_0"  # A1111 knows diffusers' names of all layers but this one
     prefixes = {ENCODERS[0]: "lora_te1" if is_xl else "lora_te", ENCODERS[1]: "lora_te2"}
     for encoder, prefix in prefixes.items():
         for module, _ in encoder_modules(base, encoder):

@@ -28,6 +28,7 @@ from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import ENCODERS, UNET, split
 from overpaint.patches.formats.fitting import Fitted, leading
+from overpaint.patches.formats.readers import READERS, Reader, open_clip_encoders, reader
 
 # The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.
 #
@@ -38,8 +39,6 @@ from overpaint.patches.formats.fitting import Fitted, leading
 KEY = "overpaint.export"
 UNKNOWN = "0" * 64
 """Stands for the digest of the bytes that follow the header, until they are written."""
-WIDTH_OF_2 = 1024
-"""From this text width on, a base with one text encoder is a Stable Diffusion 2.x."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class About:
 
 def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> dict[str, str]:
     """The header of an export. `ranks` are those of the LoRA layers in it, none for a file of another kind."""
-    version, architecture = _family(base)
+    version, architecture = _architecture(base)
     concepts = ", ".join(concept for _, concept, _ in about.patches)
     patches = [{"id": id, "concept": concept, "strength": strength} for id, concept, strength in about.patches]
     kind = "lora" if ranks else "weights"
@@ -91,12 +90,12 @@ def sealed(header: Mapping[str, str], digest: str) -> dict[str, str]:
     return {key: text.replace(UNKNOWN, digest) if text.endswith(UNKNOWN) else text for key, text in header.items()}
 
 
-def _family(base: Base) -> tuple[str, str]:
-    """What kohya's scripts and the model specification call the architecture."""
+def _architecture(base: Base) -> tuple[str, str]:
+    """What kohya's scripts and the model specification call it."""
     if ENCODERS[1] in base.layout.components:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    width = base.places[base.projections(ENCODERS[0])[0]].shape[-1]
-    return ("sd_v2", "stable-diffusion-v2-768-v") if width >= WIDTH_OF_2 else ("sd_v1", "stable-diffusion-v1")
+    is_2 = ENCODERS[0] in open_clip_encoders(base)
+    return ("sd_v2", "stable-diffusion-v2-768-v") if is_2 else ("sd_v1", "stable-diffusion-v1")
 
 
 # A safetensors file written in one pass: the header first, whose texts are sorted, then each array when it is computed.
@@ -305,7 +304,8 @@ def _error(true: Pair, held: Pair) -> float:
 
 def _core(up: Tensor, down: Tensor) -> Tensor:
     """A small matrix with the singular values of a product, which is not formed: it has a million values."""
-    return torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
+    left, right = torch.linalg.qr(up)[1], torch.linalg.qr(down.T)[1]
+    return left @ right.T
 
 
 def _stored(plan: CompositionPlan, name: str, pair: Pair, error: float, *, is_same: bool = False) -> Stored:
@@ -340,7 +340,7 @@ class NotExportable(OverpaintError):
 
 @dataclass(frozen=True)
 class Format:
-    """A format to write: who reads it, how it spells a base's modules, and what it has a place for.
+    """A format to write: what it is, how it spells a base's modules, and what it has a place for.
 
     `factors` are the endings of the keys of down, up and, in some, alpha; `differences` says whether readers also add
     arrays, `whole` that it holds weights instead.
@@ -355,15 +355,13 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "kohya": Format(
-        "LoRA for ComfyUI, A1111, Forge, kohya's scripts and diffusers",
+        "LoRA by kohya's names",
         dialects.kohya_written,
         (".lora_down.weight", ".lora_up.weight", ".alpha"),
     ),
-    "diffusers": Format(
-        "LoRA for diffusers and PEFT", dialects.diffusers_written, (".lora_A.weight", ".lora_B.weight")
-    ),
+    "diffusers": Format("LoRA by diffusers' names", dialects.diffusers_written, (".lora_A.weight", ".lora_B.weight")),
     "comfy-diff": Format(
-        "LoRA where it fits and full differences elsewhere, for ComfyUI, A1111 and Forge",
+        "LoRA where it fits and full differences elsewhere",
         dialects.kohya_written,
         (".lora_down.weight", ".lora_up.weight", ".alpha"),
         differences=True,
@@ -371,7 +369,8 @@ FORMATS: Mapping[str, Format] = {
     "full": Format("the edited weights themselves, as erasers save them", dialects.weights_written, whole=True),
 }
 
-_ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_ENCODER_LAYERS = (*_ATTENTION, "fc1", "fc2")
 """The layers of a text encoder that readers of LoRAs know."""
 _OUTPUT = "self_attn.out_proj.weight"
 _LAYER, _NORM = {"weight": ".diff", "bias": ".diff_b"}, {"weight": ".w_norm", "bias": ".b_norm"}
@@ -396,10 +395,10 @@ def place(plan: CompositionPlan, format: str, dtype: torch.dtype, truncate: int 
     for name in plan.names:
         module, attribute = split(name)
         found.setdefault(module, set()).add(attribute)
-    rank = max((_count_directions(plan, name, truncate) for name in plan.names), default=0)
+    rank = max(1, *(_count_directions(plan, name, truncate) for name in plan.names))
     placing = _Placing(plan, chosen, chosen.spelled(plan.base), dtype, truncate, rank)
     pieces = [piece for module, attributes in sorted(found.items()) for piece in placing.pieces(module, attributes)]
-    return pieces if chosen.whole or chosen.differences else [*pieces, *placing.companions()]
+    return pieces if chosen.whole else [*pieces, *placing.companions({piece.name for piece in pieces})]
 
 
 @dataclass(frozen=True)
@@ -426,16 +425,23 @@ class _Placing:
                 self._difference(name, is_norm) for name in (both if is_norm else dict.fromkeys([both[0], *names]))
             )
 
-    def companions(self) -> Iterator[TensorExport]:
-        """A layer that does nothing for each text encoder of which the output of attention stays as it is.
+    def companions(self, held: set[str]) -> Iterator[TensorExport]:
+        """Layers that do nothing, beside what the file holds of text encoders.
 
-        By that layer diffusers finds out how the text encoder's keys are spelled; without one it refuses the file.
+        A1111 applies nothing to an attention built by OpenCLIP unless the file has all four of its matrices. And by the
+        output of an attention diffusers finds out how a text encoder's keys are spelled; without one it refuses the file.
         """
+        wanted = set()
         for encoder in ENCODERS:
-            changed = [name for name in self.plan.names if name.startswith(f"{encoder}/")]
-            if changed and not any(name.endswith(_OUTPUT) for name in changed):
-                every = (name for name in self.plan.base.names if name.startswith(f"{encoder}/"))
-                yield from (self._nothing(name) for name in every if name.endswith(f".0.{_OUTPUT}"))
+            changed = {name for name in held if name.startswith(f"{encoder}/")}
+            if encoder in open_clip_encoders(self.plan.base):
+                attentions = {name.partition(".self_attn.")[0] for name in changed if ".self_attn." in name}
+                wanted |= {f"{layer}.self_attn.{part}.weight" for layer in attentions for part in _ATTENTION}
+            if changed and not self.format.differences and not any(n.endswith(_OUTPUT) for n in changed | wanted):
+                wanted |= {
+                    n for n in self.plan.base.names if n.startswith(f"{encoder}/") and n.endswith(f".0.{_OUTPUT}")
+                }
+        yield from (self._nothing(name) for name in sorted(wanted - held))
 
     def _whole(self, name: str) -> TensorExport:
         module, attribute = split(name)
@@ -522,7 +528,8 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Exported:
     """What was written: where, and, by tensor, the relative error that storing its change made.
 
-    `differing` of `of` composed values come out differently when a reader adds what the file holds to the base.
+    `differing` of `of` composed values come out differently when a reader adds what the file holds to the base. `skipped` has,
+    by tool that reads the format, the changed tensors that it passes over.
     """
 
     path: Path
@@ -530,6 +537,22 @@ class Exported:
     errors: Mapping[str, float] = field(repr=False)
     differing: int
     of: int
+    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def whole_for(self) -> list[str]:
+        """The tools that load all of it, by their names in `readers.READERS`."""
+        return [name for name, left_out in self.skipped.items() if not left_out]
+
+    def readers_sentence(self) -> str:
+        """Which tools load all of it, and what others pass over, in words."""
+        whole = [READERS[name] for name in self.whole_for]
+        said = [f"{each.about} ({each.note})" if each.note else each.about for each in whole]
+        parts = [f"whole for {', '.join(said)}" if said else "for programs that load weights by their names"]
+        for name, left_out in self.skipped.items():
+            if left_out:
+                parts.append(f"{READERS[name].about} would pass over {len(left_out)} tensors, first {left_out[0]}")
+        return "; ".join(parts)
 
     @property
     def is_exact(self) -> bool:
@@ -560,18 +583,21 @@ def export(
     base: Base,
     terms: Iterable[Term],
     out: Path,
-    format: str,
+    format: str | None,
     about: About,
     *,
+    for_: str | None = None,
     dtype: str = "float32",
     truncate: int | None = None,
     report: Progress = silent,
 ) -> Exported:
-    """Write patches on a base as a new file of a format (`placing.FORMATS`), whole or not at all.
+    """Write patches on a base as a new file of a format (`FORMATS`), whole or not at all.
 
-    `dtype` is that of factors and differences; whole weights keep the base's. `truncate` lets changes that are not thin into
-    a LoRA, cut to so many directions. Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit,
-    NotExportable when the format has no place for a change.
+    `for_` names the tool that is to load it (`readers.READERS`): a format is chosen of which it loads everything, or the one
+    that is named is refused if it would not. Without either, the format is kohya. `dtype` is that of factors and
+    differences; whole weights keep the base's. `truncate` lets changes that are not thin into a LoRA, cut to so many
+    directions. Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit, NotExportable when the format
+    has no place for a change or the tool would pass over one.
     """
     out = Path(out).absolute()
     if dtype not in STORED:
@@ -584,7 +610,7 @@ def export(
     planned = plan(base, terms)
     if not planned.names:
         raise NotExportable("no patch changes any weight here, so there is nothing to export; add a patch first")
-    pieces = place(planned, format, STORED[dtype], truncate)
+    format, pieces = _chosen(planned, format, for_, STORED[dtype], truncate)
     ranks = [piece.slots[0].shape[0] for piece in pieces if len(piece.slots) > 1]
     made: dict[str, Stored] = {}
     slots = [slot for piece in pieces for slot in piece.slots]
@@ -595,7 +621,38 @@ def export(
         {name: made[name].error for name in planned.names},
         sum(stored.differing for stored in made.values()),
         sum(made[name].of for name in planned.names),
+        {name: each.skipped(base, format, planned.names) for name, each in READERS.items() if format in each.formats},
     )
+
+
+def _chosen(
+    plan: CompositionPlan, format: str | None, for_: str | None, dtype: torch.dtype, truncate: int | None
+) -> tuple[str, list[TensorExport]]:
+    """The first format that holds all changes, and from which the tool that is named loads all of them."""
+    tool = None if for_ is None else reader(for_)
+    formats = (format,) if format else tool.formats if tool else (next(iter(FORMATS)),)
+    refusals = []
+    for each in formats:
+        try:
+            if tool:
+                _refuse_unread(plan, each, tool)
+            return each, place(plan, each, dtype, truncate)
+        except NotExportable as refusal:
+            refusals.append(refusal)
+    raise refusals[0] if len(refusals) == 1 else NotExportable("; ".join(map(str, refusals)))
+
+
+def _refuse_unread(plan: CompositionPlan, format: str, tool: Reader) -> None:
+    if format in FORMATS and format not in tool.formats:
+        raise NotExportable(f"{tool.about} cannot load a {format} file; export as {' or '.join(tool.formats)}")
+    if skipped := tool.skipped(plan.base, format, plan.names):
+        whole = [
+            n for n, each in READERS.items() if format in each.formats and not each.skipped(plan.base, format, skipped)
+        ]
+        raise NotExportable(
+            f"{tool.about} would pass over {len(skipped)} of {len(plan.names)} changed tensors in a {format} file, first "
+            f"{skipped[0]}; export for {' or '.join(whole)}, or build a checkpoint"
+        )
 
 
 def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Progress) -> Iterator[Tensor]:
