@@ -304,8 +304,8 @@ def _error(true: Pair, held: Pair) -> float:
 
 def _core(up: Tensor, down: Tensor) -> Tensor:
     """A small matrix with the singular values of a product, which is not formed: it has a million values."""
-    left, right = torch.linalg.qr(up)[1], torch.linalg.qr(down.T)[1]
-    return left @ right.T
+    core: Tensor = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
+    return core
 
 
 def _stored(plan: CompositionPlan, name: str, pair: Pair, error: float, *, is_same: bool = False) -> Stored:
