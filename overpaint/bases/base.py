@@ -76,7 +76,16 @@ class Base:
         containers = {part.container.path: part.container for part in found.parts}
         base = cls(path, found.layout, found.places(), containers, found.variant, found.form, hub)
         base.pipeline_class  # noqa: B018  raises for a denoiser of other channels, whatever container it comes in
+        base._check_text_inputs()
         return base
+
+    def _check_text_inputs(self) -> None:
+        for name in self.text_inputs if self.layout.is_caught else ():
+            if not self.projections(name):
+                raise BrokenBase(
+                    f"the base at {self.path} has no {self.text_input(name).projections[0]}, by which {name} enters it; get the "
+                    "base again, or describe its architecture as docs/adding-a-layout.md says"
+                )
 
     @property
     def is_single_file(self) -> bool:
@@ -223,6 +232,14 @@ class Base:
         """The digest of one component's tensors."""
         return combined_digest(self.digests(n for n in self.names if n.startswith(f"{component}/")))
 
+    def encoder_digest(self, text_input: str) -> str:
+        """The digest of all tensors that decide what a text input hands on."""
+        if not self.layout.is_caught:
+            return self.component_digest(self.text_input(text_input).encoder)
+        components = self.layout.encoders(self.names)
+        names = [name for name in self.names if name.partition("/")[0] in components or name in self.layout.norms]
+        return combined_digest(self.digests(names))
+
     @cached_property
     def extras(self) -> dict[str, Any]:
         """What a base says about itself in `overpaint.json` beside its index: prompt templates, sampler, judges."""
@@ -260,6 +277,8 @@ class Base:
     @cached_property
     def pipeline_class(self) -> str:
         """The class of diffusers that draws with this base. Raises UnknownLayout for a denoiser of other input channels."""
+        if self.layout.is_caught and not self.is_single_file:
+            return str(self.index["_class_name"])
         if self.channels is None:
             return self.layout.pipelines[0]
         if str(self.channels) not in self.layout.by_channels:
@@ -287,7 +306,7 @@ class Base:
 
     @own_torch_settings()
     def pipeline(self, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """A fresh diffusers pipeline of this base, of the class that its layout names.
+        """A fresh diffusers pipeline of this base, of the class `pipeline_class`.
 
         It has no safety checker. Raises NotFound for a single file without configuration, BrokenBase for what diffusers
         cannot load.

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
-from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts
+from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, read_index
 from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, raw_bytes, tensor_beginning
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import OverpaintError
@@ -143,8 +143,13 @@ def open_folder(folder: Path) -> ResolvedCheckpoint:
     Raises OverpaintError for a folder that is missing, unknown, incomplete or damaged.
     """
     layout = layout_of(folder)
+    index = read_index(folder)
     parts, variants = [], set()
     for name, component in layout.components.items():
+        if (index.get(name) or [None])[0] is None and layout.is_caught:
+            if component.optional:
+                continue
+            raise BrokenBase(f"the pipeline at {folder} has no {name}, which it needs; get the whole base")
         variant, files = weight_files(folder / name, component.weights)
         variants.add(variant)
         for file in files:

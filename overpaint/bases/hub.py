@@ -115,6 +115,8 @@ def _needed(layout: Layout, listing: Sequence[str], wanted: HubId) -> Iterator[s
     for name, component in layout.components.items():
         inside = [file.removeprefix(f"{name}/") for file in listing if file.startswith(f"{name}/")]
         variants = weight_variants(inside, component.weights)
+        if not variants and component.optional:
+            continue
         if not variants:
             raise BrokenBase(
                 f"{wanted.repository} has no {name}/{component.weights}.safetensors; choose a revision or a copy that has"

@@ -26,7 +26,8 @@ class Component:
     `weights` is the stem of its files. Canonical names carry `inner_prefix`, which newer libraries drop
     (`text_encoder/text_model.encoder...`), and today's words for what `renames` lists. `buffers` are glob patterns of
     what older files store although it follows from the configuration; `matrices`, of what some store as 1 x 1 convolutions.
-    `model` is the class of transformers that computes it, for text encoders.
+    `model` is the class of transformers that computes it, for text encoders whose output is not caught; `unread`, patterns of
+    what a text encoder has and no prompt needs. An `optional` component may be missing.
     """
 
     weights: str
@@ -35,6 +36,8 @@ class Component:
     renames: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     matrices: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    optional: bool = False
 
     def canonical(self, key: str) -> str:
         """The canonical spelling of a key of this component's file or module."""
@@ -48,12 +51,17 @@ class Component:
         """Whether a tensor is no weight, so that files of one model may differ in having it."""
         return _fits(name, self.buffers)
 
+    def is_unread(self, name: str) -> bool:
+        """Whether no prompt needs this tensor of a text encoder."""
+        return _fits(name, self.unread)
+
     def shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The canonical shape of a tensor that a file stores as `stored`; the bytes are the same."""
         return stored[:2] if stored[2:] == (1, 1) and _fits(name, self.matrices) else stored
 
 
-LAST, PENULTIMATE, POOLED = "last", "penultimate", "pooled"
+LAST, PENULTIMATE, POOLED, PROJECTION = "last", "penultimate", "pooled", "projection"
+"""What a text input hands on; `projection`: whatever the pipeline's own code brings to the projection."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Layout:
     `pipelines` are the classes of such a pipeline. Where `by_channels` names some too, the one that draws is found by the
     input channels of the tensor `input`: an inpainting model is told by them alone.
     `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
+    Where prompts are caught, `norms` are the parameters through which they pass before a projection, and `arguments` what the
+    pipeline is called with: small pictures, few frames, no guidance.
     """
 
     name: str
@@ -90,6 +100,8 @@ class Layout:
     single_files: tuple[SingleFile, ...] = ()
     input: str = ""
     by_channels: Mapping[str, str] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Layout:
@@ -103,7 +115,19 @@ class Layout:
             single_files=tuple(SingleFile.from_json(form) for form in whole.get("single_files", ())),
             input=whole.get("input", ""),
             by_channels=whole.get("by_channels", {}),
+            norms=whole.get("norms", ()),
+            arguments=whole.get("arguments", {}),
         )
+
+    @property
+    def is_caught(self) -> bool:
+        """Whether prompts are caught where the pipeline hands them to the denoiser."""
+        return any(text_input.output == PROJECTION for text_input in self.text_inputs.values())
+
+    def encoders(self, names: Iterable[str]) -> list[str]:
+        """The text encoders of which a base with tensors of these names has any."""
+        there = {name.partition("/")[0] for name in names}
+        return [name for name in self.components if name.startswith("text_encoder") and name in there]
 
     def projections(self, text_input: str, names: Iterable[str]) -> list[str]:
         """The canonical names among `names` that read a door, sorted."""
@@ -136,6 +160,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(index.read_text("utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("_class_name"), list):
+            raise UnknownLayout(
+                f"{folder} names a pipeline that comes as a program of its own; code that comes with a model is never run: use a "
+                "folder that names a class of diffusers"
+            )
         if not isinstance(content, dict) or not isinstance(content["_class_name"], str):
             raise ValueError("it names no class")
     except (OSError, ValueError, KeyError, RecursionError) as error:

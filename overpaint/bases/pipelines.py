@@ -53,7 +53,7 @@ def check_configuration(folder: Path, layout: Layout, channels: int | None, file
 
 def check_tokenizer(folder: Path) -> None:
     """Raise BrokenBase unless a folder has a tokenizer's vocabulary: transformers would make an empty tokenizer of none."""
-    whole = any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model"))
     if not whole and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise BrokenBase(f"{folder} has no vocabulary, without which no prompt is read; get the base's tokenizer again")
 
@@ -139,6 +139,8 @@ def load_pipeline(
         try:
             if path.is_file():
                 pipe = found.from_single_file(str(path), config=str(config), **how)
+            elif layout.is_caught:  # some of these refuse to be loaded in full
+                pipe = found.from_pretrained(path, variant=variant, **how)
             else:
                 pipe = found.from_pretrained(path, variant=variant, low_cpu_mem_usage=False, **how)
         # What a missing or damaged configuration makes diffusers and transformers raise.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
@@ -16,12 +16,12 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.pipelines import check_tokenizer
 from overpaint.bases.safetensors_file import SafetensorsFile, TensorEntry
-from overpaint.core.errors import OverpaintError
 
 # The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
 #
@@ -158,10 +158,6 @@ REMEMBERED = 64 << 20
 """Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one."""
 
 
-class PromptTooLong(OverpaintError):
-    """A concept whose tokens lie past the end of what the text encoder reads."""
-
-
 class _OutputCache:
     """The newest answers of some text encoders, by encoder and prompts: as many as fit into `REMEMBERED`."""
 
@@ -223,6 +219,22 @@ class TextEncoder:
     def is_pooled(self) -> bool:
         """Whether a prompt is one embedding rather than one per token."""
         return self.output == POOLED
+
+    @property
+    def group(self) -> str:
+        """What is the same for text inputs that are computed together."""
+        return self._memory.encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are computed."""
+        found: torch.device = self.model.device
+        return found
+
+    @property
+    def begin(self) -> Tensor | None:
+        """The embedding with which every prompt begins, float64 [d]; None where a prompt is one embedding."""
+        return None if self.is_pooled else self.hidden([""])[0, 0].double()
 
     @property
     def width(self) -> int:
@@ -332,6 +344,18 @@ class TextEncoder:
         """Every whole word of the tokenizer's vocabulary, sorted: the tokens of letters that end a word."""
         ending = (token.removesuffix("</w>") for token in self.tokenizer.get_vocab() if token.endswith("</w>"))
         return sorted(word for word in ending if len(word) > 1 and word.isalpha() and word.isascii())
+
+
+AnyTextEncoder: TypeAlias = "TextEncoder | PipelineTextInput"
+"""Who gives the embeddings of a text input."""
+
+
+def text_sources(base: Base, device: torch.device | str = "cpu") -> Mapping[str, AnyTextEncoder]:
+    """For every text input of a base, who gives its embeddings: its text encoder, or the whole pipeline where it is caught."""
+    if not base.layout.is_caught:
+        return encoders(base, device)
+    prompts = CaughtPrompts(CapturingPipeline.of(base, device))
+    return {name: PipelineTextInput(name, prompts) for name in base.text_inputs}
 
 
 def encoders(

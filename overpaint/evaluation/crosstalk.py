@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
 from overpaint.patches.compose import Term, compose
@@ -57,7 +57,7 @@ class Moments:
     def __init__(self, base: Base, concepts: Iterable[Concept], cache: Path | None, device: torch.device) -> None:
         self._base, self._cache, self._device = base, cache, device
         self._named = {word.casefold() for concept in concepts for word in concept.words}
-        self._encoders: dict[str, TextEncoder] = {}
+        self._encoders: Mapping[str, AnyTextEncoder] = {}
         self._factors: dict[str, Tensor] = {}
 
     def factor(self, concept: Concept, text_inputs: tuple[str, ...] = ("text_encoder",)) -> Tensor:
@@ -89,7 +89,7 @@ class Moments:
         return [t for t in asked if not self._named & set(re.findall(r"\w+", t.casefold()))] or asked[:1]
 
     def _compute(self, concept: Concept, text_inputs: tuple[str, ...]) -> Tensor:
-        self._encoders = self._encoders or encoders(self._base, self._device)
+        self._encoders = self._encoders or text_sources(self._base, self._device)
         templates = self._templates(concept)
         count = len(concept.words) * len(templates)
         keys = torch.cat(

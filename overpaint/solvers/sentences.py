@@ -1,7 +1,8 @@
 """Sentences that name a concept, and its keys and values: the embeddings that speak of it, and what should replace them.
 
 Embeddings are contextual, so a concept's keys come from several sentences; and the text encoder is causal, so they are
-taken from every position at and after the concept's first token: later tokens and the padding carry the concept too.
+taken from every position at and after the concept's first token: later tokens and the padding carry the concept too. Where a
+pipeline hands its own text on (`overpaint.bases.capture`), they are taken wherever a prompt differs.
 
 Every key is scaled by the square root of its weight. A sentence weighs the same whatever its length, and so does a concept
 whatever the number of its sentences; within a sentence, tokens weigh the same, and all of the padding together as much as
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.capture import PipelineTextInput
+from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
 from overpaint.solvers.problem import EditProblem
 
@@ -151,28 +153,38 @@ class KeyPositions:
         return cls(start, weights / weights.sum(), tokens + kept)
 
 
-def keys_of(encoder: TextEncoder, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+def keys_of(encoder: AnyTextEncoder, words: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Weighted embeddings of every word in every template, from its first token on: float64 [d, m].
 
     A sentence weighs 1: `K K^T` is the sum of the sentences' second moments. Raises PromptTooLong.
     """
     pairs = [(template, word) for word in words for template in templates]
+    if isinstance(encoder, PipelineTextInput):
+        without = {template: " ".join(template.format("").split()) for template in templates}
+        return encoder.keys_and_values([(t.format(word), without[t]) for t, word in pairs], PADDING)[0]
     positions = [KeyPositions.of(encoder, template, word) for template, word in pairs]
     return _weighted(encoder, [template.format(word) for template, word in pairs], positions)
 
 
-def keys_of_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+def keys_of_prompts(encoder: AnyTextEncoder, prompts: Sequence[str]) -> Tensor:
     """Weighted embeddings of whole prompts: float64 [d, m], every prompt weighing 1."""
+    if isinstance(encoder, PipelineTextInput):
+        return encoder.keys_and_values([(prompt, "") for prompt in prompts], PADDING)[0]
     return _weighted(encoder, prompts, [KeyPositions.of(encoder, HOLE, prompt, whole=True) for prompt in prompts])
 
 
-def keys_and_values(encoder: TextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+def keys_and_values(encoder: AnyTextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float64 [d, m] each: where its words are now, and where they should be sent.
 
     With an anchor, V are the anchor's embeddings in the same sentence at the same positions; without one, those of the
     sentence with the concept left out. All sentences together weigh 1. Raises PromptTooLong.
     """
     every = phrasings(base, concept)
+    if isinstance(encoder, PipelineTextInput):
+        for each in every:
+            encoder.first_position(each.template, each.word)
+        keys, values = encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
+        return keys / len(every) ** 0.5, values / len(every) ** 0.5
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
     keys = _weighted(encoder, [each.prompt for each in every], positions)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
 from overpaint.core.progress import Progress, silent
@@ -82,7 +82,7 @@ class _UniverseCache:
     """What was computed for one opened base on one device: its encoders, vocabularies, concepts' keys, last universes."""
 
     def __init__(self, base: Base, device: torch.device) -> None:
-        self.encoders = encoders(base, device)
+        self.encoders = text_sources(base, device)
         self.vocabularies: dict[int, dict[str, Vocabulary]] = {}
         self.words: dict[tuple[str, str, str], Tensor] = {}
         self.pairs: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
@@ -158,19 +158,16 @@ def _build(
 ) -> Universe:
     encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
-    moment = VOCABULARY * _phrases(memory, text_input, heard, {w for c in concepts for w in c.words}).to(
-        encoder.model.device
-    )
+    moment = VOCABULARY * _phrases(memory, text_input, heard, {w for c in concepts for w in c.words}).to(encoder.device)
     for concept in concepts:
         keys = _pair(memory, base, text_input, concept)[0].double()
         moment += weight * keys @ keys.T
     for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
         moment += share * keys @ keys.T
-    begin = None
-    if not encoder.is_pooled:
-        begin = encoder.hidden([""])[0, 0].double()
-        begin /= begin.norm()
+    begin = encoder.begin
+    if begin is not None:
+        begin = begin / begin.norm()
     moment, mean = _without_begin(moment, begin)
     lam = ridge * mean
     factor, failed = torch.linalg.cholesky_ex(moment + lam * torch.eye(len(moment)).to(moment))
@@ -246,9 +243,9 @@ def _vocabulary(
 ) -> dict[str, Vocabulary]:
     """The vocabulary as every door hears it."""
     if preserved.words not in memory.vocabularies:
-        text_encoders: dict[str, dict[str, TextEncoder]] = {}
+        text_encoders: dict[str, dict[str, AnyTextEncoder]] = {}
         for text_input, encoder in memory.encoders.items():
-            text_encoders.setdefault(base.text_input(text_input).encoder, {})[text_input] = encoder
+            text_encoders.setdefault(encoder.group, {})[text_input] = encoder
         tasks = [
             (EncodingTask.of(base, text_inputs, preserved.words), text_inputs) for text_inputs in text_encoders.values()
         ]

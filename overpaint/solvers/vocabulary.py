@@ -23,7 +23,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress
@@ -163,7 +163,7 @@ class EncodingTask:
     at_once: int = CHUNK
 
     @classmethod
-    def of(cls, base: Base, encoders: Mapping[str, TextEncoder], limit: int) -> EncodingTask:
+    def of(cls, base: Base, encoders: Mapping[str, AnyTextEncoder], limit: int) -> EncodingTask:
         """The task for the doors of one text encoder, with all whole words, or `limit` of them at equal distances."""
         first = next(iter(encoders.values()))
         known, templates = first.words(), neutral_sentences(base)
@@ -173,7 +173,7 @@ class EncodingTask:
         words = tuple(tuple(chosen[j % turns :: turns]) for j in range(len(templates)))
         at_once = _at_once(max(encoder.width for encoder in encoders.values()), first.length)
         identity = {
-            "encoder": base.component_digest(base.text_input(next(iter(encoders))).encoder),
+            "encoder": base.encoder_digest(next(iter(encoders))),
             "tokenizer": hashlib.sha256(canonical_json(first.tokenizer.get_vocab())).hexdigest(),
             "length": first.length,
             "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
@@ -226,7 +226,7 @@ def _at_once(width: int, length: int) -> int:
 
 
 def vocabularies(
-    task: EncodingTask, encoders: Mapping[str, TextEncoder], folder: Path | None, report: Progress
+    task: EncodingTask, encoders: Mapping[str, AnyTextEncoder], folder: Path | None, report: Progress
 ) -> dict[str, Vocabulary]:
     """The vocabulary as the doors of one text encoder hear it: read from `folder`, or computed and kept there.
 

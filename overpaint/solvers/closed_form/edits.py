@@ -6,6 +6,7 @@ text map. Everything is float64 and rounded once, when the text map is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.bases.capture import PipelineTextInput
+from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, TextMap
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory
@@ -65,7 +67,7 @@ class KeyChoice:
         """Whether these are the keys that a universe has, which keeps them."""
         return self.positions == ALL and self.in_sentences
 
-    def keys_and_values(self, encoder: TextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, encoder: AnyTextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
         """K and V of a concept, float64 [d, m] each, on the encoder's device.
 
         For the last token, V is the anchor's last token in the same sentence; without an anchor, the token that stands before
@@ -75,6 +77,12 @@ class KeyChoice:
             return keys_and_values(encoder, base, concept)
         every = phrasings(base, concept, bare=not self.in_sentences)
         starts = [encoder.first_position(each.template, each.word) for each in every]
+        if isinstance(encoder, PipelineTextInput):
+            pairs = [(each.prompt, each.replacement) for each in every]
+            if self.positions == LAST:
+                return encoder.last_keys_and_values(pairs)
+            keys, values = encoder.keys_and_values(pairs, math.inf)
+            return keys / len(pairs) ** 0.5, values / len(pairs) ** 0.5
         keys = encoder.hidden([each.prompt for each in every]).double()
         values = encoder.hidden([each.replacement for each in every]).double()
         if self.positions == ALL:
@@ -96,7 +104,7 @@ class TextEdit:
 
     problem: EditProblem
     text_input: str
-    encoder: TextEncoder
+    encoder: AnyTextEncoder
     choice: KeyChoice
 
     def keys_and_values(self, concepts: Sequence[Concept]) -> list[tuple[Tensor, Tensor]]:
@@ -210,7 +218,7 @@ def over_text_inputs(
     count = len(problem.base.text_inputs)
     problem.report(0, count, "editing in closed form")
     with within_memory("the number of concepts"):
-        for i, (text_input, encoder) in enumerate(encoders(problem.base, problem.device).items()):
+        for i, (text_input, encoder) in enumerate(text_sources(problem.base, problem.device).items()):
             edit = TextEdit(problem.within(i, count), text_input, encoder, choice)
             edits[text_input], numbers = solve(edit)
             worst = {name: max(value, worst.get(name, value)) for name, value in numbers.items()}

@@ -15,13 +15,14 @@ are taken in expectation rather than drawn. The threshold is relative to the mea
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.capture import PipelineTextInput
+from overpaint.bases.text_encoder import AnyTextEncoder
 from overpaint.patches.delta import LowRank
 from overpaint.solvers.closed_form.edits import (
     ALL,
@@ -82,7 +83,7 @@ class NullSpace(Solver):
         started = time.perf_counter()
         choice = KeyChoice(self.positions, self.spoken)
         edits, numbers = over_text_inputs(problem, choice, self._edit)
-        delta = text_maps(edits) if self.projections == "kv" else _on_values(problem, edits)
+        delta = _on_values(problem, edits) if self._edits_values(problem.base.projections()) else text_maps(edits)
         return Solution(delta, {**numbers, "seconds": time.perf_counter() - started})
 
     def _edit(self, edit: TextEdit) -> tuple[MapEdit, Diagnostics]:
@@ -93,7 +94,9 @@ class NullSpace(Solver):
             raise Unsolvable(
                 "the text encoder gives the concept and its anchor the same embeddings; name another anchor"
             )
-        weights = [weight.cpu() for name, weight in edit.weights().items() if self._is_edited(name)]
+        edited = edit.weights()
+        values_alone = self._edits_values(edited)
+        weights = [weight.cpu() for name, weight in edited.items() if ".to_v." in name or not values_alone]
         g = gram(weights, edit.encoder.width).to(edit.problem.device)
         moment, share = self._moment(self._retained(edit), keys, moves, g)
         free = free_directions(moment, self.threshold)
@@ -106,8 +109,9 @@ class NullSpace(Solver):
         numbers = {"free directions": free.shape[1], "retained share": share, "rank": change.up.shape[1]}
         return change, {**numbers, "residual": residual(change, keys, keys + moves)}
 
-    def _is_edited(self, name: str) -> bool:
-        return self.projections == "kv" or ".to_v." in name
+    def _edits_values(self, names: Iterable[str]) -> bool:
+        """Whether value projections alone are edited; where no projection is one for keys or values, all are."""
+        return self.projections == "v" and any(".to_v." in name for name in names)
 
     def _retained(self, edit: TextEdit) -> Tensor:
         """Keys of the other concepts, of the vocabulary's words at equal distances and of preserved prompts, float64 [d, n]."""
@@ -142,7 +146,7 @@ def free_directions(moment: Tensor, threshold: float) -> Tensor:
     return free
 
 
-def invariants(encoder: TextEncoder, centres: int = 3) -> Tensor:
+def invariants(encoder: AnyTextEncoder, centres: int = 3) -> Tensor:
     """Begin-of-text, and centres of the empty prompt's padding (k-means, started at equal distances): float64 [d, n]."""
     empty = encoder.hidden([""])[0].double()
     if len(empty) <= centres + 1:
@@ -174,8 +178,12 @@ def _shortened(edit: MapEdit, rank: int) -> MapEdit:
     return MapEdit(left[:, :count] * size[:count], right[:count].T.contiguous())
 
 
-def _prompt_keys(encoder: TextEncoder, prompts: Sequence[str], positions: str) -> Tensor:
+def _prompt_keys(encoder: AnyTextEncoder, prompts: Sequence[str], positions: str) -> Tensor:
     """Keys of whole prompts: their last tokens, or everything after begin-of-text, float64 [d, n]."""
+    if isinstance(encoder, PipelineTextInput):
+        if positions == ALL:
+            return torch.cat(encoder.hidden(prompts)).double().T
+        return encoder.last_keys_and_values([(prompt, "") for prompt in prompts])[0]
     if positions == ALL and not encoder.is_pooled:
         return encoder.hidden(prompts)[:, 1:].reshape(-1, encoder.width).double().T
     last = [0 if encoder.is_pooled else min(len(encoder.tokens(prompt)), encoder.length - 1) for prompt in prompts]
