@@ -61,28 +61,32 @@ def patch_list(ctx: click.Context, /, limit: int, offset: int, as_json: bool, **
 @click.pass_context
 def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
     """Show one patch with its provenance, after checking its bytes."""
-    workspace = open_workspace(ctx)
-    record, found = workspace.registry.patch(patch_key), workspace.patch(patch_key)
+    from overpaint.workspace.planning import manifest_of
+
+    registry = open_workspace(ctx).registry
+    record = registry.patch(patch_key)
+    registry.blob(record)
+    manifest = manifest_of(registry, record)
     rows: list[list[Any]] = [
         ["patch", record.id],
         ["concept", record.concept],
         ["base", record.base],
-        ["base fingerprint", found.manifest["subject"]["fingerprint"]],
-        ["tensors it changes", found.manifest["subject"]["count"]],
-        *(["door it leaves open", text_input] for text_input in found.manifest["subject"].get("open_doors", [])),
+        ["base fingerprint", manifest["subject"]["fingerprint"]],
+        ["tensors it changes", manifest["subject"]["count"]],
+        *(["door it leaves open", text_input] for text_input in manifest["subject"].get("open_doors", [])),
         ["solver", record.solver],
         *([f"setting {name}", value] for name, value in record.settings.items()),
         ["seed", record.seed],
-        *(["compressed from", _compression(step)] for step in found.manifest["solver"].get("compressed", [])),
+        *(["compressed from", _compression(step)] for step in manifest["solver"].get("compressed", [])),
         ["kind", record.kind],
-        *([f"array {name}", f"{a['dtype']} {a['shape']}"] for name, a in sorted(found.manifest["arrays"].items())[:8]),
+        *([f"array {name}", f"{a['dtype']} {a['shape']}"] for name, a in sorted(manifest["arrays"].items())[:8]),
         ["bytes", record.nbytes],
         ["seconds", round(record.seconds, 3)],
         ["solved", record.solved_at.isoformat(timespec="seconds")],
         ["tags", ", ".join(record.tags)],
-        *([f"on recipe {name}", _lying(laid)] for name, laid in workspace.registry.recipes_with(record.id)),
+        *([f"on recipe {name}", _lying(laid)] for name, laid in registry.recipes_with(record.id)),
     ]
-    latest = workspace.registry.evaluations(patch=record.id, latest=True)
+    latest = registry.evaluations(patch=record.id, latest=True)
     if as_json:
         rows += [[f"{each.suite}: {r.subject}: {r.metric}", r.value] for each in latest for r in each.results]
     show_table("Patch", ["what", "value"], rows, as_json)

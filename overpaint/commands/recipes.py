@@ -61,7 +61,7 @@ def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
     rows = [[p.concept, p.id if as_json else p.id[:12], p.solver, s, days[p.id], p.nbytes] for p, s in found.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
     show_table(f"Recipe {name} on {found.record.base}", columns, rows, as_json)
-    click.echo(f"weights {found.digest()}", err=as_json)
+    click.echo(f"weights {found.record.digest or found.digest()}", err=as_json)
     if mixed := found.mixture():
         Talk().say(mixed)
     if not as_json:

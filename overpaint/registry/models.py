@@ -275,8 +275,8 @@ class RecipeRow(Row):
             "uq_recipe_name",
             "name",
             unique=True,
+            # The migrations say it to PostgreSQL; here that would load its whole dialect for every command.
             sqlite_where=sql("deleted_at IS NULL"),
-            postgresql_where=sql("deleted_at IS NULL"),
         ),
     )
 
