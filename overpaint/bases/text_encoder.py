@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -257,6 +256,9 @@ class TextEncoder:
         """A text with each token of a textual inversion that has several vectors written out, as a pipeline writes it."""
         if not self._has_long_tokens:
             return text
+        # All of diffusers is loaded with it, which takes seconds that few bases need.
+        from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
         tokenizer: Any = self.tokenizer
         expanded: str = TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
         return expanded

@@ -147,11 +147,15 @@ def _failure(names: list[str], error: str) -> str:
     return f"not solved: {', '.join(names[:5])}{more}: {error}"
 
 
+SHOWN = 200
+"""Rows of a plan for people: drawing a table of ten thousand takes longer than planning them. --json has all."""
+
+
 def _show_plan(plan: SolvePlan, as_json: bool) -> None:
     """One row for each patch: what its concept is to the registry, how it would be solved, and its id if it was."""
     unknown = {concept.name: "new" for concept in plan.new} | {concept.name: "changed" for concept in plan.changed}
     rows = []
-    for task in plan.tasks:
+    for task in plan.tasks if as_json else plan.tasks[:SHOWN]:
         order, done = task.order, task.done.id if task.done else None
         settings = ", ".join(f"{name}={value}" for name, value in order.settings.items())
         settings += "".join(f"{', ' if settings else ''}compressed to {keep}" for keep in order.keeps)
@@ -160,7 +164,11 @@ def _show_plan(plan: SolvePlan, as_json: bool) -> None:
         rows.append([name, unknown.get(name, "known"), order.solver, settings, order.seed, shown])
     columns = ["concept", "in the registry", "solver", "settings", "seed", "solved before"]
     show_table(f"Would solve on {plan.base.name}", columns, rows, as_json)
-    Talk().say(f"{len(plan.open)} of {len(rows)} to solve, with {len(plan.around.universe)} concepts in the universe")
+    if len(rows) < len(plan.tasks):
+        Talk().say(f"and {len(plan.tasks) - len(rows)} more; --json shows all")
+    Talk().say(
+        f"{len(plan.open)} of {len(plan.tasks)} to solve, with {len(plan.around.universe)} concepts in the universe"
+    )
 
 
 def _kept(plan: SolvePlan | None, outcomes: list[SolveOutcome]) -> str:

@@ -11,6 +11,7 @@ from overpaint.core.errors import OverpaintError
 KINDS = ("object", "style", "person", "unsafe")
 HOLE = "{}"
 """Where a word stands in a sentence."""
+_LETTER = re.compile(r"\w")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,23 @@ def phrases_in(prompt: str, words: tuple[str, ...]) -> tuple[tuple[str, str], ..
             f"the prompt {prompt!r} has braces; only one {HOLE} is understood, where the concept stands"
         )
     for word in sorted(words, key=len, reverse=True):
-        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
-        if found:
-            return ((prompt[: found.start()] + HOLE + prompt[found.end() :], found[0]),)
+        if place := _place_of(word, prompt):
+            start, end = place
+            return ((prompt[:start] + HOLE + prompt[end:], prompt[start:end]),)
     raise OverpaintError(
         f"the prompt {prompt!r} does not name {words[0]!r}; use one of its words ({', '.join(words)}), or {HOLE} for any"
     )
+
+
+def _place_of(word: str, prompt: str) -> tuple[int, int] | None:
+    """Start and end of the first place where a word stands by itself, in upper or lower case."""
+    if not (word.isascii() and prompt.isascii()):
+        match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
+        return match.span() if match else None
+    # The same without an expression for each word: compiling those of ten thousand concepts takes seconds.
+    lower, text, start = word.lower(), prompt.lower(), -1
+    while (start := text.find(lower, start + 1)) >= 0:
+        end = start + len(word)
+        if not _LETTER.match(text[start - 1 : start]) and not _LETTER.match(text[end : end + 1]):
+            return start, end
+    return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -108,6 +109,10 @@ def parse(raw: bytes) -> Node | None:
     if text.lstrip().startswith(("{", "[")):
         # JSON may be indented with tabs, YAML may not; within JSON's texts they are written as \t.
         text = text.replace("\t", " ")
+    if hasattr(yaml, "CSafeLoader"):
+        # Ten times as fast; what it does not take is read again by the other, whose errors say more.
+        with suppress(yaml.YAMLError):
+            return _document(yaml.parse(text, Loader=yaml.CSafeLoader))
     try:
         return _document(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.reader.ReaderError as error:
@@ -176,7 +181,7 @@ def _place(node: Node, opened: list[Items | Pairs], keys: list[Text | None], roo
 def _node(event: Any) -> Node | None:
     if isinstance(event, yaml.ScalarEvent):
         place = TextPosition.of(event.start_mark)
-        return Text(place, _whole(event.value, place), plain=event.style is None)
+        return Text(place, _whole(event.value, place), plain=not event.style)
     if isinstance(event, yaml.SequenceStartEvent):
         return Items(TextPosition.of(event.start_mark))
     return Pairs(TextPosition.of(event.start_mark)) if isinstance(event, yaml.MappingStartEvent) else None

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ class SolveRequest:
 
 @dataclass(frozen=True)
 class SolveContext:
-    """What a solve knows beside its order: all concepts, prompts to leave undisturbed, a folder for what is worth keeping.
+    """What a solve reads beside its request: all concepts, prompts to preserve, and a folder for what is worth keeping.
 
     Concepts and prompts decide what comes out, the folder only how fast.
     """
@@ -112,6 +112,21 @@ class SolveContext:
     universe: tuple[Concept, ...] = ()
     preserve_prompts: tuple[str, ...] = ()
     cache: Path | None = None
+
+    @cached_property
+    def by_name(self) -> dict[str, Concept]:
+        """The universe, sorted by name: once for all requests, since it may be long."""
+        return {each.name: each for each in sorted(self.universe, key=lambda each: each.name)}
+
+    @cached_property
+    def _digest(self) -> str:
+        return universe_digest(each.as_json() for each in self.universe)
+
+    def digest_with(self, concept: Concept) -> str:
+        """The digest of the universe in which `concept` is as described."""
+        if self.by_name.get(concept.name) == concept:
+            return self._digest
+        return universe_digest(each.as_json() for each in {**self.by_name, concept.name: concept}.values())
 
 
 @dataclass(frozen=True)
@@ -166,25 +181,29 @@ FEW = 20
 _PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 
 
-def provenance(order: SolveRequest, method: Solver, around: SolveContext) -> dict[str, Any]:
+def provenance(request: SolveRequest, method: Solver, context: SolveContext) -> dict[str, Any]:
     """What a manifest says about how its patch was solved, before any compression.
 
-    An input is recorded where the solver declares that it reads it: the universe without the order's own concept, preserved
-    prompts, pictures by the digests of their files.
+    An input is recorded where the solver declares that it reads it: the universe without the request's own concept,
+    preserved prompts, pictures by the digests of their files.
     """
+    recorded = _inputs(request, method, context)
+    if method.uses_universe:
+        others = (each for name, each in context.by_name.items() if name != request.concept.name)
+        recorded["universe"] = [brief(each) for each in others]
+    return recorded
+
+
+def _inputs(request: SolveRequest, method: Solver, context: SolveContext) -> dict[str, Any]:
+    """All that is recorded but the universe."""
     from overpaint.solvers.problem import distinct_prompts, settings_of
     from overpaint.solvers.trained.pictures import picture_files
 
     settings = settings_of(method)
-    recorded: dict[str, Any] = {"name": order.solver, "settings": _without_folder(settings), "seed": order.seed}
+    recorded: dict[str, Any] = {"name": request.solver, "settings": _without_folder(settings), "seed": request.seed}
     if method.revision > 1:
         recorded["revision"] = method.revision
-    if method.uses_universe:
-        others = sorted(
-            (each for each in around.universe if each.name != order.concept.name), key=lambda each: each.name
-        )
-        recorded["universe"] = [brief(each) for each in others]
-    if method.uses_preserved_prompts and (prompts := distinct_prompts(around.preserve_prompts)):
+    if method.uses_preserved_prompts and (prompts := distinct_prompts(context.preserve_prompts)):
         recorded["keep"] = list(prompts)
     if method.uses_pictures:
         recorded["pictures"] = list(picture_files(settings["images"]))
@@ -205,35 +224,47 @@ def brief(concept: Concept) -> dict[str, Any]:
 
 
 def universe_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The other concepts that a patch was solved for, each in full; earlier versions wrote them so."""
+    """All concepts that a patch was solved for, its own first, each in full; earlier versions wrote them so."""
     listed = manifest["solver"].get("universe")
     items = listed if isinstance(listed, list) else []
-    return [{**_PLAIN, **item} for item in items if isinstance(item, dict)]
+    return [manifest["concept"], *({**_PLAIN, **item} for item in items if isinstance(item, dict))]
 
 
-def digest_of_order(order: SolveRequest, solved: Mapping[str, Any], fingerprint: str) -> str:
-    """The digest of the inputs of an order on a base, `solved` being its provenance."""
-    asked = {**solved, "compressed": [keep.as_json() for keep in order.keeps]} if order.keeps else solved
-    return digest_of_manifest(
-        {"concept": order.concept.as_json(), "solver": asked, "subject": {"fingerprint": fingerprint}}
-    )
+def universe_digest(concepts: Iterable[Mapping[str, Any]]) -> str:
+    """A digest of concepts (as `Concept.as_json`), whatever their order."""
+    return hashlib.sha256(b"\n".join(sorted(map(canonical_json, concepts)))).hexdigest()
+
+
+def digest_of_request(request: SolveRequest, method: Solver, context: SolveContext, fingerprint: str) -> str:
+    """The digest of the inputs of a request on a base."""
+    inputs = _inputs(request, method, context)
+    if request.keeps:
+        inputs["compressed"] = [keep.as_json() for keep in request.keeps]
+    universe = context.digest_with(request.concept) if method.uses_universe else ""
+    return _digest_of_inputs(fingerprint, request.concept.as_json(), inputs, universe)
 
 
 def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     """The digest of the inputs that a manifest names: base, concept, and how it was solved.
 
-    Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they lie.
+    Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they are.
     """
     recorded = manifest["solver"]
-    solved = {**recorded, "universe": universe_of(manifest), "settings": _without_folder(recorded.get("settings", {}))}
-    if not _reads_universe(solved["name"], canonical_json(solved["settings"])):
+    inputs = {key: value for key, value in recorded.items() if key not in ("universe", "vocabulary")}
+    inputs["settings"] = _without_folder(recorded.get("settings", {}))
+    if "compressed" in inputs:
+        inputs["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
+    universe = ""
+    if _reads_universe(inputs["name"], canonical_json(inputs["settings"])):
+        universe = universe_digest(universe_of(manifest))
+    elif {"keep", "universe"} <= recorded.keys():
         # Version 0.1 recorded the universe and preserved prompts for these solvers too, and they read neither.
-        solved["universe"] = ["preserved prompts were not read"] if {"keep", "universe"} <= recorded.keys() else []
-    solved.pop("vocabulary", None)
-    if "compressed" in solved:
-        solved["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
-    meant = [manifest["subject"]["fingerprint"], manifest["concept"], solved]
-    return hashlib.sha256(canonical_json(meant)).hexdigest()
+        universe = "preserved prompts were not read"
+    return _digest_of_inputs(manifest["subject"]["fingerprint"], manifest["concept"], inputs, universe)
+
+
+def _digest_of_inputs(fingerprint: str, concept: Mapping[str, Any], inputs: Mapping[str, Any], universe: str) -> str:
+    return hashlib.sha256(canonical_json([fingerprint, concept, inputs, universe])).hexdigest()
 
 
 @lru_cache(maxsize=1024)
@@ -271,20 +302,20 @@ def manifest_of(registry: Registry, record: PatchRecord) -> Mapping[str, Any]:
         return manifest.content
 
 
-def solved_before(registry: Registry, base: str, orders: Sequence[SolveRequest]) -> dict[str, PatchRecord]:
-    """The patches on a base that may be what `orders` ask for, by the digest of their inputs.
+def solved_before(registry: Registry, base: str, requests: Sequence[SolveRequest]) -> dict[str, PatchRecord]:
+    """The patches on a base that may be what `requests` ask for, by the digest of their inputs.
 
     Only those are read whose row already fits: concept, solver and seed. What cannot be read, or has lost bytes, is as good
     as not solved: solving it puts the bytes back.
     """
     files = PatchFiles(registry.blobs)
-    wanted = {(order.concept.name, order.solver, order.seed) for order in orders}
-    found = {}
-    for record in _candidates(registry, base, orders):
+    wanted = {(request.concept.name, request.solver, request.seed) for request in requests}
+    solved = {}
+    for record in _candidates(registry, base, requests):
         if (record.concept, record.solver, record.seed) in wanted and files.holds(record.id, record.blob):
             with suppress(BadTruncation, BlobCorrupt, BlobMissing):
-                found[digest_of_manifest(manifest_of(registry, record))] = record
-    return found
+                solved[digest_of_manifest(manifest_of(registry, record))] = record
+    return solved
 
 
 def _candidates(registry: Registry, base: str, orders: Sequence[SolveRequest]) -> Iterator[PatchRecord]:
@@ -306,10 +337,9 @@ def as_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PlannedSolve:
-    """An order, what its patch's manifest will say about how it was solved, and the patch if it is there already."""
+    """A request, and the patch if it is there already."""
 
     order: SolveRequest
-    provenance: Mapping[str, Any] = field(repr=False, hash=False)
     done: PatchRecord | None = None
 
 
@@ -352,13 +382,22 @@ def plan_solves(
     if changed and not update:
         raise ConceptDiffers(told_apart([(known[concept.name], concept) for concept in changed]))
     around = replace(around, universe=tuple({**known, **wanted}.values()))
-    methods = [order.method() for order in orders]
+    _check_methods(orders)
     before = {} if again else solved_before(registry, base, orders)
+    named = {(record.concept, record.solver, record.seed) for record in before.values()}
     tasks = []
-    for order, method in zip(orders, methods, strict=True):
-        solved = provenance(order, method, around)
-        tasks.append(PlannedSolve(order, solved, before.get(digest_of_order(order, solved, on.fingerprint))))
+    for order in orders:
+        # A digest is over all other concepts too: it is worth its time only where there is a patch to compare.
+        maybe = (order.concept.name, order.solver, order.seed) in named
+        done = before.get(digest_of_request(order, order.method(), around, on.fingerprint)) if maybe else None
+        tasks.append(PlannedSolve(order, done))
     return SolvePlan(on, tuple(tasks), around, new, changed)
+
+
+def _check_methods(requests: Iterable[SolveRequest]) -> None:
+    """Raise NotFound or BadSetting for the first solver or setting that there is not; each combination is tried once."""
+    for request in {(each.solver, *sorted(each.settings.items())): each for each in requests}.values():
+        request.method()
 
 
 def _concepts(orders: tuple[SolveRequest, ...]) -> dict[str, Concept]:

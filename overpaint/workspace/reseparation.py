@@ -7,14 +7,12 @@ takes milliseconds each, from nothing but the registry's concepts.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
@@ -24,11 +22,11 @@ from overpaint.workspace.planning import (
     SolveRequest,
     as_texts,
     digest_of_manifest,
-    digest_of_order,
+    digest_of_request,
     keeps_of,
     manifest_of,
     plan_solves,
-    provenance,
+    universe_digest,
     universe_of,
 )
 
@@ -57,8 +55,8 @@ def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
     for record, manifest in _with_universe(
         registry, [each for each in records if each.solver in _closed_form(records)]
     ):
-        concepts, revision = _universe(manifest), manifest["solver"].get("revision", 1)
-        digest = hashlib.sha256(canonical_json([concepts, revision])).hexdigest()
+        concepts = universe_of(manifest)
+        digest = f"{universe_digest(concepts)}-{manifest['solver'].get('revision', 1)}"
         found.setdefault(digest, (len(concepts), []))[1].append(record)
     ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
     return [RecipeUniverse(digest, count, tuple(patches)) for digest, (count, patches) in ordered]
@@ -89,11 +87,6 @@ def _with_universe(
         manifest = manifest_of(registry, record)
         if "universe" in manifest["solver"]:
             yield record, manifest
-
-
-def _universe(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All concepts that a patch was solved for, its own among them, in a fixed order."""
-    return sorted([manifest["concept"], *universe_of(manifest)], key=canonical_json)
 
 
 @dataclass(frozen=True)
@@ -155,12 +148,10 @@ def _stale(
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
             order = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed, keeps_of(manifest))
-            asked = digest_of_order(
-                order, provenance(order, order.method(), around), manifest["subject"]["fingerprint"]
-            )
-            if asked != digest_of_manifest(manifest):
+            fingerprint = manifest["subject"]["fingerprint"]
+            if digest_of_request(order, order.method(), around, fingerprint) != digest_of_manifest(manifest):
                 stale[record.id] = order
-        elif _universe(manifest) != sorted((concept.as_json() for concept in known.values()), key=canonical_json):
+        elif universe_digest(universe_of(manifest)) != universe_digest(each.as_json() for each in around.universe):
             left.append(record)
     return stale, tuple(left)
 

@@ -20,7 +20,7 @@ from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.workspace.compression import compressed
-from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest
+from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
 # One patch from one order: solved, compressed where that is asked, and stored.
 
@@ -37,7 +37,6 @@ class Made:
 
 def make(
     order: SolveRequest,
-    provenance: Mapping[str, Any],
     base: Base,
     around: SolveContext,
     device: torch.device,
@@ -53,7 +52,7 @@ def make(
     started = time.perf_counter()
     solution = method.solve(problem)
     seconds = time.perf_counter() - started
-    patch = make_patch(base, order.concept, solution.delta, {**provenance, **solution.record})
+    patch = make_patch(base, order.concept, solution.delta, {**provenance(order, method, around), **solution.record})
     errors: dict[str, float] = {}
     for keep in order.keeps:
         found = compressed(base, patch, keep)
@@ -153,7 +152,7 @@ def carry_out(
         assert base is not None, "a task is open in a plan without open tasks"
         try:
             tell = clock.reporter(task, report)
-            made = make(task.order, task.provenance, base, plan.around, device, tell)
+            made = make(task.order, base, plan.around, device, tell)
         except OverpaintError as error:
             outcomes.append(SolveOutcome(task, None, error=str(error)))
             told(outcomes[-1])

@@ -23,7 +23,6 @@ from overpaint.workspace.planning import (
     Truncation,
     completed,
     plan_solves,
-    provenance,
     setting_texts,
     truncations,
 )
@@ -164,15 +163,9 @@ class Workspace(OpenRegistry):
 
         base_name = self.base_name(base)
         request = SolveRequest(self.known_or_new(concept), solver, setting_texts(settings), seed, truncations(compress))
-        context, method = self.surroundings(base_name), request.method()
-        made = make(
-            request,
-            provenance(request, method, context),
-            self.base(base_name),
-            context,
-            resolve_device(device),
-            progress,
-        )
+        request.method()  # so that a setting that cannot be is refused before a base is opened
+        context = self.surroundings(base_name)
+        made = make(request, self.base(base_name), context, resolve_device(device), progress)
         self.registry.ensure_concept(request.concept)
         return Solved(store(self.registry, made, base_name), made.diagnostics, made.seconds)
 

@@ -135,7 +135,7 @@ concepts:
             ("line 2, column 40", "did you mean rank?"),
             ("line 5, column 5", "did you mean synonyms?"),
             ("line 6, column 13", "the anchor 'Cat' is the concept itself"),
-            ("line 7, column 11", "the name of a concept is empty"),
+            ("line 7, column 12", "the name of a concept is empty"),
             ("line 8, column 5", "this concept has no name"),
             ("line 10, column 15", "does not name 'dog'"),
             ("line 11, column 11", "a seed is a whole number from 0"),
