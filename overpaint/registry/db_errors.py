@@ -14,7 +14,8 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import printed
 
 FULL = "the disk that holds {path} is full; free some space and run this again. Nothing was changed"
-READ_ONLY = "cannot write in {path}: it is read-only for this user; make it writable, or name another registry"
+READ_ONLY = "cannot write in {path}: it is read-only for this user; make it writable, or name another place"
+UNREADABLE = "cannot read {path}: this user may not; ask its owner to allow it, or for a copy"
 BUSY = "the registry {path} is busy: another process has been writing for 20 seconds; wait for it and run this again"
 CANNOT_OPEN = "cannot open {path}; check that its folder exists and that this user may write there"
 NOT_A_DATABASE = "{path} is not a SQLite database; name another registry, or move this file away"
@@ -68,12 +69,14 @@ class Damaged(OverpaintError):
 
 
 @contextmanager
-def plain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn any OSError in the block into an OverpaintError that names `path` and says what to do."""
+def plain_disk_errors(path: Path, *, reading: bool = False) -> Iterator[None]:
+    """Turn any OSError in the block, which only reads or also writes, into an OverpaintError that names `path`."""
     try:
         yield
     except OSError as error:
         sentence = OF_DISK.get(error.errno or 0, "cannot use {path}: {reason}")
+        if reading and sentence is READ_ONLY:
+            sentence = UNREADABLE
         raise OverpaintError(sentence.format(path=path, reason=error.strerror or error)) from error
 
 

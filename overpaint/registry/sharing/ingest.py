@@ -18,13 +18,13 @@ from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
-from overpaint.registry.sharing.layout import PATCH, RECIPE, VOCABULARY, BadLayout, OciLayout
+from overpaint.registry.sharing.layout import INDEX_LIMIT, PATCH, RECIPE, VOCABULARY, BadLayout, OciLayout
 from overpaint.registry.sharing.merge_history import compared, merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Untrusted
 from overpaint.registry.sharing.trust import Trust
 from overpaint.registry.sharing.vocabularies import take
-from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles, open_files
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
 from overpaint.registry.store.patch_files import Array, BadManifest, Manifest, Parts, joined, split
 
@@ -164,8 +164,10 @@ def pull(registry: Registry, source: str | Path, request: PullRequest) -> Receiv
     Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecord for what contradicts itself or
     its digest; MissingBase; Diverged when a recipe that is here has another history.
     """
-    layout = OciLayout(open_files(source))
+    layout = OciLayout.at(source)
     if not layout.is_there():
+        if layout.files.read("index.json", limit=INDEX_LIMIT) is not None:
+            raise BadLayout(f"{layout.where} lacks the file oci-layout; it was not copied whole: copy it again")
         raise NotFound(f"nothing was ever pushed to {layout.where}: it has no file oci-layout; check the address")
     return receive(registry, layout, request, remember=True)
 
@@ -284,9 +286,12 @@ def import_file(registry: Registry, file: Path, request: PullRequest) -> Receive
     Nothing is unpacked, and nothing is ever executed: a file is read as an archive, as a patch file, or not at all. Raises
     NotFound when there is no such file, BadFileKind when it is neither, and what `pull` raises.
     """
-    if not file.is_file():
-        raise NotFound(f"there is no file {file}; name one that `overpaint export` wrote, or a patch file")
-    with plain_disk_errors(file), file.open("rb") as opened:
+    with plain_disk_errors(file, reading=True):
+        if file.is_dir():
+            raise NotFound(f"{file} is a folder; `overpaint pull` takes what was pushed to a folder")
+        if not file.is_file():
+            raise NotFound(f"there is no file {file}; name one that `overpaint export` wrote, or a patch file")
+    with plain_disk_errors(file, reading=True), file.open("rb") as opened:
         beginning = opened.read(BLOCK)
         if is_archive(beginning):
             return receive(registry, OciLayout(ArchiveReader(opened, str(file))), request)

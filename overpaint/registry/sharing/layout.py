@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Protocol
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.store import DIGEST, BadFile, FileInfo
+from overpaint.registry.store import DIGEST, BadFile, FileInfo, open_files
 from overpaint.registry.store.blobs import as_digested
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import BadManifest, Manifest, read_json
@@ -264,6 +265,17 @@ class OciLayout:
         self.files = files
         self._check = check or isinstance(files, FolderFiles)
 
+    @classmethod
+    def at(cls, location: str | Path, *, check: bool = False) -> OciLayout:
+        """The layout in a folder or behind a URL. Raises OverpaintError for what is neither."""
+        files = open_files(location)
+        if isinstance(files, FolderFiles) and files.root.is_file():
+            raise OverpaintError(
+                f"{files.where} is a file, and patches are pushed to and pulled from folders and URLs; `overpaint import` "
+                "takes what is in a file, `overpaint export` writes one"
+            )
+        return cls(files, check=check)
+
     @property
     def where(self) -> str:
         return self.files.where
@@ -276,6 +288,11 @@ class OciLayout:
             raise BadLayout(f"{self.where} is no OCI image layout: {error}") from error
         if mark is None:
             return False
+        if b"imageLayoutVersion" not in mark:
+            raise BadLayout(
+                f"the file oci-layout of {self.where} does not say what it should: it is damaged, or something else answers at "
+                "this address; check the address, or copy the file again from its source"
+            )
         if b'"1.0.0"' not in mark:
             raise BadLayout(f"the layout at {self.where} is not of version 1.0.0; upgrade Overpaint")
         return True

@@ -42,7 +42,7 @@ from overpaint.registry.sharing.signing import Signer, Untrusted
 from overpaint.registry.sharing.trust import SignedList, refuse_older, seen_counter, signed_list
 from overpaint.registry.sharing.trust import remember as remember_counters
 from overpaint.registry.sharing.vocabularies import documents
-from overpaint.registry.store import PatchFiles, open_files
+from overpaint.registry.store import PatchFiles
 from overpaint.registry.store.patch_files import Manifest, Parts, split
 
 # What the OCI image format allows for the name of a reference.
@@ -90,7 +90,7 @@ def push(
     """
     return send(
         registry,
-        OciLayout(open_files(destination), check=check),
+        OciLayout.at(destination, check=check),
         patches=patches,
         recipes=recipes,
         signer=signer,

@@ -214,7 +214,7 @@ def _cryptography() -> Iterator[None]:
 def _read(path: Path) -> bytes:
     if not path.is_file():
         raise NotFound(f"there is no key file {path}; `overpaint key new FILE` makes a key pair")
-    with plain_disk_errors(path), path.open("rb") as file:
+    with plain_disk_errors(path, reading=True), path.open("rb") as file:
         return file.read(KEY_LIMIT)
 
 

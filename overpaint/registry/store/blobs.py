@@ -49,8 +49,10 @@ class Blob:
 def open_files(location: str | Path) -> Files:
     """The files at a folder, a `file://` URL, or any other URL that `fsspec` knows.
 
-    Raises OverpaintError for a URL of an unknown kind, or one whose package is not installed.
+    Raises OverpaintError for a URL of an unknown kind, one whose package is not installed, and what names no place.
     """
+    if not isinstance(location, (str, Path)) or not str(location).removeprefix("file://").strip():
+        raise OverpaintError(f"a folder or a URL is needed, and {location!r} is none; name one")
     text = str(location).removeprefix("file://")
     return RemoteFiles(text) if isinstance(location, str) and URL.match(text) else FolderFiles(typed_path(text))
 

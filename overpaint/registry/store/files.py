@@ -107,7 +107,7 @@ class FolderFiles(Files):
 
     def read(self, name: str, *, limit: int | None = None) -> bytes | None:
         path = self._path(name)
-        with plain_disk_errors(path):
+        with plain_disk_errors(path, reading=True):
             try:
                 descriptor = _open_plain(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -138,7 +138,7 @@ class FolderFiles(Files):
 
     def info(self, name: str) -> FileInfo | None:
         path = self._path(name)
-        with plain_disk_errors(path):
+        with plain_disk_errors(path, reading=True):
             try:
                 found = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
@@ -162,7 +162,7 @@ class FolderFiles(Files):
 
     def walk(self, folder: str) -> Iterator[FileInfo]:
         top = self._path(folder)
-        with plain_disk_errors(top):
+        with plain_disk_errors(top, reading=True):
             for parent, _, names in os.walk(top):
                 for name in names:
                     path = Path(parent) / name

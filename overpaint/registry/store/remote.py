@@ -52,7 +52,13 @@ class RemoteFiles(Files):
         path = self._path(name)
         with self._looking_for(name):
             if limit is not None:
-                nbytes = int(self._fs.info(path)["size"])
+                nbytes = self._fs.info(path)["size"]
+                if nbytes is None:  # a server that does not say
+                    with self._fs.open(path, "rb") as file:
+                        data = bytes(file.read(limit + 1))
+                    if len(data) <= limit:
+                        return data
+                    nbytes = len(data)
                 if nbytes > limit:
                     raise too_long(f"{self.where}/{name}", nbytes, limit)
             return bytes(self._fs.cat_file(path))
@@ -140,6 +146,8 @@ class RemoteFiles(Files):
 
     def _unreachable(self, error: Exception, purpose: str = "") -> Unreachable:
         reason = printed(str(error).strip(), self._url) or type(error).__name__
+        if isinstance(error, NotImplementedError):
+            reason = "this kind of place can only be read"
         return Unreachable(
             f"{self.where} cannot be used{purpose} ({reason}); check the address, the network and your credentials"
         )
@@ -149,4 +157,4 @@ def _is_missing(cause: BaseException | None) -> bool:
     """Whether a place said that a file is missing: `fsspec` says so too when nobody answered, or with another refusal."""
     if type(cause).__module__.startswith("aiohttp"):
         return getattr(cause, "status", None) == 404
-    return isinstance(cause, FileNotFoundError) or not isinstance(cause, (OSError, asyncio.TimeoutError))
+    return isinstance(cause, FileNotFoundError) or not isinstance(cause, (OSError, ValueError, asyncio.TimeoutError))
