@@ -23,7 +23,7 @@ SLOW_MODULES = """
     test_few_shot_lora test_fingerprints test_gc test_hub test_importing test_interchange test_interrupting
     test_judges test_judging test_kept test_live test_live_recipes test_load_matrix test_mace test_maintenance
     test_many test_model_folders test_nullspace test_open_doors test_patch_file test_pipelines test_places test_postgres
-    test_processes test_push_pull test_rece test_recipe_history test_recipe_report test_registry test_report
+    test_processes test_push_pull test_rece test_recipe_history test_recipe_report test_refusals test_registry test_report
     test_results_page test_sdd test_separable test_separation test_sepme test_signing test_single_file
     test_solvers_benchmark test_spm test_store_backends test_studio test_suites test_surgical test_tags
     test_together test_torch_settings test_towers test_training test_two_encoders test_uce test_universe
