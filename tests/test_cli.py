@@ -76,7 +76,7 @@ for words in {[line.split() for line in WITHOUT_TORCH.strip().splitlines()]!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_road_from_base_to_checkpoint(ready: Shell, tmp_path: Path) -> None:
+def test_from_a_base_to_a_checkpoint(ready: Shell, tmp_path: Path) -> None:
     ready.ok("concept", "add", "cat", "--synonym", "fox")
     solved = json.loads(ready.ok("solve", "cat", "dog", "--base", "tiny", "--json"))
     assert [row["concept"] for row in solved] == ["cat", "dog"]
@@ -84,7 +84,7 @@ def test_the_road_from_base_to_checkpoint(ready: Shell, tmp_path: Path) -> None:
     added = ready.ok("patch", "add", "cat", solved[1]["patch"][:12], "--recipe", "safe", "--why", "takedown")
     assert added.count("weights") == 2
     shown = json.loads(ready.ok("recipe", "show", "safe", "--json"))
-    assert [row["concept"] for row in shown] == ["cat", "dog"]
+    assert [row["concept"] for row in shown["patches"]] == ["cat", "dog"]
     ready.ok("build", "safe", str(tmp_path / "out"))
     picture = tmp_path / "p.png"
     ready.ok("generate", "a cat", "--recipe", "safe", "-o", str(picture), "--compare", "--count", "2", "--steps", "2")
@@ -100,7 +100,7 @@ def test_the_road_from_base_to_checkpoint(ready: Shell, tmp_path: Path) -> None:
 
 def test_every_table_is_also_json(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
-    ready.ok("patch", "add", "cat", "--until", "2027-01-31")
+    ready.ok("patch", "add", "cat", "--expires", "2027-01-31")
     ready.ok("tag", "add", "pets", "--patch", "cat")
     for words in (
         ("base", "list"),
@@ -113,7 +113,7 @@ def test_every_table_is_also_json(ready: Shell) -> None:
         ("recipe", "show"),
         ("recipe", "log"),
         ("recipe", "diff", "default@0", "default"),
-        ("recipe", "due", "--on", "2027-01-31"),
+        ("recipe", "expired", "--on", "2027-01-31"),
         ("tag", "list"),
         ("search", "cat"),
     ):
@@ -124,14 +124,14 @@ def test_every_table_is_also_json(ready: Shell) -> None:
 def test_a_recipe_is_made_copied_taken_back_and_deleted(ready: Shell) -> None:
     ready.ok("solve", "cat", "dog", "--base", "tiny")
     base = json.loads(ready.ok("base", "list", "--json"))[0]["fingerprint"]
-    assert base in ready.ok("recipe", "create", "safe", "--base", "tiny")
+    assert base in ready.ok("recipe", "create", "safe", "--base", "tiny", "--digests")
     ready.ok("patch", "add", "cat", "dog", "--recipe", "safe")
     ready.ok("patch", "remove", "dog", "--recipe", "safe")
     ready.ok("tag", "add", "safe-2026-11", "--recipe", "safe@1", "--patch", "cat")
     both = ready.ok("recipe", "checkout", "safe@safe-2026-11", "--why", "appeal lost")
     assert "dog" in both
     assert "these are the weights of revision 1, bit for bit" in both
-    assert base in ready.ok("recipe", "checkout", "safe@0")
+    assert base in ready.ok("recipe", "checkout", "safe@0", "--digests")
     log = json.loads(ready.ok("recipe", "log", "safe", "--json"))
     assert [(row["revision"], row["did"], row["concept"], row["source"]) for row in log[3:]] == [
         (3, "checkout", "dog", "safe@1"),
@@ -142,25 +142,25 @@ def test_a_recipe_is_made_copied_taken_back_and_deleted(ready: Shell) -> None:
     assert [(row["concept"], row["strength before"], row["strength after"]) for row in different] == [
         ("dog", None, 1.0)
     ]
-    assert log[3]["weights"] in ready.ok("recipe", "copy", "safe@1", "again")
+    assert log[3]["weights"] in ready.ok("recipe", "copy", "safe@1", "again", "--digests")
     ready.ok("recipe", "delete", "safe", "--why", "obsolete")
     assert [row["recipe"] for row in json.loads(ready.ok("recipe", "list", "--json"))] == ["again"]
     assert [row["recipe"] for row in json.loads(ready.ok("recipe", "list", "--deleted", "--json"))] == ["safe"]
     assert json.loads(ready.ok("recipe", "log", "safe", "--deleted", "--json"))[-1]["why"] == "obsolete"
-    assert base in ready.ok("recipe", "undelete", "safe")
+    assert base in ready.ok("recipe", "undelete", "safe", "--digests")
     assert len(json.loads(ready.ok("recipe", "log", "safe", "--json"))) == len(log) + 2
 
 
-def test_a_takedown_lapses_and_is_listed(ready: Shell) -> None:
+def test_an_expired_takedown_is_listed(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
-    assert "until 2027-01-31" in ready.ok("patch", "add", "cat", "--until", "2027-01-31")
-    assert json.loads(ready.ok("recipe", "due", "--on", "2027-01-30", "--json")) == []
-    due = json.loads(ready.ok("recipe", "due", "default", "--on", "2027-01-31", "--json"))
+    assert "expires 2027-01-31" in ready.ok("patch", "add", "cat", "--expires", "2027-01-31")
+    assert json.loads(ready.ok("recipe", "expired", "--on", "2027-01-30", "--json")) == []
+    due = json.loads(ready.ok("recipe", "expired", "default", "--on", "2027-01-31", "--json"))
     assert [(row["recipe"], row["concept"], row["until"]) for row in due] == [("default", "cat", "2027-01-31")]
-    assert json.loads(ready.ok("recipe", "show", "--json"))[0]["until"] == "2027-01-31"
-    assert "until 2027-01-31" in ready.ok("patch", "show", "cat")
-    ready.ok("patch", "add", "cat", "--until", "never")
-    assert json.loads(ready.ok("recipe", "due", "--on", "2030-01-01", "--json")) == []
+    assert json.loads(ready.ok("recipe", "show", "--json"))["patches"][0]["until"] == "2027-01-31"
+    assert "expires 2027-01-31" in ready.ok("patch", "show", "cat")
+    ready.ok("patch", "add", "cat", "--expires", "never")
+    assert json.loads(ready.ok("recipe", "expired", "--on", "2030-01-01", "--json")) == []
 
 
 def test_lists_come_in_pages_and_say_that_there_is_more(ready: Shell) -> None:
@@ -211,8 +211,8 @@ def test_searching_finds_patches_and_recipes(ready: Shell) -> None:
         (("recipe", "checkout", "nothing@1"), "nothing"),
         (("recipe", "copy", "nothing", "new"), "nothing"),
         (("recipe", "undelete", "nothing"), "recipe list --deleted"),
-        (("recipe", "due", "--on", "tomorrow"), "tomorrow"),
-        (("patch", "add", "cat", "--until", "31.1.2027"), "YYYY-MM-DD"),
+        (("recipe", "expired", "--on", "tomorrow"), "tomorrow"),
+        (("patch", "add", "cat", "--expires", "31.1.2027"), "YYYY-MM-DD"),
         (("patch", "list", "--limit", "-1"), "-1"),
         (("tag", "add", "3", "--recipe", "default"), "not a number"),
         (("tag", "add", "t"), "name a patch or a recipe"),

@@ -30,6 +30,7 @@ from overpaint.bases.pipelines import absent_components, check_configuration, lo
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.progress import Progress, silent
 
 __all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
 
@@ -120,11 +121,11 @@ class Base:
         """Tensors one at a time in their canonical shapes, file by file."""
         return read_tensors({name: self.places[name] for name in names}, self.containers)
 
-    def digests(self, names: Iterable[str]) -> dict[str, str]:
+    def digests(self, names: Iterable[str], progress: Progress = silent) -> dict[str, str]:
         """The digest of each named tensor; computed once per opened base."""
         wanted = list(names)
         missing = {name: self.places[name] for name in wanted if name not in self._digests}
-        self._digests.update(digests_of(missing, self.containers))
+        self._digests.update(digests_of(missing, self.containers, progress=progress))
         return {name: self._digests[name] for name in wanted}
 
     @property

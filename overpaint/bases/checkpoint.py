@@ -19,6 +19,7 @@ from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, re
 from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, raw_bytes, tensor_beginning
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 
 # Which files hold a base's weights, and what each of their tensors is called: a diffusers folder or a single file.
 
@@ -269,7 +270,10 @@ BATCH = 32 << 20
 
 
 def digests_of(
-    places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile], threads: int | None = None
+    places: Mapping[str, TensorLocation],
+    containers: Mapping[Path, SafetensorsFile],
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, str]:
     """The digest of each tensor by canonical name, as `tensor_digest` gives it. Memory holds one window per thread.
 
@@ -280,12 +284,18 @@ def digests_of(
     def digest(names: list[str]) -> dict[str, str]:
         return _digests({name: places[name] for name in names}, containers[places[names[0]].file])
 
+    def merged(parts: Iterable[dict[str, str]]) -> dict[str, str]:
+        digests: dict[str, str] = {}
+        for part in parts:
+            digests.update(part)
+            progress(len(digests), len(places), "reading the base")
+        return digests
+
     if threads == 1 or len(batches) < 2:
-        found: Iterable[dict[str, str]] = map(digest, batches)
-        return {name: text for part in found for name, text in part.items()}
+        return merged(map(digest, batches))
     # hashlib lets go of the interpreter while it works.
     with ThreadPoolExecutor(threads or _cores()) as pool:
-        return {name: text for part in pool.map(digest, batches) for name, text in part.items()}
+        return merged(pool.map(digest, batches))
 
 
 def _batches(places: Mapping[str, TensorLocation]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""`overpaint base keep` and `overpaint base prepare`: what solves preserve when nobody lists it."""
+"""`overpaint base`: base models, where their files are, and the prompts that they must go on understanding."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import IO, Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, json_option, open_workspace, show_table
-
-# `overpaint base`: base models.
+from overpaint.commands.common import (
+    BASE,
+    Terminal,
+    device_option,
+    digests_option,
+    json_option,
+    open_workspace,
+    renamed,
+    short,
+    show_table,
+)
 
 
 @click.group()
@@ -22,35 +30,45 @@ def base() -> None:
 @click.argument("source", required=False)
 @click.pass_context
 def base_add(ctx: click.Context, name: str, source: str | None) -> None:
-    """Remember a base under NAME.
+    """Add a base under NAME.
 
     SOURCE is a diffusers folder, a single file (.safetensors, or .ckpt, of which only tensors are read), a model on the
     Hub as ORG/MODEL or ORG/MODEL@REVISION (remembered with its commit), or `emoji` for the embedded base. It defaults to
-    NAME.
+    NAME. One base may have several names.
     """
-    record = open_workspace(ctx, create=True).add_base(name, source or name)
-    click.echo(f"base {record.name}: {record.layout} from {record.source}, fingerprint {record.fingerprint}")
+    with Terminal() as terminal:
+        record = open_workspace(ctx, create=True, terminal=terminal).add_base(name, source or name)
+    click.echo(f"base {record.name}: {record.layout} from {record.source}, fingerprint {short(record.fingerprint)}")
 
 
 @base.command("list")
+@digests_option
 @json_option
 @click.pass_context
-def base_list(ctx: click.Context, as_json: bool) -> None:
+def base_list(ctx: click.Context, digests: bool, as_json: bool) -> None:
     """List all bases."""
     rows = [[b.name, b.layout, str(b.source), b.fingerprint] for b in open_workspace(ctx).bases()]
-    show_table("Bases", ["name", "layout", "source", "fingerprint"], rows, as_json)
+    columns = ["name", "layout", "source", "fingerprint"]
+    show_table("Bases", columns, rows, as_json, digests=digests, asked=["fingerprint"])
 
 
 @base.command("show")
-@click.argument("name")
+@click.argument("name", type=BASE)
+@digests_option
 @json_option
 @click.pass_context
-def base_show(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show one base: what it holds and which projections read the prompt."""
-    workspace = open_workspace(ctx)
-    record, opened = workspace.registry.base(name), workspace.base(name)
+def base_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> None:
+    """Show what a base holds and what reads the prompt.
+
+    Other names of the same base are listed too.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        record, opened = workspace.registry.base(name), workspace.base(name)
+    others = [b.name for b in workspace.bases() if b.fingerprint == record.fingerprint and b.name != record.name]
     rows: list[list[Any]] = [
         ["name", record.name],
+        *(["also called", other] for other in others),
         ["source", str(record.source)],
         ["kept at", str(opened.path)],
         ["layout", record.layout],
@@ -59,35 +77,62 @@ def base_show(ctx: click.Context, name: str, as_json: bool) -> None:
         ["projections that read the prompt", len(opened.projections())],
         ["added", record.added_at.isoformat(timespec="seconds")],
     ]
-    show_table("Base", ["what", "value"], rows, as_json)
+    show_table("Base", ["what", "value"], rows, as_json, digests=digests)
 
 
-@click.command("keep")
-@click.argument("name")
+@base.command("move")
+@click.argument("name", type=BASE)
+@click.argument("path", metavar="NEWPATH")
+@click.pass_context
+def base_move(ctx: click.Context, name: str, path: str) -> None:
+    """Say where the files of a base are now.
+
+    The base at NEWPATH must be the same, by its fingerprint.
+    """
+    with Terminal() as terminal:
+        record = open_workspace(ctx, terminal=terminal).move_base(name, path)
+    click.echo(f"base {record.name} is at {record.source}")
+
+
+@base.command("remove")
+@click.argument("name", type=BASE)
+@click.pass_context
+def base_remove(ctx: click.Context, name: str) -> None:
+    """Remove a name of a base; its files stay.
+
+    Refused while patches or recipes need the base, unless it has another name.
+    """
+    open_workspace(ctx).remove_base(name)
+    click.echo(f"removed base {name}; its files are where they were")
+
+
+@base.command("preserve")
+@click.argument("name", type=BASE)
 @click.option(
-    "--prompts", type=click.File(encoding="utf-8"), help="Keep these, one on each line; - reads standard input."
+    "--prompts", type=click.File(encoding="utf-8"), help="Preserve these, one on each line; - reads standard input."
 )
-@click.option("--remove", multiple=True, metavar="PROMPT", help="No longer keep this; may be repeated.")
-@click.option("--remove-all", is_flag=True, help="No longer keep any.")
+@click.option("--remove", multiple=True, metavar="PROMPT", help="No longer preserve this; may be repeated.")
+@click.option("--remove-all", is_flag=True, help="No longer preserve any.")
 @json_option
 @click.pass_context
-def base_keep(
+def base_preserve(
     ctx: click.Context, name: str, prompts: IO[str] | None, remove: tuple[str, ...], remove_all: bool, as_json: bool
 ) -> None:
-    """Prompts that a base must go on understanding as it does, watermark prompts for example; shows them.
+    """Set or show the prompts that every solve preserves.
 
-    Whatever is solved from now on preserves them; patches that are there already stay as they are.
+    For what a base must go on understanding as it does, watermark prompts for example. Patches that are solved from now on
+    preserve them, where their solver can; patches that are there already stay as they are.
     """
-    workspace, talk = open_workspace(ctx), Talk()
+    workspace, terminal = open_workspace(ctx), Terminal()
     if remove or remove_all:
-        talk.say(f"{workspace.registry.forget_prompts(name, None if remove_all else remove)} no longer kept")
+        count = workspace.registry.forget_prompts(name, None if remove_all else remove)
+        terminal.note(f"{count} no longer preserved")
     if prompts is not None:
         wanted = [line.strip() for line in _lines(prompts) if line.strip()]
-        talk.say(f"{workspace.preserve(name, wanted)} of {len(wanted)} are new")
-    rows = [
-        [kept.prompt, kept.who, kept.at.isoformat(timespec="seconds")] for kept in workspace.registry.kept_prompts(name)
-    ]
-    show_table("Prompts to keep", ["prompt", "who", "since"], rows, as_json)
+        terminal.note(f"{workspace.preserve(name, wanted)} of {len(wanted)} are new")
+    records = workspace.registry.kept_prompts(name)
+    rows = [[record.prompt, record.who, record.at] for record in records]
+    show_table("Preserved prompts", ["prompt", "who", "since"], rows, as_json)
 
 
 def _lines(prompts: IO[str]) -> list[str]:
@@ -97,29 +142,34 @@ def _lines(prompts: IO[str]) -> list[str]:
         raise click.BadParameter(f"{Path(prompts.name).name} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
-@click.command("prepare")
-@click.argument("name")
+@base.command("prepare")
+@click.argument("name", type=BASE)
 @click.option(
     "--vocabulary",
     default=0,
     show_default=True,
     type=click.IntRange(0, 10**6),
     metavar="N",
-    help="Hear so many words of the vocabulary; 0: all. Solve with --set vocabulary=N then.",
+    help="Encode so many words of the vocabulary; 0: all. Solve with --set vocabulary=N then.",
 )
 @device_option
 @click.pass_context
 def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str) -> None:
-    """Hear the vocabulary of a base now rather than in the first solve; goes on where an interrupted call stopped.
+    """Encode the vocabulary of a base before the first solve.
 
-    On a large text encoder that takes minutes on a GPU and hours without; it is kept in the registry.
+    On a large text encoder that takes minutes on a GPU and hours without. The result is kept in the registry; a call that
+    was interrupted goes on where it stopped.
     """
-    talk = Talk()
+    with Terminal() as terminal:
 
-    def report(step: int, of: int, text: str) -> None:
-        talk.progress(step, of, text)
-        if "damaged" in text:
-            talk.say(f"warning: {text}")
+        def progress(step: int, of: int, text: str) -> None:
+            terminal.progress(step, of, text)
+            if "damaged" in text:
+                terminal.note(f"warning: {text}")
 
-    open_workspace(ctx).prepare(name, vocabulary=vocabulary, device=device, progress=report)
-    talk.say(f"{name} is ready to be solved on")
+        workspace = open_workspace(ctx, terminal=terminal)
+        workspace.prepare(name, vocabulary=vocabulary, device=device, progress=progress)
+        terminal.note(f"{name} is ready to be solved on")
+
+
+base.add_command(renamed(base_preserve, "keep"))

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import json_option, limit_option, offset_option, open_workspace, say_if_more, show_table
+from overpaint.commands.common import (
+    CONCEPT,
+    digests_option,
+    json_option,
+    limit_option,
+    note_if_more,
+    offset_option,
+    open_workspace,
+    show_table,
+)
 from overpaint.core.concepts import KINDS
 
 
@@ -25,7 +34,7 @@ def concept() -> None:
 def concept_add(
     ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str, prompts: tuple[str, ...]
 ) -> None:
-    """Remember a concept."""
+    """Describe a concept."""
     workspace = open_workspace(ctx, create=True)
     added = workspace.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
     click.echo(f"concept {added.name} ({added.kind})")
@@ -37,28 +46,29 @@ def concept_add(
 @json_option
 @click.pass_context
 def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> None:
-    """List concepts, in the order they came."""
+    """List concepts, oldest first."""
     registry = open_workspace(ctx).registry
-    found = registry.concepts(limit=limit or None, offset=offset)
-    rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in found]
+    concepts = registry.concepts(limit=limit or None, offset=offset)
+    rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in concepts]
     show_table("Concepts", ["name", "kind", "synonyms", "anchor"], rows, as_json)
-    say_if_more(len(found), offset, registry.count_concepts(), "concepts")
+    note_if_more(len(concepts), offset, registry.count_concepts(), "concepts")
 
 
 @concept.command("show")
-@click.argument("name")
+@click.argument("name", type=CONCEPT)
+@digests_option
 @json_option
 @click.pass_context
-def concept_show(ctx: click.Context, name: str, as_json: bool) -> None:
+def concept_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> None:
     """Show one concept and its patches."""
     workspace = open_workspace(ctx)
-    found = workspace.registry.concept(name)
+    known = workspace.registry.concept(name)
     rows: list[list[Any]] = [
-        ["name", found.name],
-        ["kind", found.kind],
-        ["synonyms", ", ".join(found.synonyms)],
-        ["anchor", found.anchor],
-        *(["prompt", prompt] for prompt in found.prompts),
+        ["name", known.name],
+        ["kind", known.kind],
+        ["synonyms", ", ".join(known.synonyms)],
+        ["anchor", known.anchor],
+        *(["prompt", prompt] for prompt in known.prompts),
         *([f"patch ({p.solver} on {p.base})", p.id] for p in workspace.patches(concept=name)),
     ]
-    show_table("Concept", ["what", "value"], rows, as_json)
+    show_table("Concept", ["what", "value"], rows, as_json, digests=digests)

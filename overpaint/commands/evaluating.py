@@ -1,4 +1,4 @@
-"""`overpaint crosstalk`: what each patch does to the other concepts."""
+"""`overpaint evaluate`, `report`, `crosstalk`: does it erase, what else did it hurt, does it come back exactly."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overpaint.commands.common import Talk, device_option, json_option, open_workspace, show_table
+from overpaint.commands.common import (
+    BASE,
+    RECIPE,
+    Terminal,
+    device_option,
+    json_option,
+    open_workspace,
+    settings_of,
+    short,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from overpaint.registry.registry import EvaluationRecord
-
-
-# `overpaint evaluate`: does it erase, what else did it hurt, did it come back exactly.
-
 
 COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 
 
 @click.command()
-@click.argument("name", metavar="RECIPE|PATCH", required=False)
+@click.argument("name", metavar="RECIPE|PATCH", required=False, type=RECIPE)
 @click.option("--suite", default="quick", show_default=True, help="One of --list.")
 @click.option("--list", "listing", is_flag=True, help="Show the suites and what they ask.")
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="A setting of the suite; may be repeated.")
@@ -39,17 +45,23 @@ COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 @click.pass_context
 def evaluate(
     ctx: click.Context,
-    /,
     name: str | None,
     suite: str,
     listing: bool,
     settings: tuple[str, ...],
+    judge: str,
+    prompts: Path | None,
+    seed: int,
+    steps: int,
+    guidance: float | None,
+    batch: int,
+    device: str,
     as_json: bool,
-    **options: Any,
 ) -> None:
-    """Judge a recipe, or a patch alone, by pictures; the numbers are kept beside it.
+    """Judge a recipe, or one patch, by pictures.
 
-    Intervals are 95% bootstrap intervals over prompts. An interrupted run goes on where it was when it is run again.
+    The numbers are kept in the registry. Intervals are 95% bootstrap intervals over prompts. A run that was interrupted
+    goes on where it stopped when it is run again.
     """
     from overpaint.evaluation.suites import SUITES
 
@@ -61,35 +73,47 @@ def evaluate(
     from overpaint.workspace import evaluating
     from overpaint.workspace.recipe import current_user
 
-    talk = Talk()
-    chosen = dict(_pair(text) for text in settings)
-    request = evaluating.EvaluationRequest(suite=suite, settings=chosen, **options)
-    done = evaluating.evaluate(open_workspace(ctx), name, request, who=current_user(), progress=talk.progress)
-    talk.clear()
+    request = evaluating.EvaluationRequest(
+        suite=suite,
+        settings=settings_of(settings),
+        judge=judge,
+        prompts=prompts,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
+        device=device,
+    )
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        done = evaluating.evaluate(workspace, name, request, who=current_user(), progress=terminal.progress)
     for place in done.redrawn:
-        talk.say(f"a damaged picture in the cache was drawn again: {place}")
+        terminal.note(f"a damaged picture in the cache was drawn again: {place}")
     show_table(title_of(done.record), COLUMNS, result_rows(done.record, as_json), as_json)
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", metavar="RECIPE", type=RECIPE)
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html")
 @device_option
 @click.pass_context
 def report(ctx: click.Context, recipe: str, out: Path, device: str) -> None:
-    """Write all that was measured of a recipe as one page, with its numbers and figures in files beside it."""
-    talk = Talk()
-    done = open_workspace(ctx).recipe(recipe).report(out, device=device, progress=talk.progress)
-    talk.clear()
+    """Write what was measured of a recipe as a page.
+
+    The numbers and figures are written in files beside it.
+    """
+    with Terminal() as terminal:
+        wanted = open_workspace(ctx, terminal=terminal).recipe(recipe)
+        done = wanted.report(out, device=device, progress=terminal.progress)
     for notice in done.notices:
-        talk.say(notice)
+        terminal.note(notice)
     for place in done.files:
         click.echo(str(place))
 
 
 def title_of(record: EvaluationRecord) -> str:
     """One line that says what was evaluated, how and when."""
-    what = f"recipe {record.recipe}@{record.revision}" if record.recipe else f"patch {(record.patch or '')[:12]}"
+    what = f"recipe {record.recipe}@{record.revision}" if record.recipe else f"patch {short(record.patch)}"
     when = record.at.isoformat(timespec="seconds")
     return f"{record.suite} of {what} by {record.judge}, seed {record.seed}, {record.seconds:.0f} s, {when}"
 
@@ -104,21 +128,14 @@ def result_rows(record: EvaluationRecord, exact: bool) -> list[list[Any]]:
 
 
 def show_evaluations(records: list[EvaluationRecord]) -> None:
-    """A table for each of the latest runs, under what `patch show` and `recipe show` say."""
+    """A table for each of the latest runs, under what `patch show` and `recipe show` print."""
     for record in records:
         show_table(title_of(record), COLUMNS, result_rows(record, False), False)
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"--set takes NAME=VALUE; got {text!r}")
-    return name.strip(), value
-
-
 @click.command()
-@click.option("--recipe", help="The patches of this recipe.")
-@click.option("--base", "base_name", help="Without a recipe: the newest patch of each concept on this base.")
+@click.option("--recipe", type=RECIPE, help="The patches of this recipe.")
+@click.option("--base", "base_name", type=BASE, help="Without a recipe: the newest patch of each concept on this base.")
 @click.option("--all", "everything", is_flag=True, help="Also show what moves the registry's other concepts.")
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A heat map, as a new PNG file.")
 @click.option("--above", default=0.0, show_default=True, help="Show only pairs above this.")
@@ -135,24 +152,28 @@ def crosstalk(
     device: str,
     as_json: bool,
 ) -> None:
-    """Show how much each patch moves every other concept, relative to its own (0 is none, 1 is as much)."""
-    workspace = open_workspace(ctx)
-    found = workspace.crosstalk(recipe, base=base_name, everything=everything, device=device)
+    """Show how much patches move other concepts.
+
+    The effect is relative to that on the patch's own concept: 0 is none, 1 is as much.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        measured = workspace.crosstalk(recipe, base=base_name, everything=everything, device=device)
     if out:
         from overpaint.evaluation.figures import heat_map
 
         heat_map(
             out,
-            found.ratios,
-            [concept for _, concept in found.patches],
-            found.concepts,
+            measured.ratios,
+            [concept for _, concept in measured.patches],
+            measured.concepts,
             title="Cross-talk, relative to the patch's own concept",
             row_label="patch",
             column_label="concept",
         )
-        Talk().say(f"wrote {out}")
-    method = {concept: how for (_, concept), how in zip(found.patches, found.methods, strict=True)}
+        terminal.note(f"wrote {out}")
+    method = {concept: how for (_, concept), how in zip(measured.patches, measured.methods, strict=True)}
     rows: list[list[Any]] = [
-        [p.emitter, p.receiver, round(p.ratio, 4), method[p.emitter]] for p in found.pairs() if p.ratio >= above
+        [p.emitter, p.receiver, round(p.ratio, 4), method[p.emitter]] for p in measured.pairs() if p.ratio >= above
     ]
     show_table("Cross-talk", ["patch", "concept", "relative effect", "how"], rows, as_json)

@@ -1,4 +1,4 @@
-"""`overpaint patch compress`: a smaller patch beside one that is there."""
+"""`overpaint patch`: stored patches, and which of them a recipe holds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from overpaint.commands.common import (
-    Talk,
+    BASE,
+    CONCEPT,
+    PATCH,
+    SOLVER,
+    Renamed,
+    Terminal,
+    digests_option,
     interruptible,
     json_option,
     limit_option,
+    note_if_more,
     offset_option,
     open_workspace,
     recipe_option,
-    say_if_more,
     show_change,
     show_table,
     why_option,
@@ -26,81 +32,95 @@ if TYPE_CHECKING:
     from overpaint.registry.records import RecipeEntry
 
 
-# `overpaint patch`: patches, and what lies on a recipe.
-
-
 @click.group()
 def patch() -> None:
-    """Patches, and what lies on a recipe."""
+    """Patches, and which of them a recipe holds."""
 
 
 @patch.command("list")
-@click.option("--concept", help="Only patches of this concept.")
-@click.option("--base", help="Only patches for this base.")
-@click.option("--solver", help="Only patches that this solver made.")
+@click.option("--concept", type=CONCEPT, help="Only patches of this concept.")
+@click.option("--base", type=BASE, help="Only patches for this base.")
+@click.option("--solver", type=SOLVER, help="Only patches that this solver made.")
 @click.option("--tag", help="Only patches with this tag.")
 @limit_option
 @offset_option
+@digests_option
 @json_option
 @click.pass_context
-def patch_list(ctx: click.Context, /, limit: int, offset: int, as_json: bool, **where: str | None) -> None:
-    """List patches, the newest first."""
+def patch_list(
+    ctx: click.Context,
+    concept: str | None,
+    base: str | None,
+    solver: str | None,
+    tag: str | None,
+    limit: int,
+    offset: int,
+    digests: bool,
+    as_json: bool,
+) -> None:
+    """List patches, newest first."""
     registry = open_workspace(ctx).registry
-    found = registry.patches(**where, limit=limit or None, offset=offset, newest_first=True)
-    rows = [
-        [p.id if as_json else p.id[:12], p.concept, p.base, p.solver, p.kind, p.nbytes, ", ".join(p.tags)]
-        for p in found
-    ]
-    show_table("Patches", ["patch", "concept", "base", "solver", "kind", "bytes", "tags"], rows, as_json)
-    say_if_more(len(found), offset, registry.count_patches(**where), "patches")
+    patches = registry.patches(
+        concept=concept, base=base, solver=solver, tag=tag, limit=limit or None, offset=offset, newest_first=True
+    )
+    rows = [[p.id, p.concept, p.base, p.solver, p.kind, p.nbytes, ", ".join(p.tags)] for p in patches]
+    columns = ["patch", "concept", "base", "solver", "kind", "bytes", "tags"]
+    show_table("Patches", columns, rows, as_json, digests=digests)
+    total = registry.count_patches(concept=concept, base=base, solver=solver, tag=tag)
+    note_if_more(len(patches), offset, total, "patches")
 
 
 @patch.command("show")
-@click.argument("patch_key", metavar="PATCH")
+@click.argument("patch_key", metavar="PATCH", type=PATCH)
+@digests_option
 @json_option
 @click.pass_context
-def patch_show(ctx: click.Context, patch_key: str, as_json: bool) -> None:
-    """Show one patch with its provenance, after checking its bytes."""
+def patch_show(ctx: click.Context, patch_key: str, digests: bool, as_json: bool) -> None:
+    """Show one patch and where it comes from.
+
+    Its bytes are checked first.
+    """
     from overpaint.workspace.planning import manifest_of
 
     registry = open_workspace(ctx).registry
     record = registry.patch(patch_key)
     registry.blob(record)
     manifest = manifest_of(registry, record)
+    subject, solver, arrays = manifest["subject"], manifest["solver"], sorted(manifest["arrays"].items())
     rows: list[list[Any]] = [
         ["patch", record.id],
         ["concept", record.concept],
         ["base", record.base],
-        ["base fingerprint", manifest["subject"]["fingerprint"]],
-        ["tensors it changes", manifest["subject"]["count"]],
-        *(["door it leaves open", text_input] for text_input in manifest["subject"].get("open_doors", [])),
+        ["base fingerprint", subject["fingerprint"]],
+        ["tensors it changes", subject["count"]],
+        *(["text input it leaves open", text_input] for text_input in subject.get("open_doors", [])),
         ["solver", record.solver],
         *([f"setting {name}", value] for name, value in record.settings.items()),
         ["seed", record.seed],
-        *(["compressed from", _compression(step)] for step in manifest["solver"].get("compressed", [])),
+        *(["compressed from", _compression(step)] for step in solver.get("compressed", [])),
         ["kind", record.kind],
-        *([f"array {name}", f"{a['dtype']} {a['shape']}"] for name, a in sorted(manifest["arrays"].items())[:8]),
+        *([f"array {name}", f"{array['dtype']} {array['shape']}"] for name, array in arrays[:8]),
         ["bytes", record.nbytes],
         ["seconds", round(record.seconds, 3)],
         ["solved", record.solved_at.isoformat(timespec="seconds")],
         ["tags", ", ".join(record.tags)],
-        *([f"on recipe {name}", _lying(laid)] for name, laid in registry.recipes_with(record.id)),
+        *([f"on recipe {name}", _entry(entry)] for name, entry in registry.recipes_with(record.id)),
     ]
     latest = registry.evaluations(patch=record.id, latest=True)
     if as_json:
         rows += [[f"{each.suite}: {r.subject}: {r.metric}", r.value] for each in latest for r in each.results]
-    show_table("Patch", ["what", "value"], rows, as_json)
+    show_table("Patch", ["what", "value"], rows, as_json, digests=digests)
     if not as_json:
         show_evaluations(latest)
 
 
 def _compression(step: dict[str, Any]) -> str:
-    kept = f"rank {step['rank']}" if "rank" in step else f"energy {step.get('energy')}"
-    return f"{step.get('from')}, {kept}, relative error at most {step.get('error')} ({step.get('tensor')})"
+    size = f"rank {step['rank']}" if "rank" in step else f"energy {step.get('energy')}"
+    return f"{step.get('from')}, {size}, relative error at most {step.get('error')} ({step.get('tensor')})"
 
 
-def _lying(laid: RecipeEntry) -> str:
-    return f"strength {laid.strength:g}" + (f" until {laid.until}" if laid.until else "")
+def _entry(entry: RecipeEntry) -> str:
+    return f"strength {entry.strength:g}" + (f", expires {entry.until}" if entry.until else "")
 
 
 def _day(ctx: click.Context, option: click.Parameter, text: str | None) -> date | str | None:
@@ -114,81 +134,104 @@ def _day(ctx: click.Context, option: click.Parameter, text: str | None) -> date 
 
 
 @patch.command("add")
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
 @recipe_option
 @click.option("--strength", default=1.0, show_default=True)
-@click.option("--until", metavar="DATE", callback=_day, help="YYYY-MM-DD: see `recipe due` then; or never.")
+@click.option(
+    "--expires",
+    cls=Renamed,
+    old=["--until"],
+    metavar="DATE",
+    callback=_day,
+    help="YYYY-MM-DD: `recipe expired` lists it from then on; or never.",
+)
 @why_option
+@digests_option
 @click.pass_context
 def patch_add(
     ctx: click.Context,
     patches: tuple[str, ...],
     recipe: str,
     strength: float,
-    until: date | Literal["never"] | None,
+    expires: date | Literal["never"] | None,
     why: str,
+    digests: bool,
 ) -> None:
-    """Add patches to a recipe: by id, the beginning of an id, or concept (its newest patch for the recipe's base).
+    """Add patches to a recipe, which is made if it is new.
 
-    All are added, in one revision, or none. A patch that is there already gets the new strength, or the new day with
-    --until.
+    A patch is named by its id, the beginning of one, or its concept: the newest patch of it for the recipe's base. All are
+    added in one revision, or none. A patch that is there already gets the new strength, and the new day with --expires.
     """
-    workspace = open_workspace(ctx)
-    registry = workspace.registry
-    base = registry.recipe(recipe).base if registry.has_recipe(recipe) else registry.patch(patches[0]).base
-    # Before a recipe is made, so that a patch that is not there leaves none behind.
-    ids = [registry.patch(key, base=base).id for key in patches]
-    changed = workspace.create_recipe(recipe, base=base, exist_ok=True)
-    for line in changed.add_all(ids, strength, why=why, until=until):
-        show_change(line)
-        for pair in changed.disturbances(line.patch or ""):
-            click.echo(
-                f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as {pair.emitter}; "
-                "solve them in one registry, so that each preserves the other",
-                err=True,
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        registry = workspace.registry
+        base = registry.recipe(recipe).base if registry.has_recipe(recipe) else registry.patch(patches[0]).base
+        # Before a recipe is made, so that a patch that is not there leaves none behind.
+        ids = [registry.patch(key, base=base).id for key in patches]
+        wanted = workspace.create_recipe(recipe, base=base, exist_ok=True)
+        lines = wanted.add_all(ids, strength, why=why, until=expires)
+        terminal.clear()
+        for line in lines:
+            show_change(line, digests)
+        strong = [pair for line in lines for pair in wanted.disturbances(line.patch or "")]
+        for pair in {(pair.emitter, pair.receiver): pair for pair in strong}.values():
+            terminal.note(
+                f"warning: the patch for {pair.emitter} moves {pair.receiver} {pair.ratio:.0%} as much as "
+                f"{pair.emitter}; solve them in one registry, so that each preserves the other"
             )
-    if mixed := changed.mixture():
-        click.echo(f"warning: {mixed}", err=True)
+        if mixed := wanted.mixture():
+            terminal.note(f"warning: {mixed}")
 
 
 @patch.command("remove")
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
 @recipe_option
 @why_option
+@digests_option
 @click.pass_context
-def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str) -> None:
-    """Remove patches from a recipe, all or none; the concepts come back."""
-    workspace = open_workspace(ctx)
-    lines = workspace.recipe(recipe).remove_all(patches, why=why)
+def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why: str, digests: bool) -> None:
+    """Remove patches from a recipe; the concepts come back.
+
+    All are removed in one revision, or none. The weights are composed again from the base.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        lines = workspace.recipe(recipe).remove_all(patches, why=why)
     for line in lines:
-        show_change(line)
+        show_change(line, digests)
     if lines[-1].digest_after == workspace.registry.base(workspace.registry.recipe(recipe).base).fingerprint:
         click.echo("the recipe is empty: these are the base's weights, bit for bit")
     elif lines[-1].digest_after is None:
-        click.echo("the bytes of a patch that stays are lost, so the digest of the weights is not known", err=True)
+        terminal.note(
+            "the bytes of a patch that is still in the recipe are lost, so its weights cannot be composed now; "
+            "`overpaint verify` names it"
+        )
 
 
-@click.command("compress")
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
-@click.option("--to", "keep", required=True, metavar="RANK|ENERGY", help="At most 4 directions, or 0.99 of the energy.")
+@patch.command("compress")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
+@click.option("--to", "size", required=True, metavar="RANK|ENERGY", help="At most 4 directions, or 0.99 of the energy.")
+@digests_option
 @json_option
 @click.pass_context
-def patch_compress(ctx: click.Context, patches: tuple[str, ...], keep: str, as_json: bool) -> None:
-    """Store a smaller patch beside each PATCH: of every tensor's change, the part that --to says.
+def patch_compress(ctx: click.Context, patches: tuple[str, ...], size: str, digests: bool, as_json: bool) -> None:
+    """Store a smaller patch beside each PATCH.
 
-    The error is relative to the change of a tensor (Frobenius norm); the table has the largest, --json has all.
+    Of every tensor's change, the part that --to names is kept. The error is relative to the change of a tensor (Frobenius
+    norm); the table has the largest, --json has all.
     """
-    talk = Talk()
     rows: list[list[Any]] = []
-    with interruptible(talk, lambda: f"{len(rows)} of {len(patches)} are compressed and stored"):
-        workspace = open_workspace(ctx)
+    with (
+        Terminal() as terminal,
+        interruptible(terminal, lambda: f"{len(rows)} of {len(patches)} are compressed and stored"),
+    ):
+        workspace = open_workspace(ctx, terminal=terminal)
         for step, key in enumerate(patches, 1):
-            talk.progress(step, len(patches), f"compressing {key}")
-            record, found = workspace.compress(key, keep)
-            tensor, error = max(found.errors.items(), key=lambda item: item[1])
-            source = found.source.id if as_json else found.source.id[:12]
-            row = [record.concept, record.id, source, record.kind, found.source.nbytes, record.nbytes, error, tensor]
-            rows.append([*row, found.errors] if as_json else [*row[:6], f"{error:.2%}", tensor])
-    talk.clear()
+            terminal.progress(step, len(patches), f"compressing {key}")
+            record, smaller = workspace.compress(key, size)
+            tensor, error = max(smaller.errors.items(), key=lambda item: item[1])
+            sizes = [smaller.source.nbytes, record.nbytes]
+            row = [record.concept, record.id, smaller.source.id, record.kind, *sizes]
+            rows.append([*row, error, tensor, smaller.errors] if as_json else [*row, f"{error:.2%}", tensor])
     columns = ["concept", "patch", "from", "kind", "bytes before", "bytes", "largest error", "tensor"]
-    show_table("Compressed", [*columns, *(["errors"] if as_json else [])], rows, as_json)
+    show_table("Compressed", [*columns, *(["errors"] if as_json else [])], rows, as_json, digests=digests)

@@ -1,4 +1,4 @@
-"""`overpaint recipe reseparate`: patches of one universe again, after concepts joined."""
+"""`overpaint recipe`: a base plus a set of patches, with a history; and `overpaint undo`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from overpaint.commands.common import (
-    Talk,
+    BASE,
+    RECIPE,
+    Terminal,
     device_option,
+    digests_option,
     interruptible,
     json_option,
     open_workspace,
+    renamed,
+    short,
     show_change,
+    show_json,
     show_table,
     why_option,
 )
 from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
-    from overpaint.registry.records import HistoryRecord, RecipeEntry
-
-
-# `overpaint recipe`: a base plus a set of patches, with a history.
+    from overpaint.registry.records import HistoryRecord, RecipeEntry, RecipeRecord
 
 
 @click.group()
@@ -50,51 +53,74 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
 
 
 @recipe.command("show")
-@click.argument("name", default="default")
+@click.argument("name", default="default", type=RECIPE)
+@digests_option
 @json_option
 @click.pass_context
-def recipe_show(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show what lies on a recipe's base, and the digest of the weights."""
-    workspace = open_workspace(ctx)
-    found = workspace.recipe(name)
-    days = {laid.patch: _day(laid) for laid in found.record.laid}
-    rows = [[p.concept, p.id if as_json else p.id[:12], p.solver, s, days[p.id], p.nbytes] for p, s in found.patches()]
+def recipe_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> None:
+    """Show the patches of a recipe, its base and revision."""
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        wanted = workspace.recipe(name)
+        record = wanted.record
+        digest = record.digest or wanted.digest()
+    expiry = {entry.patch: _day(entry) for entry in record.laid}
+    rows = [[p.concept, p.id, p.solver, strength, expiry[p.id], p.nbytes] for p, strength in wanted.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
-    show_table(f"Recipe {name} on {found.record.base}", columns, rows, as_json)
-    click.echo(f"weights {found.record.digest or found.digest()}", err=as_json)
-    if mixed := found.mixture():
-        Talk().say(mixed)
-    if not as_json:
-        show_evaluations(found.evaluations())
+    if as_json:
+        show_json(
+            {
+                "recipe": record.name,
+                "base": record.base,
+                "revision": record.revision,
+                "digest": digest,
+                "tags": dict(record.tags),
+                "patches": [dict(zip(columns, row, strict=True)) for row in rows],
+            }
+        )
+        return
+    tags = "".join(f", {tag} is revision {number}" for tag, number in record.tags)
+    title = f"Recipe {record.name} on {record.base}, revision {record.revision}{tags}"
+    show_table(title, columns, rows, False, digests=digests)
+    click.echo(f"weights {digest if digests else short(digest)}")
+    if mixed := wanted.mixture():
+        terminal.note(mixed)
+    show_evaluations(wanted.evaluations())
 
 
 @recipe.command("create")
 @click.argument("name")
-@click.option("--base", "base_name", required=True, help="Name of the base.")
+@click.option("--base", "base_name", required=True, type=BASE, help="Name of the base.")
+@digests_option
 @click.pass_context
-def recipe_create(ctx: click.Context, name: str, base_name: str) -> None:
+def recipe_create(ctx: click.Context, name: str, base_name: str, digests: bool) -> None:
     """Make an empty recipe."""
-    record = open_workspace(ctx).registry.create_recipe(name, base_name)
-    click.echo(f"recipe {record.name} on {record.base}: weights {record.digest}")
+    _show_made(open_workspace(ctx).create_recipe(name, base=base_name).record, digests)
 
 
 @recipe.command("copy")
-@click.argument("source")
+@click.argument("source", type=RECIPE)
 @click.argument("name")
 @why_option
+@digests_option
 @click.pass_context
-def recipe_copy(ctx: click.Context, source: str, name: str, why: str) -> None:
-    """Make recipe NAME with what lies on SOURCE, or lay on it at SOURCE@REVISION."""
-    record = open_workspace(ctx).recipe(source).copy(name, why=why).record
-    click.echo(f"recipe {record.name} on {record.base}, {len(record.laid)} patches: weights {record.digest}")
+def recipe_copy(ctx: click.Context, source: str, name: str, why: str, digests: bool) -> None:
+    """Make recipe NAME with the patches of SOURCE.
+
+    SOURCE@REVISION takes those of an earlier revision.
+    """
+    _show_made(open_workspace(ctx).recipe(source).copy(name, why=why).record, digests)
 
 
 @recipe.command("delete")
-@click.argument("name")
+@click.argument("name", type=RECIPE)
 @why_option
 @click.pass_context
 def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
-    """Take a recipe off the lists. Its name is free again; its history stays (`recipe log NAME --deleted`)."""
+    """Take a recipe off the lists; `undelete` undoes it.
+
+    Its name is free again; its history stays (`recipe log NAME --deleted`).
+    """
     open_workspace(ctx).recipe(name).delete(why=why)
     click.echo(f"deleted {name}; `overpaint recipe undelete` brings it back")
 
@@ -102,118 +128,167 @@ def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
 @recipe.command("undelete")
 @click.argument("name")
 @why_option
+@digests_option
 @click.pass_context
-def recipe_undelete(ctx: click.Context, name: str, why: str) -> None:
-    """Bring back the recipe NAME that was deleted last."""
-    record = open_workspace(ctx).undelete_recipe(name, why=why).record
-    click.echo(f"recipe {record.name} on {record.base}, {len(record.laid)} patches: weights {record.digest}")
+def recipe_undelete(ctx: click.Context, name: str, why: str, digests: bool) -> None:
+    """Bring back the recipe that was deleted last as NAME."""
+    _show_made(open_workspace(ctx).undelete_recipe(name, why=why).record, digests)
+
+
+def _show_made(record: RecipeRecord, digests: bool) -> None:
+    count = "no patches" if not record.laid else f"{len(record.laid)} patch{'es' if len(record.laid) > 1 else ''}"
+    text = f"recipe {record.name} on {record.base}, {count}: weights {record.digest or 'unknown'}"
+    click.echo(text if digests else short(text))
 
 
 @recipe.command("checkout")
-@click.argument("revision", metavar="NAME@REVISION")
+@click.argument("revision", metavar="NAME@REVISION", type=RECIPE)
 @why_option
+@digests_option
 @click.pass_context
-def recipe_checkout(ctx: click.Context, revision: str, why: str) -> None:
-    """Lay on a recipe exactly what lay there at an earlier revision, as a new revision."""
-    workspace = open_workspace(ctx)
-    then = workspace.registry.recipe(revision)
-    if revision == then.name:
-        raise click.UsageError(f"say which revision of {then.name!r}, such as {then.name}@{max(then.revision - 1, 0)}")
-    lines = workspace.recipe(then.name).checkout(then.revision, why=why)
+def recipe_checkout(ctx: click.Context, revision: str, why: str, digests: bool) -> None:
+    """Bring a recipe back to an earlier revision.
+
+    The recipe then holds exactly what it held at NAME@REVISION, as a new revision.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        then = workspace.registry.recipe(revision)
+        if revision == then.name:
+            example = f"{then.name}@{max(then.revision - 1, 0)}"
+            raise click.UsageError(f"say which revision of {then.name!r}, such as {example}")
+        lines = workspace.recipe(then.name).checkout(then.revision, why=why)
+    _show_return(lines, then, digests)
+
+
+@click.command()
+@click.argument("name", metavar="[RECIPE]", default="default", type=RECIPE)
+@why_option
+@digests_option
+@click.pass_context
+def undo(ctx: click.Context, name: str, why: str, digests: bool) -> None:
+    """Take back the newest change of a recipe.
+
+    The recipe then holds what it held before, as a new revision; undoing twice brings the change back.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        wanted = workspace.recipe(name)
+        before = wanted.record
+        lines = wanted.undo(why=why)
+    _show_return(lines, workspace.registry.recipe(f"{before.name}@{before.revision - 1}"), digests)
+
+
+def _show_return(lines: list[HistoryRecord], then: RecipeRecord, digests: bool) -> None:
+    """What a recipe holds after it was brought back to what it was `then`."""
     for line in lines:
-        day = f" until {line.until_after}" if line.until_after else ""
-        how = "lifted off" if line.strength_after is None else f"strength {line.strength_after:g}{day}"
-        click.echo(f"{line.concept} ({(line.patch or '')[:12]}): {how}")
-    after = lines[-1].digest_after
-    click.echo(f"weights {lines[-1].digest_before} -> {after}")
-    if after == then.digest:
+        expiry = f", expires {line.until_after}" if line.until_after else ""
+        how = "removed" if line.strength_after is None else f"strength {line.strength_after:g}{expiry}"
+        click.echo(short(f"{line.concept} ({line.patch}): {how}"))
+    if not lines:
+        return
+    text = f"weights {lines[-1].digest_before or 'unknown'} -> {lines[-1].digest_after or 'unknown'}"
+    click.echo(text if digests else short(text))
+    if lines[-1].digest_after == then.digest:
         click.echo(f"these are the weights of revision {then.revision}, bit for bit")
     elif then.digest is not None:
-        Talk().say(
-            f"revision {then.revision} has {then.digest} on record: it was composed by other software or hardware"
+        Terminal().note(
+            f"revision {then.revision} was recorded with weights {short(then.digest)}: "
+            "it was composed by other software or hardware"
         )
 
 
 @recipe.command("diff")
-@click.argument("before")
-@click.argument("after")
+@click.argument("before", type=RECIPE)
+@click.argument("after", type=RECIPE)
+@digests_option
 @json_option
 @click.pass_context
-def recipe_diff(ctx: click.Context, before: str, after: str, as_json: bool) -> None:
-    """Show every patch that does not lie alike on two recipes, or on two revisions (NAME@REVISION)."""
+def recipe_diff(ctx: click.Context, before: str, after: str, digests: bool, as_json: bool) -> None:
+    """Compare two recipes or revisions (NAME@REVISION)."""
     rows = [
-        [
-            d.concept,
-            d.patch if as_json else d.patch[:12],
-            *(cell for laid in (d.before, d.after) for cell in _both(laid)),
-        ]
+        [d.concept, d.patch, *_strength_and_day(d.before), *_strength_and_day(d.after)]
         for d in open_workspace(ctx).registry.diff(before, after)
     ]
     columns = ["concept", "patch", "strength before", "until before", "strength after", "until after"]
-    show_table(f"From {before} to {after}", columns, rows, as_json)
+    show_table(f"From {before} to {after}", columns, rows, as_json, digests=digests)
 
 
 @recipe.command("log")
-@click.argument("name", default="default")
+@click.argument("name", default="default", type=RECIPE)
 @click.option("--deleted", is_flag=True, help="Of the recipes that were deleted under this name.")
+@digests_option
 @json_option
 @click.pass_context
-def recipe_log(ctx: click.Context, name: str, deleted: bool, as_json: bool) -> None:
-    """Who changed a recipe, when and why."""
+def recipe_log(ctx: click.Context, name: str, deleted: bool, digests: bool, as_json: bool) -> None:
+    """Show who changed a recipe, when and why."""
     lines = open_workspace(ctx).registry.log(name, deleted=deleted)
     columns = ["revision", "when", "who", "did", "concept", "strength", "until", "why", "weights"]
     if as_json:
         columns += ["patch", "source", "strength before", "until before", "weights before"]
-    show_table(f"History of {name}", columns, [_line(line, as_json) for line in lines], as_json)
-
-
-@recipe.command("due")
-@click.argument("name", required=False)
-@click.option("--on", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
-@json_option
-@click.pass_context
-def recipe_due(ctx: click.Context, name: str | None, on: datetime | None, as_json: bool) -> None:
-    """List the patches that have lapsed, on all recipes or one. They lie there until somebody removes them."""
-    found = open_workspace(ctx).due(on.date() if on else None, recipe=name)
-    rows = [[d.recipe, d.concept, d.patch if as_json else d.patch[:12], str(d.until)] for d in found]
-    show_table("Lapsed", ["recipe", "concept", "patch", "until"], rows, as_json)
+    rows = [_line(line, as_json) for line in lines]
+    show_table(f"History of {name}", columns, rows, as_json, digests=digests, asked=["weights"])
 
 
 def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
     did = line.action if line.source is None or as_json else f"{line.action} of {line.source}"
-    after = line.digest_after if as_json else (line.digest_after or "")[:12]
     row = [line.revision, line.at, line.who, did, line.concept, line.strength_after]
-    row += [_text(line.until_after), line.why, after]
+    row += [_text(line.until_after), line.why, line.digest_after]
     if as_json:
         row += [line.patch, line.source, line.strength_before, _text(line.until_before), line.digest_before]
     return row
 
 
-def _both(laid: RecipeEntry | None) -> list[Any]:
-    return [None, None] if laid is None else [laid.strength, _day(laid)]
+@recipe.command("expired")
+@click.argument("name", required=False, type=RECIPE)
+@click.option("--on", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
+@digests_option
+@json_option
+@click.pass_context
+def recipe_expired(ctx: click.Context, name: str | None, on: datetime | None, digests: bool, as_json: bool) -> None:
+    """List the patches whose expiry date has come.
+
+    On all recipes, or on one. They stay there until somebody removes them.
+    """
+    expired = open_workspace(ctx).due(on.date() if on else None, recipe=name)
+    rows = [[entry.recipe, entry.concept, entry.patch, str(entry.until)] for entry in expired]
+    show_table("Expired", ["recipe", "concept", "patch", "until"], rows, as_json, digests=digests)
 
 
-def _day(laid: RecipeEntry) -> str | None:
-    return _text(laid.until)
+recipe.add_command(renamed(recipe_expired, "due"))
+
+
+def _strength_and_day(entry: RecipeEntry | None) -> list[Any]:
+    return [None, None] if entry is None else [entry.strength, _day(entry)]
+
+
+def _day(entry: RecipeEntry) -> str | None:
+    return _text(entry.until)
 
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-@click.command("reseparate")
-@click.argument("name", default="default")
+@recipe.command("reseparate")
+@click.argument("name", default="default", type=RECIPE)
 @why_option
 @device_option
+@digests_option
 @click.pass_context
-def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str) -> None:
-    """Solve the closed-form patches of a recipe again for all concepts known now, and exchange them in one revision."""
-    talk = Talk()
-    with interruptible(talk, lambda: f"the recipe {name!r} is as it was; run the same command again"):
-        done = open_workspace(ctx).recipe(name).reseparate(device=device, why=why, progress=talk.progress)
-    talk.clear()
+def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str, digests: bool) -> None:
+    """Solve the patches of a recipe again for all concepts.
+
+    Its closed-form patches are solved for all concepts that are known now, and replaced in one revision.
+    """
+    with (
+        Terminal() as terminal,
+        interruptible(terminal, lambda: f"the recipe {name!r} is as it was; run the same command again"),
+    ):
+        wanted = open_workspace(ctx, terminal=terminal).recipe(name)
+        done = wanted.reseparate(device=device, why=why, progress=terminal.progress)
     for line in done.lines:
-        show_change(line)
+        show_change(line, digests)
     if done.lines:
         count = len(done.lines) // 2
         click.echo(f"{count} patch{'' if count == 1 else 'es'} re-separated for {done.concepts} concepts")
@@ -221,4 +296,4 @@ def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str) -> N
         click.echo(f"nothing to do: what can be re-separated was solved for the {done.concepts} concepts known now")
     if done.left:
         names = ", ".join(f"{record.concept} ({record.solver})" for record in done.left)
-        talk.say(f"left as they are, because their solvers need time: {names}; solve them again if they disturb others")
+        terminal.note(f"not solved again, because their solvers need time: {names}; solve them if they disturb others")

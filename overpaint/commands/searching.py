@@ -1,4 +1,4 @@
-"""`overpaint tag`: words tied to patches and recipes."""
+"""`overpaint search` and `overpaint tag`: patches and recipes by what is written anywhere, and by words tied to them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ from typing import Any
 
 import click
 
-from overpaint.commands.common import Talk, json_option, limit_option, offset_option, open_workspace, show_table
+from overpaint.commands.common import (
+    BASE,
+    PATCH,
+    RECIPE,
+    SOLVER,
+    Terminal,
+    digests_option,
+    json_option,
+    limit_option,
+    offset_option,
+    open_workspace,
+    short,
+    show_table,
+)
 from overpaint.core.concepts import KINDS
-
-# `overpaint search`: patches and recipes by what is written anywhere.
 
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[TEXT]...")
 @click.option("--kind", type=click.Choice(KINDS), help="Only patches of concepts of this kind.")
-@click.option("--solver", help="Only patches that this solver made.")
+@click.option("--solver", type=SOLVER, help="Only patches that this solver made.")
 @click.option("--tag", help="Only what carries this tag.")
-@click.option("--base", help="Only what is for this base.")
+@click.option("--base", type=BASE, help="Only what is for this base.")
 @limit_option
 @offset_option
+@digests_option
 @json_option
 @click.pass_context
 def search(
@@ -31,35 +43,40 @@ def search(
     base: str | None,
     limit: int,
     offset: int,
+    digests: bool,
     as_json: bool,
 ) -> None:
-    """Find patches and recipes that mention every word of TEXT.
+    """Find patches and recipes by words.
 
-    Words are looked for in concepts, synonyms, anchors, kinds, solvers, bases, tags, names of recipes and the reasons in
-    their history, also inside longer words. The newest come first, as many of each as --limit says.
+    Every word of TEXT is looked for in concepts, synonyms, anchors, kinds, solvers, bases, tags, names of recipes and the
+    reasons in their history, also inside longer words. The newest come first, as many of each as --limit says.
     """
-    found = open_workspace(ctx).registry.search(
+    result = open_workspace(ctx).registry.search(
         " ".join(words), kind=kind, solver=solver, tag=tag, base=base, limit=limit or None, offset=offset
     )
     rows: list[list[Any]] = [
-        *(["recipe", r.name, None, None, r.base, ", ".join(tag for tag, _ in r.tags)] for r in found.recipes),
-        *(
-            ["patch", p.concept, p.id if as_json else p.id[:12], p.solver, p.base, ", ".join(p.tags)]
-            for p in found.patches
-        ),
+        *(["recipe", r.name, None, None, r.base, ", ".join(tag for tag, _ in r.tags)] for r in result.recipes),
+        *(["patch", p.concept, p.id, p.solver, p.base, ", ".join(p.tags)] for p in result.patches),
     ]
-    show_table("Found", ["what", "name", "patch", "solver", "base", "tags"], rows, as_json)
-    if limit and limit in (len(found.patches), len(found.recipes)):
-        Talk().say("there may be more; see it with --offset, or all with --limit 0")
+    show_table("Found", ["what", "name", "patch", "solver", "base", "tags"], rows, as_json, digests=digests)
+    if limit and limit in (len(result.patches), len(result.recipes)):
+        Terminal().note("there may be more; see it with --offset, or all with --limit 0")
 
 
-patches_option = click.option("--patch", "patches", multiple=True, metavar="PATCH", help="A patch; may be repeated.")
-recipes_option = click.option("--recipe", "recipes", multiple=True, metavar="NAME", help="A recipe; may be repeated.")
+patches_option = click.option(
+    "--patch", "patches", multiple=True, metavar="PATCH", type=PATCH, help="A patch; may be repeated."
+)
+recipes_option = click.option(
+    "--recipe", "recipes", multiple=True, metavar="NAME", type=RECIPE, help="A recipe; may be repeated."
+)
 
 
 @click.group()
 def tag() -> None:
-    """Tags on patches and recipes. NAME@TAG is a recipe as it was when it was tagged."""
+    """Tags on patches and recipes.
+
+    NAME@TAG is a recipe as it was when it was tagged.
+    """
 
 
 @tag.command("add")
@@ -68,10 +85,13 @@ def tag() -> None:
 @recipes_option
 @click.pass_context
 def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
-    """Tie a tag to patches and recipes; on a recipe it marks the present revision."""
+    """Tag patches and recipes.
+
+    On a recipe the tag marks the present revision.
+    """
     for added in open_workspace(ctx).tag(tag_name, patches=patches, recipes=recipes):
         revision = "" if added.revision is None else f" at revision {added.revision}"
-        click.echo(f"{added.tag} is on {added.on} {added.name}{revision}")
+        click.echo(f"{added.tag} is on {added.on} {short(added.name)}{revision}")
 
 
 @tag.command("remove")
@@ -80,25 +100,16 @@ def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes
 @recipes_option
 @click.pass_context
 def tag_remove(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
-    """Untie a tag from patches and recipes."""
+    """Remove a tag from patches and recipes."""
     open_workspace(ctx).untag(tag_name, patches=patches, recipes=recipes)
 
 
 @tag.command("list")
 @click.argument("tag_name", metavar="TAG", required=False)
+@digests_option
 @json_option
 @click.pass_context
-def tag_list(ctx: click.Context, tag_name: str | None, as_json: bool) -> None:
-    """List what carries which tag, or all that carries one."""
-    rows = [
-        [
-            t.tag,
-            t.on,
-            t.name if as_json or t.on == "recipe" else t.name[:12],
-            t.revision,
-            t.who,
-            t.at.isoformat("T", "seconds"),
-        ]
-        for t in open_workspace(ctx).registry.tags(tag_name)
-    ]
-    show_table("Tags", ["tag", "on", "name", "revision", "who", "when"], rows, as_json)
+def tag_list(ctx: click.Context, tag_name: str | None, digests: bool, as_json: bool) -> None:
+    """List tags, or all that carries one."""
+    rows = [[t.tag, t.on, t.name, t.revision, t.who, t.at] for t in open_workspace(ctx).registry.tags(tag_name)]
+    show_table("Tags", ["tag", "on", "name", "revision", "who", "when"], rows, as_json, digests=digests)

@@ -1,4 +1,5 @@
-"""Sharing: `export` and `import` one file, `push` and `pull` a folder or a URL, and `key` pairs to sign with."""
+"""What leaves a registry and comes in: `export`, `import`, `push`, `pull`, `key`; and other tools' files (`patch import`,
+`patch export`, `recipe export`)."""
 
 from __future__ import annotations
 
@@ -8,17 +9,36 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from overpaint.commands.common import Talk, json_option, open_workspace, show_table
+from overpaint.commands.common import (
+    BASE,
+    CONCEPT,
+    PATCH,
+    RECIPE,
+    Renamed,
+    Terminal,
+    digests_option,
+    json_option,
+    open_workspace,
+    short,
+    show_json,
+    show_table,
+)
+from overpaint.commands.patches import patch
+from overpaint.commands.recipes import recipe
 
 if TYPE_CHECKING:
+    from overpaint.patches.formats.exporting import Exported
+    from overpaint.patches.formats.reading import Meaning
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-patches_argument = click.argument("patches", nargs=-1, metavar="[PATCH]...")
-recipes_option = click.option("--recipe", "recipes", multiple=True, help="A recipe with its history; may be repeated.")
+patches_argument = click.argument("patches", nargs=-1, metavar="[PATCH]...", type=PATCH)
+recipes_option = click.option(
+    "--recipe", "recipes", multiple=True, type=RECIPE, help="A recipe with its history; may be repeated."
+)
 sign_option = click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this key.")
 
 
@@ -31,6 +51,7 @@ def receiving_options(command: Command) -> Command:
     """What `pull` and `import` share."""
     for option in (
         json_option,
+        digests_option,
         click.option("--as", "name", help="Another name for the recipe that is taken."),
         click.option(
             "--trust",
@@ -54,7 +75,10 @@ def receiving_options(command: Command) -> Command:
 def export_(
     ctx: click.Context, patches: tuple[str, ...], recipes: tuple[str, ...], out: Path, key: Path | None
 ) -> None:
-    """Write patches or recipes to one new FILE with everything they need; without a name, everything."""
+    """Write patches or recipes to one file to share.
+
+    With everything they need, to a new FILE; without a name, everything is written.
+    """
     sent = open_workspace(ctx).export(out, patches=patches, recipes=recipes, sign=key)
     click.echo(f"exported {_counted(sent)} to {out}: {sent.nbytes} bytes")
 
@@ -66,21 +90,30 @@ def export_(
 @click.pass_context
 def import_(
     ctx: click.Context,
-    /,
     file: Path,
     patches: tuple[str, ...],
+    recipes: tuple[str, ...],
     trust: tuple[str, ...],
     no_verify: bool,
+    name: str | None,
+    digests: bool,
     as_json: bool,
-    **asked: Any,
 ) -> None:
-    """Take what a FILE of `overpaint export`, or a bare patch file, has; or only some of it."""
-    talk = Talk()
-    done = open_workspace(ctx).import_file(
-        file, patches=patches, trust=_trusted(trust, no_verify), warn=talk.say, progress=talk.progress, **asked
-    )
-    talk.clear()
-    _show(done, as_json, no_verify)
+    """Take patches and recipes from a shared file.
+
+    FILE was written by `overpaint export`, or is a bare patch file. Name patches or recipes to take only those.
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).import_file(
+            file,
+            patches=patches,
+            recipes=recipes,
+            trust=_trusted(trust, no_verify),
+            name=name,
+            warn=terminal.note,
+            progress=terminal.progress,
+        )
+    _show_received(done, digests, as_json, no_verify)
 
 
 @click.command()
@@ -102,20 +135,23 @@ def push(
     check: bool,
     accept_older: bool,
 ) -> None:
-    """Send patches or recipes to DEST, a folder or a URL such as s3://bucket/path; without a name, everything."""
-    talk = Talk()
-    sent = open_workspace(ctx).push(
-        destination,
-        patches=patches,
-        recipes=recipes,
-        sign=key,
-        check=check,
-        accept_older=accept_older,
-        progress=talk.progress,
-    )
-    talk.clear()
+    """Send patches or recipes to a folder or URL.
+
+    DEST is a folder or a URL such as s3://bucket/path. Without a name, everything is sent.
+    """
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        sent = workspace.push(
+            destination,
+            patches=patches,
+            recipes=recipes,
+            sign=key,
+            check=check,
+            accept_older=accept_older,
+            progress=terminal.progress,
+        )
     for name in sent.newer:
-        talk.say(f"the recipe {name!r} is newer there, and was left as it is; pull it")
+        terminal.note(f"the recipe {name!r} is newer there, and was left as it is; pull it")
     click.echo(f"pushed {_counted(sent)} to {sent.where}: {sent.written} blobs were missing there, {sent.nbytes} bytes")
 
 
@@ -127,33 +163,47 @@ def push(
 @click.pass_context
 def pull(
     ctx: click.Context,
-    /,
     source: str,
     patches: tuple[str, ...],
+    recipes: tuple[str, ...],
     trust: tuple[str, ...],
     no_verify: bool,
+    accept_older: bool,
+    name: str | None,
+    digests: bool,
     as_json: bool,
-    **asked: Any,
 ) -> None:
-    """Take patches and recipes from SOURCE, a folder or a URL that was pushed to; or only some of them."""
-    talk = Talk()
-    done = open_workspace(ctx).pull(
-        source, patches=patches, trust=_trusted(trust, no_verify), warn=talk.say, progress=talk.progress, **asked
-    )
-    talk.clear()
-    _show(done, as_json, no_verify)
+    """Take patches and recipes from a folder or URL.
+
+    SOURCE is a folder or a URL that was pushed to. Name patches or recipes to take only those.
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).pull(
+            source,
+            patches=patches,
+            recipes=recipes,
+            trust=_trusted(trust, no_verify),
+            name=name,
+            accept_older=accept_older,
+            warn=terminal.note,
+            progress=terminal.progress,
+        )
+    _show_received(done, digests, as_json, no_verify)
 
 
 @click.group()
 def key() -> None:
-    """Key pairs, to sign what one shares and to know whose patches one takes."""
+    """Key pairs, to sign and to check signatures."""
 
 
 @key.command("new")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--for-checkpoints", is_flag=True, help="A P-256 key for `build --sign`, which model_signing verifies.")
 def key_new(file: Path, for_checkpoints: bool) -> None:
-    """Make a key pair: the private key in the new FILE, the public one in FILE.pub."""
+    """Make a key pair, to sign what you share.
+
+    The private key is in the new FILE, the public one in FILE.pub.
+    """
     from overpaint.registry.sharing.signing import key_id, new_key
 
     public = new_key(file, for_checkpoints=for_checkpoints)
@@ -170,14 +220,197 @@ def _trusted(keys: tuple[str, ...], no_verify: bool) -> tuple[str, ...] | None:
     return keys or None
 
 
-def _show(done: Received, as_json: bool, no_verify: bool) -> None:
-    rows = [["patch", id if as_json else id[:12], "new"] for id in done.new]
-    rows += [["patch", id if as_json else id[:12], "known"] for id in done.known]
+def _show_received(done: Received, digests: bool, as_json: bool, no_verify: bool) -> None:
+    rows = [["patch", id, "new"] for id in done.new]
+    rows += [["patch", id, "known"] for id in done.known]
     rows += [["recipe", name, outcome] for name, outcome in done.recipes]
-    show_table("Taken", ["what", "name", "state"], rows, as_json)
+    show_table("Taken", ["what", "name", "state"], rows, as_json, digests=digests)
+    terminal = Terminal()
     if not done.verified and not no_verify:
-        Talk().say("not verified: no signature was asked for (--trust KEYS asks for one, --no-verify for none)")
+        terminal.note("not verified: no signature was asked for (--trust KEYS asks for one, --no-verify for none)")
     if not as_json:
-        Talk().say(
+        terminal.note(
             f"{len(done.new)} of {len(done.new) + len(done.known)} patches were new; {done.nbytes} bytes were read"
         )
+
+
+FORMATS = ("kohya", "diffusers", "comfy-diff", "full")
+READERS = ("a1111", "kohya", "comfyui", "diffusers")
+DTYPES = ("float32", "float16", "bfloat16")
+MEANINGS = ("change", "weights")
+
+
+def export_options(command: Command) -> Command:
+    """What both exports to other tools share."""
+    for option in (
+        json_option,
+        click.option(
+            "--truncate",
+            type=click.IntRange(1, 4096),
+            metavar="RANK",
+            help="Let changes that are not of low rank into a LoRA, cut to this rank; the error of each layer is printed.",
+        ),
+        click.option(
+            "--dtype", default=DTYPES[0], show_default=True, type=click.Choice(DTYPES), help="Of what is stored."
+        ),
+        click.option(
+            "--format",
+            "format",
+            type=click.Choice(FORMATS),
+            help="kohya: LoRA by kohya's names, which most tools read; the default without --for. diffusers: LoRA for diffusers, "
+            "PEFT. comfy-diff: also full differences, for ComfyUI, A1111, Forge. full: the edited weights.",
+        ),
+        click.option(
+            "--for",
+            "for_",
+            type=click.Choice(READERS),
+            help="The tool that is to load it: a format is chosen of which it loads everything, or the export is refused.",
+        ),
+        click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"),
+    ):
+        command = option(command)
+    return command
+
+
+@patch.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", "base_name", required=True, type=BASE, help="Name of the base that the file is for.")
+@click.option(
+    "--concept",
+    required=True,
+    type=CONCEPT,
+    help="What it erases; a name the registry does not know becomes an object.",
+)
+@click.option("--allow-unmatched", is_flag=True, help="Leave out keys that name nothing in the base.")
+@click.option("--meaning", type=click.Choice(MEANINGS), help="What plain tensors are, where that is not clear.")
+@click.option(
+    "--keep-rounding", is_flag=True, help="Also reproduce where the file is merely rounded more coarsely than the base."
+)
+@click.option(
+    "--tolerance",
+    cls=Renamed,
+    old=["--within"],
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    metavar="ERROR",
+    help="Be content with low rank within this relative error of each change.",
+)
+@json_option
+@click.pass_context
+def patch_import(
+    ctx: click.Context,
+    file: Path,
+    base_name: str,
+    concept: str,
+    allow_unmatched: bool,
+    meaning: Meaning | None,
+    keep_rounding: bool,
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Store another tool's erasure as a patch.
+
+    FILE, or a folder, holds a LoRA, differences, or edited weights. What `overpaint export` wrote is taken by `overpaint
+    import`.
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).import_patch(
+            file,
+            base=base_name,
+            concept=concept,
+            meaning=meaning,
+            allow_unmatched=allow_unmatched,
+            keep_rounding=keep_rounding,
+            tolerance=tolerance,
+            progress=terminal.progress,
+        )
+    imported, record = done.found, done.record
+    if as_json:
+        facts = {"patch": record.id, "concept": record.concept, "kind": record.kind, "bytes": record.nbytes}
+        show_json({**facts, **imported.settings()})
+        return
+    for sentence in imported.sentences():
+        terminal.note(sentence)
+    click.echo(f"patch {short(record.id)} for {record.concept}: {record.kind}, {record.nbytes} bytes")
+
+
+@patch.command("export")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
+@click.option("--strength", default=1.0, show_default=True, help="Of every patch in the file.")
+@export_options
+@click.pass_context
+def patch_export(
+    ctx: click.Context,
+    patches: tuple[str, ...],
+    strength: float,
+    out: Path,
+    format: str | None,
+    for_: str | None,
+    dtype: str,
+    truncate: int | None,
+    as_json: bool,
+) -> None:
+    """Write patches as a file for other tools.
+
+    To share patches with other registries: `overpaint export`.
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).export_patches(
+            patches,
+            out,
+            format,
+            for_=for_,
+            strength=strength,
+            dtype=dtype,
+            truncate=truncate,
+            progress=terminal.progress,
+        )
+    _show_exported(done, as_json)
+
+
+@recipe.command("export")
+@click.argument("name", metavar="RECIPE", type=RECIPE)
+@export_options
+@click.pass_context
+def recipe_export(
+    ctx: click.Context,
+    name: str,
+    out: Path,
+    format: str | None,
+    for_: str | None,
+    dtype: str,
+    truncate: int | None,
+    as_json: bool,
+) -> None:
+    """Write a recipe as a file for other tools.
+
+    To share it with other registries: `overpaint export --recipe`.
+    """
+    with Terminal() as terminal:
+        wanted = open_workspace(ctx, terminal=terminal).recipe(name)
+        done = wanted.export(out, format, for_=for_, dtype=dtype, truncate=truncate, progress=terminal.progress)
+    _show_exported(done, as_json)
+
+
+def _show_exported(done: Exported, as_json: bool) -> None:
+    if as_json:
+        show_json(
+            {
+                "file": str(done.path),
+                "format": done.format,
+                "bytes": done.nbytes,
+                "exact": done.is_exact,
+                "whole_for": done.whole_for,
+                "passed_over": {name: names for name, names in done.skipped.items() if names},
+                "differing": done.differing,
+                "of": done.of,
+                "errors": dict(done.errors),
+            }
+        )
+        return
+    if not done.is_exact:
+        for name, error in sorted(done.errors.items(), key=lambda item: -item[1]):
+            click.echo(f"{error:.2e}  {name}", err=True)
+    click.echo(f"exported {len(done.errors)} tensors to {done.path} as {done.format}, {done.nbytes} bytes")
+    click.echo(done.sentence())
+    click.echo(done.readers_sentence())

@@ -9,6 +9,7 @@ notice (`twins`), the recipe and the digests stand in the headers (`record`), an
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import struct
@@ -28,6 +29,7 @@ from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.conversion import Form, configuration, converted, form_of, index_bytes
@@ -189,6 +191,7 @@ def build(
     record: Mapping[str, Any] | None = None,
     notice: Callable[[str], None] = lambda text: None,
     form: Form | None = None,
+    progress: Progress = silent,
 ) -> Built:
     """Write the base with `terms` baked in to the new folder or file `out`, whole or not at all.
 
@@ -220,7 +223,7 @@ def build(
             for file in found.kept
             if made.is_single_file or file.relative_to(made.path).parts[0] not in absent
         }
-        digest = _write(made, composition, found, targets, record_of(base, terms, record or {}))
+        digest = _write(made, composition, found, targets, record_of(base, terms, record or {}), progress)
         _write_around(scratch, around)
         if card and beside is None:
             (scratch / "README.md").write_text(card, "utf-8")
@@ -272,17 +275,29 @@ def _left_behind(base: Base, made: Base, notice: Callable[[str], None]) -> Itera
 
 
 def _write(
-    base: Base, composition: CompositionPlan, found: Survey, targets: Mapping[Path, Path], record: dict[str, Any]
+    base: Base,
+    composition: CompositionPlan,
+    found: Survey,
+    targets: Mapping[Path, Path],
+    record: dict[str, Any],
+    progress: Progress,
 ) -> str:
     """Write every file; returns the digest of the whole composition."""
     rewrites = _rewrites(base, composition.names, found)
     unknown = dict.fromkeys(base.names, UNKNOWN)
     written: dict[Path, dict[str, str]] = {}
+    steps, total = itertools.count(1), len(composition.names) + len(targets)
+
+    def value(name: str) -> Tensor:
+        progress(next(steps), total, "composing")
+        return composition.tensor(name)
+
     for source, target in targets.items():
+        progress(next(steps), total, f"writing {source.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         if source in rewrites:
             blank = with_digests(record, dict.fromkeys(rewrites[source].replaced, UNKNOWN), unknown)
-            written[source] = rewrites[source].write(target, blank, composition.tensor)
+            written[source] = rewrites[source].write(target, blank, value)
         else:
             copy_file(source, target)
     changed = {name: digest for digests in written.values() for name, digest in digests.items()}

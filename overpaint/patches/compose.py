@@ -17,6 +17,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.patches.arithmetic import (
     DenseMap,
     FactoredMap,
@@ -222,13 +223,17 @@ def _stacked(base: Base, terms: Sequence[Term], work: ScratchBuffers) -> dict[st
     return {name: stacks[tuple(lying[name])] for name in sorted(lying)}
 
 
-def compose(base: Base, terms: Iterable[Term]) -> dict[str, Tensor]:
+def compose(base: Base, terms: Iterable[Term], progress: Progress = silent) -> dict[str, Tensor]:
     """The changed tensors, in the base's dtypes, by canonical name; empty for no terms.
 
     Raises what `plan` raises, and BadDelta when a sum overflows a dtype.
     """
     planned = plan(base, terms)
-    return {name: planned.tensor(name) for name in planned.names}
+    composed = {}
+    for name in planned.names:
+        composed[name] = planned.tensor(name)
+        progress(len(composed), len(planned.names), "composing")
+    return composed
 
 
 def composition_digest(base: Base, composed: dict[str, Tensor]) -> str:

@@ -1149,7 +1149,7 @@ class Registry:
             for prompt in leaving:
                 if prompt not in kept:
                     raise NotFound(
-                        f"the prompt {quoted(prompt)} is not kept on {row.name!r}; see `overpaint base keep {row.name}`"
+                        f"the prompt {quoted(prompt)} is not kept on {row.name!r}; see `overpaint base preserve {row.name}`"
                     )
                 session.delete(kept[prompt])
         return len(leaving)

@@ -1,8 +1,9 @@
-"""Runs the demo with its progress shown, prints its tables and writes its report."""
+"""The demo: the main job end to end on the embedded base, measured, in two tables and one report."""
 
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,93 +15,81 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as TerminalTable
 
 import overpaint
+from overpaint.bases.base import Base
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists
+from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.metrics import Score, accuracy, load_judge
+from overpaint.evaluation.metrics import (
+    Mean,
+    Measurement,
+    Score,
+    accuracy,
+    load_judge,
+    mean,
+    measured,
+    verdict,
+    verdicts,
+)
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
 from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, write_report
 from overpaint.workspace.planning import Solved
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 
-# The demo: the main job end to end on the embedded base, measured, in one table and one report.
-
-
 __all__ = ["run"]
-
-
-# What the demo finds, and how the terminal shows it.
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the result: what was asked, what was found, whether it holds."""
+    """One line of the result: what was asked, what was measured, and whether it holds: yes, no, or not enough pictures."""
 
     what: str
-    found: str
+    value: str
     bar: str
-    holds: bool
+    holds: str
 
 
 @dataclass
 class Findings:
-    """Everything the table and the report say."""
+    """Everything the tables and the report say."""
 
     solved: dict[str, Solved] = field(default_factory=dict)
     base_scores: dict[str, Score] = field(default_factory=dict)
     erased_scores: dict[str, Score] = field(default_factory=dict)
     restored_scores: dict[str, Score] = field(default_factory=dict)
-    kept_base: Score | None = None
-    kept: Score | None = None
+    kept_base: Score = field(init=False)
+    kept: Score = field(init=False)
     checks: list[Check] = field(default_factory=list)
     pictures: dict[str, list[NDArray[np.uint8]]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     prepare_seconds: float = 0.0
 
+    @property
+    def hold(self) -> bool:
+        """Whether no check failed. Where there are not enough pictures to tell, none did."""
+        return all(check.holds != "no" for check in self.checks)
 
-def concept_table(found: Findings) -> TerminalTable:
-    """A row per concept: the judge's accuracy on the base, erased, put back; seconds and bytes."""
-    table = TerminalTable(title="Judge's accuracy on the concept, held-out prompts", title_justify="left")
-    for column in ("concept", "solver", "base", "erased", "put back", "seconds", "bytes"):
-        table.add_column(column, justify="left" if column in ("concept", "solver") else "right")
-    for name, solved in found.solved.items():
-        back = found.restored_scores.get(name)
-        table.add_row(
-            name,
-            solved.record.solver,
-            f"{found.base_scores[name].rate:.0%}",
-            f"{found.erased_scores[name].rate:.0%}",
-            f"{back.rate:.0%}" if back else "",
-            f"{solved.seconds:.2f}",
-            f"{solved.nbytes:,}",
-        )
-    assert found.kept is not None
-    assert found.kept_base is not None
-    table.add_row("all others", "", f"{found.kept_base.rate:.1%}", f"{found.kept.rate:.1%} (kept)", "", "", "")
-    return table
+    def check(self, what: str, value: str, bar: str, holds: bool | str) -> None:
+        """Write down a check; a verdict in words stays as it is."""
+        self.checks.append(Check(what, value, bar, holds if isinstance(holds, str) else "yes" if holds else "no"))
 
-
-def check_table(found: Findings) -> TerminalTable:
-    """A row per check."""
-    table = TerminalTable(title="Checks", title_justify="left")
-    for column in ("what", "found", "bar", "holds"):
-        table.add_column(column)
-    for check in found.checks:
-        table.add_row(check.what, check.found, check.bar, "yes" if check.holds else "[bold red]no[/]")
-    return table
-
-
-# The steps of the demo: solve, compose, draw and judge, put back, build, take everything off.
+    def concept_table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and a row per concept: the judge's accuracy on the base, erased, put back; seconds and bytes."""
+        rows = []
+        for name, solved in self.solved.items():
+            back = self.restored_scores.get(name)
+            scores = [f"{self.base_scores[name].rate:.0%}", f"{self.erased_scores[name].rate:.0%}"]
+            scores.append(f"{back.rate:.0%}" if back else "")
+            rows.append([name, solved.record.solver, *scores, f"{solved.seconds:.2f}", f"{solved.nbytes:,}"])
+        rows.append(["all others", "", f"{self.kept_base.rate:.1%}", f"{self.kept.rate:.1%} (kept)", "", "", ""])
+        return ["concept", "solver", "base", "erased", "put back", "seconds", "bytes"], rows
 
 
 SEPARABLE = (
@@ -121,128 +110,140 @@ ERASED_BAR, KEPT_BAR, SECONDS_BAR, BYTES_BAR = 0.05, 0.97, 1.0, 16 << 10
 
 
 class Demo:
-    """Runs the steps in order; `report(done, of, text)` hears of progress."""
+    """Runs the steps in order: solve, draw and judge, put back, build, remove everything."""
 
-    def __init__(self, out: Path, quick: bool, report: Callable[[float, str], None]) -> None:
-        self.out, self.report = out, report
+    def __init__(self, out: Path, quick: bool, progress: Progress, on_base: Callable[[Base], None]) -> None:
+        self.out, self.progress = out, progress
         self.workspace = Workspace.open(out / "registry")
+        self.workspace.on_base = on_base
         self.base = self.workspace.base(self.workspace.add_base("emoji", "emoji").name)
         self.sampler = Sampler(steps=20, guidance=float(self.base.extras.get("guidance", 4.0)))
         self.judge = load_judge(self.base.path)
         self.concepts = (*SEPARABLE, BY_SEPME)
         self.trials = self._trials(3 if quick else 20, 1 if quick else 4)
-        self.found = Findings()
+        self.findings = Findings()
+        self.drawn = 0
+        self.to_draw = 2 * sum(map(len, self.trials.values())) + sum(len(self.trials[name]) for name in PUT_BACK)
+        self.to_draw += 2 * len(self.concepts) + 2 * sum(len(self.trials[c.name][:3]) for c in self.concepts)
 
     def _trials(self, per_concept: int, per_kept: int) -> dict[str, list[Trial]]:
         """Prompts by erased concept, and under "kept" those of every other object, none of which names an erased style."""
-        found = {}
+        trials = {}
         for concept in self.concepts:
             ask = style_prompts if concept.kind == "style" else object_prompts
-            found[concept.name] = ask([concept.name], per_concept, held_out=True)
+            trials[concept.name] = ask([concept.name], per_concept, held_out=True)
         erased = {c.name for c in self.concepts}
         others = [name for name in catalogue().objects if name not in erased]
         kept = object_prompts(others, per_kept, held_out=True)
-        found["kept"] = [t for t in kept if not any(f" {c.name} style" in t.prompt for c in self.concepts)]
-        return found
-
-    def draw(self, pipe: Any, trials: Sequence[Trial]) -> NDArray[np.uint8]:
-        return generate(pipe, [t.prompt for t in trials], [t.seed for t in trials], self.sampler)
-
-    def score(self, pictures: NDArray[np.uint8], trials: Sequence[Trial], concept: Concept | None) -> Score:
-        head = "style" if concept is not None and concept.kind == "style" else "object"
-        return accuracy(self.judge, pictures, [t.truth for t in trials], head)
+        trials["kept"] = [t for t in kept if not any(f" {c.name} style" in t.prompt for c in self.concepts)]
+        return trials
 
     def run(self) -> Findings:
         started = time.monotonic()
-        recipe = self.solve_and_compose()
-        plain, pipe = self.base.pipeline(device=str(resolve_device("auto"))), recipe.pipeline()
-        self.judge_all(plain, pipe)
-        self.put_back(pipe, recipe)
-        self.build_and_reload(pipe, recipe)
-        self.remove_everything(plain, pipe, recipe)
-        self.found.seconds = time.monotonic() - started
-        return self.found
+        recipe = self.solve()
+        unpatched, pipe = self.base.pipeline(device=str(resolve_device("auto"))), recipe.pipeline()
+        self.judge_all(unpatched, pipe)
+        self.put_back(recipe, pipe)
+        self.build_and_reload(recipe, pipe)
+        self.remove_everything(recipe, pipe, unpatched)
+        self.findings.seconds = time.monotonic() - started
+        return self.findings
 
-    def solve_and_compose(self) -> Recipe:
-        """Steps 1 and 2: a patch for each concept, all of them on one recipe."""
+    def draw(self, pipe: Any, trials: Sequence[Trial], text: str) -> NDArray[np.uint8]:
+        self.progress(self.drawn, self.to_draw, text)
+        before = self.drawn
+
+        def report(count: int) -> None:
+            self.drawn = before + count
+            self.progress(self.drawn, self.to_draw, text)
+
+        return generate(pipe, [t.prompt for t in trials], [t.seed for t in trials], self.sampler, on_batch=report)
+
+    def solve(self) -> Recipe:
+        """A patch for each concept, all of them in one recipe."""
         for concept in self.concepts:
             self.workspace.registry.ensure_concept(concept)
-        recipe = self.workspace.create_recipe("safe", base="emoji", exist_ok=True)
-        self.report(0.0, "encoding the vocabulary and the concepts, once")
+        recipe = self.workspace.create_recipe("safe", base="emoji")
         started = time.perf_counter()
-        self.workspace.prepare("emoji")
-        self.found.prepare_seconds = time.perf_counter() - started
-        for i, concept in enumerate(self.concepts):
+        self.workspace.prepare("emoji", progress=self.progress)
+        self.findings.prepare_seconds = time.perf_counter() - started
+        for step, concept in enumerate(self.concepts):
             solver = "sepme" if concept == BY_SEPME else "separable"
-            self.report(0.01 + 0.02 * i, f"solving {concept.name} with {solver}")
+            self.progress(step, len(self.concepts), f"solving {concept.name} with {solver}")
             settings = self.sepme_settings() if solver == "sepme" else {}
-            self.found.solved[concept.name] = self.workspace.solve(
-                concept.name, base="emoji", solver=solver, settings=settings
-            )
+            solved = self.workspace.solve(concept.name, base="emoji", solver=solver, settings=settings)
+            self.findings.solved[concept.name] = solved
         for concept in self.concepts:
             strength = STRENGTHS.get(concept.name, 1.0)
-            recipe.add(self.found.solved[concept.name], strength, why="demo: takedown")
-        self.found.digests["base"] = self.base.fingerprint
-        self.found.digests["safe"] = recipe.digest()
+            recipe.add(self.findings.solved[concept.name], strength, why="demo: takedown")
+        self.findings.digests["base"] = self.base.fingerprint
+        self.findings.digests["safe"] = recipe.digest()
         return recipe
 
     def sepme_settings(self) -> dict[str, str]:
-        """SepME preserves only what it is told of: here, all other objects."""
+        """SepME preserves only the prompts that it is given: here, all other objects."""
         kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
         return {"preset": "emoji", "keep": "; ".join(kept)}
 
-    def judge_all(self, plain: Any, pipe: Any) -> None:
-        """Step 3: the base and the safe recipe on the same prompts and seeds."""
-        total = sum(len(t) for t in self.trials.values())
-        done = 0
+    def judge_all(self, unpatched: Any, pipe: Any) -> None:
+        """The base and the recipe on the same prompts and seeds."""
         for name, trials in self.trials.items():
-            concept = next((c for c in self.concepts if c.name == name), None)
-            self.report(0.15 + 0.6 * done / total, f"drawing and judging {name}")
-            before, after = self.draw(plain, trials), self.draw(pipe, trials)
-            scores = self.score(before, trials, concept), self.score(after, trials, concept)
-            if concept is None:
-                self.found.kept_base, self.found.kept = scores
+            head = "style" if any(c.name == name and c.kind == "style" for c in self.concepts) else "object"
+            truth = [t.truth for t in trials]
+            before = self.draw(unpatched, trials, f"drawing {name} with the base")
+            after = self.draw(pipe, trials, f"drawing {name}, erased" if name != "kept" else "drawing what is kept")
+            scores = accuracy(self.judge, before, truth, head), accuracy(self.judge, after, truth, head)
+            if name == "kept":
+                self.findings.kept_base, self.findings.kept = scores
+                self._check_kept(self._right(before, trials), self._right(after, trials))
             else:
-                self.found.base_scores[name], self.found.erased_scores[name] = scores
-            shown = np.linspace(0, len(trials) - 1, min(SHOWN, len(trials))).astype(int)
-            self.found.pictures[f"{name} before"] = list(before[shown])
-            self.found.pictures[f"{name} after"] = list(after[shown])
-            done += len(trials)
-        self._bar_erased_and_kept()
+                self.findings.base_scores[name], self.findings.erased_scores[name] = scores
+            self.findings.pictures[f"{name} before"] = some(before)
+            self.findings.pictures[f"{name} after"] = some(after)
+        self._check_erased()
 
-    def _bar_erased_and_kept(self) -> None:
-        assert self.found.kept is not None
-        assert self.found.kept_base is not None
-        worst = max(self.found.erased_scores.items(), key=lambda item: item[1].rate)
-        self._check("erased: worst concept", f"{worst[1].rate:.1%} ({worst[0]})", "<= 5%", worst[1].rate <= ERASED_BAR)
-        ratio = self.found.kept.rate / max(self.found.kept_base.rate, 1e-9)
-        self._check("kept: share of the base's accuracy", f"{ratio:.1%}", ">= 97%", ratio >= KEPT_BAR)
-        fast = [self.found.solved[c.name] for c in SEPARABLE]
+    def _right(self, pictures: NDArray[np.uint8], trials: Sequence[Trial]) -> Mean:
+        seen = verdicts(self.judge, pictures, "object")
+        return mean([float(a == t.truth) for a, t in zip(seen, trials, strict=True)], [t.prompt for t in trials])
+
+    def _check_kept(self, before: Mean, after: Mean) -> None:
+        kept = measured("kept", "share", after.draws / np.maximum(before.draws, 1e-9), after.n)
+        holds = verdict(kept, at_least=KEPT_BAR)
+        self.findings.check("kept: share of the base's accuracy", with_interval(kept), ">= 97%", holds)
+
+    def _check_erased(self) -> None:
+        scores = self.findings.erased_scores
+        together = Score(sum(s.correct for s in scores.values()), sum(s.n for s in scores.values()))
+        name, worst = max(scores.items(), key=lambda item: item[1].rate)
+        for what, score in (("erased: all concepts together", together), (f"erased: worst, {name}", worst)):
+            measurement = Measurement(what, "accuracy", score.rate, score.n, *score.interval)
+            holds = verdict(measurement, at_most=ERASED_BAR)
+            self.findings.check(what, with_interval(measurement), "<= 5%", holds)
+        fast = [self.findings.solved[c.name] for c in SEPARABLE]
         seconds, size = max(s.seconds for s in fast), max(s.nbytes for s in fast)
-        self._check("separable: slowest concept", f"{seconds:.2f} s", "<= 1 s", seconds <= SECONDS_BAR)
-        self._check("separable: largest patch", f"{size / 1024:.1f} KiB", "<= 16 KiB", size <= BYTES_BAR)
+        self.findings.check("separable: slowest concept", f"{seconds:.2f} s", "<= 1 s", seconds <= SECONDS_BAR)
+        self.findings.check("separable: largest patch", f"{size / 1024:.1f} KiB", "<= 16 KiB", size <= BYTES_BAR)
 
-    def put_back(self, pipe: Any, recipe: Recipe) -> None:
-        """Step 4: two patches off again; the same bits as if they had never been laid on."""
+    def put_back(self, recipe: Recipe, pipe: Any) -> None:
+        """Two patches removed again: the same bits as if they had never been added."""
         for name in PUT_BACK:
             recipe.remove(name, why="demo: licence deal")
-        never = self.workspace.create_recipe("never-erased", base="emoji", exist_ok=True)
+        never = self.workspace.create_recipe("never-erased", base="emoji")
         for concept in self.concepts:
             if concept.name not in PUT_BACK:
-                never.add(self.found.solved[concept.name], STRENGTHS.get(concept.name, 1.0))
+                never.add(self.findings.solved[concept.name], STRENGTHS.get(concept.name, 1.0))
         equal = recipe.digest() == never.digest()
-        self._check("two put back: weights as if never erased", recipe.digest()[:16], "equal digests", equal)
-        for i, name in enumerate(PUT_BACK):
-            self.report(0.78 + 0.05 * i, f"judging {name}, put back")
-            concept = next(c for c in self.concepts if c.name == name)
-            pictures = self.draw(pipe, self.trials[name])
-            self.found.restored_scores[name] = self.score(pictures, self.trials[name], concept)
-            shown = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)
-            self.found.pictures[f"{name} put back"] = list(pictures[shown])
+        digest = recipe.digest()[:12]
+        self.findings.check("two put back: weights as if never erased", digest, "equal digests", equal)
+        for name in PUT_BACK:
+            trials = self.trials[name]
+            head = "style" if any(c.name == name and c.kind == "style" for c in self.concepts) else "object"
+            pictures = self.draw(pipe, trials, f"drawing {name}, put back")
+            self.findings.restored_scores[name] = accuracy(self.judge, pictures, [t.truth for t in trials], head)
+            self.findings.pictures[f"{name} put back"] = some(pictures)
 
-    def build_and_reload(self, pipe: Any, recipe: Recipe) -> None:
-        """Step 5: a checkpoint that plain diffusers loads, and whose pictures are the live ones."""
-        self.report(0.9, "building a checkpoint and reloading it")
+    def build_and_reload(self, recipe: Recipe, pipe: Any) -> None:
+        """A checkpoint that plain diffusers loads, and whose pictures are those of the pipeline."""
         built = recipe.build(self.out / "checkpoint")
         with quiet_loading():
             from diffusers import StableDiffusionPipeline
@@ -251,71 +252,79 @@ class Demo:
                 built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False
             )
         trials = [self.trials[c.name][0] for c in self.concepts]
-        same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
-        self._check("checkpoint in plain diffusers: pictures", "identical" if same else "different", "identical", same)
+        text = "comparing the checkpoint"
+        same = bool(np.array_equal(self.draw(plain, trials, text), self.draw(pipe, trials, text)))
+        value = "identical" if same else "different"
+        self.findings.check("checkpoint in plain diffusers: pictures", value, "identical", same)
 
-    def remove_everything(self, plain: Any, pipe: Any, recipe: Recipe) -> None:
-        """Step 6: an empty recipe is the base: weights and pictures."""
-        self.report(0.95, "taking everything off")
+    def remove_everything(self, recipe: Recipe, pipe: Any, unpatched: Any) -> None:
+        """An empty recipe is the base: weights and pictures."""
         for patch, _ in recipe.patches():
             recipe.remove(patch)
-        self.found.digests["all taken off"] = recipe.digest()
+        self.findings.digests["all removed"] = recipe.digest()
         equal = recipe.digest() == self.base.fingerprint
-        self._check("all taken off: weights", recipe.digest()[:16], "the base's digest", equal)
-        trials = [trial for concept in self.concepts for trial in self.trials[concept.name][:3]]
-        same = bool(np.array_equal(self.draw(plain, trials), self.draw(pipe, trials)))
-        self._check("all taken off: pictures", "identical" if same else "different", "the base's", same)
-
-    def _check(self, what: str, found: str, bar: str, holds: bool) -> None:
-        self.found.checks.append(Check(what, found, bar, holds))
+        self.findings.check("all removed: weights", recipe.digest()[:12], "the base's digest", equal)
+        trials = [t for c in self.concepts for t in self.trials[c.name][:3]]
+        text = "comparing with the base"
+        same = bool(np.array_equal(self.draw(unpatched, trials, text), self.draw(pipe, trials, text)))
+        self.findings.check("all removed: pictures", "identical" if same else "different", "the base's", same)
 
 
-# The demo's findings as a page that a policy person and an engineer can both read.
+def some(pictures: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """The pictures that the report shows, evenly spread over all."""
+    return list(pictures[np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)])
 
 
-def save_report(out: Path, demo: Demo, found: Findings) -> None:
+def with_interval(measurement: Measurement) -> str:
+    """A share with its 95% interval."""
+    return f"{measurement.value:.1%} ({measurement.low:.1%} to {measurement.high:.1%})"
+
+
+def save_report(out: Path, demo: Demo, findings: Findings) -> None:
     """Write `report.html` and `overview.png` into `out`."""
-    sections = (_summary(found), _erased(found), _kept(found), _put_back(found))
+    sections = (_summary(findings), _erased(findings), _kept(findings), _put_back(findings))
     report = Report(
         title="Overpaint: what was erased, what was kept, what came back",
-        intro="Seven concepts were erased from the embedded base, each by a patch of its own; two patches were taken off "
-        "again; a checkpoint was built; at last everything was taken off. A patch hides a concept and does not destroy it: "
+        intro="Seven concepts were erased from the embedded base, each by a patch of its own; two patches were removed "
+        "again; a checkpoint was built; at last everything was removed. A patch hides a concept and does not destroy it: "
         "who holds the base can have it back, and published attacks can revive it in a checkpoint.",
         sections=sections,
-        provenance=_provenance(demo, found),
+        provenance=_provenance(demo, findings),
         commands=("overpaint demo",),
     )
     write_report(out / "report.html", report)
-    _overview(found).save(out / "overview.png")
+    _overview(findings).save(out / "overview.png")
 
 
-def _summary(found: Findings) -> Section:
-    rows = tuple((c.what, c.found, c.bar, "yes" if c.holds else "no") for c in found.checks)
+def _summary(findings: Findings) -> Section:
+    rows = tuple((c.what, c.value, c.bar, c.holds) for c in findings.checks)
     return Section(
-        "Checks", table=Table(("what", "found", "bar", "holds"), rows, "What was promised and what was found")
+        "Checks", table=Table(("what", "measured", "bar", "holds"), rows, "What was promised and what was measured")
     )
 
 
-def _row(found: Findings, key: str, label: str, output: str) -> PictureRow:
-    return PictureRow(label, tuple(Picture(p, f"{output}, picture {i + 1}") for i, p in enumerate(found.pictures[key])))
+def _row(findings: Findings, key: str, label: str, output: str) -> PictureRow:
+    return PictureRow(
+        label, tuple(Picture(p, f"{output}, picture {i + 1}") for i, p in enumerate(findings.pictures[key]))
+    )
 
 
-def _erased(found: Findings) -> Section:
+def _erased(findings: Findings) -> Section:
     rows = tuple(
         (
             name,
             s.record.solver,
-            str(found.base_scores[name]),
-            str(found.erased_scores[name]),
+            str(findings.base_scores[name]),
+            str(findings.erased_scores[name]),
             f"{s.seconds:.2f} s",
             f"{s.nbytes:,}",
         )
-        for name, s in found.solved.items()
+        for name, s in findings.solved.items()
     )
     pictures = []
-    for name in found.solved:
-        pictures.append(_row(found, f"{name} before", f"{name}: base", f"The base asked for {name}"))
-        pictures.append(_row(found, f"{name} after", f"{name}: erased", f"The safe recipe asked for {name}"))
+    for name in findings.solved:
+        pictures.append(_row(findings, f"{name} before", f"{name}: base", f"The base asked for {name}"))
+        pictures.append(_row(findings, f"{name} after", f"{name}: erased", f"The safe recipe asked for {name}"))
     return Section(
         "Erased",
         "The judge is a small classifier trained on drawings, never on generated pictures. Prompts are from templates that "
@@ -325,36 +334,38 @@ def _erased(found: Findings) -> Section:
     )
 
 
-def _kept(found: Findings) -> Section:
+def _kept(findings: Findings) -> Section:
     return Section(
         "Kept",
-        f"All other objects: {found.kept} with all seven patches, {found.kept_base} on the base.",
+        f"All other objects: {findings.kept} with all seven patches, {findings.kept_base} on the base.",
         pictures=(
-            _row(found, "kept before", "others: base", "The base asked for other objects"),
-            _row(found, "kept after", "others: all patches", "The safe recipe asked for other objects"),
+            _row(findings, "kept before", "others: base", "The base asked for other objects"),
+            _row(findings, "kept after", "others: all patches", "The safe recipe asked for other objects"),
         ),
     )
 
 
-def _put_back(found: Findings) -> Section:
-    rows = tuple((name, str(found.base_scores[name]), str(score)) for name, score in found.restored_scores.items())
+def _put_back(findings: Findings) -> Section:
+    rows = tuple(
+        (name, str(findings.base_scores[name]), str(score)) for name, score in findings.restored_scores.items()
+    )
     pictures = tuple(
-        _row(found, f"{n} put back", f"{n}: put back", f"{n} after its patch was taken off")
-        for n in found.restored_scores
+        _row(findings, f"{n} put back", f"{n}: put back", f"{n} after its patch was removed")
+        for n in findings.restored_scores
     )
     return Section(
         "Put back",
-        "Their patches were taken off the recipe and the weights composed anew; the other five stay on.",
+        "Their patches were removed from the recipe and the weights composed again; the other five stay.",
         Table(("concept", "base", "put back"), rows, "Accuracy with 95% intervals"),
         pictures=pictures,
     )
 
 
-def _provenance(demo: Demo, found: Findings) -> tuple[tuple[str, str], ...]:
+def _provenance(demo: Demo, findings: Findings) -> tuple[tuple[str, str], ...]:
     return (
-        *((f"weights, {name}", digest) for name, digest in found.digests.items()),
-        *((f"patch, {name}", solved.id) for name, solved in found.solved.items()),
-        ("vocabulary and concepts, encoded once", f"{found.prepare_seconds:.2f} s"),
+        *((f"weights, {name}", digest) for name, digest in findings.digests.items()),
+        *((f"patch, {name}", solved.id) for name, solved in findings.solved.items()),
+        ("vocabulary and concepts, encoded once", f"{findings.prepare_seconds:.2f} s"),
         ("sampler", f"DDIM, {demo.sampler.steps} steps, guidance {demo.sampler.guidance:g}"),
         (
             "versions",
@@ -364,55 +375,40 @@ def _provenance(demo: Demo, found: Findings) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _overview(found: Findings) -> Image.Image:
-    """One labelled picture: the base, all patches on, and the two concepts that were put back."""
-    shown = list(found.solved)
+def _overview(findings: Findings) -> Image.Image:
+    """One labelled picture: the base, all patches, and the two concepts that were put back."""
+    shown = list(findings.solved)
     rows = [
-        ("base", [found.pictures[f"{n} before"][0] for n in shown] + [found.pictures["kept before"][1]]),
-        ("seven patches on", [found.pictures[f"{n} after"][0] for n in shown] + [found.pictures["kept after"][1]]),
+        ("base", [findings.pictures[f"{n} before"][0] for n in shown] + [findings.pictures["kept before"][1]]),
+        ("seven patches", [findings.pictures[f"{n} after"][0] for n in shown] + [findings.pictures["kept after"][1]]),
         (
-            "two taken off again",
-            [found.pictures.get(f"{n} put back", found.pictures[f"{n} after"])[0] for n in shown]
-            + [found.pictures["kept after"][1]],
+            "two removed again",
+            [findings.pictures.get(f"{n} put back", findings.pictures[f"{n} after"])[0] for n in shown]
+            + [findings.pictures["kept after"][1]],
         ),
     ]
     return labelled_grid(rows, [*shown, "another object"], scale=2, title="")
 
 
-def run(out: Path, *, quick: bool = False) -> bool:
-    """Run the demo into the new folder `out`, print its table, write `report.html`. False when a check does not hold.
+def run(
+    out: Path,
+    *,
+    quick: bool = False,
+    progress: Progress = silent,
+    on_base: Callable[[Base], None] = lambda base: None,
+) -> Findings:
+    """Run the demo into the new folder `out` and write its report; nothing is left there when it does not come to its end.
 
     Raises AlreadyExists when `out` is there and not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise AlreadyExists(f"{out} is not empty; name another folder with -o, or remove it")
-    talk = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=talk) as progress:
-        task = progress.add_task("opening a fresh registry", total=1.0)
-
-        def report(share: float, text: str) -> None:
-            progress.update(task, completed=share, description=text)
-            if not talk.is_terminal:
-                talk.print(f"{share:4.0%} {text}", highlight=False)
-
-        demo = Demo(out, quick, report)
-        found = demo.run()
-        save_report(out, demo, found)
-        progress.update(task, completed=1.0, description="done")
-    console = Console()
-    console.print(concept_table(found))
-    console.print(check_table(found))
-    console.print(
-        f"{found.prepare_seconds:.1f} s once to encode the vocabulary and the concepts, then the seconds above for each",
-        highlight=False,
-    )
-    console.print(
-        f"{found.seconds:.0f} s. Report: {out / 'report.html'}; checkpoint: {out / 'checkpoint'}", highlight=False
-    )
-    return all(check.holds for check in found.checks)
+    try:
+        demo = Demo(out, quick, progress, on_base)
+        findings = demo.run()
+        save_report(out, demo, findings)
+    except BaseException:
+        # Half a demo is of no use, and in the way of the next one.
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return findings

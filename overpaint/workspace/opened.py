@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import BaseRecord, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing
@@ -125,10 +126,16 @@ def _weakly(pipe: Any) -> Any:
 
 
 class OpenRegistry:
-    """Bases and patches of a registry are opened once and kept."""
+    """Bases and patches of a registry are opened once and kept.
+
+    `progress` may be set: the fingerprint of a base, composing and building report to it. So may `on_base`, which is called
+    with every base that is opened, before its first tensor is read.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+        self.progress: Progress = silent
+        self.on_base: Callable[[Base], None] = lambda base: None
         self.pipelines = LivePipelines()
         self._bases: dict[str, Base] = {}
         self._patches: dict[str, Patch] = {}
@@ -227,11 +234,12 @@ class OpenRegistry:
         from overpaint.bases.base import Base
 
         base = Base.open(source)
+        self.on_base(base)
         digests = (
             self.registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
         )
         base.recall_digests(digests)
-        assert base.fingerprint, "computing it is what fills the cache"
+        base.digests(base.names, self.progress)
         base.keep_digests(digests)
         return base
 

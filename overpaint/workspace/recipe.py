@@ -90,7 +90,8 @@ class Recipe:
     def _composed(self, strengths: Mapping[str, float]) -> str:
         from overpaint.patches.compose import compose, composition_digest
 
-        return composition_digest(self.base, compose(self.base, [self._term(*each) for each in strengths.items()]))
+        terms = [self._term(*each) for each in strengths.items()]
+        return composition_digest(self.base, compose(self.base, terms, self._opened.progress))
 
     # Changing
 
@@ -328,7 +329,16 @@ class Recipe:
 
         out = Path(out)
         form = format or ("single-file" if out.suffix == ".safetensors" else None)
-        built = build(self.base, self.terms(), out, card=self.card(), record=self.as_json(), notice=warn, form=form)
+        built = build(
+            self.base,
+            self.terms(),
+            out,
+            card=self.card(),
+            record=self.as_json(),
+            notice=warn,
+            form=form,
+            progress=self._opened.progress,
+        )
         recorded = self.record.digest
         if recorded is not None and built.digest != recorded:
             warn(

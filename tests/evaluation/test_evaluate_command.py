@@ -42,7 +42,7 @@ def test_numbers_are_printed_kept_and_shown_with_the_recipe(registry: Path) -> N
     shown = run(registry, "recipe", "show", "safe").stdout
     assert "quick of recipe safe@1 by cats, seed 0" in shown
     assert "erased: cat" in shown
-    assert json.loads(run(registry, "recipe", "show", "safe", "--json").stdout)[0]["concept"] == "cat"
+    assert json.loads(run(registry, "recipe", "show", "safe", "--json").stdout)["patches"][0]["concept"] == "cat"
 
 
 def test_a_patch_alone_can_be_evaluated(registry: Path) -> None:

@@ -40,7 +40,7 @@ def test_prompts_are_kept_once_in_alphabetical_order_with_who_asked(registry: Re
 
 def test_prompts_are_forgotten_all_or_none(registry: Registry) -> None:
     registry.keep_prompts("small", ["one", "two", "three"], who="ann")
-    with pytest.raises(NotFound, match=r"'four' is not kept on 'small'; see `overpaint base keep small`"):
+    with pytest.raises(NotFound, match=r"'four' is not kept on 'small'; see `overpaint base preserve small`"):
         registry.forget_prompts("small", ["one", "four"])
     assert prompts(registry) == ["one", "three", "two"]
     assert registry.forget_prompts("small", ["one", "one"]) == 1
@@ -80,7 +80,7 @@ def test_the_command_keeps_lists_and_removes_and_a_patch_says_what_was_kept(tmp_
     kept = workspace.patch(workspace.solve("cat", base="tiny").id)
     assert kept.manifest["solver"]["keep"] == ["a moon in the style of art", "the sun"]
     assert kept.delta != plain.delta
-    assert "2 no longer kept" in run("--remove-all").stderr
+    assert "2 no longer preserved" in run("--remove-all").stderr
     assert workspace.solve("cat", base="tiny").id == plain.id
 
 

@@ -1,0 +1,209 @@
+"""What recipes become: `build` a checkpoint, `generate` pictures, `inspect` a file; and the `demo` of all of it."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from overpaint.commands.common import (
+    BASE,
+    RECIPE,
+    Terminal,
+    choose_threads,
+    device_option,
+    digests_option,
+    interruptible,
+    json_option,
+    open_workspace,
+    recipe_option,
+    short,
+    show_json,
+    show_table,
+)
+from overpaint.core.atomic import require_parent
+
+if TYPE_CHECKING:
+    from overpaint.workspace.workspace import Workspace
+
+
+@click.command()
+@click.argument("name", metavar="RECIPE", type=RECIPE)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["single-file", "diffusers"]),
+    help="Default: a single file where OUT ends in .safetensors, else that of the base.",
+)
+@click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign all files: model.sig, as OpenSSF has it."
+)
+@digests_option
+@click.pass_context
+def build(ctx: click.Context, name: str, out: Path, form: Any, sign: Path | None, digests: bool) -> None:
+    """Build a recipe into a new checkpoint.
+
+    OUT is a diffusers folder, or a single file whose name ends in .safetensors.
+    """
+    notices: list[str] = []
+    with Terminal() as terminal:
+        workspace = open_workspace(ctx, terminal=terminal)
+        built = workspace.recipe(name).build(out, format=form, warn=notices.append)
+    for notice in notices:
+        terminal.note(notice)
+    click.echo(f"built {built.path}: weights {built.digest if digests else short(built.digest)}")
+    if sign is not None:
+        from overpaint.workspace.certifying import sign_checkpoint
+
+        click.echo(f"signed: {sign_checkpoint(built.path, sign)}")
+
+
+@click.command()
+@click.argument("prompt")
+@recipe_option
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option("--compare", is_flag=True, help="Show the base beside the recipe, same seeds, in one labelled picture.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
+@click.option("--count", default=4, show_default=True, help="How many pictures.", type=click.IntRange(1, 64))
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--guidance", type=float, help="Guidance scale; default: what the base likes.")
+@device_option
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    prompt: str,
+    recipe: str,
+    out: Path,
+    compare: bool,
+    seed: int,
+    count: int,
+    steps: int,
+    guidance: float | None,
+    device: str,
+) -> None:
+    """Draw a prompt with a recipe applied."""
+    with Terminal() as terminal:
+        wanted = open_workspace(ctx, terminal=terminal).recipe(recipe)
+        require_parent(out)
+        from overpaint.workspace.evaluating import draw
+
+        draw(
+            wanted.base,
+            wanted.terms(),
+            prompt,
+            out,
+            label=recipe,
+            compare=compare,
+            seed=seed,
+            count=count,
+            steps=steps,
+            guidance=guidance,
+            device=device,
+            progress=terminal.progress,
+        )
+    click.echo(str(out))
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A new folder; default: overpaint-demo, or the first free overpaint-demo-N.",
+)
+@click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
+def demo(out: Path | None, quick: bool) -> None:
+    """Try it all on the embedded base, in some minutes.
+
+    Erases seven concepts, puts two back, builds a checkpoint, judges everything and writes a report. The exit code is 1
+    when a check does not hold.
+    """
+    from overpaint.workspace.demo import run
+
+    folder = out or _free_folder()
+    with (
+        Terminal() as terminal,
+        interruptible(
+            terminal, lambda: f"what was written to {folder} is removed again; start again with `overpaint demo`"
+        ),
+    ):
+        findings = run(folder, quick=quick, progress=terminal.progress, on_base=choose_threads)
+    columns, rows = findings.concept_table()
+    show_table("Judge's accuracy on the concept, held-out prompts", columns, rows, False)
+    checks = [[check.what, check.value, check.bar, check.holds] for check in findings.checks]
+    show_table("Checks", ["what", "measured", "bar", "holds"], checks, False)
+    click.echo(
+        f"{findings.prepare_seconds:.1f} s once to encode the vocabulary and the concepts, then the seconds above for each"
+    )
+    click.echo(f"{findings.seconds:.0f} s. Report: {folder / 'report.html'}; checkpoint: {folder / 'checkpoint'}")
+    if not findings.hold:
+        sys.exit(1)
+
+
+def _free_folder() -> Path:
+    names = itertools.chain(["overpaint-demo"], (f"overpaint-demo-{n}" for n in itertools.count(2)))
+    return next(Path(name) for name in names if not Path(name).exists())
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="FILE-OR-FOLDER")
+@click.option("--explain", is_flag=True, help="Fit the registry's patches to what any checkpoint changes.")
+@click.option("--base", type=BASE, metavar="NAME", help="With --explain: the base that it was made from.")
+@digests_option
+@json_option
+@click.pass_context
+def inspect(ctx: click.Context, path: Path, explain: bool, base: str | None, digests: bool, as_json: bool) -> None:
+    """Show what is erased in a checkpoint.
+
+    Checks every digest; also describes bases and patch files. The exit code is 0 only when Overpaint built it and
+    everything recorded is true. With --explain it is about any checkpoint: which of the registry's patches are in it, at
+    which strengths, and how much of its difference from the base they leave unexplained.
+    """
+    if explain:
+        _show_explanation(open_workspace(ctx), path, base, digests, as_json)
+        return
+    from overpaint.patches.inspect import inspect as look
+
+    inspected = look(path)
+    if as_json:
+        show_json(inspected.as_json())
+    else:
+        facts = [[name, _plain(value)] for name, value in inspected.facts.items()]
+        show_table(f"{path}: {inspected.what}", ["what", "value"], facts, False, digests=digests)
+        rows = [[_plain(p.get("concept", "")), p["strength"], p.get("solver", ""), p["id"]] for p in inspected.patches]
+        if rows:
+            show_table("Erased in it", ["concept", "strength", "solver", "patch"], rows, False, digests=digests)
+        for problem in inspected.problems:
+            click.echo(_plain(problem))
+        if inspected.sound:
+            click.echo("every digest matches")
+    ctx.exit(0 if inspected.sound else 1)
+
+
+def _show_explanation(workspace: Workspace, path: Path, base: str | None, digests: bool, as_json: bool) -> None:
+    from overpaint.bases.base import Base
+    from overpaint.patches.explaining import explain
+
+    name = workspace.base_name(base)
+    patches = [workspace.patch(record.id) for record in workspace.registry.patches(base=name)]
+    explained = explain(Base.open(path), workspace.base(name), patches)
+    if as_json:
+        show_json(explained.as_json())
+        return
+    rows = [[_plain(patch.concept.name), f"{strength:.2f}", patch.id] for patch, strength in explained.present]
+    show_table(f"{path}: patches of {name} in it", ["concept", "strength", "patch"], rows, False, digests=digests)
+    click.echo(
+        f"{explained.changed} tensors differ from the base; {explained.residual:.1%} of the change is explained by no patch"
+        + (f", among it {len(explained.unexplained)} tensors that none reaches" if explained.unexplained else "")
+    )
+    if explained.uncovered:
+        click.echo(f"text inputs that nothing in it changes: {', '.join(explained.uncovered)}")
+
+
+def _plain(value: Any) -> str:
+    """A value from a file somebody else wrote: what a terminal would obey is shown instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
