@@ -70,3 +70,63 @@ def test_the_page_names_every_algorithm_that_is_not_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "using-with.md").read_text("utf-8")
     named = {word for algorithm in UNREAD for word in algorithm.removeprefix("ComfyUI's ").split(" or ")}
     assert [word for word in sorted(named) if word not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("control_model.input_blocks.0.0.weight", "a ControlNet"),
+        ("string_to_param.*", "a textual inversion"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "of FLUX"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "of Stable Diffusion 3"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "of a diffusion transformer"),
+        ("first_stage_model.decoder.up.0.block.0.conv1.weight", "a VAE"),
+        ("lora_unet_down_blocks_9_attentions_0_proj_in.lora_down.weight", r"as known tools write them \(lora_unet_\)"),
+        ("some.thing", "no tool that is known here names tensors as 'some.thing'"),
+    ],
+)
+def test_what_is_not_understood_is_described_by_what_it_is(base: Base, tmp_path: Path, key: str, what: str) -> None:
+    save_file({key: torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(ForeignFile, match=what) as refusal:
+        import_weights(base, tmp_path / "x.safetensors")
+    assert key in str(refusal.value)
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+OLD = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+ENCODER = "encoder.layers.0.mlp.fc1"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (f"lycoris_{LAYER.replace('.', '_')}", f"unet/{LAYER}"),
+        (f"module.unet.{LAYER}", f"unet/{LAYER}"),
+        (f"unet.base_model.model.{LAYER}", f"unet/{LAYER}"),
+        (f"unet._orig_mod.{LAYER}", f"unet/{LAYER}"),
+        (f"model.diffusion_model.{OLD}", f"unet/{LAYER}"),
+        (f"clip_l.transformer.text_model.{ENCODER}", f"text_encoder/text_model.{ENCODER}"),
+        (f"text_encoder.module.text_model.{ENCODER}", f"text_encoder/text_model.{ENCODER}"),
+    ],
+)
+@pytest.mark.parametrize("adapter", ["", ".default", ".mine"])
+def test_what_tools_wrap_around_names_is_taken_off(
+    base: Base, tmp_path: Path, module: str, name: str, adapter: str
+) -> None:
+    is_kohya = module.startswith("lycoris")
+    down, up = ("lora_down", "lora_up") if is_kohya else (f"lora_A{adapter}", f"lora_B{adapter}")
+    out, width = base.places[f"{name}.weight"].shape[:2]
+    tensors = {f"{module}.{down}.weight": torch.ones(2, width), f"{module}.{up}.weight": torch.ones(out, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert import_weights(base, tmp_path / "x.safetensors").changed == (f"{name}.weight",)
+
+
+def test_two_adapters_in_one_file_are_refused(base: Base, tmp_path: Path) -> None:
+    out, width = base.places[f"unet/{LAYER}.weight"].shape
+    sides = {"A": torch.ones(2, width), "B": torch.ones(out, 2)}
+    tensors = {
+        f"unet.{LAYER}.lora_{side}.{name}.weight": sides[side].clone() for side in "AB" for name in ("one", "two")
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ForeignFile, match="are about the same layer"):
+        import_weights(base, tmp_path / "x.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,7 +103,7 @@ def ldm_unet_modules(base: Base) -> Iterator[tuple[str, str]]:
 
 
 def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
-    """Canonical and local name of every module of a text encoder: as it is, and without what newer libraries drop."""
+    """Canonical and local name of every module of a component: as it is, and without what newer libraries drop."""
     for local in modules_of(base).get(encoder, ()):
         yield f"{encoder}/{local}", local
         if local.startswith(INNER):
@@ -118,6 +118,89 @@ def lookup(spelled: Iterable[tuple[str, str]]) -> dict[str, str]:
         if found.setdefault(name, module) != module:
             unsure.add(name)
     return {name: module for name, module in found.items() if name not in unsure}
+
+
+# How tools begin the names of layers, and what they wrap around them: one table for all dialects.
+
+
+WRAPPERS = re.compile(r"^(state_dict\.|module\.|_orig_mod\.)+|(?<=\.)(module|_orig_mod|base_model\.model)\.")
+"""What tools of training put around a model, and with it into its names: DataParallel, torch.compile, PEFT."""
+_NAMED_ADAPTER = re.compile(r"\.(lora_[AB])\.\w+\.weight$")
+
+
+def unwrapped(key: str) -> str:
+    """A key without what says nothing about the layer: wrappers, and the name that PEFT gave an adapter."""
+    return _NAMED_ADAPTER.sub(r".\1.weight", WRAPPERS.sub("", key))
+
+
+_PROJECTIONS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}
+_ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+@dataclass(frozen=True)
+class Root:
+    """How names of a component's modules begin in some dialects. What follows is diffusers' name, or (`old`) the U-Net's as
+    first published; with underscores for dots (`flat`); or also as attention processors were once named (`processors`)."""
+
+    prefix: str
+    component: str
+    dialects: tuple[str, ...]
+    old: bool = False
+    flat: bool = False
+    processors: bool = False
+
+    def names(self, base: Base) -> Iterator[tuple[str, str]]:
+        """Canonical module and name, for every module of the component."""
+        for module, local in self._modules(base):
+            yield module, self.prefix + (local.replace(".", "_") if self.flat else local)
+            if self.processors:
+                yield from ((module, self.prefix + name) for name in self._processor(local))
+
+    def _modules(self, base: Base) -> Iterator[tuple[str, str]]:
+        if self.old:
+            return ldm_unet_modules(base)
+        return encoder_modules(base, self.component)
+
+    def _processor(self, local: str) -> Iterator[str]:
+        if self.component in ENCODERS:
+            parent, _, layer = local.rpartition(".")
+            if layer in _ENCODER_PROJECTIONS:
+                yield f"{parent}.{_ENCODER_PROJECTIONS[layer]}"
+            return
+        for layer, written in _PROJECTIONS.items():
+            if local.endswith(f".{layer}"):
+                block = local.removesuffix(layer)
+                yield from (f"{block}processor.{written}", f"{block}{written}")
+
+
+_KOHYA, _DIFFUSERS, _PEFT = ("kohya LoRA",), ("diffusers LoRA",), ("PEFT adapter",)
+_PROCESSORS, _WEIGHTS = ("diffusers attention processors",), ("edited weights",)
+_COMFY = ("ComfyUI LoRA", *_WEIGHTS)
+
+ROOTS: tuple[Root, ...] = (
+    *(Root(prefix, UNET, _KOHYA, flat=True) for prefix in ("lora_unet_", "lycoris_")),
+    Root("lora_unet_", UNET, _KOHYA, old=True, flat=True),
+    *(Root(prefix, ENCODERS[0], _KOHYA, flat=True) for prefix in ("lora_te_", "lora_te1_")),
+    Root("lora_te2_", ENCODERS[1], _KOHYA, flat=True),
+    Root("unet.", UNET, (*_DIFFUSERS, *_WEIGHTS), processors=True),
+    Root("", UNET, (*_PROCESSORS, *_WEIGHTS), processors=True),
+    *(Root(f"{encoder}.", encoder, (*_DIFFUSERS, *_WEIGHTS), processors=True) for encoder in ENCODERS),
+    *(Root("base_model.model.", component, _PEFT) for component in (UNET, *ENCODERS)),
+    *(Root(prefix, UNET, _COMFY, old=True) for prefix in ("diffusion_model.", "model.diffusion_model.")),
+    *(
+        Root(f"{start}{name}.transformer.", encoder, _COMFY)
+        for encoder, names in ((ENCODERS[0], ("clip_l", "clip_h")), (ENCODERS[1], ("clip_g",)))
+        for name in names
+        for start in ("text_encoders.", "")
+    ),
+    *(
+        Root(prefix, ENCODERS[0], _WEIGHTS)
+        for prefix in ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+    ),
+    *(Root("", encoder, _WEIGHTS) for encoder in ENCODERS),
+    Root("vae.", "vae", _WEIGHTS),
+)
+"""All of them. A name that could mean two modules means none."""
 
 
 # A dialect: how one family of tools spells layers and what the tensors in its files mean.
@@ -138,14 +221,14 @@ class ForeignFile(OverpaintError):
 
 @dataclass(frozen=True)
 class Dialect:
-    """One dialect: its name, what its endings mean, and by which names it knows a base's modules.
-
-    `spelled` gives canonical module by spelled name.
-    """
+    """One dialect: its name, and what its endings mean. `ROOTS` has how it begins the names of a base's modules."""
 
     name: str
     endings: Endings
-    spelled: Callable[[Base], Mapping[str, str]]
+
+    def spelled(self, base: Base) -> dict[str, str]:
+        """Canonical module by the name that this dialect has for it."""
+        return lookup(pair for root in ROOTS if self.name in root.dialects for pair in root.names(base))
 
     def read(self, base: Base, keys: Collection[str]) -> FileReading:
         """What the keys of a file mean in this dialect."""
@@ -153,8 +236,9 @@ class Dialect:
         parts: dict[str, dict[Role, str]] = {}
         unmatched, layers = [], set()
         for key in keys:
-            ending = next((each for each in endings if key.endswith(each)), None)
-            module = modules.get(key.removesuffix(ending)) if ending else None
+            name = unwrapped(key)
+            ending = next((each for each in endings if name.endswith(each)), None)
+            module = modules.get(name.removesuffix(ending)) if ending else None
             if ending is None or module is None:
                 unmatched.append(key)
                 continue
@@ -163,8 +247,8 @@ class Dialect:
             if role in roles:
                 raise ForeignFile(f"{roles[role]} and {key} are about the same layer; take away the one not meant")
             roles[role] = key
-            layers.add(key.removesuffix(ending))
-        partly = tuple(key for key in unmatched if any(parent in layers for parent in _parents(key)))
+            layers.add(name.removesuffix(ending))
+        partly = tuple(key for key in unmatched if any(parent in layers for parent in _parents(unwrapped(key))))
         return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched), partly)
 
 
@@ -229,18 +313,53 @@ def detect(dialects: Sequence[Dialect], base: Base, keys: Collection[str]) -> Fi
             )
     best = max((dialect.read(base, keys) for dialect in dialects), key=lambda reading: reading.matched)
     if not best.matched:
-        known = ", ".join(dialect.name for dialect in dialects)
-        example = f", such as {_short(min(keys))}" if keys else ""
-        raise ForeignFile(
-            f"none of its {len(keys)} keys{example}, names a layer of the base at {base.path} in any dialect ({known}); it may "
-            "be for another architecture"
-        )
+        raise ForeignFile(f"none of its {len(keys)} keys names a layer of the base at {base.path}: {_described(keys)}")
     if best.partly:
         raise ForeignFile(
             f"{_short(best.partly[0])} belongs to a layer that is read as {best.dialect.name}, and is not read itself; without "
             "it the layer would mean something else: merge the file with the tool it comes from, and import the checkpoint"
         )
     return best
+
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "a ControlNet or T2I-Adapter": ("control_model.", "controlnet_", "control_", "adapter.body."),
+    "an IP-Adapter": ("image_proj", "ip_adapter"),
+    "a textual inversion": ("emb_params", "string_to_param", "<"),
+    "a text encoder by OpenCLIP's names, which are read in whole checkpoints alone": (
+        "transformer.resblocks.",
+        "cond_stage_model.model.",
+        "conditioner.embedders.1.model.",
+    ),
+    "a VAE": ("first_stage_model.", "encoder.down", "decoder.up", "vae."),
+    "a LoRA or weights of FLUX": ("double_blocks.", "single_blocks.", "lora_unet_double_blocks_", "lora_unet_single_"),
+    "a LoRA or weights of Stable Diffusion 3": ("joint_blocks.", "lora_unet_joint_blocks_"),
+    "a LoRA or weights of a diffusion transformer": (
+        "transformer.",
+        "lora_transformer_",
+        "transformer_blocks.",
+        "blocks.",
+    ),
+}
+"""What a file may be that names no layer of a base, by how its keys begin behind `WRAPPERS` and the U-Net's prefixes."""
+
+
+def _described(keys: Collection[str]) -> str:
+    """What keys of which none was understood look like, as far as their beginnings tell."""
+    if not keys:
+        return "it has none"
+    example = min(keys)
+    bare = [unwrapped(key).removeprefix("model.").removeprefix("diffusion_model.") for key in keys]
+    for kind, beginnings in KINDS.items():
+        if any(key.startswith(beginnings) for key in bare):
+            return f"by keys such as {_short(example)} it is {kind}; it cannot be imported for this base"
+    known = sorted({root.prefix for root in ROOTS if root.prefix}, key=len, reverse=True)
+    if prefix := next((each for each in known if any(unwrapped(key).startswith(each) for key in keys)), None):
+        return (
+            f"keys such as {_short(example)} begin as known tools write them ({prefix}), but this base has no such layers; name "
+            "the base that it was made for"
+        )
+    return f"no tool that is known here names tensors as {_short(example)}; convert it with the tool it comes from"
 
 
 def _short(key: str) -> str:
@@ -259,8 +378,6 @@ PEFT_PREFIX = "base_model.model."
 DIFFUSERS_ENDINGS: Endings = {
     ".lora_A.weight": ("down", "weight"),
     ".lora_B.weight": ("up", "weight"),
-    ".lora_A.default.weight": ("down", "weight"),
-    ".lora_B.default.weight": ("up", "weight"),
     ".lora.down.weight": ("down", "weight"),
     ".lora.up.weight": ("up", "weight"),
     ".lora_linear_layer.down.weight": ("down", "weight"),
@@ -273,35 +390,6 @@ _PROJECTIONS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_
 _ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-def _diffusers_names(base: Base) -> Iterator[tuple[str, str]]:
-    for module, local in unet_modules(base):
-        yield module, f"unet.{local}"
-        for layer, old in _PROJECTIONS.items():
-            if local.endswith(f".{layer}"):
-                block = f"unet.{local.removesuffix(layer)}"
-                yield module, f"{block}processor.{old}"
-                yield module, f"{block}{old}"
-    for encoder in ENCODERS:
-        for module, local in encoder_modules(base, encoder):
-            yield module, f"{encoder}.{local}"
-            parent, _, layer = local.rpartition(".")
-            if layer in _ENCODER_PROJECTIONS:
-                yield module, f"{encoder}.{parent}.{_ENCODER_PROJECTIONS[layer]}"
-
-
-def _bare(base: Base) -> Iterator[tuple[str, str]]:
-    """Names without a component: of attention processors that were saved alone."""
-    return ((module, name.removeprefix("unet.")) for module, name in _diffusers_names(base) if name.startswith("unet."))
-
-
-def _peft_names(base: Base) -> Iterator[tuple[str, str]]:
-    for module, local in unet_modules(base):
-        yield module, f"{PEFT_PREFIX}{local}"
-    for encoder in ENCODERS:
-        for module, local in encoder_modules(base, encoder):
-            yield module, f"{PEFT_PREFIX}{local}"
-
-
 def diffusers_written(base: Base) -> dict[str, str]:
     """The name under which diffusers finds a module, by canonical module."""
     found = {module: f"unet.{local}" for module, local in unet_modules(base)}
@@ -310,9 +398,9 @@ def diffusers_written(base: Base) -> dict[str, str]:
     return found
 
 
-DIFFUSERS = Dialect("diffusers LoRA", DIFFUSERS_ENDINGS, lambda base: lookup(_diffusers_names(base)))
-PROCESSORS = Dialect("diffusers attention processors", DIFFUSERS_ENDINGS, lambda base: lookup(_bare(base)))
-PEFT = Dialect("PEFT adapter", DIFFUSERS_ENDINGS, lambda base: lookup(_peft_names(base)))
+DIFFUSERS = Dialect("diffusers LoRA", DIFFUSERS_ENDINGS)
+PROCESSORS = Dialect("diffusers attention processors", DIFFUSERS_ENDINGS)
+PEFT = Dialect("PEFT adapter", DIFFUSERS_ENDINGS)
 
 INITIALISATIONS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 """Values of PEFT's `init_lora_weights` that leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change
@@ -401,8 +489,6 @@ def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
 # concept sliders write the same, ComfyUI and A1111 read the differences too.
 
 
-_PREFIXES = {"text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
-
 KOHYA_ENDINGS: Endings = {
     ".lora_down.weight": ("down", "weight"),
     ".lora_up.weight": ("up", "weight"),
@@ -413,19 +499,6 @@ KOHYA_ENDINGS: Endings = {
     ".w_norm": ("difference", "weight"),
     ".b_norm": ("difference", "bias"),
 }
-
-
-def _spelled(base: Base) -> Mapping[str, str]:
-    return lookup(_kohya_names(base))
-
-
-def _kohya_names(base: Base) -> Iterator[tuple[str, str]]:
-    for module, local in (*unet_modules(base), *ldm_unet_modules(base)):
-        yield module, _underscored("lora_unet", local)
-    for encoder in ENCODERS:
-        for module, local in encoder_modules(base, encoder):
-            for prefix in _PREFIXES[encoder]:
-                yield module, _underscored(prefix, local)
 
 
 def kohya_written(base: Base) -> dict[str, str]:
@@ -449,7 +522,7 @@ def _underscored(prefix: str, local: str) -> str:
     return f"{prefix}_{local.replace('.', '_')}"
 
 
-KOHYA = Dialect("kohya LoRA", KOHYA_ENDINGS, _spelled)
+KOHYA = Dialect("kohya LoRA", KOHYA_ENDINGS)
 
 
 # ComfyUI's own spelling of LoRA and full differences: the names that weights have in its memory.
@@ -457,19 +530,7 @@ KOHYA = Dialect("kohya LoRA", KOHYA_ENDINGS, _spelled)
 # `diffusion_model.input_blocks.1.1.….attn2.to_k.diff`, `text_encoders.clip_l.transformer.text_model.….fc1.lora_up.weight`.
 
 
-_TOWERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
-
-
-def _comfy_names(base: Base) -> Iterator[tuple[str, str]]:
-    for module, local in ldm_unet_modules(base):
-        yield module, f"diffusion_model.{local}"
-    for encoder in ENCODERS:
-        for module, local in encoder_modules(base, encoder):
-            for text_encoder in _TOWERS[encoder]:
-                yield module, f"text_encoders.{text_encoder}.transformer.{local}"
-
-
-COMFY = Dialect("ComfyUI LoRA", {**KOHYA_ENDINGS, **DIFFUSERS_ENDINGS}, lambda base: lookup(_comfy_names(base)))
+COMFY = Dialect("ComfyUI LoRA", {**KOHYA_ENDINGS, **DIFFUSERS_ENDINGS})
 
 
 # Edited weights themselves, as most erasers save them: ESD, UCE, Concept Ablation, whole U-Nets, whole state dicts.
@@ -478,24 +539,6 @@ COMFY = Dialect("ComfyUI LoRA", {**KOHYA_ENDINGS, **DIFFUSERS_ENDINGS}, lambda b
 
 
 WEIGHTS_ENDINGS: Endings = {".weight": ("value", "weight"), ".bias": ("value", "bias")}
-
-
-def _weights_names(base: Base) -> Iterator[tuple[str, str]]:
-    for module, local in unet_modules(base):
-        yield module, local
-        yield module, f"unet.{local}"
-    for module, local in ldm_unet_modules(base):
-        yield module, f"model.diffusion_model.{local}"
-        yield module, f"diffusion_model.{local}"
-    for encoder in ENCODERS:
-        for module, local in encoder_modules(base, encoder):
-            yield module, f"{encoder}.{local}"
-            if local.startswith(INNER):
-                yield module, local
-    for module, local in encoder_modules(base, ENCODERS[0]):
-        yield module, f"cond_stage_model.transformer.{local}"
-    for local in modules_of(base).get("vae", ()):
-        yield f"vae/{local}", f"vae.{local}"
 
 
 def weights_written(base: Base) -> dict[str, str]:
@@ -507,7 +550,7 @@ def weights_written(base: Base) -> dict[str, str]:
     }
 
 
-WEIGHTS = Dialect("edited weights", WEIGHTS_ENDINGS, lambda base: lookup(_weights_names(base)))
+WEIGHTS = Dialect("edited weights", WEIGHTS_ENDINGS)
 
 
 DIALECTS: tuple[Dialect, ...] = (KOHYA, DIFFUSERS, PEFT, PROCESSORS, COMFY, WEIGHTS)
