@@ -1,4 +1,11 @@
-"""A compressed patch: a patch of its own, whose manifest names the one it came from and the error that was paid."""
+"""A compressed patch: a patch of its own, whose manifest names the one it came from and the error that was paid.
+
+The change of a matrix is replaced by its truncated singular value decomposition, which no other matrix of that rank comes
+closer to (Eckart and Young, Psychometrika 1936); what is lost is the norm of the discarded singular values. Factors are
+never multiplied out for that: with `up = Q R` and `down^T = P S`, the singular values of `up down` are those of `R S^T`. A text
+map is one change of all tensors that read its text input, stacked: `[W_1; W_2; ...] U D^T`. Projected on its leading right
+singular directions V it becomes `U (D^T V) V^T`, which is a text map again.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +23,6 @@ from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.workspace.planning import Truncation
-
-# Truncation: the best change of few directions, tensor by tensor, and how far it is from the whole.
-#
-# The change of a matrix is replaced by its truncated singular value decomposition, which no other matrix of that rank comes
-# closer to (Eckart and Young, Psychometrika 1936); what is lost is the norm of the discarded singular values. Factors are
-# never multiplied out for that: with `up = Q R` and `down^T = P S`, the singular values of `up down` are those of `R S^T`. A text
-# map is one change of all tensors that read its door, stacked: `[W_1; W_2; ...] U D^T`. Projected on its leading right
-# singular directions V it becomes `U (D^T V) V^T`, which is a text map again.
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +110,7 @@ def _matrix(pairs: list[tuple[Tensor, Tensor]], dense: Tensor | None, keep: Trun
 
 
 def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
-    """The text map whose change of all readers together is the truncated one; itself where it has so few directions."""
+    """The text map whose change of all projections together is the truncated one; itself where it has so few directions."""
     up, down = text.up.double(), text.down.double()
     stacked = torch.cat([_read(base, text, name) @ up for name in text.targets(base)])
     _, sizes, right = thin_svd(stacked, down)
@@ -123,7 +122,7 @@ def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
 
 
 def _read(base: Base, text: TextMap, name: str) -> Tensor:
-    """The columns of a tensor that read a text map's door, float64."""
+    """The columns of a tensor that read a text map's text input, float64."""
     return base.tensor(name)[:, base.columns(text.encoder, name)].double()
 
 

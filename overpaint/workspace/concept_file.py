@@ -10,6 +10,10 @@
         anchor: cat
 
 A concept is a name, or a mapping. What it does not say, `defaults` says; a list alone is a file without defaults.
+
+A text is first read as nodes that know their places. Nothing is resolved in them: `no`, `1e-4` and `2027-01-31` stay texts until
+it is known what they mean. Of YAML, that is taken which a list of concepts needs: one document, no aliases (a few lines of them
+can mean gigabytes) and no tags.
 """
 
 from __future__ import annotations
@@ -32,16 +36,10 @@ from overpaint.solvers import solver_class
 from overpaint.solvers.problem import configure, settable
 from overpaint.workspace.planning import Defaults, SolveRequest
 
-# A YAML text (and so a JSON text) as nodes that know their places, and in which every value is still what was written.
-#
-# Nothing is resolved: `no`, `1e-4` and `2027-01-31` stay texts until a schema says what they mean. Of YAML, that is taken
-# which a list of concepts needs: one document, no aliases (a few lines of them can mean gigabytes) and no tags.
-
-
 LARGEST = 16 << 20
 """Bytes of a file. Ten thousand concepts with all they can have take a tenth of it."""
 DEEPEST = 8
-"""How deeply lists and mappings may lie in each other; a file of concepts needs five."""
+"""How deeply lists and mappings may be nested; a file of concepts needs five."""
 _NOTHING = ("", "~", "null", "Null", "NULL")
 
 
@@ -199,9 +197,7 @@ def _refuse(event: Any, depth: int) -> None:
             f"{TextPosition.of(event.start_mark)}: the tag {event.tag!r} is not taken here; write a plain value"
         )
     if depth > DEEPEST:
-        raise BadText(
-            f"{TextPosition.of(event.start_mark)}: lists and mappings lie more than {DEEPEST} deep in each other"
-        )
+        raise BadText(f"{TextPosition.of(event.start_mark)}: lists and mappings are nested more than {DEEPEST} deep")
 
 
 def _whole(text: str, place: TextPosition) -> str:
@@ -210,9 +206,6 @@ def _whole(text: str, place: TextPosition) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError as error:
         raise BadText(f"{place}: half of a character (\\ud800 to \\udfff); write the other half too") from error
-
-
-# Reading values out of nodes: what is wrong is put down with its place, and reading goes on beside it.
 
 
 SHOWN = 50

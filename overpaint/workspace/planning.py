@@ -1,4 +1,7 @@
-"""A plan: what a list of orders comes down to on a registry. Nothing is stored or solved yet."""
+"""Planning: what is wanted, what a patch for it follows from, and what of it is solved already. Nothing is stored here.
+
+Equal inputs give equal patches, so nothing is solved twice; the inputs are what a patch's manifest says about them.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,6 @@ from overpaint.registry.store.patch_files import embedded_manifest
 
 if TYPE_CHECKING:
     from overpaint.solvers.problem import Solver
-
-
-# An order: one patch that somebody wants, as a command line or a file of concepts says it.
 
 
 DEFAULT_SOLVER = "separable"
@@ -171,9 +171,6 @@ def completed(
         )
         for order in orders
     ]
-
-
-# All that a patch follows from, as its manifest tells it: equal inputs give equal patches, so nothing is solved twice.
 
 
 FEW = 20

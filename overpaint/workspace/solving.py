@@ -1,4 +1,7 @@
-"""Carrying out a plan: one patch after the other, each stored before the next is begun."""
+"""Carrying out a plan: one patch after the other, each stored before the next is begun.
+
+Ctrl-C while a patch is stored waits until it is stored, so that what was reported as done is done.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,6 @@ from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.workspace.compression import compressed
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
-
-# One patch from one order: solved, compressed where that is asked, and stored.
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,6 @@ def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> 
         seed=solver.get("seed", 0),
         seconds=seconds,
     )
-
-
-# Ctrl-C while something is stored waits until it is stored, so that what was said to be done is done.
 
 
 @contextmanager
