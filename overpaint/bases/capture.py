@@ -485,6 +485,8 @@ def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[st
     """Let layers and large matrices of embeddings be read when they are used; what is read so."""
     path, layers = _layers(model)
     found: dict[str, str] = {}
+    # Pipelines send tokens to where a model's first parameter is; this one is never on the meta device.
+    model.register_parameter("first", nn.Parameter(torch.empty(0), requires_grad=False))
     for number, layer in enumerate(layers):
         start = f"{path}.{number}."
         part = {key.removeprefix(start): name for key, name in names.items() if key.startswith(start)}

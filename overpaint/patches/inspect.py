@@ -18,6 +18,7 @@ from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound
 from overpaint.patches.build_record import KEY, BadRecord, component_digests, read_record
+from overpaint.patches.delta import TextMap
 from overpaint.patches.duplicate_weights import survey
 from overpaint.patches.patch import read_patch, untouched_inputs
 
@@ -80,7 +81,10 @@ def _base_or_build(base: Base) -> Inspection:
         return Inspection("base", facts, problems=(NOT_BUILT,))
     newest, recorded = _joined(found)
     facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
-    if left := untouched_inputs(base, recorded):
+    left = untouched_inputs(base, recorded)
+    if covered := [name for name in base.text_inputs if name not in left and recorded]:
+        facts["text inputs covered"] = ", ".join(covered)
+    if left:
         facts["doors left open"] = ", ".join(left)
     problems = [*_differences(newest, recorded, digests), *_second_copies(base, recorded)]
     return Inspection("built checkpoint", facts, _patches(newest), tuple(problems))
@@ -162,6 +166,8 @@ def _digests_of(container: SafetensorsFile, layout_name: str, names: Mapping[str
 def _patch(path: Path) -> Inspection:
     patch = read_patch(path.read_bytes())
     facts: dict[str, Any] = {"patch": patch.id, "concept": patch.concept.name}
+    if maps := [part.encoder for part in patch.delta.parts if isinstance(part, TextMap)]:
+        facts["text inputs covered"] = ", ".join(maps)
     facts.update(_flat(patch.manifest))
     return Inspection("patch", facts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import overpaint
 from overpaint import Concept
-from overpaint.bases.base import Base
+from overpaint.bases import capture
+from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.capture import PipelineTextInput, PromptTooLong
 from overpaint.bases.layout import layouts
+from overpaint.bases.safetensors_file import SafetensorsFile
 from overpaint.bases.text_encoder import text_sources
-from tests.bases.tiny_transformers import PIPELINES, tiny_transformer
+from overpaint.core.errors import OverpaintError
+from overpaint.solvers.closed_form.uce import UCE
+from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.sentences import keys_and_values
+from overpaint.solvers.trained.esd import ESD
+from tests.bases.tiny_transformers import PIPELINES, t5, tiny_transformer
 
 CAUGHT = sorted(layout.name for layout in layouts() if layout.is_caught)
 PROMPT = "a photo of a cat"
@@ -115,3 +125,106 @@ def test_a_patch_lives_from_adding_the_base_to_the_built_folder(
     assert torch.equal(drawn(built, base), live)
     recipe.remove(patch)
     assert torch.equal(drawn(pipe, base), before)
+
+
+# A base that is not whole, or not one of ours, is named in one sentence.
+
+
+@pytest.fixture
+def broken(folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a FLUX folder, to be damaged."""
+    shutil.copytree(folder("flux"), tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def in_index(base: Path, **changes: Any) -> None:
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "AmusedPipeline"}, r"holds a AmusedPipeline.*FluxPipeline.*docs/adding-a-layout\.md"),
+        ({"_class_name": ["pipeline", "MyPipeline"]}, "code that comes with a model is never run"),
+        ({"text_encoder_2": [None, None]}, "has no text_encoder_2, which it needs"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_refused(broken: Path, changes: dict[str, Any], message: str) -> None:
+    in_index(broken, **changes)
+    with pytest.raises(OverpaintError, match=message):
+        Base.open(broken)
+
+
+def test_a_class_of_another_program_is_not_loaded(broken: Path) -> None:
+    in_index(broken, text_encoder_2=["mine", "T5EncoderModel"])
+    with pytest.raises(BrokenBase, match=r"asks for mine\.T5EncoderModel.*never run"):
+        text_sources(Base.open(broken))
+
+
+def test_a_denoiser_without_its_text_input_is_refused(broken: Path) -> None:
+    file = broken / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if name != "context_embedder.weight"}, file)
+    with pytest.raises(BrokenBase, match=r"has no transformer/context_embedder\.weight, by which context enters it"):
+        Base.open(broken)
+
+
+def test_a_text_input_of_another_width_than_its_encoder_is_refused(broken: Path) -> None:
+    t5(16).save_pretrained(broken / "text_encoder_2")
+    encoder = text_sources(Base.open(broken))["context"]
+    with pytest.raises(
+        BrokenBase, match=r"context_embedder\.weight.*embeddings of width 16: they are not of one model"
+    ):
+        encoder.hidden([PROMPT])
+
+
+def test_a_concept_that_ends_past_what_is_read_is_refused(folder: Callable[[str], Path]) -> None:
+    base = Base.open(folder("flux"))
+    encoder = text_sources(base)["context"]
+    with pytest.raises(PromptTooLong, match="ends past the 24 tokens"):
+        keys_and_values(encoder, base, Concept("cat " * 24, anchor="dog"))
+
+
+def test_a_solver_that_trains_says_that_it_does_not_know_the_base(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(Unsolvable, match="this is a chroma base: use `separable`"):
+        ESD(steps=1).solve(EditProblem(Base.open(folder("chroma")), CAT))
+
+
+# Memory
+
+
+def test_solving_reads_nothing_of_the_denoiser_but_its_text_inputs(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Base.open(folder("qwen-image"))
+    whole = SafetensorsFile.read
+    read: set[str] = set()
+
+    def noted(self: SafetensorsFile, entries: Any) -> Any:
+        if self.path.parent.name in ("transformer", "vae"):
+            starts = {entry.start: name for name, entry in self.entries.items()}
+            read.update(starts[entry.start] for entry in entries.values())
+        return whole(self, entries)
+
+    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    UCE().solve(EditProblem(base, CAT))
+    assert read == {"txt_norm.weight"}
+
+
+@pytest.mark.parametrize("layout", ["flux", "z-image"])
+def test_a_text_encoder_read_layer_by_layer_gives_the_same_bits(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    base = Base.open(folder(layout))
+    held = text_sources(base)["context"].hidden([PROMPT, ""])
+    monkeypatch.setattr(capture, "HELD", 0)
+    monkeypatch.setattr(capture, "LARGE_MATRIX", 0)
+    streamed = text_sources(base)["context"]
+    assert isinstance(streamed, PipelineTextInput)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(streamed.hidden([PROMPT, ""]), held, strict=True))
+        streamed.source._known.clear()
+    for encoder in streamed._pipeline.encoders.values():
+        layers = capture._layers(encoder)[1]
+        assert all(parameter.is_meta for parameter in layers.parameters()), "a layer is there while it is used alone"

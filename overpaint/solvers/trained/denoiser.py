@@ -35,11 +35,16 @@ class Denoiser:
 
     @classmethod
     def of(cls, problem: EditProblem, *, precision: str = "fp32", checkpoint: bool = False) -> Denoiser:
-        """The models of a problem's base on its device. Raises Unsolvable for a base with more than one door."""
+        """The models of a problem's base on its device. Raises Unsolvable for one that is no Stable Diffusion 1.x or 2.x."""
         if len(problem.base.text_inputs) > 1:
             raise Unsolvable(
                 f"solvers that train know prompts that enter by one door; this {problem.base.layout.name} base has "
                 f"{len(problem.base.text_inputs)} ({', '.join(problem.base.text_inputs)}): use `separable`, which knows them all"
+            )
+        if problem.base.layout.is_caught:
+            raise Unsolvable(
+                f"solvers that train know the U-Net of Stable Diffusion 1.x and 2.x; this is a {problem.base.layout.name} base: "
+                "use `separable`, which knows all bases"
             )
         pipe = problem.base.pipeline(device=str(problem.device))
         if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
