@@ -34,7 +34,7 @@ PADDING = 4.0
 """Tokens. Less would leave the concept in the padding, which it fills as well; more lets padding drown the subject."""
 KEPT_PADDING = 2
 STEP = 4
-"""Encoded lengths are multiples of it, so that concepts share what they are sent to and a device sees few shapes."""
+"""Concepts are encoded to multiples of so many positions, so that most share what they are sent to: it is encoded once."""
 
 Item = TypeVar("Item")
 
@@ -187,13 +187,16 @@ def keys_and_values(encoder: AnyTextEncoder, base: Base, concept: Concept) -> tu
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
-    keys = _weighted(encoder, [each.prompt for each in every], positions)
-    return keys, _weighted(encoder, [each.replacement for each in every], positions)
+    keys = _weighted(encoder, [each.prompt for each in every], positions, STEP)
+    return keys, _weighted(encoder, [each.replacement for each in every], positions, STEP)
 
 
-def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions]) -> Tensor:
-    """The embeddings of prompts at positions, scaled by the roots of their weights: float64 [d, m]."""
-    hidden = encoder.hidden(prompts, -(-max(each.end for each in positions) // STEP) * STEP)
+def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions], step: int = 1) -> Tensor:
+    """The embeddings of prompts at positions, scaled by the roots of their weights: float64 [d, m].
+
+    As many positions are encoded as are needed, rounded up to a multiple of `step`.
+    """
+    hidden = encoder.hidden(prompts, -(-max(each.end for each in positions) // step) * step)
     # Written in place: lists of parts and their sum would take twice what a large text encoder leaves room for.
     keys = hidden.new_empty((sum(len(each.weights) for each in positions), hidden.shape[-1]), dtype=torch.float64)
     rows = keys.split([len(each.weights) for each in positions])

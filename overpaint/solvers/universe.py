@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,10 +35,15 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.progress import Progress, silent
 from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
-from overpaint.solvers.vocabulary import EncodingTask, Vocabulary, vocabularies
+from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file
 
 VOCABULARY = 25.0
 EMPTY = 0.35
+RIDGE = 1e-3
+"""Lambda over the mean eigenvalue, where no solver says otherwise."""
+TOLERANCE, HELD_OUT = 0.02, 48
+"""A sample of the vocabulary is large enough when words that are not in it move less than this share farther than words that
+are; and how many words that is measured with."""
 BEGIN = 100.0
 """The eigenvalue of begin-of-text, over the mean of the others, for those who solve without the constraint."""
 PAIRS_BYTES = 1 << 30
@@ -83,7 +89,7 @@ class _UniverseCache:
 
     def __init__(self, base: Base, device: torch.device) -> None:
         self.encoders = text_sources(base, device)
-        self.vocabularies: dict[int, dict[str, Vocabulary]] = {}
+        self.vocabularies: dict[int, EncodedVocabulary] = {}
         self.words: dict[tuple[str, str, str], Tensor] = {}
         self.pairs: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
         self.nbytes = 0
@@ -112,11 +118,19 @@ def universe(
     base.text_input(text_input)
     memory = _memory(base, device)
     ordered = sorted(concepts, key=lambda concept: concept.name)
-    about = [[concept.as_json() for concept in ordered], ridge, weight, preserved.prompts, preserved.words]
+    encoded = _vocabulary(memory, base, preserved, report)
+    about = [
+        [concept.as_json() for concept in ordered],
+        ridge,
+        weight,
+        preserved.prompts,
+        preserved.words,
+        encoded.words,
+    ]
     key = (text_input, canonical_json(about))
     if key not in memory.universes:
-        heard = _vocabulary(memory, base, preserved, report)[text_input]
-        memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved.prompts, heard)
+        words = encoded.by_text_input[text_input]
+        memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved.prompts, words)
         while len(memory.universes) > 4 * len(base.text_inputs):
             memory.universes.popitem(last=False)
     return memory.universes[key]
@@ -131,9 +145,9 @@ def prepare(
     preserved: PreservedPrompts = PreservedPrompts(),
     report: Progress = silent,
 ) -> None:
-    """Encode the vocabulary of a base and the concepts of a universe now rather than in the first solve."""
+    """Encode the whole vocabulary of a base, and the concepts of a universe, now rather than in the first solve."""
     memory = _memory(base, device)
-    _vocabulary(memory, base, preserved, report)
+    _vocabulary(memory, base, preserved, report, whole=True)
     for concept in concepts:
         for text_input in base.text_inputs:
             _pair(memory, base, text_input, concept)
@@ -154,20 +168,19 @@ def _build(
     ridge: float,
     weight: float,
     prompts: Sequence[str],
-    heard: Vocabulary,
+    vocabulary: Vocabulary,
 ) -> Universe:
     encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
-    moment = VOCABULARY * _phrases(memory, text_input, heard, {w for c in concepts for w in c.words}).to(encoder.device)
+    known = {word for concept in concepts for word in concept.words}
+    moment = VOCABULARY * _phrases(memory, text_input, vocabulary, known).to(encoder.device)
     for concept in concepts:
         keys = _pair(memory, base, text_input, concept)[0].double()
         moment += weight * keys @ keys.T
     for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
         moment += share * keys @ keys.T
-    begin = encoder.begin
-    if begin is not None:
-        begin = begin / begin.norm()
+    begin = _begin(encoder)
     moment, mean = _without_begin(moment, begin)
     lam = ridge * mean
     factor, failed = torch.linalg.cholesky_ex(moment + lam * torch.eye(len(moment)).to(moment))
@@ -180,6 +193,12 @@ def _build(
     return Universe(factor, halves[0], halves[1], lam, begin)
 
 
+def _begin(encoder: AnyTextEncoder) -> Tensor | None:
+    """The unit vector with which every prompt begins; None where there is none."""
+    begin = encoder.begin
+    return None if begin is None else begin / begin.norm()
+
+
 def _without_begin(moment: Tensor, begin: Tensor | None) -> tuple[Tensor, float]:
     """A second moment in which a direction has nothing in common with others; and the mean eigenvalue of these."""
     if begin is None:
@@ -189,6 +208,11 @@ def _without_begin(moment: Tensor, begin: Tensor | None) -> tuple[Tensor, float]
     moment = moment - outer - outer.T + (begin @ read) * torch.outer(begin, begin)
     mean = float(moment.trace()) / (len(begin) - 1)
     return moment + BEGIN * mean * torch.outer(begin, begin), mean
+
+
+def _orthogonal(keys: Tensor, begin: Tensor | None) -> Tensor:
+    """Keys without what they have of begin-of-text."""
+    return keys if begin is None else keys - torch.outer(begin, begin @ keys)
 
 
 def _pair(memory: _UniverseCache, base: Base, text_input: str, concept: Concept) -> tuple[Tensor, Tensor]:
@@ -226,10 +250,7 @@ class _Half(Mapping[str, Tensor]):
         assert base is not None, "a universe is asked while its base is open"
         pair = _pair(self._memory, base, self._text_input, self._concepts[name])
         found = pair[self._half].double()
-        if self._begin is None:
-            return found
-        share = self._begin @ (found if self._half == 0 else pair[0].double())
-        return found.addr_(self._begin, share, alpha=-1.0)
+        return found if self._begin is None else found.addr_(self._begin, self._begin @ pair[0].double(), alpha=-1.0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._concepts)
@@ -238,32 +259,110 @@ class _Half(Mapping[str, Tensor]):
         return len(self._concepts)
 
 
+@dataclass(frozen=True)
+class EncodedVocabulary:
+    """A vocabulary for each text input, of `words` words of `of`; `error` is how far words move that are not among them."""
+
+    by_text_input: Mapping[str, Vocabulary]
+    words: int
+    of: int
+    error: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of a vocabulary that is not whole."""
+        if self.words == self.of:
+            return {}
+        return {"vocabulary": {"words": self.words, "of": self.of, "error": float(f"{self.error:.2g}")}}
+
+
+def vocabulary_record(base: Base, device: torch.device, words: int = 0) -> dict[str, Any]:
+    """What the manifest of a patch says of the vocabulary that was encoded for it; nothing where it was whole."""
+    encoded = _memory(base, device).vocabularies.get(words)
+    return {} if encoded is None else encoded.record
+
+
 def _vocabulary(
-    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress
-) -> dict[str, Vocabulary]:
-    """The vocabulary as every door hears it."""
-    if preserved.words not in memory.vocabularies:
-        text_encoders: dict[str, dict[str, AnyTextEncoder]] = {}
-        for text_input, encoder in memory.encoders.items():
-            text_encoders.setdefault(encoder.group, {})[text_input] = encoder
-        tasks = [
-            (EncodingTask.of(base, text_inputs, preserved.words), text_inputs) for text_inputs in text_encoders.values()
-        ]
-        total, before, found = sum(task.size for task, _ in tasks), 0, {}
-        for task, text_inputs in tasks:
-            told = partial(_told, report, before, total)
-            found.update(vocabularies(task, text_inputs, preserved.cache, told))
-            before += task.size
-        memory.vocabularies[preserved.words] = found
+    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress, *, whole: bool = False
+) -> EncodedVocabulary:
+    """The vocabulary for each text input: so many words as asked for, or a sample that is large enough, or the `whole`."""
+    encoded = memory.vocabularies.get(preserved.words)
+    if encoded is not None and (not whole or preserved.words or encoded.words == encoded.of):
+        return encoded
+    by_model: dict[str, dict[str, AnyTextEncoder]] = {}
+    for text_input, encoder in memory.encoders.items():
+        by_model.setdefault(encoder.group, {})[text_input] = encoder
+    parts = []
+    for number, text_inputs in enumerate(by_model.values()):
+        step = partial(_report_part, report, number, len(by_model))
+        task = EncodingTask.of(base, text_inputs, preserved.words)
+        if whole or preserved.words or len(task.order) <= LARGE:
+            encoded_part = vocabularies(task, text_inputs, preserved.cache, step)
+            parts.append(EncodedVocabulary(encoded_part, task.count, len(task.order), 0.0))
+        else:
+            parts.append(_sample(memory, task, text_inputs, preserved.cache, step))
+    memory.vocabularies[preserved.words] = EncodedVocabulary(
+        {text_input: each for part in parts for text_input, each in part.by_text_input.items()},
+        min(part.words for part in parts),
+        max(part.of for part in parts),
+        max(part.error for part in parts),
+    )
     return memory.vocabularies[preserved.words]
 
 
-def _told(report: Progress, before: int, total: int, step: int, of: int, text: str) -> None:
-    """Progress of one text encoder as progress of all."""
-    report(before + step, total, text)
+def _report_part(report: Progress, number: int, parts: int, step: int, of: int, text: str) -> None:
+    """Progress of one text encoder as progress of all, in parts of a thousand."""
+    report(*((step, of) if parts == 1 else (1000 * number + 1000 * step // of, 1000 * parts)), text)
 
 
-def _phrases(memory: _UniverseCache, text_input: str, heard: Vocabulary, known: set[str]) -> Tensor:
+def _sample(
+    memory: _UniverseCache,
+    task: EncodingTask,
+    encoders: Mapping[str, AnyTextEncoder],
+    folder: Path | None,
+    report: Progress,
+) -> EncodedVocabulary:
+    """The largest sample of a vocabulary that is stored; grown until words that are not in it hardly move."""
+    stored = [size for size in task.samples if folder and vocabulary_file(task.first(size).identity, folder).is_file()]
+    for size in task.samples:
+        if stored and size < stored[-1]:
+            continue
+        sample = task.first(size)
+        encoded = vocabularies(sample, encoders, folder, report)
+        error = 0.0 if sample.is_whole else max(_held_out(memory, sample, name, encoded[name]) for name in encoders)
+        if error < TOLERANCE:
+            break
+    return EncodedVocabulary(encoded, size, len(task.order), error)
+
+
+def _held_out(memory: _UniverseCache, sample: EncodingTask, text_input: str, vocabulary: Vocabulary) -> float:
+    """How much farther words move that are not in a sample than words that are, over the length of their embeddings.
+
+    One word is erased after the other, and it is measured how far the others move. The last words of the order stand for all
+    that are not in the sample.
+    """
+    encoder, count = memory.encoders[text_input], len(sample.order)
+    begin = _begin(encoder)
+    moment = sum((each.moment for each in vocabulary), torch.zeros(encoder.width, encoder.width).double())
+    moment, mean = _without_begin(VOCABULARY / sample.count * moment.to(encoder.device), begin)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + RIDGE * mean * torch.eye(len(moment)).to(moment)))
+
+    def keys(start: int, stop: int) -> list[Tensor]:
+        pairs = zip(sample.templates, sample.words(start, stop), strict=True)
+        return [_orthogonal(keys_of(encoder, [word], [template]), begin) for template, words in pairs for word in words]
+
+    held_out, sampled = keys(count - HELD_OUT, count), keys(0, min(HELD_OUT, sample.count))
+    moved = {True: 0.0, False: 0.0}
+    for i, erased in enumerate(held_out):
+        solved = inverse @ erased
+        # The inverse of the moment with the erased word in it, by Woodbury's identity.
+        edit = erased @ torch.linalg.solve(torch.eye(erased.shape[1]).to(erased) + solved.T @ erased, solved.T)
+        for is_sampled, others in ((True, sampled), (False, held_out[:i] + held_out[i + 1 :])):
+            moved[is_sampled] += sum(float((edit @ other).norm() / other.norm()) for other in others) / len(others)
+    return max(0.0, moved[False] - moved[True]) / len(held_out)
+
+
+def _phrases(memory: _UniverseCache, text_input: str, vocabulary: Vocabulary, known: set[str]) -> Tensor:
     """The vocabulary's second moment without the known concepts, which have keys of their own; a word in a sentence weighs
     as much as any other, all together 1.
 
@@ -271,8 +370,8 @@ def _phrases(memory: _UniverseCache, text_input: str, heard: Vocabulary, known: 
     for every dog would be to preserve the style.
     """
     known = {word.casefold() for word in known}
-    total, count = torch.zeros_like(heard[0].moment), 0
-    for sentence in heard:
+    total, count = torch.zeros_like(vocabulary[0].moment), 0
+    for sentence in vocabulary:
         if known & set(re.findall(r"\w+", sentence.template.casefold())):
             continue
         total, count = total + sentence.moment, count + len(sentence.words)

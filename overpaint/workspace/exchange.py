@@ -88,7 +88,7 @@ def pull_request(
     """A request in which every patch is also read as this program reads patches: its kind, its shapes, its values."""
     # Whoever only sends waits for no torch.
     from overpaint.patches.patch import read_patch
-    from overpaint.solvers.vocabulary import read as read_vocabulary
+    from overpaint.solvers.vocabulary import read_vocabulary
 
     return PullRequest(
         patches=patches,

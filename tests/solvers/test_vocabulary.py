@@ -1,4 +1,4 @@
-"""The vocabulary is heard once, goes on where it stopped, and is believed only when its digests are true."""
+"""The vocabulary is encoded once, goes on where it stopped, and is believed only when its digests are true."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import encoders
 from overpaint.core.concepts import Concept
-from overpaint.solvers import vocabulary
+from overpaint.core.progress import silent
+from overpaint.patches.patch import make_patch
+from overpaint.solvers import universe, vocabulary
 from overpaint.solvers.closed_form.separable import Separable
-from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.problem import EditProblem, Solution
 from overpaint.solvers.sentences import keys_of, neutral_sentences
-from overpaint.solvers.vocabulary import SENTENCES_PER_WORD, BadVocabulary, EncodingTask, place, read, vocabularies
+from overpaint.solvers.universe import PreservedPrompts, prepare
+from overpaint.solvers.vocabulary import (
+    SENTENCES_PER_WORD,
+    BadVocabulary,
+    EncodingTask,
+    read_vocabulary,
+    vocabularies,
+    vocabulary_file,
+)
 from overpaint.testing.tiny import THINGS
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
+CPU = torch.device("cpu")
 Told = list[tuple[int, int, str]]
 
 
@@ -28,7 +39,9 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "SAVE_EVERY", 0.0)
 
 
-def heard(base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *told: None) -> object:
+def encoded(
+    base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *told: None
+) -> object:
     task = EncodingTask.of(base, encoders(base), limit)
     return vocabularies(task, encoders(base), folder, report)["text_encoder"]
 
@@ -47,7 +60,7 @@ def same(first: object, second: object) -> bool:
 
 
 def test_every_word_is_heard_in_as_many_sentences_as_said(base: Base) -> None:
-    found = heard(base, None)
+    found = encoded(base, None)
     assert isinstance(found, tuple)
     assert [sentence.template for sentence in found] == list(neutral_sentences(base))
     for word in THINGS:
@@ -61,12 +74,12 @@ def test_every_word_is_heard_in_as_many_sentences_as_said(base: Base) -> None:
 
 def test_what_is_kept_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
     told: Told = []
-    first = heard(base, tmp_path, report=lambda *what: told.append(what))
+    first = encoded(base, tmp_path, report=lambda *what: told.append(what))
     assert [step for step, _, _ in told] == list(range(1, told[-1][1] + 1))
     told.clear()
-    assert same(first, heard(base, tmp_path, report=lambda *what: told.append(what)))
+    assert same(first, encoded(base, tmp_path, report=lambda *what: told.append(what)))
     assert not told, "nothing was computed again"
-    assert same(first, heard(base, None))
+    assert same(first, encoded(base, None))
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
@@ -76,13 +89,13 @@ def test_an_interrupted_computation_goes_on_and_ends_in_the_same_bits(base: Base
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        heard(base, tmp_path, report=give_up)
+        encoded(base, tmp_path, report=give_up)
     assert only_file(tmp_path).suffix == ".partial"
     steps: list[int] = []
-    found = heard(base, tmp_path, report=lambda step, of, text: steps.append(step))
+    found = encoded(base, tmp_path, report=lambda step, of, text: steps.append(step))
     assert steps[0] == stop + 1
     assert only_file(tmp_path).suffix == ".safetensors", "what was partial is gone"
-    assert same(found, heard(base, None))
+    assert same(found, encoded(base, None))
 
 
 def flip(file: Path) -> None:
@@ -101,37 +114,40 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_said_and_computed_again(base: Base, tmp_path: Path, damage: str) -> None:
-    first, told = heard(base, tmp_path), list[str]()
+    first, told = encoded(base, tmp_path), list[str]()
     file = only_file(tmp_path)
     DAMAGE[damage](file)
     with pytest.raises(BadVocabulary, match="delete it"):
-        read(file)
-    assert same(first, heard(base, tmp_path, report=lambda step, of, text: told.append(text)))
+        read_vocabulary(file)
+    assert same(first, encoded(base, tmp_path, report=lambda step, of, text: told.append(text)))
     assert f"{file} is damaged" in told[0]
-    assert read(only_file(tmp_path)).done == len(told) - 1
+    assert read_vocabulary(only_file(tmp_path)).done == len(told) - 1
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(base: Base, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    assert same(heard(base, blocked / "below"), heard(base, None))
+    assert same(encoded(base, blocked / "below"), encoded(base, None))
     assert blocked.read_text() == "not a folder"
 
 
-def test_a_subset_is_spread_over_the_words_and_kept_under_a_name_of_its_own(base: Base, tmp_path: Path) -> None:
-    words = encoders(base)["text_encoder"].words()
-    found = heard(base, tmp_path, 5)
+def test_a_larger_subset_begins_with_a_smaller_one_and_each_is_stored_under_a_name_of_its_own(
+    base: Base, tmp_path: Path
+) -> None:
+    found = encoded(base, tmp_path, 5)
     assert isinstance(found, tuple)
-    assert {word for sentence in found for word in sentence.words} == {words[i * len(words) // 5] for i in range(5)}
-    heard(base, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    words = {word for sentence in found for word in sentence.words}
+    assert len(words) == 5
+    assert words < {word for sentence in encoded(base, tmp_path, 6) for word in sentence.words}  # type: ignore[attr-defined]
+    encoded(base, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_another_encoder_has_another_vocabulary(base: Base, tmp_path: Path) -> None:
     xl = tiny_xl_base(tmp_path / "xl")
     mine = EncodingTask.of(base, encoders(base), 0)
     theirs = EncodingTask.of(xl, {"text_encoder": encoders(xl)["text_encoder"]}, 0)
-    assert place(mine.identity, tmp_path) != place(theirs.identity, tmp_path)
+    assert vocabulary_file(mine.identity, tmp_path) != vocabulary_file(theirs.identity, tmp_path)
 
 
 def test_the_doors_of_one_encoder_are_heard_together_and_kept_in_one_file(tmp_path: Path) -> None:
@@ -140,8 +156,66 @@ def test_the_doors_of_one_encoder_are_heard_together_and_kept_in_one_file(tmp_pa
     problem = EditProblem(xl, Concept("cat"), cache=tmp_path / "cache", report=lambda step, *_: steps.append(step))
     first = Separable().solve(problem).delta
     assert steps == sorted(steps)
-    kept = [set(read(file).moments) for file in (tmp_path / "cache").iterdir()]
+    kept = [set(read_vocabulary(file).moments) for file in (tmp_path / "cache").iterdir()]
     assert sorted(map(len, kept)) == [1, 2]
     assert set.union(*kept) == set(WIDTHS)
     again = EditProblem(Base.open(xl.path), Concept("cat"), cache=tmp_path / "cache")
     assert Separable().solve(again).delta == first
+
+
+@pytest.fixture
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny tokenizer's words are many."""
+    monkeypatch.setattr(vocabulary, "LARGE", 8)
+    monkeypatch.setattr(universe, "LARGE", 8)
+    monkeypatch.setattr(universe, "HELD_OUT", 4)
+    monkeypatch.setattr(vocabulary, "SMALLEST_SAMPLE", 2)
+
+
+def test_a_small_vocabulary_is_never_sampled(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(universe, "TOLERANCE", 1e9)
+    assert solved(base, tmp_path).record == {}
+    words = encoders(base)["text_encoder"].words()
+    assert read_vocabulary(only_file(tmp_path)).identity["count"] == len(words) < vocabulary.LARGE
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_sample_grows_until_other_words_hardly_move_and_is_recorded(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([0.5, 0.1, 0.0123])
+    monkeypatch.setattr(universe, "_held_out", lambda *args: next(errors))
+    words = len(encoders(base)["text_encoder"].words())
+    recorded = {"vocabulary": {"words": 8, "of": words, "error": 0.012}}
+    assert solved(base, tmp_path).record == recorded
+    assert read_vocabulary(only_file(tmp_path)).identity["count"] == 8, "smaller samples are gone"
+    assert make_patch(base, Concept("cat"), solved(base, tmp_path).delta, {"name": "separable", **recorded}).id
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_sample_is_completed_later_with_the_bits_of_the_whole(base: Base, tmp_path: Path) -> None:
+    task = EncodingTask.of(base, encoders(base))
+    assert task.samples[:2] == [2, 4]
+    sample = vocabularies(task.first(4), encoders(base), tmp_path, silent)
+    assert sum(len(sentence.words) for sentence in sample["text_encoder"]) == 4, "one sentence a word"
+    steps: list[int] = []
+    prepare(base, (), CPU, preserved=PreservedPrompts(cache=tmp_path), report=lambda step, *_: steps.append(step))
+    assert steps[0] == task.first(4).size + 1, "what was encoded is not encoded again"
+    assert steps[-1] == task.size
+    assert same(encoded(base, tmp_path), encoded(base, None))
+    assert solved(Base.open(base.path), tmp_path).record == {}, "the whole is used as soon as it is there"
+
+
+@pytest.mark.usefixtures("_large")
+def test_the_error_of_a_sample_is_how_much_farther_other_words_move(base: Base) -> None:
+    memory, task = universe._memory(base, CPU), EncodingTask.of(base, encoders(base))
+    errors = []
+    for size in task.samples[:-1]:
+        sample = task.first(size)
+        words = vocabularies(sample, encoders(base), None, silent)["text_encoder"]
+        errors.append(universe._held_out(memory, sample, "text_encoder", words))
+    assert 0 < errors[-1] < errors[0]
+
+
+def solved(base: Base, folder: Path) -> Solution:
+    return Separable().solve(EditProblem(base, Concept("cat"), cache=folder))

@@ -25,7 +25,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Sum, TextMap
 from overpaint.patches.patch import uncovered_inputs
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
-from overpaint.solvers.universe import PreservedPrompts, Universe, universe
+from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, universe, vocabulary_record
 
 SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
@@ -39,7 +39,7 @@ class Separable(Solver):
     is_closed_form = True
     revision = 2
 
-    ridge: float = setting(1e-3, "lambda over the mean eigenvalue of A", low=0.0)
+    ridge: float = setting(RIDGE, "lambda over the mean eigenvalue of A", low=0.0)
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
     reach: float = setting(
@@ -47,7 +47,9 @@ class Separable(Solver):
     )
     style_reach: float = setting(3.0, "the same for styles, of which every word of a sentence carries a part", low=1.0)
     rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
-    vocabulary: int = setting(0, "preserve so many words of the tokenizer's vocabulary; 0: all", low=0)
+    vocabulary: int = setting(
+        0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
+    )
 
     def solve(self, problem: EditProblem) -> Solution:
         """A text map of at most `rank` directions for each door of the base."""
@@ -75,6 +77,7 @@ class Separable(Solver):
         return Solution(
             delta,
             {**found, "open_doors": list(uncovered_inputs(base, delta)), "seconds": time.perf_counter() - started},
+            vocabulary_record(base, problem.device, self.vocabulary),
         )
 
     def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -32,6 +32,7 @@ from overpaint.solvers.closed_form.edits import (
     text_maps,
 )
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
+from overpaint.solvers.universe import vocabulary_record
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class UCE(Solver):
             raise Unsolvable("there is nothing to erase; name at least one concept")
         choice = KeyChoice(self.positions, self.spoken)
         edits, numbers = over_text_inputs(problem, choice, lambda edit: self.edit(edit, erased))
-        return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started})
+        record = vocabulary_record(problem.base, problem.device) if self.vocabulary else {}
+        return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started}, record)
 
     def edit(self, edit: TextEdit, erased: Sequence[Concept]) -> tuple[MapEdit, Diagnostics]:
         """The edit of everything that reads one text input."""

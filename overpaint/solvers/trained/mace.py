@@ -34,6 +34,7 @@ from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parame
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import gathered
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator
+from overpaint.solvers.universe import vocabulary_record
 
 TEXT_INPUT = "text_encoder"
 
@@ -96,7 +97,9 @@ class MACE(Training):
             sizes = [(paid * mask).flatten(1).norm(dim=1).mean() for paid, mask in zip(now, masks, strict=True)]
             return StepResult(torch.stack(sizes).sum())
 
-        return TrainingTask(change, loss, facts={"refined directions": refined.up.shape[1], "condition": condition})
+        facts = {"refined directions": refined.up.shape[1], "condition": condition}
+        record = vocabulary_record(problem.base, problem.device) if self.prior else {}
+        return TrainingTask(change, loss, facts=facts, record=record)
 
 
 @dataclass(frozen=True, eq=False)

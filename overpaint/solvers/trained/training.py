@@ -46,7 +46,7 @@ class TrainingTask:
     """What a solver gives the loop: the change that is trained, and the loss of one step from the step's generator.
 
     `rate(step)` multiplies the learning rate. With an `average`, the result is the averaged change. `facts` join the
-    diagnostics.
+    diagnostics, `record` the manifest.
     """
 
     change: Adapter
@@ -55,6 +55,7 @@ class TrainingTask:
     rate: Callable[[int], float] = lambda step: 1.0
     average: MovingAverage | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Training(Solver):
             prompts = problem.preserved_prompts()
             history = descend(task, self, problem, Preservation(model, task.change, prompts) if prompts else None)
             delta = task.change.delta()
-        return Solution(delta, {**task.facts, **history, "seconds": time.perf_counter() - started})
+        return Solution(delta, {**task.facts, **history, "seconds": time.perf_counter() - started}, task.record)
 
     @abstractmethod
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:

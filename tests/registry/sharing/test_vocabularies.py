@@ -10,7 +10,7 @@ import torch
 
 from overpaint.registry.sharing.signing import new_key
 from overpaint.registry.sharing.vocabularies import kept
-from overpaint.solvers.vocabulary import Heard, keep, place, read
+from overpaint.solvers.vocabulary import Moments, read_vocabulary, vocabulary_file, write_vocabulary
 from overpaint.workspace.workspace import Workspace
 
 IDENTITY = {"encoder": "e" * 64, "doors": {"text_encoder": "last"}, "sentences": ["{}"]}
@@ -25,8 +25,10 @@ def cache_of(workspace: Workspace) -> Path:
 def sender(tmp_path: Path) -> Workspace:
     """A registry that kept one whole vocabulary and part of another."""
     workspace = Workspace.open(tmp_path / "sender")
-    keep(Heard(IDENTITY, 3, {"text_encoder": MOMENT}), cache_of(workspace), complete=True)
-    keep(Heard({**IDENTITY, "encoder": "f" * 64}, 1, {"text_encoder": MOMENT}), cache_of(workspace), complete=False)
+    write_vocabulary(Moments(IDENTITY, 3, {"text_encoder": MOMENT}), cache_of(workspace), complete=True)
+    write_vocabulary(
+        Moments({**IDENTITY, "encoder": "f" * 64}, 1, {"text_encoder": MOMENT}), cache_of(workspace), complete=False
+    )
     return workspace
 
 
@@ -43,8 +45,8 @@ def moved(sender: Workspace, receiver: Workspace, way: str, tmp_path: Path, **as
 def test_whole_vocabularies_come_with_everything(sender: Workspace, tmp_path: Path, way: str) -> None:
     receiver = Workspace.open(tmp_path / "receiver")
     moved(sender, receiver, way, tmp_path)
-    assert [file.name for file in cache_of(receiver).iterdir()] == [place(IDENTITY, Path()).name]
-    assert torch.equal(read(kept(cache_of(receiver))[0]).moments["text_encoder"], MOMENT)
+    assert [file.name for file in cache_of(receiver).iterdir()] == [vocabulary_file(IDENTITY, Path()).name]
+    assert torch.equal(read_vocabulary(kept(cache_of(receiver))[0]).moments["text_encoder"], MOMENT)
 
 
 def test_what_is_here_already_is_neither_sent_nor_taken_again(sender: Workspace, tmp_path: Path) -> None:
