@@ -6,19 +6,15 @@ extensions of the format, no name but those of a layout. Nothing is ever unpacke
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import secrets
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from overpaint.core.atomic import require_parent
-from overpaint.core.errors import AlreadyExists
-from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.core.atomic import atomic_output, require_parent
 from overpaint.registry.sharing.layout import BadLayout
 from overpaint.registry.store import FileInfo
 from overpaint.registry.store.files import too_long
@@ -28,7 +24,7 @@ NAME = re.compile(r"oci-layout|index\.json|blobs/sha256/[0-9a-f]{64}")
 
 
 class ArchiveReader:
-    """The files of an archive, where they lie; the first look reads every header. Raises BadLayout."""
+    """The files of an archive, read where they are in it; every header is read at once. Raises BadLayout."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self.where = where
@@ -77,7 +73,7 @@ class ArchiveWriter:
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None:
         """Append a file."""
         data = b"".join(chunks)
-        entry = tarfile.TarInfo(name)  # of nobody, at no time, so that nothing but names and bytes is told
+        entry = tarfile.TarInfo(name)  # of nobody, at no time: nothing but names and bytes
         entry.size, entry.mode = len(data), 0o644
         self._file.write(entry.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
         self._file.write(data + bytes(-len(data) % BLOCK))
@@ -87,10 +83,6 @@ class ArchiveWriter:
         """An archive is nobody else's."""
         return nullcontext(True)
 
-    def end(self) -> None:
-        """Write what marks the end."""
-        self._file.write(bytes(2 * BLOCK))
-
 
 @contextmanager
 def new_archive(path: Path) -> Iterator[ArchiveWriter]:
@@ -99,33 +91,11 @@ def new_archive(path: Path) -> Iterator[ArchiveWriter]:
     Raises AlreadyExists when something is there, also when it came meanwhile; NotFound when there is no such folder.
     """
     path = path.absolute()
-    if os.path.lexists(path):
-        raise _taken(path)
     require_parent(path)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with plain_disk_errors(path.parent):
-            with scratch.open("xb") as file:
-                writer = ArchiveWriter(file, str(path))
-                yield writer
-                writer.end()
-                file.flush()
-                os.fsync(file.fileno())
-            _name_it(scratch, path)
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
-
-
-def _name_it(scratch: Path, path: Path) -> None:
-    try:
-        os.link(scratch, path)  # unlike a rename, it replaces nothing
-    except FileExistsError as error:
-        raise _taken(path) from error
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):  # a file system without hard links
-            raise
-        os.rename(scratch, path)
+    with atomic_output(path) as scratch, scratch.open("xb") as file:
+        writer = ArchiveWriter(file, str(path))
+        yield writer
+        file.write(bytes(2 * BLOCK))  # what marks the end
 
 
 def is_archive(beginning: bytes) -> bool:
@@ -171,7 +141,3 @@ def _entry(block: bytes, where: str) -> tarfile.TarInfo:
             "by Overpaint, and nothing was taken from it"
         )
     return entry
-
-
-def _taken(path: Path) -> AlreadyExists:
-    return AlreadyExists(f"{path} is there already; name a new file, or remove it first")

@@ -1,4 +1,9 @@
-"""Import: what one file has, an archive that `overpaint export` wrote or a single patch file, into a registry."""
+"""Taking patches and recipes from a layout or one file into a registry: every digest checked, only what is missing.
+
+First everything is looked at that can be known without the arrays: documents, manifests, signatures, bases, recipes. Then
+the arrays come, into blobs that nothing names yet. The rows are written last, so what is refused leaves nothing that
+anybody would see.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,11 @@ from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.db_errors import plain_disk_errors
-from overpaint.registry.history import MergeOutcome
+from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
 from overpaint.registry.sharing.layout import INDEX_LIMIT, PATCH, RECIPE, VOCABULARY, BadLayout, OciLayout
-from overpaint.registry.sharing.merge_history import compared, merge_recipe, record_of
+from overpaint.registry.sharing.merge_history import merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Untrusted
 from overpaint.registry.sharing.trust import Trust
@@ -27,9 +32,6 @@ from overpaint.registry.sharing.vocabularies import take
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
 from overpaint.registry.store.patch_files import Array, BadManifest, Manifest, Parts, joined, split
-
-# What a manifest that arrived means for the rows of a registry, and writing them.
-
 
 LARGEST_SEED = 2**63
 
@@ -112,13 +114,6 @@ def keep(
     )
 
 
-# Receive: patches and recipes from a layout, every digest checked on arrival, only what is missing here.
-#
-# First everything is looked at that can be known without the arrays: documents, manifests, signatures, bases, recipes. Then
-# the arrays come, into blobs that nothing names yet. The rows are written last, so what is refused leaves nothing that
-# anybody would see.
-
-
 class MissingBase(NotFound):
     """A base that patches were solved for, and that this registry does not have."""
 
@@ -161,7 +156,7 @@ class PullRequest:
 def pull(registry: Registry, source: str | Path, request: PullRequest) -> Received:
     """Take what is asked for from a folder or a URL that `fsspec` knows.
 
-    Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecord for what contradicts itself or
+    Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecipeRecord for what contradicts itself or
     its digest; MissingBase; Diverged when a recipe that is here has another history.
     """
     layout = OciLayout.at(source)
@@ -241,13 +236,14 @@ def bases_of(registry: Registry, fingerprints: Iterable[str]) -> dict[str, str]:
 
 
 def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: str | None) -> None:
-    """Before anything is taken; whoever changes the recipe meanwhile is noticed when it is laid."""
+    """Before anything is taken; whoever changes a recipe meanwhile is noticed when it is merged."""
     here = {each.name for each in registry.recipes()}
     for each in recipes:
         wanted = name or each.record.name
         if wanted in here:
             ours = record_of(registry, wanted)
-            compared(ours.revisions, ours.fingerprint, each.record, wanted)
+            theirs = each.record
+            compare_histories(wanted, ours.revisions, ours.fingerprint, theirs.revisions, theirs.fingerprint)
         else:
             checked_name(wanted, "recipe")
 

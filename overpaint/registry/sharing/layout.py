@@ -1,4 +1,8 @@
-"""An OCI image layout: `oci-layout`, `index.json` and `blobs/sha256/<hex>` in a folder, behind a URL, or in an archive."""
+"""An OCI image layout: `oci-layout`, `index.json` and `blobs/sha256/<hex>` in a folder, behind a URL, or in an archive.
+
+And patches and recipes as documents of that format. A patch's document follows from its manifest alone, so a patch has one
+document and one digest of it everywhere, and what comes is compared with what should come. `docs/sharing.md` specifies it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,6 @@ from overpaint.registry.store import DIGEST, BadFile, FileInfo, open_files
 from overpaint.registry.store.blobs import as_digested
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import BadManifest, Manifest, read_json
-
-# Patches and recipes as documents of the OCI image format, and what may be believed of documents that arrive.
-#
-# A patch's document follows from its manifest alone, so a patch has one document and one digest of it everywhere, and what
-# arrives is compared with what should have arrived. `docs/sharing.md` specifies all of it.
-
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -151,7 +149,7 @@ def list_document(key: bytes, counter: int, members: Iterable[Descriptor]) -> Do
 
 
 def vocabulary_document(data: bytes) -> Document:
-    """The document of a kept vocabulary."""
+    """The document of a vocabulary."""
     return _document(VOCABULARY, layers=[Descriptor.of(data, MOMENTS).as_json()])
 
 
@@ -234,11 +232,11 @@ MARK = canonical_json({"imageLayoutVersion": "1.0.0"})
 INDEX_LIMIT = 128 << 20
 TRIES = 10
 REHASHED = 1 << 20
-"""The most bytes that a push reads back from behind a URL, unless it is told to, to see that a blob there is sound."""
+"""The most bytes that a push reads back from behind a URL, unless asked to check all, to see that a blob is sound."""
 
 
 class LayoutStore(Protocol):
-    """What a layout needs of the files it lies in."""
+    """What a layout needs of the place that has its files."""
 
     @property
     def where(self) -> str:

@@ -1,28 +1,26 @@
-"""A recipe's record laid into a registry, where nothing that is there already is lost."""
+"""A recipe with its whole history as one JSON record, and merging it into a registry.
+
+Histories only grow. One that continues another may take its place; two that went different ways are refused, because
+neither may be thrown away.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import checked_name, checked_note, checked_tag, sought_name
-from overpaint.registry.history import MergeOutcome, compare_histories
+from overpaint.registry.history import MergeOutcome
 from overpaint.registry.records import Action, PatchChange, RecipeEntry, Revision, TagRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import DIGEST
 from overpaint.registry.store.patch_files import BadManifest, read_json
-
-# A recipe with its whole history as one JSON record.
-#
-# Histories only grow. One that continues another may take its place; two that went different ways are refused, because
-# neither may be thrown away.
-
 
 FORMAT = 1
 LIMIT = 64 << 20
@@ -101,7 +99,7 @@ def _entry(change: Mapping[str, Any], when: str) -> RecipeEntry | None:
 
 
 def read_record(raw: bytes) -> Record:
-    """Read a record. Raises BadRecord for one that is not in its canonical spelling or does not make sense."""
+    """Read a record. Raises BadRecipeRecord for one that is not in its canonical form or does not make sense."""
     try:
         content = read_json(raw, "the recipe's record")
         if content.get("format") != FORMAT:
@@ -109,7 +107,7 @@ def read_record(raw: bytes) -> Record:
                 f"a recipe of format {content.get('format')!r} is newer than this program; upgrade Overpaint"
             )
         if canonical_json(content) != raw:
-            raise BadRecipeRecord("the recipe's record is not in its canonical spelling; take it from its source again")
+            raise BadRecipeRecord("the recipe's record is not in its canonical form; take it from its source again")
         record = Record(
             raw=raw,
             name=sought_name(content["name"], "recipe"),
@@ -169,15 +167,8 @@ def _state(strength: Any, until: Any) -> tuple[float, str | None] | None:
     return float(strength), until
 
 
-def compared(
-    ours: Sequence[Mapping[str, Any]], fingerprint: str, theirs: Record, name: str
-) -> Literal["updated", "the same", "newer here"]:
-    """What a record's history is to `ours`, on a base of this fingerprint. Raises Diverged when neither continues the other."""
-    return compare_histories(name, ours, fingerprint, theirs.revisions, theirs.fingerprint)
-
-
 def moment(text: str) -> datetime:
-    """A moment as records spell it: ISO, in UTC. Raises BadRecord."""
+    """A moment as records have it: ISO, in UTC. Raises BadRecipeRecord."""
     found = datetime.fromisoformat(text)
     if found.tzinfo is None or found.astimezone(timezone.utc).isoformat() != text:
         raise BadRecipeRecord(f"{text} is not a moment in UTC; take the record from its source again")
@@ -185,7 +176,7 @@ def moment(text: str) -> datetime:
 
 
 def day(text: str | None) -> date | None:
-    """A day as records spell it, or None. Raises ValueError."""
+    """A day as records have it, or None. Raises ValueError."""
     return None if text is None else date.fromisoformat(text)
 
 

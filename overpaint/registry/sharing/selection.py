@@ -1,4 +1,4 @@
-"""Which of the patches and recipes that a layout has are meant."""
+"""Which patches and recipes of a layout are meant, and what their documents must be for anything in them to be believed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ from overpaint.registry.sharing.merge_history import LIMIT as RECORD_LIMIT
 from overpaint.registry.sharing.merge_history import Record, read_record
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
 from overpaint.registry.store.patch_files import BadManifest, Manifest, read_manifest
-
-# Reading documents that arrived, and what they must be for anything in them to be believed.
-
 
 PATCH_LIMIT = 4 << 30
 """The most bytes that a patch may have; it is put together in memory."""
@@ -83,7 +80,7 @@ def patch_at(layout: OciLayout, descriptor: Descriptor) -> PatchOffer:
 
 
 def recipe_at(layout: OciLayout, descriptor: Descriptor) -> RecipeOffer:
-    """The recipe of a document. Raises BadLayout, BadRecord."""
+    """The recipe of a document. Raises BadLayout, BadRecipeRecord."""
     where = f"the document {descriptor.digest} of {layout.where}"
     members = members_of(read_document(layout.document(descriptor), where), where)
     records = [each for each in members if each.artifact_type == RECIPE and each.media_type == MANIFEST]

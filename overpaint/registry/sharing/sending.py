@@ -10,6 +10,7 @@ from pathlib import Path
 
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
+from overpaint.registry.history import compare_histories
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import new_archive
@@ -36,7 +37,7 @@ from overpaint.registry.sharing.layout import (
     record_document,
     signature_document,
 )
-from overpaint.registry.sharing.merge_history import Record, compared, record_of
+from overpaint.registry.sharing.merge_history import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
 from overpaint.registry.sharing.signing import Signer, Untrusted
 from overpaint.registry.sharing.trust import SignedList, refuse_older, seen_counter, signed_list
@@ -182,7 +183,8 @@ class _Sender:
         for record in records:
             if record.name in there:
                 theirs = recipe_at(self.layout, there[record.name]).record
-                if compared(record.revisions, record.fingerprint, theirs, record.name) == "updated":
+                ours = record.revisions, record.fingerprint
+                if compare_histories(record.name, *ours, theirs.revisions, theirs.fingerprint) == "updated":
                     newer.add(record.name)
         return newer
 

@@ -1,4 +1,4 @@
-"""Kept vocabularies on their way beside patches: hours of a large text encoder's work, and nothing that cannot be done again.
+"""Encoded vocabularies, shared beside patches: hours of a large text encoder's work, and nothing that cannot be done again.
 
 They go with everything, not with chosen patches. What is damaged, not signed as asked, or here already is left out, with
 notice: a registry lacks nothing without it but time.
@@ -63,7 +63,7 @@ def take(
                 trust.require(entry.digest, f"the vocabulary {name[:12]}")
             nbytes += _take(layout, entry, folder / f"{name}{SUFFIX}", check)
         except (OverpaintError, OSError) as error:
-            notice(f"the vocabulary {name[:12]} was left out, and is heard when it is needed: {error}")
+            notice(f"the vocabulary {name[:12]} was left out, and is computed when it is needed: {error}")
     return nbytes
 
 

@@ -101,7 +101,7 @@ def test_an_export_that_fails_leaves_nothing(ours: Registry, file: Path) -> None
 
 def test_an_export_replaces_nothing(ours: Registry, file: Path) -> None:
     file.write_text("mine")
-    with pytest.raises(AlreadyExists, match="is there already"):
+    with pytest.raises(AlreadyExists, match="is already there"):
         export(ours, file)
     assert file.read_text() == "mine"
     with pytest.raises(NotFound, match="no folder"):
@@ -121,7 +121,7 @@ def test_a_file_that_appears_during_an_export_is_not_replaced(
     with pytest.raises(AlreadyExists):
         export(ours, file)
     assert file.read_text() == "mine"
-    assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in file.parent.iterdir() if path != file and path.is_file()] == []
 
 
 def test_unknown_names_are_said_before_anything_is_written(ours: Registry, file: Path) -> None:

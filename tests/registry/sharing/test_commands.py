@@ -62,7 +62,7 @@ def test_a_recipe_that_was_pushed_gives_the_same_weights_where_it_is_pulled(
 def test_a_recipe_goes_from_hand_to_hand_in_one_file(alice: Shell, bob: Shell, tmp_path: Path) -> None:
     file = str(tmp_path / "safe.overpaint")
     alice.ok("export", "--recipe", "safe", "-o", file)
-    assert "there already" in alice.fails("export", "--recipe", "safe", "-o", file)
+    assert "already there" in alice.fails("export", "--recipe", "safe", "-o", file)
     bob.ok("import", file, "--as", "theirs")
     assert overpaint.open(bob.registry).recipe("theirs").digest() == weights(alice)
     assert "known" in bob.ok("import", file, "cat")

@@ -68,7 +68,7 @@ def test_a_vocabulary_that_is_not_what_it_says_is_left_out_with_notice(sender: W
     receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     moved(sender, receiver, "folder", tmp_path, warn=notices.append)
     assert list(cache_of(receiver).iterdir()) == []
-    assert "was left out, and is heard when it is needed" in notices[0]
+    assert "was left out, and is computed when it is needed" in notices[0]
 
 
 def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workspace, tmp_path: Path) -> None:
