@@ -1,8 +1,8 @@
 """The separable solver: many concepts at once on the embedded base, and on a text encoder of CLIP-L's size.
 
 The large encoder has random weights: how long it takes does not depend on them, the rank of a patch does. Its vocabulary is
-heard in part (`--words`), and what all words of Stable Diffusion's tokenizer and 1,000 concepts would take is extrapolated
-from the time of a prompt and of a solve.
+encoded in part (`--words`), and what all words of Stable Diffusion's tokenizer and 1,000 concepts would take is extrapolated
+from the time of a prompt and of a solve: of so large a vocabulary, each word stands in one sentence.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--large", type=int, default=8, help="concepts that are erased on the large encoder; 0: leave it out"
     )
-    parser.add_argument("--words", type=int, default=16, help="words of the vocabulary that the large encoder hears")
+    parser.add_argument("--words", type=int, default=16, help="words of the vocabulary that the large encoder encodes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     asked = parser.parse_args()
     device = resolve_device(asked.device)
@@ -91,8 +91,8 @@ def extrapolated(row: Row, base: Base, words: int) -> Row:
     of_many = MANY / count
     total = encoding * of_many + universe * of_many + solving * of_many
     prompts = len(sentence_pairs(base, "object"))
-    label = f"extrapolated: {WORDS_OF_CLIP} words x {SENTENCES_PER_WORD}, {prompts} prompts a concept"
-    vocabulary *= WORDS_OF_CLIP / words
+    label = f"extrapolated: {WORDS_OF_CLIP} words, {prompts} prompts a concept"
+    vocabulary *= WORDS_OF_CLIP / (words * SENTENCES_PER_WORD)
     return [label, MANY, vocabulary, encoding * of_many, universe * of_many, solving * of_many, total / MANY, nbytes]
 
 
