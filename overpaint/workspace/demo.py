@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,15 @@ class Findings:
     def check(self, what: str, value: str, bar: str, holds: bool | str) -> None:
         """Write down a check; a verdict in words stays as it is."""
         self.checks.append(Check(what, value, bar, holds if isinstance(holds, str) else "yes" if holds else "no"))
+
+    def check_erased(self, scores: Mapping[str, Score]) -> None:
+        """Check how often the judge still sees the concepts: all together, and the worst of them."""
+        together = Score(sum(s.correct for s in scores.values()), sum(s.n for s in scores.values()))
+        name, worst = max(scores.items(), key=lambda item: item[1].rate)
+        for what, score in (("erased: all concepts together", together), (f"erased: worst, {name}", worst)):
+            measurement = Measurement(what, "accuracy", score.rate, score.n, *score.interval)
+            holds = verdict(measurement, at_most=ERASED_BAR)
+            self.check(what, with_interval(measurement), "<= 5%", holds)
 
     def concept_table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and a row per concept: the judge's accuracy on the base, erased, put back; seconds and bytes."""
@@ -200,7 +209,8 @@ class Demo:
                 self.findings.base_scores[name], self.findings.erased_scores[name] = scores
             self.findings.pictures[f"{name} before"] = some(before)
             self.findings.pictures[f"{name} after"] = some(after)
-        self._check_erased()
+        self.findings.check_erased(self.findings.erased_scores)
+        self._check_solving()
 
     def _right(self, pictures: NDArray[np.uint8], trials: Sequence[Trial]) -> Mean:
         seen = verdicts(self.judge, pictures, "object")
@@ -211,14 +221,7 @@ class Demo:
         holds = verdict(kept, at_least=KEPT_BAR)
         self.findings.check("kept: share of the base's accuracy", with_interval(kept), ">= 97%", holds)
 
-    def _check_erased(self) -> None:
-        scores = self.findings.erased_scores
-        together = Score(sum(s.correct for s in scores.values()), sum(s.n for s in scores.values()))
-        name, worst = max(scores.items(), key=lambda item: item[1].rate)
-        for what, score in (("erased: all concepts together", together), (f"erased: worst, {name}", worst)):
-            measurement = Measurement(what, "accuracy", score.rate, score.n, *score.interval)
-            holds = verdict(measurement, at_most=ERASED_BAR)
-            self.findings.check(what, with_interval(measurement), "<= 5%", holds)
+    def _check_solving(self) -> None:
         fast = [self.findings.solved[c.name] for c in SEPARABLE]
         seconds, size = max(s.seconds for s in fast), max(s.nbytes for s in fast)
         self.findings.check("separable: slowest concept", f"{seconds:.2f} s", "<= 1 s", seconds <= SECONDS_BAR)
