@@ -280,7 +280,9 @@ class Base:
         """The class of diffusers that draws with this base. Raises UnknownLayout for a denoiser of other input channels."""
         if self.layout.is_caught and not self.is_single_file:
             return str(self.index["_class_name"])
-        if self.channels is None:
+        written = self.places.get(self.layout.input.replace("conv_in", "conv_out"))
+        # One that reads no more channels than it writes draws from noise alone, however many its autoencoder has.
+        if self.channels is None or (written is not None and written.shape[0] == self.channels):
             return self.layout.pipelines[0]
         if str(self.channels) not in self.layout.by_channels:
             known = ", ".join(f"{count} ({kind})" for count, kind in self.layout.by_channels.items())
