@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -188,6 +188,14 @@ def single_file_of(forms: Iterable[SingleFile], names: Collection[str]) -> Singl
     """How a base that holds tensors of these names is kept in one file; None where there is no such file."""
     fitting = [form for form in forms if not form.holds or form.holds in names]
     return max(fitting, key=lambda form: bool(form.holds), default=None)
+
+
+@cache
+def native_names(layout: str) -> KeyMapping | None:
+    """How the model that a diffusion transformer was published as names its layers, as far as they are no parts of stacks."""
+    file = files("overpaint.bases").joinpath("spellings").joinpath("native.json")
+    rules: dict[str, Any] = frozen(json.loads(file.read_text("utf-8")))
+    return KeyMapping("", rules[layout]) if layout in rules else None
 
 
 def _rules_of(name: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_without_a_tool_the_format_is_kohya_and_an_unknown_tool_is_named(base: B
     with pytest.raises(OverpaintError, match="unknown tool 'invoke'; an export can be for a1111"):
         export(base, [Term("a", text_map)], tmp_path / "y.safetensors", None, ABOUT, for_="invoke")
     with pytest.raises(
-        NotExportable, match="ComfyUI and Forge cannot load a diffusers file; export as kohya or comfy-diff"
+        NotExportable, match="ComfyUI and Forge cannot load a diffusers file of stable-diffusion; export as kohya"
     ):
         export(base, [Term("a", text_map)], tmp_path / "y.safetensors", "diffusers", ABOUT, for_="comfyui")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from overpaint.bases.base import Base
+from overpaint.bases.key_mapping import native_names
 from overpaint.core.errors import OverpaintError
 
 # The U-Net's modules as its first publication numbers them: `input_blocks`, `middle_block`, `output_blocks`.
@@ -71,7 +72,7 @@ def _name(module: str, per_level: int, attended: set[int]) -> str | None:
 # The modules of a base, by the names that tools give them: looked up, never guessed from a key's look.
 
 
-UNET = "unet"
+UNET, TRANSFORMERS = "unet", ("transformer", "transformer_2")
 ENCODERS = ("text_encoder", "text_encoder_2")
 INNER = "text_model."
 """What text encoders' names began with, and canonical names still do."""
@@ -100,6 +101,14 @@ def unet_modules(base: Base) -> Iterator[tuple[str, str]]:
 def ldm_unet_modules(base: Base) -> Iterator[tuple[str, str]]:
     """Canonical name and old local name of every module of the U-Net that has one."""
     return ((f"{UNET}/{local}", name) for local, name in ldm_modules(modules_of(base).get(UNET, ())).items())
+
+
+def native_modules(base: Base, component: str) -> Iterator[tuple[str, str]]:
+    """Canonical name and name in the model's own code of the modules of a diffusion transformer, as far as it is known."""
+    rules = native_names(base.layout.name)
+    local = [f"{module}.weight" for module in modules_of(base).get(component, ())]
+    for key, names in rules.keys(local).items() if rules else ():
+        yield f"{component}/{split(names[0])[0]}", split(key)[0]
 
 
 def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
@@ -158,7 +167,7 @@ class Root:
 
     def _modules(self, base: Base) -> Iterator[tuple[str, str]]:
         if self.old:
-            return ldm_unet_modules(base)
+            return ldm_unet_modules(base) if self.component == UNET else native_modules(base, self.component)
         return encoder_modules(base, self.component)
 
     def _processor(self, local: str) -> Iterator[str]:
@@ -199,6 +208,12 @@ ROOTS: tuple[Root, ...] = (
     ),
     *(Root("", encoder, _WEIGHTS) for encoder in ENCODERS),
     Root("vae.", "vae", _WEIGHTS),
+    Root("lora_transformer_", TRANSFORMERS[0], _KOHYA, flat=True),
+    Root("lora_unet_", TRANSFORMERS[0], _KOHYA, old=True, flat=True),
+    *(Root(f"{part}.", part, (*_DIFFUSERS, *_WEIGHTS)) for part in TRANSFORMERS),
+    Root("base_model.model.", TRANSFORMERS[0], _PEFT),
+    Root("", TRANSFORMERS[0], (*_PROCESSORS, *_WEIGHTS)),
+    *(Root(prefix, TRANSFORMERS[0], _COMFY, old=True) for prefix in ("diffusion_model.", "model.diffusion_model.")),
 )
 """All of them. A name that could mean two modules means none."""
 
@@ -332,6 +347,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "conditioner.embedders.1.model.",
     ),
     "a VAE": ("first_stage_model.", "encoder.down", "decoder.up", "vae."),
+    "XLabs' LoRA of FLUX, whose layers are named by attention processors": (
+        "double_blocks.0.processor",
+        "single_blocks.0.processor",
+    ),
     "a LoRA or weights of FLUX": ("double_blocks.", "single_blocks.", "lora_unet_double_blocks_", "lora_unet_single_"),
     "a LoRA or weights of Stable Diffusion 3": ("joint_blocks.", "lora_unet_joint_blocks_"),
     "a LoRA or weights of a diffusion transformer": (
@@ -392,7 +411,8 @@ _ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o
 
 def diffusers_written(base: Base) -> dict[str, str]:
     """The name under which diffusers finds a module, by canonical module."""
-    found = {module: f"unet.{local}" for module, local in unet_modules(base)}
+    parts = (UNET, *TRANSFORMERS)
+    found = {f"{part}/{local}": f"{part}.{local}" for part in parts for local in modules_of(base).get(part, ())}
     for encoder in ENCODERS:
         found.update({module: module.replace("/", ".", 1) for module, _ in encoder_modules(base, encoder)})
     return found

@@ -26,7 +26,7 @@ from overpaint.core.progress import Progress, silent
 from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
 from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
 from overpaint.patches.formats import dialects
-from overpaint.patches.formats.dialects import ENCODERS, UNET, split
+from overpaint.patches.formats.dialects import ENCODERS, TRANSFORMERS, UNET, split
 from overpaint.patches.formats.fitting import Fitted, leading
 from overpaint.patches.formats.readers import READERS, Reader, open_clip_encoders, reader
 
@@ -90,10 +90,15 @@ def sealed(header: Mapping[str, str], digest: str) -> dict[str, str]:
     return {key: text.replace(UNKNOWN, digest) if text.endswith(UNKNOWN) else text for key, text in header.items()}
 
 
+_TRANSFORMERS = {"flux": ("flux1", "flux-1-dev"), "stable-diffusion-3": ("sd3", "stable-diffusion-3")}
+
+
 def _architecture(base: Base) -> tuple[str, str]:
     """What kohya's scripts and the model specification call it."""
-    if ENCODERS[1] in base.layout.components:
+    if base.layout.name == "stable-diffusion-xl":
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    if UNET not in base.layout.components:
+        return _TRANSFORMERS.get(base.layout.name, (base.layout.name, base.layout.name))
     is_2 = ENCODERS[0] in open_clip_encoders(base)
     return ("sd_v2", "stable-diffusion-v2-768-v") if is_2 else ("sd_v1", "stable-diffusion-v1")
 
@@ -508,7 +513,10 @@ def _placeless(
     module, attribute = split(name)
     if chosen.whole:
         return None
-    known = name.startswith(f"{UNET}/") or module.rpartition(".")[2] in _ENCODER_LAYERS
+    known = (
+        name.startswith((f"{UNET}/", *(f"{part}/" for part in TRANSFORMERS)))
+        or module.rpartition(".")[2] in _ENCODER_LAYERS
+    )
     if not has_name or not known or attribute not in _LAYER:
         return "no reader of this format has a name for it", "export as full, or build a checkpoint"
     if chosen.differences:
@@ -594,10 +602,10 @@ def export(
     """Write patches on a base as a new file of a format (`FORMATS`), whole or not at all.
 
     `for_` names the tool that is to load it (`readers.READERS`): a format is chosen of which it loads everything, or the one
-    that is named is refused if it would not. Without either, the format is kohya. `dtype` is that of factors and
-    differences; whole weights keep the base's. `truncate` lets changes that are not thin into a LoRA, cut to so many
-    directions. Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit, NotExportable when the format
-    has no place for a change or the tool would pass over one.
+    that is named is refused if it would not. Without either, the format is kohya, of diffusion transformers diffusers.
+    `dtype` is that of factors and differences; whole weights keep the base's. `truncate` lets changes that are not thin into
+    a LoRA, cut to so many directions. Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit,
+    NotExportable when the format has no place for a change or the tool would pass over one.
     """
     out = Path(out).absolute()
     if dtype not in STORED:
@@ -621,7 +629,11 @@ def export(
         {name: made[name].error for name in planned.names},
         sum(stored.differing for stored in made.values()),
         sum(made[name].of for name in planned.names),
-        {name: each.skipped(base, format, planned.names) for name, each in READERS.items() if format in each.formats},
+        {
+            name: each.skipped(base, format, planned.names)
+            for name, each in READERS.items()
+            if format in each.formats_of(base)
+        },
     )
 
 
@@ -630,7 +642,12 @@ def _chosen(
 ) -> tuple[str, list[TensorExport]]:
     """The first format that holds all changes, and from which the tool that is named loads all of them."""
     tool = None if for_ is None else reader(for_)
-    formats = (format,) if format else tool.formats if tool else (next(iter(FORMATS)),)
+    known = "kohya" if UNET in plan.base.layout.components else "diffusers"
+    formats = (format,) if format else tool.formats_of(plan.base) if tool else (known,)
+    if tool and not formats:
+        raise NotExportable(
+            f"{tool.about} loads no LoRA that is written here for {plan.base.layout.name}; build a checkpoint"
+        )
     refusals = []
     for each in formats:
         try:
@@ -643,11 +660,15 @@ def _chosen(
 
 
 def _refuse_unread(plan: CompositionPlan, format: str, tool: Reader) -> None:
-    if format in FORMATS and format not in tool.formats:
-        raise NotExportable(f"{tool.about} cannot load a {format} file; export as {' or '.join(tool.formats)}")
+    formats = tool.formats_of(plan.base)
+    if format in FORMATS and format not in formats:
+        instead = f"export as {' or '.join(formats)}" if formats else "build a checkpoint"
+        raise NotExportable(f"{tool.about} cannot load a {format} file of {plan.base.layout.name}; {instead}")
     if skipped := tool.skipped(plan.base, format, plan.names):
         whole = [
-            n for n, each in READERS.items() if format in each.formats and not each.skipped(plan.base, format, skipped)
+            n
+            for n, each in READERS.items()
+            if format in each.formats_of(plan.base) and not each.skipped(plan.base, format, skipped)
         ]
         raise NotExportable(
             f"{tool.about} would pass over {len(skipped)} of {len(plan.names)} changed tensors in a {format} file, first "

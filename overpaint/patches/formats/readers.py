@@ -13,13 +13,15 @@ from fnmatch import fnmatchcase
 from overpaint.bases.base import Base
 from overpaint.bases.key_mapping import single_file_of
 from overpaint.core.errors import OverpaintError
-from overpaint.patches.formats.dialects import ENCODERS
+from overpaint.patches.formats.dialects import ENCODERS, UNET
 
 
 @dataclass(frozen=True)
 class Reader:
     """A tool: what it is called, the formats that it reads, the best first, and what it makes of them.
 
+    `transformers` are the layouts of diffusion transformers of which it reads the diffusers format, the only one that is
+    written for them: kohya's names of text inputs alone load nothing in diffusers. It reads every U-Net.
     `skips` has, by format, patterns of the canonical names that it passes over; encoders that the tool builds by OpenCLIP
     are called `open_clip` there. `note` is what else is to be known of it.
     """
@@ -28,6 +30,13 @@ class Reader:
     formats: tuple[str, ...]
     skips: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: str = ""
+    transformers: tuple[str, ...] = ()
+
+    def formats_of(self, base: Base) -> tuple[str, ...]:
+        """The formats that it reads for a base's architecture."""
+        if UNET in base.layout.components:
+            return self.formats
+        return ("diffusers",) if base.layout.name in self.transformers else ()
 
     def skipped(self, base: Base, format: str, names: Iterable[str]) -> list[str]:
         """The tensors of a file of a format that it reads, by canonical name, that it passes over."""
@@ -55,8 +64,31 @@ READERS: Mapping[str, Reader] = {
         # It looks inside of transformers, residual blocks and samplers.
         {"kohya": ("unet/conv_in.*", "unet/conv_out.*", "unet/time_embedding.*", "unet/add_embedding.*")},
     ),
-    "comfyui": Reader("ComfyUI and Forge", ("kohya", "comfy-diff")),
-    "diffusers": Reader("diffusers", ("diffusers", "kohya")),
+    "comfyui": Reader(
+        "ComfyUI and Forge",
+        ("kohya", "comfy-diff"),
+        transformers=(
+            *("flux", "stable-diffusion-3", "auraflow", "pixart-alpha", "pixart-sigma", "qwen-image", "z-image"),
+        ),
+    ),
+    "diffusers": Reader(
+        "diffusers",
+        ("diffusers", "kohya"),
+        transformers=(
+            *(
+                "flux",
+                "flux2",
+                "flux2-klein",
+                "chroma",
+                "stable-diffusion-3",
+                "auraflow",
+                "sana",
+                "lumina2",
+                "qwen-image",
+            ),
+            *("z-image", "wan", "cogvideox", "ltx-video", "hunyuan-video"),
+        ),
+    ),
 }
 """The tools that an export can be for, by the name that `--for` has for each."""
 
