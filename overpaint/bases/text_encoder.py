@@ -15,12 +15,12 @@ from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong
+from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong, read_rows
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.pipelines import check_tokenizer
-from overpaint.bases.safetensors_file import SafetensorsFile, TensorEntry
+from overpaint.bases.safetensors_file import SafetensorsFile
 
 # The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
 #
@@ -62,14 +62,8 @@ class _Rows(torch.nn.Module):
         self.entry, self.container = place.entry, container
 
     def forward(self, tokens: Tensor) -> Tensor:
-        unique, which = tokens.unique(return_inverse=True)
-        size = self.entry.size // self.entry.shape[0]
-        rows = {
-            str(row): TensorEntry(self.entry.dtype, self.entry.shape[1:], self.entry.start + row * size, size)
-            for row in unique.tolist()
-        }
-        # They come in the order of the file, which is that of `unique`.
-        return torch.stack([row for _, row in self.container.read(rows)]).float()[which]
+        rows, which = read_rows(self.container, self.entry, tokens)
+        return rows[which]
 
 
 @own_torch_settings()
