@@ -35,8 +35,8 @@ def test_any_range_is_copied_to_any_place(source: Path, data: st.DataObject) -> 
     length = data.draw(st.integers(0, size - start))
     at = data.draw(st.one_of(st.integers(0, 2 * BLOCK), st.just(start)))
     target = source.with_name("target")
-    with source.open("rb") as reader, target.open("w+b") as writer:
-        copy_range(reader.fileno(), writer.fileno(), start, at, length)
+    with source.open("rb", buffering=0) as reader, target.open("w+b", buffering=0) as writer:
+        copy_range(reader, writer, start, at, length)
     assert target.read_bytes()[at:] == source.read_bytes()[start : start + length]
 
 
@@ -86,14 +86,14 @@ def test_a_source_that_ends_early_is_noticed(source: Path, tmp_path: Path) -> No
         (tmp_path / "target").open("xb") as writer,
         pytest.raises(BrokenFile, match="early"),
     ):
-        copy_range(reader.fileno(), writer.fileno(), 0, 0, source.stat().st_size + 1)
+        copy_range(reader, writer, 0, 0, source.stat().st_size + 1)
 
 
 def test_a_write_that_stops_half_way_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda to, data, at: real(to, data[:7], at))
     with (tmp_path / "target").open("xb") as writer:
-        write_all(writer.fileno(), bytes(range(100)), 3)
+        write_all(writer, bytes(range(100)), 3)
     assert (tmp_path / "target").read_bytes() == b"\0\0\0" + bytes(range(100))
 
 

@@ -31,8 +31,8 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import read_tensors
 from overpaint.bases.layout import PROJECTION
 from overpaint.bases.loading import own_torch_settings, quiet_loading
-from overpaint.bases.safetensors_file import TensorEntry
 from overpaint.core.errors import OverpaintError
+from overpaint.core.safetensors_header import TensorEntry
 
 HELD = 600 << 20
 """Bytes in float32. All of a base's text encoders together are held whole up to here."""

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, read_index
-from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, TensorEntry, raw_bytes, tensor_beginning
+from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, raw_bytes, tensor_beginning
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
+from overpaint.core.safetensors_header import TensorEntry
 
 # Which files hold a base's weights, and what each of their tensors is called: a diffusers folder or a single file.
 

@@ -8,11 +8,8 @@ time: copying it would take a sixth of the time that hashing takes.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import mmap
 import os
-import struct
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.safetensors_header import BadHeader, TensorEntry, header_length, read_header
 
 # Digests over canonical content (name, dtype, shape, little-endian bytes), never over a container file.
 
@@ -95,16 +93,6 @@ def file_stamp(status: os.stat_result) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a file: its dtype as the format spells it, its shape, and its bytes from the file's beginning."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
 class SafetensorsFile:
     """An opened safetensors file: its tensors in file order, its metadata, and where the first tensor's bytes begin.
 
@@ -126,15 +114,15 @@ class SafetensorsFile:
                 raw = _header(file, status.st_size, path)
         except OSError as error:
             raise BrokenFile(f"{path} cannot be read ({error.strerror})") from error
-        data_start = 8 + len(raw)
-        header = _parsed(raw, path)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise _broken(path, "its metadata is not a map of texts")
-        found = {key: _entry(path, key, value, data_start) for key, value in header.items()}
-        entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
-        _refuse_gaps(path, entries, data_start, status.st_size)
-        return cls(path, entries, metadata, data_start, file_stamp(status))
+        if raw.count(b"{") > TENSOR_LIMIT:
+            raise _broken(path, f"its header lists more than {TENSOR_LIMIT} things")
+        try:
+            metadata, entries = read_header(raw, status.st_size)
+        except BadHeader as error:
+            raise _broken(path, str(error)) from error
+        if odd := [key for key in entries if not is_key(key)]:
+            raise _broken(path, f"{odd[0][:80]!r} is no name of a tensor")
+        return cls(path, entries, metadata, 8 + len(raw), file_stamp(status))
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, as stored."""
@@ -209,7 +197,7 @@ def _header(file: BinaryIO, size: int, path: Path) -> bytes:
     file.seek(8)
     if len(start) < 8:
         raise _broken(path, f"it has {size} bytes")
-    (length,) = struct.unpack("<Q", start)
+    length = header_length(start)
     if length > size - 8:
         raise _broken(path, f"its header would be {length} bytes long, the whole file has {size}")
     if length > HEADER_LIMIT:
@@ -229,64 +217,9 @@ def other_kind(beginning: bytes) -> str:
     return ""
 
 
-def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
-    if raw.count(b"{") > TENSOR_LIMIT:
-        raise _broken(path, f"its header lists more than {TENSOR_LIMIT} things")
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once_each)
-        if b"\\u" in raw:
-            json.dumps(header, ensure_ascii=False).encode(
-                "utf-8"
-            )  # an escaped lone surrogate could not be written back
-    except RecursionError as error:
-        raise _broken(path, "its header is nested too deeply") from error
-    except ValueError as error:
-        raise _broken(path, f"its header is not JSON: {str(error)[:80]}") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a map of tensors")
-    return header
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
 def is_key(key: str) -> bool:
     """Whether a key may name a tensor: nobody who takes it for a path, or prints it, is led elsewhere."""
     return len(key) <= KEY_LIMIT and ".." not in key and key.isprintable()
-
-
-def _entry(path: Path, key: str, value: Any, data_start: int) -> TensorEntry:
-    try:
-        code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError) as error:
-        raise _broken(path, f"{key[:80]!r} has no dtype, shape and data_offsets") from error
-    if not is_key(key):
-        raise _broken(path, f"{key[:80]!r} is no name of a tensor")
-    if not isinstance(code, str) or code not in DTYPES:
-        raise _broken(path, f"{key[:80]!r} has the dtype {str(code)[:20]!r}, which this program does not know")
-    # A shape with a zero in it may ask for anything; so much and no more can be laid out.
-    if not whole or len(shape) > 16 or math.prod(side or 1 for side in shape) >= 1 << 62:
-        raise _broken(path, f"{key[:80]!r} has a shape or offsets that are not plain counts")
-    if end - begin != math.prod(shape) * DTYPES[code].itemsize:
-        raise _broken(path, f"{key[:80]!r} has {end - begin} bytes, which its dtype and shape contradict")
-    return TensorEntry(code, tuple(shape), data_start + begin, end - begin)
-
-
-def _refuse_gaps(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
-    """Tensors must follow each other to the file's end: what no tensor names could hold anything."""
-    position = data_start
-    for key, entry in entries.items():
-        if entry.start != position:
-            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise _broken(path, f"{key[:80]!r} {what}")
-        position += entry.size
-    if position != size:
-        raise _broken(path, f"its tensors end at byte {position}, the file at byte {size}")
 
 
 def _broken(path: Path, why: str) -> BrokenFile:

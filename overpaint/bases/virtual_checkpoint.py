@@ -24,12 +24,12 @@ from overpaint.bases.safetensors_file import (
     DTYPES,
     BrokenFile,
     SafetensorsFile,
-    TensorEntry,
     file_stamp,
     is_key,
     other_kind,
     raw_bytes,
 )
+from overpaint.core.safetensors_header import TensorEntry
 
 # A container whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
 #

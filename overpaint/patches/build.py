@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, open_weights
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, TensorEntry, raw_bytes, tensor_digest
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
+from overpaint.core.safetensors_header import TensorEntry, header_bytes
 from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.conversion import Form, configuration, converted, form_of, index_bytes
@@ -57,17 +56,10 @@ class Rewrite:
 
     def header(self, record: Mapping[str, Any]) -> bytes:
         """The new header with its length in front. Records that differ in digests alone give equal lengths."""
-        header: dict[str, Any] = {"__metadata__": metadata_with(self.source.metadata, record)}
-        position = 0
-        for key, entry in self.source.entries.items():
-            if key not in self.dropped:
-                offsets = [position, position + entry.size]
-                header[key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-                position += entry.size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        kept = ((key, e.dtype, e.shape) for key, e in self.source.entries.items() if key not in self.dropped)
         # Whole blocks apart from where they were, bytes can be shared or copied page by page.
-        text += b" " * ((self.source.data_start - 8 - len(text)) % BLOCK)
-        return struct.pack("<Q", len(text)) + text
+        start, metadata = self.source.data_start - 8, metadata_with(self.source.metadata, record)
+        return header_bytes(metadata, kept, multiple=BLOCK, rest=start % BLOCK, sort=False)
 
     def write(self, target: Path, record: Mapping[str, Any], value: Callable[[str], Tensor]) -> dict[str, str]:
         """Write a new file; returns the digest of each new value by canonical name, which `seal` needs."""
@@ -79,18 +71,18 @@ class Rewrite:
                 reader = opened.enter_context(source.path.open("rb", buffering=0))
             writer = opened.enter_context(target.open("xb", buffering=0))
             head = self.header(record)
-            write_all(writer.fileno(), head, 0)
+            write_all(writer, head, 0)
             position = len(head)
             for name, start, size in self._pieces():
                 if name is not None:
                     tensor = value(name)
                     assert tensor.nbytes == size, name
                     digests[name] = tensor_digest(name, tensor)
-                    write_all(writer.fileno(), raw_bytes(self.replaced[name].stored(tensor)), position)
+                    write_all(writer, raw_bytes(self.replaced[name].stored(tensor)), position)
                 elif isinstance(source, VirtualCheckpoint):
-                    copy_gathered(source, writer.fileno(), start, position, size)
+                    copy_gathered(source, writer, start, position, size)
                 elif reader is not None:
-                    copy_range(reader.fileno(), writer.fileno(), start, position, size)
+                    copy_range(reader, writer, start, position, size)
                 position += size
         return digests
 
@@ -99,7 +91,7 @@ class Rewrite:
         head = self.header(record)
         with target.open("r+b", buffering=0) as writer:
             assert writer.read(8) == head[:8]
-            write_all(writer.fileno(), head, 0)
+            write_all(writer, head, 0)
 
     def _pieces(self) -> Iterator[tuple[str | None, int, int]]:
         """The bytes to write in order: a changed tensor's name, or None for a run of bytes to copy; start and size."""
@@ -120,18 +112,18 @@ class Rewrite:
 def copy_file(source: Path, target: Path) -> None:
     """A whole file as it is, under a new name."""
     with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-        copy_range(reader.fileno(), writer.fileno(), 0, 0, os.fstat(reader.fileno()).st_size)
+        copy_range(reader, writer, 0, 0, os.fstat(reader.fileno()).st_size)
 
 
-def copy_gathered(source: VirtualCheckpoint, target: int, start: int, at: int, size: int) -> None:
+def copy_gathered(source: VirtualCheckpoint, target: BinaryIO, start: int, at: int, size: int) -> None:
     """What `copy_range` does, from a file that is not there."""
     for piece in source.pieces(start, size):
         write_all(target, raw_bytes(piece), at)
         at += len(piece)
 
 
-def copy_range(source: int, target: int, start: int, at: int, size: int) -> None:
-    """Copy bytes between open files within the kernel, or by hand where it cannot. Raises BrokenFile at an early end."""
+def copy_range(source: BinaryIO, target: BinaryIO, start: int, at: int, size: int) -> None:
+    """Copy bytes between unbuffered files within the kernel, or by hand where it cannot. Raises BrokenFile at an early end."""
     end = start + size
     by_kernel = hasattr(os, "copy_file_range")
     while start < end:
@@ -141,13 +133,14 @@ def copy_range(source: int, target: int, start: int, at: int, size: int) -> None
             ask = min(-start % BLOCK, ask) or ask - ask % BLOCK or ask
         if by_kernel:
             try:
-                moved = os.copy_file_range(source, target, ask, start, at)
+                moved = os.copy_file_range(source.fileno(), target.fileno(), ask, start, at)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
         if not moved:
             by_kernel = False
-            data = os.pread(source, min(ask, CHUNK), start)
+            source.seek(start)
+            data = source.read(min(ask, CHUNK))
             if not data:
                 raise BrokenFile("a weight file of the base ended early; it is cut short: download the base again")
             write_all(target, data, at)
@@ -155,12 +148,12 @@ def copy_range(source: int, target: int, start: int, at: int, size: int) -> None
         start, at = start + moved, at + moved
 
 
-def write_all(target: int, data: bytes | memoryview, at: int) -> None:
-    """Write every byte at a position; one call may write fewer."""
+def write_all(target: BinaryIO, data: bytes | memoryview, at: int) -> None:
+    """Write every byte at a position of an unbuffered file; one call may write fewer."""
     view = memoryview(data)
+    target.seek(at)
     while view:
-        written = os.pwrite(target, view[:CHUNK], at)
-        view, at = view[written:], at + written
+        view = view[target.write(view[:CHUNK]) :]
 
 
 UNKNOWN = "0" * 64

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, TensorEntry
+from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile
+from overpaint.core.safetensors_header import TensorEntry
 
 SAMPLE = 1024
 ALIKE = 0.5

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
+from overpaint.core.safetensors_header import header_bytes
 from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
 from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
 from overpaint.patches.formats import dialects
@@ -126,7 +125,8 @@ def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot],
 
     Raises AlreadyExists when `out` is there, OverpaintError when nothing can be written.
     """
-    head = _head(header, slots)
+    listed = [(slot.key, _CODES[slot.dtype], tuple(slot.shape)) for slot in slots]
+    head = header_bytes(header, listed)
     with atomic_output(out) as scratch, scratch.open("xb") as file:
         file.write(head)
         digest = hashlib.sha256()
@@ -136,20 +136,7 @@ def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot],
             digest.update(data)
             file.write(data)
         file.seek(0)
-        file.write(_head(sealed(header, digest.hexdigest()), slots))
-
-
-def _head(header: Mapping[str, str], slots: Sequence[ArraySlot]) -> bytes:
-    """The header with its length in front, padded to eight bytes."""
-    listed: dict[str, Any] = {"__metadata__": dict(header)}
-    position = 0
-    for slot in slots:
-        end = position + torch.Size(slot.shape).numel() * slot.dtype.itemsize
-        listed[slot.key] = {"dtype": _CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": [position, end]}
-        position = end
-    text = canonical_json(listed)
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+        file.write(header_bytes(sealed(header, digest.hexdigest()), listed))
 
 
 # What patches add to one tensor, in the form that a LoRA or a difference file can hold, and how far the stored form is off.

@@ -8,7 +8,6 @@ anybody would see.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note
 from overpaint.core.progress import Progress, silent
+from overpaint.core.safetensors_header import header_length
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry
@@ -300,7 +300,7 @@ def import_file(registry: Registry, file: Path, request: PullRequest) -> Receive
 def _patch_file(opened: BinaryIO, beginning: bytes, path: Path) -> bytes:
     """The bytes of a file that may be a patch file: its header's length and its size are sensible. Raises BadFileKind."""
     nbytes = path.stat().st_size
-    (length,) = struct.unpack("<Q", beginning[:8].ljust(8, b"\xff"))
+    length = header_length(beginning.ljust(8, b"\xff"))
     if length > min(nbytes - 8, 3 * MANIFEST_LIMIT) or not beginning[8:9] == b"{":
         raise BadFileKind(
             f"{path} is neither an archive that `overpaint export` wrote nor a patch file; nothing in it was read further"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.safetensors_header import header_bytes, header_length
 from overpaint.registry.store.blobs import DIGEST, BlobCorrupt, BlobMissing, BlobStore, digest_of
 
 # The manifest of a patch, read without PyTorch: which arrays the patch has, and how they lie in its file.
@@ -85,18 +85,8 @@ class Manifest:
     @property
     def head(self) -> bytes:
         """The beginning of the patch's file, up to the first array."""
-        header: dict[str, Any] = {"__metadata__": {"overpaint": self.raw.decode()}}
-        offset = 0
-        for array in self.arrays:
-            header[array.name] = {
-                "dtype": DTYPES[array.dtype][0],
-                "shape": list(array.shape),
-                "data_offsets": [offset, offset + array.nbytes],
-            }
-            offset += array.nbytes
-        head = canonical_json(header)
-        head += b" " * (-len(head) % 8)
-        return struct.pack("<Q", len(head)) + head
+        arrays = ((array.name, DTYPES[array.dtype][0], array.shape) for array in self.arrays)
+        return header_bytes({"overpaint": self.raw.decode()}, arrays)
 
     def named(self, digest: str) -> list[Array]:
         """The arrays of this digest."""
@@ -235,7 +225,7 @@ def embedded_manifest(file: bytes) -> Manifest | None:
     """The manifest in the header of a safetensors file, or None if there is none that makes sense."""
     if len(file) < 8:
         return None
-    (length,) = struct.unpack("<Q", file[:8])
+    length = header_length(file)
     if length > min(len(file) - 8, 3 * LIMIT):  # the header spells the manifest's quotation marks with two characters
         return None
     try:
