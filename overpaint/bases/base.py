@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,10 @@ from overpaint.bases.layout import Layout, TextInput, UnknownLayout, read_index
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import absent_components, check_configuration, load_pipeline, mended_index
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
+from overpaint.core.atomic import write_over
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.progress import Progress, silent
 
 __all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
@@ -67,7 +69,7 @@ class Base:
 
         Raises OverpaintError for a base that is missing, unknown, incomplete or damaged.
         """
-        path = EMBEDDED if str(source) == "emoji" else Path(source).expanduser().absolute()
+        path = EMBEDDED if str(source) == "emoji" else typed_path(source)
         hub = HubId.parse(str(source))
         if hub is not None and not path.exists():
             path, hub = snapshot(hub)
@@ -150,17 +152,11 @@ class Base:
     def keep_digests(self, cache: Path) -> None:
         """Write the digests known so far to a file that `recall_digests` reads while the weight files are the same."""
         content = {"stamp": self._stamps(), "digests": self._digests}
-        text = json.dumps({**content, "check": _check(content)})
-        try:
+        text = json.dumps({**content, "check": _check(content)}).encode()
+        with suppress(OSError):  # only time is lost: the digests are computed again
             same = all(file_stamp(file.stat()) == container.stamp for file, container in self.containers.items())
-            if not same or (cache.is_file() and cache.read_text("utf-8") == text):
-                return
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            scratch = cache.with_name(f"{cache.name}.{os.getpid()}")
-            scratch.write_text(text, "utf-8")
-            scratch.replace(cache)
-        except OSError:
-            pass  # only time is lost: the digests are computed again
+            if same and not (cache.is_file() and cache.read_bytes() == text):
+                write_over(cache, text)
 
     def recall_digests(self, cache: Path) -> None:
         """Take digests from a file that `keep_digests` wrote, unless it is damaged or a weight file changed since."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, read_index
-from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, raw_bytes, tensor_beginning
+from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, is_key, raw_bytes, tensor_beginning
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
@@ -259,7 +259,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         # A name with a folder in it could point anywhere.
-        if not shards or any(Path(name).name != name for name in shards):
+        if not shards or any(Path(name).name != name or not is_key(name) for name in shards):
             raise ValueError("a shard is not a file beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenBase(f"{index} is not an index of shards ({error}); download the model again") from error

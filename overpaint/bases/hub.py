@@ -18,6 +18,8 @@ from overpaint.bases.layout import Layout, layout_of
 from overpaint.core.errors import NotFound, OverpaintError
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+LONGEST_ID = 96
+"""Characters that the Hub lets an id have."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = (".json", ".txt", ".md", ".model")
 
@@ -33,7 +35,7 @@ class HubId:
     def parse(cls, text: str) -> HubId | None:
         """`ORG/MODEL` or `ORG/MODEL@REVISION`; None when a text is neither."""
         found = _ID.fullmatch(text)
-        if found is None or ".." in text or "--" in found["repository"]:
+        if found is None or ".." in text or "--" in found["repository"] or len(found["repository"]) > LONGEST_ID:
             return None
         return cls(found["repository"], found["revision"] or "main")
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from overpaint.bases.checkpoint import BrokenBase
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of
 from overpaint.bases.loading import quiet_loading
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, other_kind
+from overpaint.core.errors import OverpaintError
 
 SETTINGS = ("preprocessor_config.json", "processor_config.json", "scheduler_config.json", "tokenizer_config.json")
 """The file by which a component without weights is loaded; any other has `config.json` and weights."""
@@ -38,6 +40,22 @@ def absent_components(folder: Path, index: Mapping[str, Any], layout: Layout, *,
     named = {name for name, value in index.items() if isinstance(value, list) and any(value)}
     optional = named - required_components(layout)
     return sorted(name for name in optional if not _is_there(folder / name, weights))
+
+
+@contextmanager
+def loading(what: str, path: Path) -> Iterator[None]:
+    """Within the block, which uses diffusers or transformers to load `what`, any error of theirs is one sentence: BrokenBase."""
+    try:
+        with quiet_loading():
+            yield
+    except (OverpaintError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # A missing or damaged configuration makes the libraries raise nearly anything.
+    except Exception as error:
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise BrokenBase(
+            f"{what} of the base at {path} cannot be loaded ({why}); get its configuration again"
+        ) from error
 
 
 def check_configuration(folder: Path, layout: Layout, channels: int | None, file: Path) -> None:
@@ -127,7 +145,7 @@ def load_pipeline(
     """
     for text_input in layout.text_inputs.values():
         check_tokenizer(config / text_input.tokenizer)
-    with quiet_loading():
+    with loading("the pipeline", path):
         import diffusers
 
         found: Any = getattr(diffusers, kind)
@@ -136,18 +154,11 @@ def load_pipeline(
         if "requires_safety_checker" in known:
             without["requires_safety_checker"] = False
         how = {"dtype": dtype, "local_files_only": True, **without}
-        try:
-            if path.is_file():
-                pipe = found.from_single_file(str(path), config=str(config), **how)
-            elif layout.is_caught:  # some of these refuse to be loaded in full
-                pipe = found.from_pretrained(path, variant=variant, **how)
-            else:
-                pipe = found.from_pretrained(path, variant=variant, low_cpu_mem_usage=False, **how)
-        # What a missing or damaged configuration makes diffusers and transformers raise.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-            raise BrokenBase(
-                f"diffusers cannot load the base at {path} ({why}); get its configuration again"
-            ) from error
+        if path.is_file():
+            pipe = found.from_single_file(str(path), config=str(config), **how)
+        elif layout.is_caught:  # some of these refuse to be loaded in full
+            pipe = found.from_pretrained(path, variant=variant, **how)
+        else:
+            pipe = found.from_pretrained(path, variant=variant, low_cpu_mem_usage=False, **how)
     pipe.set_progress_bar_config(disable=True)
     return pipe

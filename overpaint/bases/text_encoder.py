@@ -18,8 +18,8 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong, read_rows
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
-from overpaint.bases.loading import own_torch_settings, quiet_loading
-from overpaint.bases.pipelines import check_tokenizer
+from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.bases.safetensors_file import SafetensorsFile
 
 # The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
@@ -75,7 +75,7 @@ def text_model(base: Base, component: str, device: torch.device | str) -> Any:
     """
     rules = base.layout.components[component]
     kind = _MODELS[rules.model]
-    with quiet_loading():
+    with loading(component, base.path):
         config = CLIPTextConfig.from_pretrained(base.config_folder / component, local_files_only=True)
         with torch.device("meta"):
             shell = kind(config)
@@ -381,6 +381,6 @@ def encoders(
 def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:
     folder = base.config_folder / text_input.tokenizer
     check_tokenizer(folder)
-    with quiet_loading():
+    with loading("the tokenizer", base.path):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer

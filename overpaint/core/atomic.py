@@ -107,6 +107,17 @@ def atomic_output(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def write_over(path: Path, content: bytes) -> None:
+    """Give a file new content at once: who reads it meanwhile sees the old or the new. Makes its folder; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name[:150]}.{secrets.token_hex(6)}.partial")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def move_new(source: Path, target: Path) -> None:
     """Rename a file or folder unless something is at `target`, which raises AlreadyExists."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -70,9 +71,20 @@ def _is_symbol(character: str) -> bool:
 
 
 def typed_path(text: str | Path) -> Path:
-    """The absolute path that somebody means, "~" and "~name" being home folders. Raises OverpaintError for no home."""
+    """The absolute path that somebody means, "~" and "~name" being home folders.
+
+    Raises OverpaintError for a home that is not known, and for what no file system can have as a path.
+    """
     try:
-        return Path(text).expanduser().absolute()
+        path = Path(text).expanduser().absolute()
+        path.exists()
+        os.fsencode(path)
+        if "\0" in str(path):
+            raise ValueError("embedded null character")
+        return path
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OverpaintError(f"{quoted(str(text))} cannot be used as a path ({why}); mend it") from error
     except RuntimeError as error:
         raise OverpaintError(f"{text} names a home folder that is not known; write the whole path") from error
 

@@ -27,6 +27,7 @@ from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.progress import Progress, silent
 from overpaint.core.safetensors_header import TensorEntry, header_bytes
 from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
@@ -200,7 +201,7 @@ def build(
     meanwhile, NotConvertible when the base has no place in that form, OverpaintError when nothing can be written or the disk
     is full. Then nothing is left behind.
     """
-    out, terms = Path(out).absolute(), list(terms)
+    out, terms = typed_path(out), list(terms)
     made = base if form in (None, form_of(base)) else converted(base, form)
     beside = out.with_suffix(".md") if card and made.is_single_file else None
     _refuse_name(base, made, out)

@@ -17,6 +17,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound
+from overpaint.core.names import typed_path
 from overpaint.patches.build_record import KEY, BadRecord, component_digests, read_record
 from overpaint.patches.delta import TextMap
 from overpaint.patches.duplicate_weights import survey
@@ -52,7 +53,7 @@ class Inspection:
 @own_torch_settings()
 def inspect(path: Path) -> Inspection:
     """Look into a folder or a file. Raises OverpaintError when it is missing, damaged, or of no kind known here."""
-    path = Path(path).expanduser().absolute()
+    path = typed_path(path)
     if path.is_dir():
         return _base_or_build(Base.open(path))
     if not path.is_file():

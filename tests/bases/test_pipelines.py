@@ -120,6 +120,34 @@ def test_what_is_needed_is_named(base_folder: Path, tmp_path: Path, name: str) -
             TextEncoder.of(base)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer/tokenizer.json", '{"a":'),
+        ("text_encoder/config.json", '{"a":'),
+        ("text_encoder/config.json", '{"hidden_size": "x"}'),
+        ("text_encoder/config.json", '{"hidden_size": 32, "num_attention_heads": 4}'),
+    ],
+)
+def test_a_damaged_configuration_of_the_text_encoder_is_one_sentence(
+    base_folder: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "broken")
+    (folder / name).write_text(text)
+    for use in (TextEncoder.of, Base.pipeline):
+        with pytest.raises(BrokenBase, match="get it") as caught:
+            use(Base.open(folder))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["~nobody_at_all/x", "x" * 5000, "a\0b", "\ud800", "org/" + "x" * 3000])
+def test_what_cannot_be_a_path_is_one_sentence(source: str, tmp_path: Path, base: Base) -> None:
+    for use in (Base.open, inspect, lambda out: build(base, [], out)):
+        with pytest.raises(OverpaintError) as caught:
+            use(source)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"_class_name": 3}', "[" * 9999, "\0", '{"_class_name": "Sta'])
 def test_a_damaged_index_is_named(base_folder: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(base_folder, tmp_path / "broken")
