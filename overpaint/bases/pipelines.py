@@ -121,7 +121,7 @@ def blank_inputs(pipe: Any, count: int) -> dict[str, Any]:
     """What a pipeline that edits pictures needs beside `count` prompts to draw from them alone: grey pictures, and masks
     that let it paint everywhere; nothing for one that draws from prompts."""
     asked = inspect.signature(pipe.__call__).parameters
-    if "image" not in asked:
+    if "image" not in asked or not hasattr(pipe, "unet"):
         return {}
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     blank = {"image": [Image.new("RGB", (size, size), "grey")] * count}
