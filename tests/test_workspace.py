@@ -113,7 +113,10 @@ def test_names_are_free_text(workspace: Workspace) -> None:
         (lambda f: shutil.rmtree(f), "not a folder"),
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "not a diffusers index"),
-        (lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"})), "AudioLDMPipeline"),
+        (
+            lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "AudioLDMPipeline"})),
+            "AudioLDMPipeline",
+        ),
         (lambda f: shutil.rmtree(f / "unet"), "there is no folder"),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").unlink(), "has no diffusion_pytorch_model"),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 64), "cut short or damaged"),
