@@ -2,7 +2,8 @@
 
 A registry of a thousand patches and one of N, each patch of a concept of its own, are asked the same things in turns.
 Times are those of whole calls, the database being a part of them; memory is the highest resident size of a fresh program
-that asks everything, less what it had before. Then eight processes write at once, on SQLite and, where a PostgreSQL server
+that asks everything, less what it had before. Commands are timed as programs of their own, in seconds of CPU time beside
+`import torch`; `patch add` is on the embedded base. Then eight processes write at once, on SQLite and, where a PostgreSQL server
 is installed, on one that is started for it.
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import multiprocessing
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from typing import Any
 
 from sqlalchemy import insert
 
+import overpaint
 from benchmarks import tables
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
@@ -64,6 +67,8 @@ def main() -> None:
         shown.append(tables.show("Calls, median", columns, times(small, large, chosen.rounds)))
         columns = [f"{SMALL} patches, MiB", f"{chosen.patches} patches, MiB"]
         shown.append(tables.show("Memory of asking all of it", columns, [[memory_apart(small), memory_apart(large)]]))
+        columns = ["command", f"CPU on {chosen.patches} patches, s", "of `import torch`"]
+        shown.append(tables.show("Commands, the best of three", columns, list(commands(large, Path(folder) / "emoji"))))
     if chosen.writes:
         columns = ["database", "processes", "writes of each", "seconds", "writes a second"]
         shown.append(tables.show("Writing at once", columns, list(writing_at_once(chosen.writes))))
@@ -127,7 +132,7 @@ def id_of(number: int) -> str:
 
 def lay(registry: Registry, number: int, strength: float | None) -> int:
     return registry.change_recipe(
-        "safe", id_of(number), strength, why="", who="", digest_before=None, digest_after=None
+        "safe", id_of(number), strength, why="", who="", digest_before="0" * 64, digest_after="0" * 64
     )
 
 
@@ -232,6 +237,52 @@ def highest_resident_size() -> float:
     """MiB, of this program alone: what `getrusage` tells begins with that of the program that started it."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
+
+
+# Commands
+
+COMMANDS = ("recipe show safe", "recipe log safe", "recipe list", "patch list", "concept list", f"search {RARE}")
+
+
+def commands(large: Path, emoji: Path) -> Iterator[list[Any]]:
+    """A row for each command: its CPU time, and how often `import torch` fits in."""
+    with_torch = cpu_of("-c", "import torch")
+    yield ["(import torch)", with_torch, 1.0]
+    for command in COMMANDS:
+        seconds = cpu_of("-m", "overpaint.cli", "--registry", str(large), *command.split())
+        yield [command, seconds, seconds / with_torch]
+    workspace = overpaint.open(emoji)
+    workspace.add_base("emoji", "emoji")
+    patch = workspace.solve("cat", base="emoji", solver="uce")
+    strengths = itertools.count(1)
+
+    def add() -> list[str]:
+        return [
+            "-m",
+            "overpaint.cli",
+            "--registry",
+            str(emoji),
+            "patch",
+            "add",
+            patch.id,
+            "--strength",
+            str(next(strengths)),
+        ]
+
+    seconds = min(cpu_once(*add()) for _ in range(3))
+    yield ["patch add, on the embedded base", seconds, seconds / with_torch]
+
+
+def cpu_of(*words: str) -> float:
+    return min(cpu_once(*words) for _ in range(3))
+
+
+def cpu_once(*words: str) -> float:
+    """Seconds of CPU time that a fresh interpreter takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # Many writers

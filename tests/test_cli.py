@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,26 @@ for words in {[line.split() for line in WITHOUT_TORCH.strip().splitlines()]!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_with_a_lost_patch_is_shown_with_its_digest(ready: Shell) -> None:
+    ready.ok("solve", "cat", "--base", "tiny")
+    added = ready.ok("patch", "add", "cat", "--recipe", "safe")
+    shutil.rmtree(ready.registry / "blobs")
+    shown = ready("recipe", "show", "safe")
+    assert (shown.exit_code, shown.stdout.split()[-1]) == (0, added.split()[-1])
+    assert "is not known: blob" in shown.stderr
+
+
+def test_adding_a_patch_loads_no_more_than_composing_needs(ready: Shell) -> None:
+    ready.ok("solve", "cat", "--base", "tiny")
+    code = f"""
+import sys, overpaint.cli
+overpaint.cli.main.main(["--registry", {str(ready.registry)!r}, "patch", "add", "cat"], standalone_mode=False)
+print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['torch']"
 
 
 def test_from_a_base_to_a_checkpoint(ready: Shell, tmp_path: Path) -> None:

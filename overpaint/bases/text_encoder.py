@@ -7,12 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong, read_rows
@@ -21,6 +20,9 @@ from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.bases.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
 #
@@ -35,11 +37,6 @@ HELD = 600 << 20
 
 BATCH, READ_BATCH = 128, 16
 """Prompts at a time: for a text encoder of SD 1.x's size that is held, fewer for larger ones; and where layers are read."""
-
-_MODELS: dict[str, Any] = {
-    "CLIPTextModel": CLIPTextModel,
-    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-}
 
 
 class _Read(torch.nn.Module):
@@ -73,10 +70,12 @@ def text_model(base: Base, component: str, device: torch.device | str) -> Any:
     What is held follows from the base and the kind of device alone, never from the memory there is. Raises BrokenBase for a
     base that lacks one of its weights.
     """
+    import transformers
+
     rules = base.layout.components[component]
-    kind = _MODELS[rules.model]
+    kind = getattr(transformers, rules.model)
     with loading(component, base.path):
-        config = CLIPTextConfig.from_pretrained(base.config_folder / component, local_files_only=True)
+        config = transformers.CLIPTextConfig.from_pretrained(base.config_folder / component, local_files_only=True)
         with torch.device("meta"):
             shell = kind(config)
         names = {key: f"{component}/{rules.canonical(key)}" for key in shell.state_dict()}
@@ -379,6 +378,8 @@ def encoders(
 
 
 def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
     folder = base.config_folder / text_input.tokenizer
     check_tokenizer(folder)
     with loading("the tokenizer", base.path):

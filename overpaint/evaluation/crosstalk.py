@@ -238,6 +238,14 @@ def crosstalk(
     return Crosstalk(tuple((p.id, p.concept.name) for p in patches), names, tuple(methods), ratios)
 
 
+def disturbances(base: Base, patches: Sequence[Patch], concept: str, *, cache: Path) -> list[Pair]:
+    """The strong cross-talk between one concept's patch and the other `patches`, both ways, where it has a closed form."""
+    known = [patch for patch in patches if has_closed_form(base, patch)]
+    if len(known) < 2:
+        return []
+    return [pair for pair in crosstalk(base, known, cache=cache).above() if concept in (pair.emitter, pair.receiver)]
+
+
 def has_closed_form(base: Base, patch: Patch) -> bool:
     """Whether a patch changes nothing but projections that read the prompt."""
     return set(patch.delta.targets(base)) <= set(base.projections())

@@ -48,9 +48,8 @@ def records_now(session: Session, recipes: Sequence[models.RecipeRow]) -> list[R
         (models.RevisionRow.recipe_id == models.RecipeRow.id)
         & (models.RevisionRow.number == models.RecipeRow.revision),
     )
-    if len(recipes) == 1:
-        newest = newest.where(models.RecipeRow.id == recipes[0].id)
-    digests = {row.id: row.digest_after for row in session.execute(newest)}
+    pieces = (newest.where(models.RecipeRow.id.in_(some)) for some in chunks(recipe.id for recipe in recipes))
+    digests = {row.id: row.digest_after for piece in pieces for row in session.execute(piece)}
     return [_record(recipe, recipe.revision, entries_now(recipe), digests.get(recipe.id)) for recipe in recipes]
 
 

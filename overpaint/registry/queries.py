@@ -84,6 +84,7 @@ CANDIDATES = 300
 AT_ONCE = 1000
 """How many ids one query may name; databases have limits."""
 
+IdT = TypeVar("IdT", str, int)
 RowT = TypeVar("RowT", bound=models.Row)
 Named = TypeVar("Named", models.BaseRow, models.ConceptRow, models.RecipeRow)
 
@@ -123,7 +124,7 @@ def _candidates(session: Session, table: type[Named], name: str) -> list[str]:
     return [near for page in (first, after, before) for near in session.scalars(page)]
 
 
-def chunks(ids: Iterable[str]) -> Iterator[Sequence[str]]:
+def chunks(ids: Iterable[IdT]) -> Iterator[Sequence[IdT]]:
     """`ids` in pieces that one query can name."""
     every = list(ids)
     return (every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE))

@@ -18,7 +18,6 @@ from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
-from overpaint.evaluation.crosstalk import Pair, crosstalk, has_closed_form
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import open_judge
@@ -70,17 +69,6 @@ def draw(
 def liked_guidance(base: Base) -> float:
     """The guidance scale that a base likes: its own, else 7.5, the usual one of Stable Diffusion."""
     return float(base.extras.get("guidance", 7.5))
-
-
-def moments_cache(registry: Registry) -> Path:
-    """The folder in which the second moments of concepts' keys are kept."""
-    return registry.folder / "cache" / "moments"
-
-
-def disturbances(base: Base, patches: Sequence[Patch], concept: str, *, cache: Path) -> list[Pair]:
-    """The strong cross-talk between one concept's patch and the other `patches`, both ways, where it has a closed form."""
-    known = [patch for patch in patches if has_closed_form(base, patch)]
-    return [pair for pair in crosstalk(base, known, cache=cache).above() if concept in (pair.emitter, pair.receiver)]
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,11 @@ class OpenRegistry:
         """The folder in which second moments of vocabularies are kept."""
         return self.registry.folder / "cache" / "vocabulary"
 
+    @property
+    def moments(self) -> Path:
+        """The folder in which second moments of concepts are kept."""
+        return self.registry.folder / "cache" / "moments"
+
     def surroundings(self, base: str) -> SolveContext:
         """What every solve on a base knows beside its request: all concepts, the prompts to preserve, the cache."""
         preserved = tuple(each.prompt for each in self.registry.kept_prompts(base))

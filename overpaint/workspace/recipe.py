@@ -432,11 +432,11 @@ class Recipe:
 
     def disturbances(self, patch_id: str) -> list[Pair]:
         """The strong cross-talk between one patch and the others, both ways, where it has a closed form."""
-        from overpaint.workspace.evaluating import disturbances, moments_cache
+        from overpaint.evaluation.crosstalk import disturbances
 
         patches = [self._opened.patch(each) for each, _ in self.record.patches]
         concept = self._opened.patch(patch_id).concept.name
-        return disturbances(self.base, patches, concept, cache=moments_cache(self._opened.registry))
+        return disturbances(self.base, patches, concept, cache=self._opened.moments)
 
     # Keeping
 

@@ -17,6 +17,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.registry.registry import Registry
+from overpaint.registry.store import BlobCorrupt, BlobMissing
 from overpaint.solvers import is_closed_form
 from overpaint.workspace.planning import (
     SolveRequest,
@@ -63,8 +64,11 @@ def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
 
 
 def mixture(registry: Registry, recipe: str) -> str:
-    """One sentence when a recipe mixes universes, else nothing."""
-    found = universes(registry, recipe)
+    """One sentence when a recipe mixes universes, or when that is not known for lost bytes; else nothing."""
+    try:
+        found = universes(registry, recipe)
+    except (BlobMissing, BlobCorrupt) as error:
+        return f"whether the patches on {recipe} were solved for one universe is not known: {error}"
     if len(found) < 2:
         return ""
     shares = ", ".join(f"{len(each.patches)} for {_concepts(each.concepts)}" for each in found)

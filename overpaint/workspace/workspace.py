@@ -342,7 +342,6 @@ class Workspace(OpenRegistry):
         """
         from overpaint.bases.loading import resolve_device
         from overpaint.evaluation.crosstalk import crosstalk
-        from overpaint.workspace.evaluating import moments_cache
 
         if recipe is not None:
             record = self.registry.recipe(recipe)
@@ -357,7 +356,7 @@ class Workspace(OpenRegistry):
             self.base(base),
             [self.patch(patch_id) for patch_id in ids],
             self.concepts() if everything else (),
-            cache=moments_cache(self.registry),
+            cache=self.moments,
             device=resolve_device(device),
         )
 

@@ -74,6 +74,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Registry:
         )
     registry.create_recipe("r", "small")
     lay(registry, "r", patches[7]["id"], 1.0)
+    registry.copy_recipe("r", "s", why="because", who="tester")
     return registry
 
 
@@ -114,6 +115,10 @@ LOOKS: dict[str, Callable[[Registry], object]] = {
     "by nothing": lambda registry: _miss(lambda: registry.patch("thong 77")),
     "a recipe": lambda registry: registry.recipe("r"),
     "an earlier revision": lambda registry: registry.recipe("r@0"),
+    "all recipes": lambda registry: registry.recipes(),
+    "what lies on a recipe": lambda registry: (registry.patches_on("r"), registry.patches_on("r@1")),
+    "a history": lambda registry: (registry.log("r"), registry.history("r")),
+    "a comparison": lambda registry: registry.diff("r@0", "s"),
     "recipes with a patch": lambda registry: registry.recipes_with(digest_of("7")),
     "due": lambda registry: registry.due(datetime(2030, 1, 1).date()),
     "adding": lambda registry: add_patch(registry, "another", concept="thing 77"),
