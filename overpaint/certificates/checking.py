@@ -37,7 +37,7 @@ Rerun = Callable[[Mapping[str, Any], Composition], list[ResultRecord]]
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One thing that was looked at: the field of the certificate, what came out, and why."""
 
     field: str
@@ -49,7 +49,7 @@ class Check:
 class Verification:
     """All checks of one certificate, and what it states in short."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[Finding, ...]
     facts: Mapping[str, Any]
 
     @property
@@ -93,9 +93,11 @@ def check_certificate(
     facts = stated(report)
     (recipe,), (validity,) = facts["RECIPE"], facts["VALIDITY"]
     signed = f"by {key_id(found.key)} ({report['predicate']['producer'].get('name', '')})"
-    signer = Check("signature", "holds", f"{signed}, whom you trust")
+    signer = Finding("signature", "holds", f"{signed}, whom you trust")
     if keys is None:
-        signer = Check("signature", "not checked", f"it fits the key {signed}; nobody said whom to trust (--trust KEY)")
+        signer = Finding(
+            "signature", "not checked", f"it fits the key {signed}; nobody said whom to trust (--trust KEY)"
+        )
     checks = [
         signer,
         _validity(validity, today or datetime.now(timezone.utc).date()),
@@ -113,42 +115,44 @@ def check_certificate(
     return Verification(tuple(checks), short)
 
 
-def _validity(validity: Mapping[str, Any], today: date) -> Check:
+def _validity(validity: Mapping[str, Any], today: date) -> Finding:
     last = validity.get("expires")
     if last is None:
-        return Check("VALIDITY.expires", "holds", "it does not expire")
+        return Finding("VALIDITY.expires", "holds", "it does not expire")
     try:
         expired = date.fromisoformat(last) < today
     except (TypeError, ValueError):
-        return Check("VALIDITY.expires", "fails", f"{last!r} is no date")
-    return Check("VALIDITY.expires", "fails" if expired else "holds", f"{'expired on' if expired else 'until'} {last}")
+        return Finding("VALIDITY.expires", "fails", f"{last!r} is no date")
+    return Finding(
+        "VALIDITY.expires", "fails" if expired else "holds", f"{'expired on' if expired else 'until'} {last}"
+    )
 
 
 def _consistency(
     report: Mapping[str, Any], tests: Mapping[str, Any], facts: Mapping[str, list[Mapping[str, Any]]]
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     """Whether the certificate agrees with itself: subjects, recipe, patches, and test results with the numbers."""
     (recipe,), files = facts["RECIPE"], _subject_files(report)
     subjects = subjects_of(recipe, files)
     for statement, name in ((report, "the report"), (tests, "the test results")):
         same = statement.get("subject") == subjects
-        yield Check(f"subject of {name}", "holds" if same else "fails", "its digest is that of the stated recipe")
+        yield Finding(f"subject of {name}", "holds" if same else "fails", "its digest is that of the stated recipe")
     listed = [(each["patch"], each["strength"]) for each in recipe["patches"]]
     hidden = [(each["patch"], each["strength"]) for each in facts.get("CONCEPT_HIDDEN", ())]
-    yield Check(
+    yield Finding(
         "CONCEPT_HIDDEN", "holds" if listed == hidden else "fails", f"{len(hidden)} patches, those of the recipe"
     )
     runs = [*facts.get("MEASURED", ()), *facts.get("COUNTER_EVIDENCE", ())]
     (weights,) = facts["WEIGHTS"]
     for run in runs:
         same = run.get("weights") == weights["digest"]
-        yield Check(
+        yield Finding(
             f"MEASURED.weights ({run['suite']})", "holds" if same else "fails", "judged were the stated weights"
         )
     yield _tests_follow(tests["predicate"], runs)
 
 
-def _tests_follow(predicate: Mapping[str, Any], runs: list[Mapping[str, Any]]) -> Check:
+def _tests_follow(predicate: Mapping[str, Any], runs: list[Mapping[str, Any]]) -> Finding:
     """Whether passed, warned and failed are what the numbers come to under the stated thresholds."""
     try:
         outcomes: dict[str, list[str]] = {"yes": [], "no": [], "undecided": []}
@@ -164,7 +168,7 @@ def _tests_follow(predicate: Mapping[str, Any], runs: list[Mapping[str, Any]]) -
     except (KeyError, TypeError, ValueError, AttributeError, OverpaintError):
         same = False
     detail = f"{predicate.get('result')}: {len(predicate.get('passedTests', ()))} thresholds hold"
-    return Check(
+    return Finding(
         "test-result", "holds" if same else "fails", f"{detail}, as the stated numbers have it" if same else detail
     )
 
@@ -196,14 +200,14 @@ def _subject_files(report: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path) -> Iterator[Check]:
+def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path) -> Iterator[Finding]:
     wanted = _subject_files(report)
     if not wanted:
         detail = "the certificate is about a recipe and names no files" if checkpoint else "it names none"
-        yield Check("subject files", "not checked", detail)
+        yield Finding("subject files", "not checked", detail)
         return
     if checkpoint is None:
-        yield Check("subject files", "not checked", f"{len(wanted)} files; give the checkpoint with --checkpoint")
+        yield Finding("subject files", "not checked", f"{len(wanted)} files; give the checkpoint with --checkpoint")
         return
     beside = [certificate, certificate.with_name(f"{certificate.name}.cdx.json")]
     digests = file_digests(checkpoint, but=beside)
@@ -212,9 +216,9 @@ def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path
         if wanted.get(name) != digests.get(name):
             wrong = True
             why = "missing" if name not in digests else "not in the certificate" if name not in wanted else "altered"
-            yield Check(f"subject {name}", "fails", f"the file is {why}")
+            yield Finding(f"subject {name}", "fails", f"the file is {why}")
     if not wrong:
-        yield Check("subject files", "holds", f"all {len(wanted)} files are as certified")
+        yield Finding("subject files", "holds", f"all {len(wanted)} files are as certified")
 
 
 def _composition(
@@ -223,27 +227,29 @@ def _composition(
     find_patch: FindPatch | None,
     checkpoint: Path | None,
     rerun: Rerun | None,
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     """Base and patches composed again, the checkpoint's weights, and if asked for the suites run again."""
     (recipe,), (weights,), (inputs,) = facts["RECIPE"], facts["WEIGHTS"], facts["TEXT_INPUTS"]
     if checkpoint is not None:
         digest = Base.open(checkpoint).fingerprint
         same = digest == weights["digest"]
-        yield Check("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
+        yield Finding("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
     if base is None:
-        yield Check("WEIGHTS", "not checked", "composing them again needs the base (--base)")
+        yield Finding("WEIGHTS", "not checked", "composing them again needs the base (--base)")
         return
     named = recipe["base"]
     if base.fingerprint != named["fingerprint"]:
-        yield Check("RECIPE.base.fingerprint", "fails", f"the base given is another one: {base.fingerprint}")
+        yield Finding("RECIPE.base.fingerprint", "fails", f"the base given is another one: {base.fingerprint}")
         return
-    yield Check("RECIPE.base.fingerprint", "holds", f"the base is the one that is stated, {named['fingerprint'][:12]}")
+    yield Finding(
+        "RECIPE.base.fingerprint", "holds", f"the base is the one that is stated, {named['fingerprint'][:12]}"
+    )
     patches: list[tuple[Patch, float, date | None]] = []
     for entry in recipe["patches"]:
         patch = find_patch(entry["patch"]) if find_patch else None
         if patch is None:
             why = "composing them again needs the patches, from a registry or with --from; not to be had: "
-            yield Check("WEIGHTS", "not checked", why + entry["patch"][:12])
+            yield Finding("WEIGHTS", "not checked", why + entry["patch"][:12])
             return
         last = date.fromisoformat(entry["expires"]) if entry["expires"] else None
         patches.append((patch, entry["strength"], last))
@@ -253,7 +259,7 @@ def _composition(
     for run in runs:
         field = f"MEASURED.results ({run['suite']})"
         if rerun is None:
-            yield Check(field, "not checked", "drawing and judging again takes a while; ask for it with --rerun")
+            yield Finding(field, "not checked", "drawing and judging again takes a while; ask for it with --rerun")
         else:
             yield _again(field, run, rerun(run, made))
 
@@ -263,20 +269,20 @@ def _compared(
     made: Composition,
     weights: Mapping[str, Any],
     inputs: Mapping[str, Any],
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     stated_tensors = dict(weights["changed"])
     wrong = sorted(n for n in {*stated_tensors, *made.tensors} if stated_tensors.get(n) != made.tensors.get(n))
     for name in wrong:
-        yield Check(f"WEIGHTS.changed[{name}]", "fails", "base and patches compose to another tensor")
+        yield Finding(f"WEIGHTS.changed[{name}]", "fails", "base and patches compose to another tensor")
     same = weights["digest"] == made.weights
     detail = f"base and {len(made.patches)} patches compose to {made.weights}"
-    yield Check("WEIGHTS.digest", "holds" if same and not wrong else "fails", detail)
+    yield Finding("WEIGHTS.digest", "holds" if same and not wrong else "fails", detail)
     for field, value, now in (
         ("RECIPE", facts["RECIPE"][0], made.record),
         ("TEXT_INPUTS.covered", inputs.get("covered"), list(made.covered)),
         ("TEXT_INPUTS.uncovered", inputs.get("uncovered"), list(made.uncovered)),
     ):
-        yield Check(
+        yield Finding(
             field, "holds" if value == now else "fails", "as base and patches have it" if value == now else f"{now}"
         )
     concepts = {patch.id: patch for patch, _, _ in made.patches}
@@ -289,17 +295,17 @@ def _compared(
             "seed": solver.get("seed"),
         }
         if differing := [key for key, value in wanted.items() if each.get(key) != value]:
-            yield Check(f"CONCEPT_HIDDEN.{differing[0]}", "fails", f"patch {each['patch'][:12]} says {wanted}")
+            yield Finding(f"CONCEPT_HIDDEN.{differing[0]}", "fails", f"patch {each['patch'][:12]} says {wanted}")
 
 
-def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> Check:
+def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> Finding:
     """Whether a suite that was run again gives the same numbers; another machine may round a picture otherwise."""
     before = {(each["subject"], each["metric"]): each for each in run["results"]}
     moved = []
     for result in results:
         stated_result = before.get((result.subject, result.metric))
         if stated_result is None:
-            return Check(field, "fails", f"{result.subject}: {result.metric} is not in the certificate")
+            return Finding(field, "fails", f"{result.subject}: {result.metric} is not in the certificate")
         low, high = stated_result["low"], stated_result["high"]
         inside = stated_result["value"] == result.value or (low is not None and low <= result.value <= high)
         if not inside:
@@ -307,6 +313,6 @@ def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> C
                 f"{result.subject}, {result.metric}: {stated_result['value']:.4g} then, {result.value:.4g} now"
             )
     if moved:
-        return Check(field, "fails", "; ".join(moved[:3]))
+        return Finding(field, "fails", "; ".join(moved[:3]))
     exact = all(before[r.subject, r.metric]["value"] == r.value for r in results)
-    return Check(field, "holds", "run again: the same numbers" if exact else "run again: within the stated intervals")
+    return Finding(field, "holds", "run again: the same numbers" if exact else "run again: within the stated intervals")

@@ -3,8 +3,8 @@
 For deltas that change nothing but what reads the prompt it has a closed form. A patch i adds `dW_l` to every projection
 `W_l` that reads it; over a concept's keys K_j with second moment `S_j = K_j K_j^T`, the change of what is read is
 `effect(i, j)^2 = sum_l |dW_l K_j|^2 / sum_l |W_l K_j|^2 = tr(H_i S_j) / tr(G S_j)`, with `H_i = sum_l dW_l^T dW_l` and
-`G = sum_l W_l^T W_l`. Where tensors read several doors side by side, keys are what comes through all of them together;
-where others read another door, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
+`G = sum_l W_l^T W_l`. Where tensors read several text inputs side by side, keys are those of all of them together;
+where others read another text input, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
 none, 1 is as much as the patch does to its own concept. A delta that changes other tensors has no such form; it is probed
 on the model instead (`probing.py`).
 """
@@ -37,7 +37,7 @@ from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
 
-# What a base hears of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
+# What a base reads of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
 #
 # Encoding a concept's sentences takes seconds on a large text encoder, the factor is a few hundred kilobytes; so it is
 # kept beside the registry and read again while base and sentences are the same.
@@ -47,7 +47,7 @@ ENERGY = 1 - 1e-6
 """Share of the second moment's trace that the factor keeps."""
 
 
-class Moments:
+class ConceptMoments:
     """Second-moment factors of concepts on one base. `cache` is a folder, or None to keep nothing.
 
     Sentences that name another of `concepts` are left out: what erasing ink does to "a cat in ink style" says nothing
@@ -61,7 +61,7 @@ class Moments:
         self._factors: dict[str, Tensor] = {}
 
     def factor(self, concept: Concept, text_inputs: tuple[str, ...] = ("text_encoder",)) -> Tensor:
-        """F, float64 [d, k], of what comes through doors that stand side by side, one below the other.
+        """F, float64 [d, k], of what comes through text inputs that are read side by side, one below the other.
 
         Raises PromptTooLong when the concept does not fit into a sentence.
         """
@@ -204,7 +204,7 @@ class Crosstalk:
         return sorted(found, key=lambda pair: (-pair.ratio, pair.emitter, pair.receiver))
 
     def above(self, threshold: float = WARN_ABOVE) -> list[Pair]:
-        """The pairs that a careful person wants to hear of, the strongest first."""
+        """The pairs that a careful person wants to know of, the strongest first."""
         return [pair for pair in self.pairs() if pair.ratio > threshold]
 
 
@@ -257,7 +257,7 @@ class _ClosedForm:
     def __init__(self, base: Base, concepts: list[Concept], cache: Path | None, device: torch.device) -> None:
         self.base, self.concepts = base, concepts
         self._groups = [_Group(base, text_inputs) for text_inputs in _side_by_side(base)]
-        self._moments = Moments(base, concepts, cache, device)
+        self._moments = ConceptMoments(base, concepts, cache, device)
 
     def effects(self, patch: Patch) -> list[float]:
         """`effect(i, j)` for every concept j."""
@@ -274,7 +274,7 @@ class _ClosedForm:
 
 
 def _side_by_side(base: Base) -> list[tuple[str, ...]]:
-    """The doors of a base, those together that the same tensors read, in the order of their columns."""
+    """The text inputs of a base, those together that the same tensors read, in the order of their columns."""
     found: dict[tuple[str, ...], list[str]] = {}
     for text_input in base.text_inputs:
         found.setdefault(tuple(base.projections(text_input)), []).append(text_input)
@@ -285,7 +285,7 @@ def _side_by_side(base: Base) -> list[tuple[str, ...]]:
 
 
 class _Group:
-    """Doors that the same tensors read, and the columns of these tensors that belong to them."""
+    """Text inputs that the same tensors read, and the columns of these tensors that belong to them."""
 
     def __init__(self, base: Base, text_inputs: tuple[str, ...]) -> None:
         self.base, self.text_inputs = base, text_inputs
@@ -318,7 +318,7 @@ class _Group:
         return total
 
     def _placed(self, text_input: str, factor: Tensor) -> Tensor:
-        """A factor of one door among the columns of all."""
+        """A factor of one text input among the columns of all."""
         whole = torch.zeros(self._width, factor.shape[1], dtype=torch.float64)
         whole[self._columns[text_input]] = factor.double()
         return whole

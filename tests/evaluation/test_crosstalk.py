@@ -17,7 +17,7 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.cli import main
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.evaluation.crosstalk import Crosstalk, Moments, crosstalk
+from overpaint.evaluation.crosstalk import ConceptMoments, Crosstalk, crosstalk
 from overpaint.evaluation.figures import heat_map
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
@@ -96,9 +96,9 @@ def test_what_is_kept_in_the_cache_gives_the_same_answer(base: Base, tmp_path: P
 
 def test_a_changed_concept_is_not_taken_from_the_cache(base: Base, tmp_path: Path) -> None:
     device = torch.device("cpu")
-    narrow = Moments(base, [CAT], tmp_path, device).factor(CAT)
+    narrow = ConceptMoments(base, [CAT], tmp_path, device).factor(CAT)
     other = Concept("cat", synonyms=("fox",))
-    wide = Moments(base, [other], tmp_path, device).factor(other)
+    wide = ConceptMoments(base, [other], tmp_path, device).factor(other)
     assert narrow.shape != wide.shape or not torch.allclose(narrow, wide)
 
 
