@@ -21,6 +21,7 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, digests_of
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -61,9 +62,11 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of tensors that were hashed, in order."""
     names: list[str] = []
 
-    def noted(places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile]) -> dict[str, str]:
+    def noted(
+        places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile], *, progress: Progress
+    ) -> dict[str, str]:
         names.extend(places)
-        return digests_of(places, containers)
+        return digests_of(places, containers, progress=progress)
 
     monkeypatch.setattr("overpaint.bases.base.digests_of", noted)
     return names

@@ -231,9 +231,9 @@ def test_variants_and_shards_are_found_in_the_listing(base: Base, hub: Hub, form
     [
         (lambda folder: (folder / "model_index.json").unlink(), BrokenBase, "has no model_index.json"),
         (
-            lambda folder: (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"})),
+            lambda folder: (folder / "model_index.json").write_text(json.dumps({"_class_name": "MarigoldPipeline"})),
             UnknownLayout,
-            r"holds a FluxPipeline.*known are: .*StableDiffusionPipeline.*adding-a-layout",
+            r"holds a MarigoldPipeline.*known are: .*StableDiffusionPipeline.*adding-a-layout",
         ),
         (
             lambda folder: (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/x.bin"),

@@ -102,7 +102,7 @@ def test_a_base_is_prepared_once_and_solved_from_what_was_kept(tmp_path: Path, b
     assert len(kept) == 1
     kept[0].write_bytes(kept[0].read_bytes()[:-1])
     again = CliRunner().invoke(main, ["--registry", str(place), "base", "prepare", "tiny"], catch_exceptions=False)
-    assert f"warning: {kept[0]} is damaged; the vocabulary is heard again" in again.stderr
+    assert f"warning: {kept[0]} is damaged; the vocabulary is encoded again" in again.stderr
     before = kept[0].stat().st_mtime_ns
     Workspace.open(place).solve("cat", base="tiny")
     assert [file.stat().st_mtime_ns for file in (place / "cache" / "vocabulary").iterdir()] == [before]
