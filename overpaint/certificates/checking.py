@@ -30,10 +30,12 @@ from overpaint.registry.registry import EvaluationRecord, ResultRecord
 from overpaint.registry.sharing.signing import Keyring, key_id
 
 Outcome = Literal["holds", "fails", "not checked"]
-FindPatch = Callable[[str], Patch | None]
-"""The patch of an id, or None where it is not to be had."""
-Rerun = Callable[[Mapping[str, Any], Composition], list[ResultRecord]]
-"""Runs a suite again, from what the certificate states of the run, on a composition."""
+FindBase = Callable[[str], Base | None]
+"""The base to compose on for a stated fingerprint, or None where there is none."""
+FindPatch = Callable[[Base, str], Patch | None]
+"""The patch of an id for a base, or None where it is not to be had."""
+Rerun = Callable[[Mapping[str, Any], Base, Composition], list[ResultRecord]]
+"""Runs a suite again, from what the certificate states of the run, on a base and what was composed on it."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def check_certificate(
     file: Path,
     *,
     keys: Keyring | None = None,
-    base: Base | None = None,
-    find_patch: FindPatch | None = None,
+    find_base: FindBase = lambda fingerprint: None,
+    find_patch: FindPatch = lambda base, patch_id: None,
     checkpoint: Path | None = None,
     rerun: Rerun | None = None,
     today: date | None = None,
@@ -103,7 +105,7 @@ def check_certificate(
         _validity(validity, today or datetime.now(timezone.utc).date()),
         *_consistency(report, tests, facts),
         *_files(report, checkpoint, file),
-        *_composition(facts, base, find_patch, checkpoint, rerun),
+        *_composition(facts, find_base, find_patch, checkpoint, rerun),
     ]
     short = {
         "recipe": recipe["name"],
@@ -223,8 +225,8 @@ def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path
 
 def _composition(
     facts: Mapping[str, list[Mapping[str, Any]]],
-    base: Base | None,
-    find_patch: FindPatch | None,
+    find_base: FindBase,
+    find_patch: FindPatch,
     checkpoint: Path | None,
     rerun: Rerun | None,
 ) -> Iterator[Finding]:
@@ -234,10 +236,11 @@ def _composition(
         digest = Base.open(checkpoint).fingerprint
         same = digest == weights["digest"]
         yield Finding("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
+    named = recipe["base"]
+    base = find_base(named["fingerprint"])
     if base is None:
         yield Finding("WEIGHTS", "not checked", "composing them again needs the base (--base)")
         return
-    named = recipe["base"]
     if base.fingerprint != named["fingerprint"]:
         yield Finding("RECIPE.base.fingerprint", "fails", f"the base given is another one: {base.fingerprint}")
         return
@@ -246,7 +249,7 @@ def _composition(
     )
     patches: list[tuple[Patch, float, date | None]] = []
     for entry in recipe["patches"]:
-        patch = find_patch(entry["patch"]) if find_patch else None
+        patch = find_patch(base, entry["patch"])
         if patch is None:
             why = "composing them again needs the patches, from a registry or with --from; not to be had: "
             yield Finding("WEIGHTS", "not checked", why + entry["patch"][:12])
@@ -261,7 +264,7 @@ def _composition(
         if rerun is None:
             yield Finding(field, "not checked", "drawing and judging again takes a while; ask for it with --rerun")
         else:
-            yield _again(field, run, rerun(run, made))
+            yield _again(field, run, rerun(run, base, made))
 
 
 def _compared(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from overpaint.bases.base import Base
 from overpaint.certificates.bom import bill_of_materials
-from overpaint.certificates.checking import Rerun, Verification, check_certificate
+from overpaint.certificates.checking import Verification, check_certificate
 from overpaint.certificates.envelope import producer, sealed
 from overpaint.certificates.statement import (
     SIGNATURE,
@@ -23,12 +24,14 @@ from overpaint.certificates.statement import (
 )
 from overpaint.core.atomic import atomic_output, refuse_taken, require_parent
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.progress import silent
+from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.suites import configured
 from overpaint.patches.build_record import records
 from overpaint.patches.patch import Patch
 from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
 from overpaint.registry.sharing.signing import load_keyring, load_signer
-from overpaint.workspace.evaluating import EvaluationRequest, Subject, open_context
+from overpaint.workspace.evaluating import EvaluationRequest, open_context
 from overpaint.workspace.opened import OpenRegistry
 
 
@@ -160,43 +163,34 @@ def verify(
     `source` is a file that `overpaint export` wrote, a folder or a URL that `overpaint push` wrote to. Raises
     BadCertificate for a certificate that is damaged, altered or not signed by a trusted key.
     """
-    keys = load_keyring(trust) if trust else None
-    model = Base.open(base) if base else _known_base(opened, certificate)
-    with _patches_of(source, model) as shared:
-        registries = [each for each in (shared, opened) if each is not None]
-        found = check_certificate(
+    with ExitStack() as opened_meanwhile:
+        registries = [opened]
+
+        def find_base(fingerprint: str) -> Base | None:
+            model = Base.open(base) if base else _known_base(opened, fingerprint)
+            if source is not None and model is not None:
+                registries.insert(0, opened_meanwhile.enter_context(_patches_of(source, model)))
+            return model
+
+        return check_certificate(
             certificate,
-            keys=keys,
-            base=model,
-            find_patch=lambda patch_id: _patch(registries, patch_id),
+            keys=load_keyring(trust) if trust else None,
+            find_base=find_base,
+            find_patch=lambda model, patch_id: _patch(registries, patch_id),
             checkpoint=checkpoint,
-            rerun=_rerun(opened) if rerun else None,
+            rerun=partial(_run_again, opened) if rerun else None,
         )
-    return found
 
 
-def _known_base(opened: OpenRegistry, certificate: Path) -> Base | None:
-    """The registry's base with the fingerprint that a certificate states, if it has one."""
-    from overpaint.certificates.envelope import LIMIT, BadCertificate
-    from overpaint.certificates.envelope import opened as read
-    from overpaint.certificates.statement import REPORT, stated
-
-    try:
-        with certificate.open("rb") as file:
-            report = read(file.read(LIMIT), None).statements[REPORT]
-        fingerprint = stated(report)["RECIPE"][0]["base"]["fingerprint"]
-    except (OSError, BadCertificate, KeyError, TypeError):
-        return None  # `check_certificate` says what is wrong with it
+def _known_base(opened: OpenRegistry, fingerprint: str) -> Base | None:
+    """The registry's base with a fingerprint, if it has one."""
     name = next((record.name for record in opened.bases() if record.fingerprint == fingerprint), None)
     return opened.base(name) if name else None
 
 
 @contextmanager
-def _patches_of(source: str | None, base: Base | None) -> Iterator[OpenRegistry | None]:
-    """Within the block, a registry that holds what `source` shares for a base; None without one of them."""
-    if source is None or base is None:
-        yield None
-        return
+def _patches_of(source: str, base: Base) -> Iterator[OpenRegistry]:
+    """Within the block, a registry that holds what `source` shares for a base."""
     from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 
     with TemporaryDirectory(prefix="overpaint-") as folder:
@@ -218,31 +212,23 @@ def _patch(registries: list[OpenRegistry], patch_id: str) -> Patch | None:
     return None
 
 
-def _rerun(opened: OpenRegistry) -> Rerun:
-    def run(stated: Mapping[str, Any], made: Composition) -> list[ResultRecord]:
-        base = opened.base(next(r.name for r in opened.bases() if r.fingerprint == made.fingerprint))
-        sampler = stated["settings"]["sampler"]
-        request = EvaluationRequest(
-            suite=stated["suite"],
-            settings={name: str(value) for name, value in stated["settings"]["suite"].items() if value != ""},
-            judge=stated["settings"].get("judge", ""),
-            seed=stated["seed"],
-            steps=sampler["steps"],
-            guidance=sampler["guidance"],
-            device=sampler["device"],
-        )
-        entries = tuple((opened.registry.patch(patch.id), strength) for patch, strength, _ in made.patches)
-        entries = tuple(sorted(entries, key=lambda entry: entry[0].concept))
-        subject = Subject(made.base_name, entries, recipe=made.recipe)
-        patches = [opened.patch(record.id) for record, _ in entries]
-        context = open_context(
-            opened.registry, subject, base, patches, request, lambda done, of, text: None, fresh=True
-        )
-
-        found = configured(request.suite, request.settings).run(context)
-        return [ResultRecord(m.subject, m.metric, m.value, m.low, m.high, m.n) for m in found]
-
-    return run
+def _run_again(opened: OpenRegistry, stated: Mapping[str, Any], base: Base, made: Composition) -> list[ResultRecord]:
+    """The numbers of a suite, drawn and judged anew as a certificate states that it was run."""
+    sampler = stated["settings"]["sampler"]
+    request = EvaluationRequest(
+        suite=stated["suite"],
+        settings={name: str(value) for name, value in stated["settings"]["suite"].items() if value != ""},
+        judge=stated["settings"].get("judge", ""),
+        seed=stated["seed"],
+        steps=sampler["steps"],
+        guidance=sampler["guidance"],
+        device=sampler["device"],
+    )
+    evaluated = [EvaluatedPatch(patch, strength) for patch, strength, _ in made.patches]
+    evaluated.sort(key=lambda each: each.concept.name)
+    context = open_context(opened.registry, base, evaluated, request, silent, fresh=True)
+    measurements = configured(request.suite, request.settings).run(context)
+    return [ResultRecord(m.subject, m.metric, m.value, m.low, m.high, m.n) for m in measurements]
 
 
 def sign_checkpoint(checkpoint: Path, key: Path) -> Path:

@@ -24,7 +24,6 @@ from overpaint.evaluation.judges import open_judge
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
 from overpaint.evaluation.suites import Suite, configured
 from overpaint.patches.compose import Term
-from overpaint.patches.patch import Patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
 
@@ -141,7 +140,11 @@ def evaluate(
     patches = [opened.patch(record.id) for record, _ in subject.entries]
     suite = configured(request.suite, request.settings)
     started = time.monotonic()
-    context = open_context(registry, subject, opened.base(subject.base), patches, request, progress)
+    evaluated = [
+        EvaluatedPatch(patch, strength, record.seconds, record.nbytes)
+        for patch, (record, strength) in zip(patches, subject.entries, strict=True)
+    ]
+    context = open_context(registry, opened.base(subject.base), evaluated, request, progress)
     measurements = suite.run(context)
     seconds = time.monotonic() - started
     record = registry.add_evaluation(
@@ -162,22 +165,21 @@ def evaluate(
 
 def open_context(
     registry: Registry,
-    subject: Subject,
     base: Base,
-    patches: Sequence[Patch],
+    evaluated: Sequence[EvaluatedPatch],
     request: EvaluationRequest,
     progress: Progress,
     *,
     fresh: bool = False,
 ) -> EvalContext:
-    """What a suite works with, for a recipe or a patch; with `fresh`, no picture that was drawn before is used.
+    """What a suite works with, for patches on a base; with `fresh`, no picture that was drawn before is used.
 
     Raises WrongBase for a patch of another base.
     """
-    for patch in patches:
-        patch.check(base)
+    for each in evaluated:
+        each.patch.check(base)
     device, known = resolve_device(request.device), tuple(registry.concepts())
-    prompt_set = prompt_set_of(base, (*known, *(patch.concept for patch in patches)))
+    prompt_set = prompt_set_of(base, (*known, *(each.concept for each in evaluated)))
     guidance = liked_guidance(base) if request.guidance is None else request.guidance
     sampler = Sampler(request.steps, guidance, request.batch)
     return EvalContext(
@@ -187,10 +189,7 @@ def open_context(
         image_generator=ImageGenerator(
             base, sampler, ImageCache(None) if fresh else image_cache(registry), device, progress
         ),
-        patches=tuple(
-            EvaluatedPatch(patch, strength, record.seconds, record.nbytes)
-            for patch, (record, strength) in zip(patches, subject.entries, strict=True)
-        ),
+        patches=tuple(evaluated),
         known=known,
         seed=request.seed,
         device=device,

@@ -92,6 +92,23 @@ def test_patches_may_come_from_a_file_that_was_exported(
     assert found.good
 
 
+def test_suites_are_run_again_also_where_the_registry_has_neither_base_nor_patches(
+    workspace: Workspace, certified: Certified, folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """The tiny base has no judge of its own, which is what is said."""
+    workspace.export(tmp_path / "patches.overpaint")
+    elsewhere = Workspace.open(tmp_path / "elsewhere")
+    with pytest.raises(OverpaintError, match="no judge in"):
+        checked(
+            elsewhere,
+            certified.file,
+            folder,
+            base=base_folder,
+            source=str(tmp_path / "patches.overpaint"),
+            rerun=True,
+        )
+
+
 def test_a_recipe_is_certified_by_itself(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
     done = certify(workspace, "safe", tmp_path / "recipe.cert", key=folder / "me", who="Alice")
     found = checked(workspace, done.file, folder)
