@@ -19,6 +19,7 @@ from overpaint.commands.evaluating import crosstalk, evaluate, report
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe, undo
 from overpaint.commands.searching import search, tag
+from overpaint.commands.serving import serve, token
 from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve, solvers
 from overpaint.commands.upkeep import db, gc, init, verify
@@ -30,6 +31,7 @@ SECTIONS = {
     "Begin": [init, base, concept, demo],
     "Erase and restore": [solve, solvers, patch, recipe, undo],
     "Use": [generate, build, inspect],
+    "Serve": [serve, token],
     "Measure": [evaluate, report, crosstalk],
     "Find": [search, tag],
     "Certify": [certify, verify_certificate],

@@ -242,17 +242,27 @@ def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
 @recipe.command("expired")
 @click.argument("name", required=False, type=RECIPE)
 @click.option("--on", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
+@click.option("--remove", is_flag=True, help="Remove them, each recipe in one revision.")
+@why_option
 @digests_option
 @json_option
 @click.pass_context
-def recipe_expired(ctx: click.Context, name: str | None, on: datetime | None, digests: bool, as_json: bool) -> None:
-    """List the patches whose expiry date has come.
+def recipe_expired(
+    ctx: click.Context, name: str | None, on: datetime | None, remove: bool, why: str, digests: bool, as_json: bool
+) -> None:
+    """List the patches whose expiry date has come, or remove them.
 
-    On all recipes, or on one. They stay there until somebody removes them.
+    On all recipes, or on one. They stay there until somebody removes them, or `serve --enforce-expiry` does.
     """
-    expired = open_workspace(ctx).due(on.date() if on else None, recipe=name)
+    workspace, day = open_workspace(ctx), on.date() if on else None
+    expired = workspace.due(day, recipe=name)
+    removed = workspace.remove_expired(day, recipe=name, why=why) if remove else []
     rows = [[entry.recipe, entry.concept, entry.patch, str(entry.until)] for entry in expired]
-    show_table("Expired", ["recipe", "concept", "patch", "until"], rows, as_json, digests=digests)
+    if removed:
+        gone = {(line.recipe, line.patch) for line in removed}
+        rows = [row for row in rows if (row[0], row[2]) in gone]
+    title = "Removed" if remove else "Expired"
+    show_table(title, ["recipe", "concept", "patch", "until"], rows, as_json, digests=digests)
 
 
 recipe.add_command(renamed(recipe_expired, "due"))

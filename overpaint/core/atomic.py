@@ -107,13 +107,22 @@ def atomic_output(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def write_over(path: Path, content: bytes) -> None:
-    """Give a file new content at once: who reads it meanwhile sees the old or the new. Makes its folder; raises OSError."""
+def write_over(path: Path, content: bytes, *, durable: bool = False, mode: int | None = None) -> None:
+    """Give a file new content at once: who reads it meanwhile sees the old or the new. Makes its folder; raises OSError.
+
+    `durable` returns when the new content would survive a power cut; `mode` is the file's, before anything is in it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name[:150]}.{secrets.token_hex(6)}.partial")
     try:
+        if mode is not None:
+            scratch.touch(mode)
         scratch.write_bytes(content)
+        if durable:
+            sync(scratch)
         scratch.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 

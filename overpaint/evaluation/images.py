@@ -37,12 +37,13 @@ from overpaint.patches.live import Overlay
 class Sampler:
     """How pictures are drawn: denoising steps, guidance scale, and how many pictures go through the model at once.
 
-    Raises OverpaintError on fewer than one step or picture per batch.
+    `size` is (width, height) in pixels, None the base's own. Raises OverpaintError on fewer than one step or picture per batch.
     """
 
     steps: int = 20
     guidance: float = 4.0
     batch: int = 50
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
@@ -79,12 +80,14 @@ def generate(
 
 
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[NDArray[np.uint8]]:
+    size = {} if sampler.size is None else {"width": sampler.size[0], "height": sampler.size[1]}
     result = pipe(
         prompts,
         num_inference_steps=sampler.steps,
         guidance_scale=sampler.guidance,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pil",
+        **size,
         **blank_inputs(pipe, len(prompts)),
     )
     return [np.asarray(picture.convert("RGB")) for picture in result.images]

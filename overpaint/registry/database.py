@@ -72,13 +72,21 @@ class Database(ABC):
         Raises RegistryVersionError if another program has upgraded the registry since it was opened.
         """
         with plain_database_errors(self.where), Session(self._writer) as session, session.begin():
-            revision = session.scalar(REVISION)
-            if revision != models.HEAD:
-                raise RegistryVersionError(
-                    f"the registry {self.where} was brought to schema {revision} while this program, which knows "
-                    f"{models.HEAD}, had it open; nothing was written. Upgrade the program: `pip install --upgrade overpaint`"
-                )
+            self._refuse_if_upgraded(session)
             yield session
+
+    def refuse_if_upgraded(self) -> None:
+        """Raise RegistryVersionError if another program has upgraded the registry since it was opened."""
+        with self.reading() as session:
+            self._refuse_if_upgraded(session)
+
+    def _refuse_if_upgraded(self, session: Session) -> None:
+        revision = session.scalar(REVISION)
+        if revision != models.HEAD:
+            raise RegistryVersionError(
+                f"the registry {self.where} was brought to schema {revision} while this program, which knows "
+                f"{models.HEAD}, had it open; nothing was written. Upgrade the program: `pip install --upgrade overpaint`"
+            )
 
     @contextmanager
     def migrating(self) -> Iterator[Connection]:

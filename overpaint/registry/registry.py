@@ -492,6 +492,10 @@ class Registry:
         """A session for upkeep and statistics: it sees one moment of the database and cannot change it."""
         return self._database.reading()
 
+    def refuse_if_upgraded(self) -> None:
+        """Raise RegistryVersionError if another program has upgraded the registry since it was opened."""
+        self._database.refuse_if_upgraded()
+
     @contextmanager
     def without_writers(self) -> Iterator[None]:
         """Within the block nobody else changes a row; what the collector of garbage needs."""

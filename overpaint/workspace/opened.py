@@ -301,7 +301,8 @@ class OpenRegistry:
         """A stored patch as a term of a composition on a base. Raises WrongBase for a patch of another base, LostPatch."""
         from overpaint.patches.compose import Term
 
-        patch = self.patch(patch_id)
+        # A patch is what its id says, so one that was read needs no look at its row: a recipe may have a thousand.
+        patch = self._patches.get(patch_id) or self.patch(patch_id)
         patch.check(self.base(base))
         return Term(patch.id, patch.delta, strength)
 

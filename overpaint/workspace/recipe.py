@@ -472,6 +472,15 @@ class Recipe:
         """What lies here though its day had come, by today (in UTC) or another day."""
         return self._opened.registry.due(on or datetime.now(timezone.utc).date(), recipe=self.record.name)
 
+    def remove_expired(self, on: date | None = None, *, why: str = "", who: str = "") -> list[HistoryRecord]:
+        """Remove what has expired by today (in UTC) or another day, in one revision; returns its lines, none for nothing."""
+        day = on or datetime.now(timezone.utc).date()
+
+        def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
+            return dict.fromkeys(each.patch for each in before.laid if each.until is not None and each.until <= day)
+
+        return self._change(wanted, why or "expired", who)
+
     def evaluations(self) -> list[EvaluationRecord]:
         """The latest run of every suite on this recipe as it is (or, NAME@REVISION, as it was)."""
         return self._opened.registry.evaluations(recipe=self.name, latest=True)

@@ -12,7 +12,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.registry.records import ExpiredEntry, PatchRecord, RecipeRecord, SearchResult, TagRecord
+from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeRecord, SearchResult, TagRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
 from overpaint.workspace.planning import (
@@ -309,6 +309,16 @@ class Workspace(OpenRegistry):
     def due(self, on: date | None = None, *, recipe: str | None = None) -> list[ExpiredEntry]:
         """What lies on recipes (or one) though its day had come, by today (in UTC) or another day."""
         return self.registry.due(on or datetime.now(timezone.utc).date(), recipe=recipe)
+
+    def remove_expired(
+        self, on: date | None = None, *, recipe: str | None = None, why: str = "", who: str = ""
+    ) -> list[HistoryRecord]:
+        """Remove what has expired from recipes (or one), each in one revision; returns the lines of history.
+
+        Raises NotFound for an unknown recipe, and LostPatch or CannotFollow from the first recipe that cannot be changed.
+        """
+        names = dict.fromkeys(each.recipe for each in self.due(on, recipe=recipe))
+        return [line for name in names for line in self.recipe(name).remove_expired(on, why=why, who=who)]
 
     def tag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
         """Tie a tag to patches and recipes: all of them, or none. Raises NotFound, AlreadyExists."""

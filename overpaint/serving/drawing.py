@@ -1,0 +1,318 @@
+"""One base in memory that draws under any recipe: what a picture is asked for, the queue, and the thread that draws.
+
+Which patches a picture gets is read from the registry when its drawing begins, so that a change reaches every picture that is
+begun after it, also those that wait; a picture that has begun is finished under what it began with. One thread owns the pipeline:
+it alone swaps and draws. Each picture is drawn by itself, so equal requests give equal pixels, whatever else is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from overpaint.bases.loading import resolve_device
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation.images import Sampler, generate
+from overpaint.patches.compose import Term, compose, composition_digest
+from overpaint.patches.live import Overlay
+from overpaint.registry.records import RecipeRecord
+from overpaint.workspace.evaluating import liked_guidance
+from overpaint.workspace.workspace import Workspace
+
+RUN = 16
+"""So many pictures in a row are drawn under the same patches while others wait."""
+DIGESTS = 4096
+"""Of so many sets of patches the digest of the weights is remembered."""
+LARGEST = 2.25
+"""Times the area of the base's own pictures: how large a picture may be. 768 x 768 where 512 x 512 is usual."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class QueueFull(OverpaintError):
+    """More pictures than may wait. `seconds` is when to ask again."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class Stopping(OverpaintError):
+    """A picture that is not drawn because the server stops."""
+
+
+class OtherBase(OverpaintError):
+    """A recipe or a patch for another base than the one that is served."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture that is asked for: under a recipe (NAME or NAME@REVISION), or else under patches with strengths.
+
+    Patches are named as `Registry.patch` takes them. `guidance` None is what the base likes, `size` (width, height) None the
+    base's own.
+    """
+
+    prompt: str
+    seed: int
+    steps: int = 20
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    recipe: str | None = None
+    patches: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """The patches that a picture is drawn under: (id, strength), sorted; and the recipe and revision that they are from."""
+
+    strengths: tuple[tuple[str, float], ...]
+    recipe: str | None = None
+    revision: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A picture, uint8 [height, width, 3], with the digest of the weights that drew it and the patches they have."""
+
+    pixels: NDArray[np.uint8]
+    weights: str
+    patch_set: PatchSet
+    wanted: Wanted
+    guidance: float
+
+
+class Meter(Protocol):
+    """What is told of the work: seconds of a swap, seconds of a picture."""
+
+    def swapped(self, seconds: float) -> None: ...
+
+    def drew(self, recipe: str | None, seconds: float) -> None: ...
+
+
+class Painter:
+    """A base of a registry and its pipeline. `select` may be called from any thread, `draw` from one at a time.
+
+    With `enforce_expiry`, patches that have expired are removed from a recipe, with a line in its history, before it is drawn
+    with.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        base_name: str,
+        *,
+        device: str = "auto",
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        enforce_expiry: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self.workspace, self.base_name, self.enforce_expiry, self._meter = workspace, base_name, enforce_expiry, meter
+        self.base = workspace.base(base_name)
+        self._pipe = self.base.pipeline(device=str(resolve_device(device)), dtype=DTYPES[dtype])
+        self._overlay = Overlay(self._pipe, self.base)
+        self._carried: tuple[tuple[str, float], ...] | None = ()
+        self._digests: OrderedDict[tuple[tuple[str, float], ...], str] = OrderedDict({(): self.base.fingerprint})
+
+    @property
+    def natural_size(self) -> int | None:
+        """Width and height of the base's own pictures; None where its pipeline does not tell."""
+        unet = getattr(self._pipe, "unet", None)
+        cells = unet.config.sample_size if unet is not None else getattr(self._pipe, "default_sample_size", None)
+        return cells * self._pipe.vae_scale_factor if isinstance(cells, int) else None
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise OverpaintError for a size that the base cannot draw."""
+        if size is None:
+            return
+        natural = self.natural_size
+        if natural is None:
+            raise OverpaintError('pictures of this base have one size; leave `size` out, or give "auto"')
+        step = math.lcm(8, self._pipe.vae_scale_factor)
+        fits = all(side % step == 0 and side >= natural / 2 for side in size)
+        if not fits or size[0] * size[1] > LARGEST * natural**2:
+            raise OverpaintError(
+                f"this base draws {natural} x {natural} pixels, or multiples of {step} from {math.ceil(natural / 2)} on with "
+                f"at most {LARGEST} times the area; got {size[0]} x {size[1]}"
+            )
+
+    def select(self, wanted: Wanted) -> PatchSet:
+        """The patches of a recipe as it is now, or of a set, all of the served base.
+
+        Raises NotFound with the nearest name, OtherBase, OverpaintError for a patch that is named twice.
+        """
+        registry = self.workspace.registry
+        if wanted.recipe is None:
+            return self._named(wanted.patches)
+        record = registry.recipe(wanted.recipe)
+        if self.enforce_expiry and registry.has_recipe(wanted.recipe) and _expired(record):
+            self.remove_expired(record.name)
+            record = registry.recipe(wanted.recipe)
+        self._check_base(record.base, f"the recipe {record.name!r}")
+        return PatchSet(record.patches, record.name, record.revision)
+
+    def remove_expired(self, recipe: str | None = None) -> None:
+        """Take what has expired off the recipes of the served base, or off one."""
+        for name in dict.fromkeys(each.recipe for each in self.workspace.due(recipe=recipe)):
+            with suppress(NotFound):  # another worker was faster
+                if self.serves(self.workspace.registry.recipe(name).base):
+                    self.workspace.recipe(name).remove_expired(why="expired", who="overpaint serve")
+
+    def serves(self, base_name: str) -> bool:
+        """Whether a base of the registry is the served one, perhaps by another name."""
+        return (
+            base_name == self.base_name or self.workspace.registry.base(base_name).fingerprint == self.base.fingerprint
+        )
+
+    def draw(self, wanted: Wanted) -> Drawn:
+        """Draw one picture under what its recipe holds now. Raises as `select`, and LostPatch where bytes are lost."""
+        selected = self.select(wanted)
+        terms = [self.workspace.term(*each, self.base_name) for each in selected.strengths]
+        digest = self._digest(selected.strengths, terms)
+        if self._carried != selected.strengths:
+            started = time.perf_counter()
+            self._carried = None
+            self._overlay.set(terms)
+            self._carried = selected.strengths
+            if self._meter is not None:
+                self._meter.swapped(time.perf_counter() - started)
+        guidance = liked_guidance(self.base) if wanted.guidance is None else wanted.guidance
+        started = time.perf_counter()
+        sampler = Sampler(wanted.steps, guidance, 1, wanted.size)
+        (pixels,) = generate(self._pipe, [wanted.prompt], [wanted.seed], sampler)
+        if self._meter is not None:
+            self._meter.drew(selected.recipe, time.perf_counter() - started)
+        return Drawn(pixels, digest, selected, wanted, guidance)
+
+    def _named(self, patches: Sequence[tuple[str, float]]) -> PatchSet:
+        strengths: dict[str, float] = {}
+        for key, strength in patches:
+            record = self.workspace.registry.patch(key, base=self.base_name)
+            self._check_base(record.base, f"the patch {record.id[:12]} ({record.concept})")
+            if record.id in strengths:
+                raise OverpaintError(f"the patch {record.id[:12]} ({record.concept}) is named twice; name it once")
+            strengths[record.id] = strength
+        return PatchSet(tuple(sorted(strengths.items())))
+
+    def _check_base(self, name: str, what: str) -> None:
+        if not self.serves(name):
+            raise OtherBase(
+                f"{what} is for the base {name!r}, and this server draws with {self.base_name!r}; ask the server of that base"
+            )
+
+    def _digest(self, key: tuple[tuple[str, float], ...], terms: Sequence[Term]) -> str:
+        found = self._digests.get(key)
+        if found is None:
+            found = composition_digest(self.base, compose(self.base, terms))
+        self._digests[key] = found
+        self._digests.move_to_end(key)
+        if len(self._digests) > DIGESTS:
+            self._digests.popitem(last=False)
+        return found
+
+
+def _expired(record: RecipeRecord) -> bool:
+    today = datetime.now(timezone.utc).date()
+    return any(entry.until is not None and entry.until <= today for entry in record.laid)
+
+
+@dataclass(eq=False)
+class Job:
+    """A picture that waits, the patches it will probably get, and where it goes."""
+
+    wanted: Wanted
+    key: tuple[tuple[str, float], ...]
+    done: Future[Drawn] = field(default_factory=Future)
+
+
+class PictureQueue:
+    """Pictures that wait, and the thread that draws them: those under the same patches together, and no one for ever.
+
+    After RUN pictures under the same patches the oldest that waits is next. `limit` is how many may wait.
+    """
+
+    def __init__(self, draw: Callable[[Wanted], Drawn], limit: int) -> None:
+        self._draw, self._limit = draw, limit
+        self._waiting: deque[Job] = deque()
+        self._change = threading.Condition()
+        self._stopping = False
+        self._key: tuple[tuple[str, float], ...] | None = None
+        self._run = 0
+        self._seconds = 1.0
+        self._thread = threading.Thread(target=self._work, name="overpaint-drawing", daemon=True)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether pictures are being drawn."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to draw."""
+        self._thread.start()
+
+    def put(self, wanted: Sequence[tuple[Wanted, PatchSet]]) -> list[Future[Drawn]]:
+        """Let pictures wait, all or none. Raises QueueFull, Stopping."""
+        jobs = [Job(each, selected.strengths) for each, selected in wanted]
+        with self._change:
+            if self._stopping:
+                raise Stopping("the server is stopping; ask again in a moment")
+            if len(self._waiting) + len(jobs) > self._limit:
+                raise QueueFull(
+                    f"{len(self._waiting)} pictures wait already, and at most {self._limit} may; ask again later",
+                    max(1.0, len(self._waiting) * self._seconds),
+                )
+            self._waiting.extend(jobs)
+            self._change.notify()
+        return [job.done for job in jobs]
+
+    def stop(self, seconds: float = 60.0) -> None:
+        """Draw no more: what waits gets Stopping, what is being drawn is finished, if that takes no longer than `seconds`."""
+        with self._change:
+            self._stopping = True
+            waiting, self._waiting = list(self._waiting), deque()
+            self._change.notify()
+        for job in waiting:
+            if job.done.set_running_or_notify_cancel():
+                job.done.set_exception(Stopping("the server is stopping; ask again in a moment"))
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            if not job.done.set_running_or_notify_cancel():
+                continue
+            started = time.monotonic()
+            try:
+                job.done.set_result(self._draw(job.wanted))
+            except BaseException as error:
+                job.done.set_exception(error)
+            self._seconds = 0.8 * self._seconds + 0.2 * (time.monotonic() - started)
+
+    def _next(self) -> Job | None:
+        """The picture to draw now, as soon as there is one; None when the server stops."""
+        with self._change:
+            self._change.wait_for(lambda: self._waiting or self._stopping)
+            if self._stopping:
+                return None
+            job = self._waiting[0]
+            if self._run < RUN:
+                job = next((each for each in self._waiting if each.key == self._key), job)
+            self._run = self._run + 1 if job.key == self._key and self._run < RUN else 1
+            self._key = job.key
+            self._waiting.remove(job)
+            return job

@@ -1,0 +1,93 @@
+"""Running the server: one process, or several workers that are started again when they die."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress, silent
+from overpaint.serving.app import ServeOptions, create_app
+from overpaint.serving.metrics import FOLDER
+from overpaint.serving.tokens import TokenFile
+from overpaint.workspace.workspace import Workspace
+
+if TYPE_CHECKING:
+    from overpaint.bases.base import Base
+
+STOP_SECONDS = 60
+"""How long pictures that are being drawn may take when the server is told to stop."""
+HANGING_SECONDS = 60
+"""A worker that does not answer for so long is started again. Loading PyTorch can hold one up for many seconds."""
+
+
+def check(options: ServeOptions, host: str, progress: Progress = silent) -> None:
+    """Raise OverpaintError for what cannot be served, or should not be; so early, it is said once and not by every worker."""
+    workspace = Workspace.open(options.registry, create=False)
+    workspace.progress = progress
+    workspace.base(workspace.base_name(options.base))
+    if options.tokens and not TokenFile(workspace.registry.folder).tokens():
+        raise OverpaintError(
+            "this registry has no tokens, so nobody could use the server; make one: "
+            "`overpaint token new NAME --role generate`, or give --no-tokens to serve this machine alone"
+        )
+    if not options.tokens and not is_local(host):
+        raise OverpaintError(
+            f"without tokens, whoever reaches {host} could change every recipe; leave --no-tokens out, or listen on 127.0.0.1"
+        )
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a host."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(
+    options: ServeOptions,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    workers: int = 1,
+    on_base: Callable[[Base], None] | None = None,
+    on_listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve what `check` passed until the process is told to stop; `on_listening` is called with the server's URL."""
+    with tempfile.TemporaryDirectory(prefix="overpaint-serve-") as folder:
+        if workers > 1:
+            options = replace(options, shared=Path(folder))
+            os.environ[FOLDER] = folder
+        config = uvicorn.Config(
+            partial(create_app, options, on_base),
+            factory=True,
+            host=host,
+            port=port,
+            workers=workers,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=STOP_SECONDS,
+            timeout_worker_healthcheck=HANGING_SECONDS,
+        )
+        listening = config.bind_socket()
+        name, number = listening.getsockname()[:2]
+        on_listening(f"http://{f'[{name}]' if ':' in name else name}:{number}")
+        try:
+            if workers > 1:
+                Multiprocess(config, sockets=[listening]).run()
+            else:
+                uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:
+            pass  # what uvicorn raises again once it has stopped
+        finally:
+            listening.close()

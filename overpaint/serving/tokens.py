@@ -1,0 +1,125 @@
+"""Who may do what on a server: tokens with roles, of which the registry's folder has digests alone.
+
+A token is 256 random bits, so one SHA-256 of it is as good as a slow hash: there is nothing to guess. The file is read anew when
+it changed, so a token that is revoked is refused at once, by every worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal, cast
+
+from overpaint.core.atomic import locked, share, write_over
+from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_name, unknown
+
+Role = Literal["read", "generate", "change"]
+ROLES: tuple[Role, ...] = ("read", "generate", "change")
+"""Each may also do what those before it may."""
+FILE_NAME = "tokens.json"
+LOCK_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """What is stored of a token: its owner, who is the author of changes made with it, and what it allows.
+
+    `recipes` are the only recipes it may draw with, as they are now; empty means any, with earlier revisions and free sets of
+    patches too.
+    """
+
+    owner: str
+    role: Role
+    recipes: tuple[str, ...]
+    created: str
+    sha256: str
+
+    @property
+    def id(self) -> str:
+        """What lists show and `revoke` takes."""
+        return self.sha256[:12]
+
+    def allows(self, role: Role) -> bool:
+        """Whether it has this role or one above it."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+class TokenFile:
+    """The tokens of a registry, in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._read: tuple[tuple[int, int, int] | None, tuple[Token, ...]] = (None, ())
+
+    def tokens(self) -> tuple[Token, ...]:
+        """All tokens, oldest first. Raises OverpaintError for a file that cannot be read."""
+        try:
+            found = self.path.stat()
+            stamp = found.st_ino, found.st_size, found.st_mtime_ns
+            if self._read[0] != stamp:
+                self._read = stamp, _parsed(self.path.read_bytes())
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise OverpaintError(
+                f"the tokens in {self.path} cannot be read ({error}); put the file back, or remove it and make new tokens"
+            ) from error
+        return self._read[1]
+
+    def find(self, text: str) -> Token | None:
+        """The token that somebody presents, None when there is none like it."""
+        digest = _digest(text)
+        return next((each for each in self.tokens() if secrets.compare_digest(each.sha256, digest)), None)
+
+    def add(self, owner: str, role: Role, recipes: Iterable[str] = ()) -> str:
+        """Make a token and return its text, which is stored nowhere."""
+        text = f"overpaint-{secrets.token_urlsafe(32)}"
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        token = Token(checked_name(owner, "token's owner"), role, tuple(recipes), now, _digest(text))
+        self._change(lambda tokens: (*tokens, token))
+        return text
+
+    def revoke(self, key: str) -> list[Token]:
+        """Remove the token of that id, or all of that owner, and return them. Raises NotFound."""
+        revoked: list[Token] = []
+
+        def without(tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+            revoked[:] = [each for each in tokens if key in (each.owner, each.id)]
+            if not revoked:
+                raise unknown("token", key, {name for each in tokens for name in (each.owner, each.id)})
+            return tuple(each for each in tokens if each not in revoked)
+
+        self._change(without)
+        return revoked
+
+    def _change(self, change: Callable[[tuple[Token, ...]], tuple[Token, ...]]) -> None:
+        try:
+            with locked(self.path.with_name(f"{FILE_NAME}.lock"), LOCK_SECONDS):
+                listed = [asdict(each) for each in change(self.tokens())]
+                write_over(self.path, json.dumps({"tokens": listed}, indent=1).encode(), durable=True, mode=0o600)
+                share(self.path)
+        except (OSError, TimeoutError, sqlite3.Error) as error:
+            raise OverpaintError(
+                f"the tokens in {self.path} cannot be changed ({error}); nothing was changed"
+            ) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _parsed(content: bytes) -> tuple[Token, ...]:
+    found = []
+    for each in json.loads(content)["tokens"]:
+        if each["role"] not in ROLES:
+            raise ValueError(f"unknown role {each['role']!r}")
+        role = cast(Role, each["role"])
+        found.append(Token(str(each["owner"]), role, tuple(each["recipes"]), str(each["created"]), str(each["sha256"])))
+    return tuple(found)
