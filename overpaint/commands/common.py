@@ -342,6 +342,27 @@ recipe_option = click.option("--recipe", default="default", show_default=True, t
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 
+exactly_option = click.option(
+    "--exactly",
+    is_flag=True,
+    help="Also leave the bare names of the others exactly where they are, as SepME does; there is room for a few.",
+)
+
+
+def decouple_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--decouple, and --exactly beside it."""
+    return click.option("--decouple", is_flag=True, help="Take out what a change does to other concepts.")(
+        exactly_option(command)
+    )
+
+
+def decoupling(decouple: bool, exactly: bool) -> str:
+    """The rule that the two options ask for; empty for none."""
+    if exactly and not decouple:
+        raise click.UsageError("--exactly says how to --decouple; give both")
+    return ("exact" if exactly else "ridge") if decouple else ""
+
+
 INTERRUPTED = 130
 """128 and the number of the signal, as every shell has it."""
 

@@ -14,7 +14,10 @@ from overpaint.commands.common import (
     SOLVER,
     Renamed,
     Terminal,
+    decoupling,
+    device_option,
     digests_option,
+    exactly_option,
     interruptible,
     json_option,
     limit_option,
@@ -97,6 +100,7 @@ def patch_show(ctx: click.Context, patch_key: str, digests: bool, as_json: bool)
         ["solver", record.solver],
         *([f"setting {name}", value] for name, value in record.settings.items()),
         ["seed", record.seed],
+        *([["decoupled from", _decoupling(solver["decoupled"])]] if "decoupled" in solver else []),
         *(["compressed from", _compression(step)] for step in solver.get("compressed", [])),
         ["kind", record.kind],
         *([f"array {name}", f"{array['dtype']} {array['shape']}"] for name, array in arrays[:8]),
@@ -117,6 +121,11 @@ def patch_show(ctx: click.Context, patch_key: str, digests: bool, as_json: bool)
 def _compression(step: dict[str, Any]) -> str:
     size = f"rank {step['rank']}" if "rank" in step else f"energy {step.get('energy')}"
     return f"{step.get('from')}, {size}, relative error at most {step.get('error')} ({step.get('tensor')})"
+
+
+def _decoupling(step: dict[str, Any]) -> str:
+    others = len(step.get("universe", []))
+    return f"{step.get('from')}, {step.get('rule')}, from {others} other concepts; {step.get('residual')} of its change left"
 
 
 def _entry(entry: RecipeEntry) -> str:
@@ -206,6 +215,43 @@ def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why:
             "the bytes of a patch that is still in the recipe are lost, so its weights cannot be composed now; "
             "`overpaint verify` names it"
         )
+
+
+@patch.command("decouple")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
+@exactly_option
+@device_option
+@digests_option
+@json_option
+@click.pass_context
+def patch_decouple(
+    ctx: click.Context, patches: tuple[str, ...], exactly: bool, device: str, digests: bool, as_json: bool
+) -> None:
+    """Store, beside each PATCH, what it does to its own concept and to no other concept of the registry.
+
+    Whatever solved them, such patches can be summed: of its change to keys, values and the text encoder, each keeps what it does
+    to its own concept; the other concepts, the vocabulary and the preserved prompts stay where they are, in the least-squares
+    sense in which `separable` holds them. What does not act through the text is left out. The table says what share of its own
+    change is missing afterwards, and how far the concept that it moves most goes, relative to its own.
+    """
+    rows: list[list[Any]] = []
+    with (
+        Terminal() as terminal,
+        interruptible(terminal, lambda: f"{len(rows)} of {len(patches)} are decoupled and stored"),
+    ):
+        workspace = open_workspace(ctx, terminal=terminal)
+        rule = decoupling(True, exactly)
+        for step, key in enumerate(patches, 1):
+            terminal.progress(step, len(patches), f"decoupling {key}")
+            record, found = workspace.decouple(key, rule, device=device)
+            said = found.diagnostics
+            shares = [said["residual"], said["others moved"]]
+            spelt = shares if as_json else [f"{share:.1%}" for share in shares]
+            rows.append(
+                [record.concept, record.id, found.source.id, record.kind, record.nbytes, *spelt, said["left_out"]]
+            )
+    columns = ["concept", "patch", "from", "kind", "bytes", "change missing", "others moved", "tensors left out"]
+    show_table("Decoupled", columns, rows, as_json, digests=digests)
 
 
 @patch.command("compress")

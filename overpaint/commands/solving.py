@@ -14,6 +14,8 @@ from overpaint.commands.common import (
     SOLVER,
     Renamed,
     Terminal,
+    decouple_options,
+    decoupling,
     device_option,
     digests_option,
     interruptible,
@@ -88,6 +90,7 @@ def _show_one(name: str, as_json: bool) -> None:
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="A setting of the solver; may be repeated.")
 @click.option("--seed", type=int, help="Default: 0, or what the file says.")
 @click.option("--compress", metavar="RANK|ENERGY", help="Keep so many directions of each tensor (4) or so much (0.99).")
+@decouple_options
 @click.option("--update", is_flag=True, help="Describe known concepts as the file does.")
 @click.option(
     "--force", cls=Renamed, old=["--again"], is_flag=True, help="Also solve what was solved before with equal inputs."
@@ -106,6 +109,8 @@ def solve(
     settings: tuple[str, ...],
     seed: int | None,
     compress: str | None,
+    decouple: bool,
+    exactly: bool,
     update: bool,
     force: bool,
     dry_run: bool,
@@ -114,6 +119,9 @@ def solve(
     as_json: bool,
 ) -> None:
     """Compute and store the patch of each concept.
+
+    With --decouple, what a solver's change does to any other concept of the registry is taken out of it, so that patches that
+    were trained apart can be summed; see `patch decouple`.
 
     Concepts are named, or listed in a file with --from. A name the registry does not know becomes an object. What was
     solved before with equal inputs is not solved again, so a run that was interrupted goes on where it stopped.
@@ -132,6 +140,7 @@ def solve(
             solver=solver,
             seed=seed,
             compress=compress,
+            decoupled=decoupling(decouple, exactly),
             update=update,
             force=force,
             settings=chosen,
@@ -183,6 +192,7 @@ def _show_plan(plan: SolvePlan, digests: bool, as_json: bool) -> None:
     for task in plan.tasks if as_json else plan.tasks[:SHOWN]:
         order = task.order
         settings = [f"{name}={value}" for name, value in order.settings.items()]
+        settings += [f"decoupled ({order.decoupled})"] if order.decoupled else []
         settings += [f"compressed to {size}" for size in order.keeps]
         name = order.concept.name
         done = task.done.id if task.done else None

@@ -38,6 +38,10 @@ SOLVERS = {
 """Every solver of this package: where its class is, by name."""
 
 
+DECOUPLING_RULES = ("ridge", "exact")
+"""How a change can be decoupled from other concepts (`closed_form/decoupling.py`)."""
+
+
 class BrokenSolver(OverpaintError):
     """A solver of another package that cannot be used."""
 

@@ -153,6 +153,11 @@ def prepare(
             _pair(memory, base, text_input, concept)
 
 
+def text_encoders(base: Base, device: torch.device) -> Mapping[str, AnyTextEncoder]:
+    """By text input, the encoders with which this base's universes are computed: loaded once for an opened base."""
+    return _memory(base, device).encoders
+
+
 def _memory(base: Base, device: torch.device) -> _UniverseCache:
     by_device = _memories.setdefault(base, {})
     if str(device) not in by_device:

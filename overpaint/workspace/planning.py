@@ -82,6 +82,7 @@ class Truncation:
 class SolveRequest:
     """A concept, the solver that is to erase it with its settings (texts, as `--set` takes them), and the seed.
 
+    `decoupled` is the rule by which the change is decoupled from all other concepts afterwards, empty for not at all, and
     `keeps` are the compressions that follow, one after the other. What is not `described` is a name and nothing else: where
     a registry knows the concept, its description counts.
     """
@@ -92,6 +93,7 @@ class SolveRequest:
     seed: int = 0
     keeps: tuple[Truncation, ...] = ()
     described: bool = True
+    decoupled: str = ""
 
     def method(self) -> Solver:
         """The configured solver. Raises NotFound for an unknown one, BadSetting for settings that it cannot take."""
@@ -158,9 +160,9 @@ class Defaults:
 
 
 def completed(
-    orders: Iterable[SolveRequest], known: Iterable[Concept], keeps: tuple[Truncation, ...]
+    orders: Iterable[SolveRequest], known: Iterable[Concept], keeps: tuple[Truncation, ...], decoupled: str = ""
 ) -> list[SolveRequest]:
-    """Orders with the descriptions that are known of concepts they only name, and with compressions."""
+    """Orders with the descriptions that are known of concepts they only name, with decoupling and compressions."""
     by_name = {concept.name: concept for concept in known}
     return [
         replace(
@@ -168,6 +170,7 @@ def completed(
             concept=order.concept if order.described else by_name.get(order.concept.name, order.concept),
             keeps=keeps,
             described=True,
+            decoupled=decoupled,
         )
         for order in orders
     ]
@@ -222,7 +225,12 @@ def brief(concept: Concept) -> dict[str, Any]:
 
 def universe_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All concepts that a patch was solved for, its own first, each in full; earlier versions wrote them so."""
-    listed = manifest["solver"].get("universe")
+    return listed_concepts(manifest, manifest["solver"])
+
+
+def listed_concepts(manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A patch's own concept, and the universe that an entry of its manifest lists, each in full."""
+    listed = entry.get("universe")
     items = listed if isinstance(listed, list) else []
     return [manifest["concept"], *({**_PLAIN, **item} for item in items if isinstance(item, dict))]
 
@@ -237,6 +245,11 @@ def digest_of_request(request: SolveRequest, method: Solver, context: SolveConte
     inputs = _inputs(request, method, context)
     if request.keeps:
         inputs["compressed"] = [keep.as_json() for keep in request.keeps]
+    if request.decoupled:
+        inputs["decoupled"] = {
+            **decoupling_inputs(request.decoupled, context),
+            "of": context.digest_with(request.concept),
+        }
     universe = context.digest_with(request.concept) if method.uses_universe else ""
     return _digest_of_inputs(fingerprint, request.concept.as_json(), inputs, universe)
 
@@ -251,6 +264,10 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     inputs["settings"] = _without_folder(recorded.get("settings", {}))
     if "compressed" in inputs:
         inputs["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
+    if "decoupled" in inputs:
+        step = inputs["decoupled"]
+        kept = {key: step[key] for key in ("rule", "keep", "after") if key in step}
+        inputs["decoupled"] = {**kept, "of": universe_digest(listed_concepts(manifest, step))}
     universe = ""
     if _reads_universe(inputs["name"], canonical_json(inputs["settings"])):
         universe = universe_digest(universe_of(manifest))
@@ -274,6 +291,20 @@ def _reads_universe(name: str, settings: bytes) -> bool:
     except (OverpaintError, TypeError):
         return True
     return method.uses_universe
+
+
+def decoupling_inputs(rule: str, context: SolveContext) -> dict[str, Any]:
+    """What a decoupling follows from beside the universe: the rule, and the prompts that are preserved."""
+    from overpaint.solvers.problem import distinct_prompts
+
+    prompts = distinct_prompts(context.preserve_prompts)
+    return {"rule": rule, **({"keep": list(prompts)} if prompts else {})}
+
+
+def decoupled_of(manifest: Mapping[str, Any]) -> str:
+    """The rule by which a patch was decoupled, empty where it was not."""
+    step = manifest["solver"].get("decoupled")
+    return str(step.get("rule", "")) if isinstance(step, dict) else ""
 
 
 def keeps_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
@@ -437,6 +468,15 @@ class Solved:
 def truncations(compress: str | None) -> tuple[Truncation, ...]:
     """The compression that a text asks for (`4` or `0.99`), if any. Raises BadTruncation."""
     return () if compress is None else (Truncation.parse(compress),)
+
+
+def decoupling_rule(rule: str) -> str:
+    """A rule by which changes are decoupled, or nothing for nothing. Raises OverpaintError for any other text."""
+    from overpaint.solvers import DECOUPLING_RULES
+
+    if rule and rule not in DECOUPLING_RULES:
+        raise OverpaintError(f"a change is decoupled by one of {', '.join(DECOUPLING_RULES)}; got {rule!r}")
+    return rule
 
 
 def setting_texts(settings: Mapping[str, object]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from overpaint.solvers import is_closed_form
 from overpaint.workspace.planning import (
     SolveRequest,
     as_texts,
+    decoupled_of,
     digest_of_manifest,
     digest_of_request,
     keeps_of,
@@ -151,7 +152,8 @@ def _stale(
     for record, manifest in _with_universe(opened.registry, records):
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
-            order = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed, keeps_of(manifest))
+            settings, rule = as_texts(record.settings), decoupled_of(manifest)
+            order = SolveRequest(concept, record.solver, settings, record.seed, keeps_of(manifest), decoupled=rule)
             fingerprint = manifest["subject"]["fingerprint"]
             if digest_of_request(order, order.method(), around, fingerprint) != digest_of_manifest(manifest):
                 stale[record.id] = order

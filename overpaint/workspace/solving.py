@@ -23,6 +23,7 @@ from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.workspace.compression import compressed
+from overpaint.workspace.decoupling import decoupled_patch
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
 
@@ -55,10 +56,13 @@ def make(
     seconds = time.perf_counter() - started
     patch = make_patch(base, order.concept, solution.delta, {**provenance(order, method, around), **solution.record})
     errors: dict[str, float] = {}
+    if order.decoupled:
+        separate = decoupled_patch(base, patch, order.decoupled, around, device, report)
+        patch, errors = separate.patch, {f"decoupled: {name}": value for name, value in separate.diagnostics.items()}
     for keep in order.keeps:
         found = compressed(base, patch, keep)
         patch = found.patch
-        errors = {"compression error": max(found.errors.values())}
+        errors["compression error"] = max(found.errors.values())
     return Made(order, patch, {**solution.diagnostics, **errors}, seconds)
 
 

@@ -22,6 +22,7 @@ from overpaint.workspace.planning import (
     SolveRequest,
     Truncation,
     completed,
+    decoupling_rule,
     plan_solves,
     setting_texts,
     truncations,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
     from overpaint.workspace.compression import Compressed
+    from overpaint.workspace.decoupling import DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
     from overpaint.workspace.solving import SolveOutcome, SolverInfo
 
@@ -146,14 +148,16 @@ class Workspace(OpenRegistry):
         seed: int = 0,
         device: str = "auto",
         compress: str | None = None,
+        decoupled: str = "",
         progress: Progress = silent,
         **settings: object,
     ) -> Solved:
         """Compute and store the patch that erases one concept from a base, which may be left out where there is one.
 
         A name the registry does not know becomes an object of that name. Every other concept in the registry is the
-        universe: preserved, so that patches compose. `compress` keeps a rank ("4") or a share of energy ("0.99") of every
-        tensor's change. Other keywords are settings of the solver (see `solvers`), or `settings=` a mapping of them.
+        universe: preserved, so that patches compose. `decoupled` ("ridge" or "exact") takes out of the change what it does
+        to any of them, whatever the solver (see `decouple`). `compress` keeps a rank ("4") or a share of energy ("0.99") of
+        every tensor's change. Other keywords are settings of the solver (see `solvers`), or `settings=` a mapping of them.
 
         Raises NotFound for an unknown base or solver, BadSetting for a setting that the solver has not (the nearest name is
         in the message) or cannot take, OverpaintError for what the solver refuses; nothing is stored then.
@@ -162,7 +166,14 @@ class Workspace(OpenRegistry):
         from overpaint.workspace.solving import make, store
 
         base_name = self.base_name(base)
-        request = SolveRequest(self.known_or_new(concept), solver, setting_texts(settings), seed, truncations(compress))
+        request = SolveRequest(
+            self.known_or_new(concept),
+            solver,
+            setting_texts(settings),
+            seed,
+            truncations(compress),
+            decoupled=decoupling_rule(decoupled),
+        )
         request.method()  # so that a setting that cannot be is refused before a base is opened
         context = self.surroundings(base_name)
         made = make(request, self.base(base_name), context, resolve_device(device), progress)
@@ -179,6 +190,7 @@ class Workspace(OpenRegistry):
         seed: int | None = None,
         device: str = "auto",
         compress: str | None = None,
+        decoupled: str = "",
         update: bool = False,
         force: bool = False,
         progress: Progress = silent,
@@ -198,6 +210,7 @@ class Workspace(OpenRegistry):
             solver=solver,
             seed=seed,
             compress=compress,
+            decoupled=decoupled,
             update=update,
             force=force,
             settings=settings,
@@ -213,6 +226,7 @@ class Workspace(OpenRegistry):
         solver: str | None = None,
         seed: int | None = None,
         compress: str | None = None,
+        decoupled: str = "",
         update: bool = False,
         force: bool = False,
         **settings: object,
@@ -225,7 +239,7 @@ class Workspace(OpenRegistry):
         requests = [replace(defaults.order(Concept(name)), described=False) for name in concepts]
         if file is not None:
             requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
-        requests = completed(requests, self.concepts(), truncations(compress))
+        requests = completed(requests, self.concepts(), truncations(compress), decoupling_rule(decoupled))
         context = self.surroundings(base_name)
         return plan_solves(self.registry, requests, context, base=base_name, update=update, again=force)
 
@@ -255,6 +269,25 @@ class Workspace(OpenRegistry):
         found = compressed(self.base(record.base), self.patch(record.id), asked)
         refuse_if_not_smaller(found, asked)
         return store_patch(self.registry, found.patch, record.base, 0.0), found
+
+    def decouple(
+        self, patch: str, rule: str = "ridge", *, device: str = "auto", progress: Progress = silent
+    ) -> tuple[PatchRecord, DecoupledPatch]:
+        """Store, beside a patch that is there, what it does to its own concept and to no other concept of the registry.
+
+        `rule` "ridge" holds the other concepts, the vocabulary and the preserved prompts by least squares, as the solver
+        `separable` does, so that decoupled patches can be summed; "exact" also leaves the bare names of the others exactly
+        where they are, as far as the text encoder has room. Raises Unsolvable where nothing acts through the text, or no room
+        is left.
+        """
+        from overpaint.bases.loading import resolve_device
+        from overpaint.workspace.decoupling import decoupled_patch
+        from overpaint.workspace.solving import store_patch
+
+        record, rule = self.registry.patch(patch), decoupling_rule(rule)
+        where, context = resolve_device(device), self.surroundings(record.base)
+        found = decoupled_patch(self.base(record.base), self.patch(record.id), rule, context, where, progress)
+        return store_patch(self.registry, found.patch, record.base, found.diagnostics["seconds"]), found
 
     # Patches and recipes
 

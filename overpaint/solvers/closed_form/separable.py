@@ -81,40 +81,71 @@ class Separable(Solver):
         )
 
     def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable.
-
-        Truncation is by the singular values of `(V - K) K^T L^-T` with `A = L L^T`, that is, in the metric of what the
-        text encoder really says, not of the bare matrix.
-        """
+        """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable."""
         keys, values = known.keys[concept.name], known.values[concept.name]
         way = values - keys
-        whitened = torch.linalg.solve_triangular(known.cholesky, self.weight * keys @ way.T, upper=False)
-        energy = whitened.square().sum()
-        if not energy > 0:
+        if not (self.weight * keys @ way.T).square().sum() > 0:
             raise Unsolvable(
                 f"the text encoder says of {concept.name!r} what it says of {concept.anchor or 'nothing'!r}, or weight is 0; "
                 "name another anchor or a larger weight"
             )
-        left, size, right = leading(whitened.T, self.rank)
-        share = size.square().cumsum(0) / energy
-        rank = min(self.rank, int((share < self.energy).sum()) + 1)
-        up = left[:, :rank] * size[:rank]
-        down = torch.linalg.solve_triangular(known.cholesky.T, right[:, :rank], upper=True)
-        went = up @ (down.T @ keys)
         reach = self.style_reach if concept.kind == "style" else self.reach
-        gain = min(reach, max(1.0, float(way.square().sum() / (way * went).sum())))
-        about = {
-            "rank": rank,
-            "energy": float(share[rank - 1]),
-            "gain": gain,
-            "residual": float((gain * went - way).norm() / way.norm()),
-            "condition": known.condition,
-        }
-        return (gain * up).float(), down.float().contiguous(), about
+        up, down, about = fitted(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
+        return up.float(), down.float().contiguous(), {**about, "condition": known.condition}
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A second moment `A = L L^T` of a universe, in all directions or in those of an orthonormal `basis` N [d, q] alone:
+    `N^T A N = L L^T` then, and no change that is fitted in it moves what is orthogonal to N."""
+
+    cholesky: Tensor
+    basis: Tensor | None = None
+
+    def within(self, basis: Tensor) -> Metric:
+        """The same moment in the directions of a basis [d, q]."""
+        inside = basis.T @ self.cholesky
+        return Metric(torch.linalg.cholesky(inside @ inside.T), basis)
+
+    def whitened(self, vectors: Tensor) -> Tensor:
+        """`L^-1 N^T x` for x [d, n]."""
+        inside = vectors if self.basis is None else self.basis.T @ vectors
+        return torch.linalg.solve_triangular(self.cholesky, inside, upper=False)
+
+    def directions(self, white: Tensor) -> Tensor:
+        """`N L^-T y` for y [q, n]."""
+        found = torch.linalg.solve_triangular(self.cholesky.T, white, upper=True)
+        return found if self.basis is None else self.basis @ found
+
+
+def fitted(
+    metric: Metric, keys: Tensor, way: Tensor, rank: int, energy: float, reach: float, weight: float = 1.0
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Factors [o, r] and [d, r] of the change D that moves keys K [d, m] by `way` [o, m] and the rest of a universe not:
+    `w way K^T A^-1`, the minimiser of `w |D K - way|^2 + w sum_{j} |D K_j|^2 + |D R|^2 + lambda |D|^2`, A having all of these.
+
+    Terms of one universe add up to the minimiser of their sum. Truncation is by the singular values of `way K^T L^-T`, that
+    is, in the metric of what the text encoder really says, not of the bare matrix; the average then arrives (see the module),
+    as far as `reach` allows. With the factors, what there is to say about them; `way` must not be zero.
+    """
+    whitened = metric.whitened(weight * keys @ way.T)
+    left, size, right = leading(whitened.T, rank)
+    share = size.square().cumsum(0) / whitened.square().sum()
+    rank = min(rank, len(size), int((share < energy).sum()) + 1)
+    up, down = left[:, :rank] * size[:rank], metric.directions(right[:, :rank])
+    went = up @ (down.T @ keys)
+    gain = min(reach, max(1.0, float(way.square().sum() / (way * went).sum())))
+    about = {
+        "rank": rank,
+        "energy": float(share[rank - 1]),
+        "gain": gain,
+        "residual": float((gain * went - way).norm() / way.norm()),
+    }
+    return gain * up, down, about
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest singular values of a square matrix, with their left and right vectors as columns.
+    """The `count` largest singular values of a matrix, with their left and right vectors as columns.
 
     By subspace iteration where they are few, which is many times faster than the whole decomposition; the start is always
     the same, and so are the bits.
