@@ -22,6 +22,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.patches import arithmetic
 from overpaint.patches.compose import Term, compose, composition_digest, exactly, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
+from overpaint.patches.reference import compose_plainly
 from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta, some_terms
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,6 +97,53 @@ def test_a_strength_of_zero_is_no_patch(base: Base, seed: int, kind: str) -> Non
     others = some_terms(base, seed, 3)
     idle = Term("idle", some_delta(base, kind, seed), 0.0)
     assert equal(compose(base, [*others, idle]), compose(base, others))
+
+
+# Plainly
+
+
+@FEW
+@given(seed=seeds, count=st.integers(1, 12))
+def test_composing_gives_what_the_plain_reference_gives(base: Base, seed: int, count: int) -> None:
+    """Without residual bits: where two roundings differ by a unit, flipping their bits makes that several."""
+    terms = [term for term in some_terms(base, seed, count) if not term.delta.has_bits]
+    composed, plain = compose(base, terms), compose_plainly(base, terms)
+    assert composed.keys() == plain.keys()
+    for name, value in composed.items():
+        # Both round once to the base's dtype, on top of float32 products.
+        room = 4 * torch.finfo(value.dtype).eps
+        assert torch.allclose(value.double(), plain[name].double(), rtol=room, atol=room), name
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "dense", "sum", "xor"])
+def test_one_patch_of_float32_arrays_has_the_bits_of_the_plain_reference(base: Base, kind: str) -> None:
+    """A sum of one product per tensor leaves nothing to the order of additions."""
+    terms = [Term("a", some_delta(base, kind, 3))]
+    assert equal(compose(base, terms), compose_plainly(base, terms))
+
+
+def test_factors_and_change_of_every_delta_agree(base: Base) -> None:
+    for kind in ("text-map", "low-rank", "sum"):
+        planned = plan(base, [Term("a", some_delta(base, kind, 2, rank=2), 0.5)])
+        for name in planned.names:
+            original = base.tensor(name)
+            for _, part in planned.pieces[name]:
+                if (factors := part.thin_factors(base, name, original)) is None:
+                    assert part.directions(name) is None
+                    continue
+                assert factors[0].shape[1] == part.directions(name) == 2
+                change = part.change(base, name, original)
+                product = (factors[0] @ factors[1]).reshape(original.shape)
+                assert torch.allclose(change, product, rtol=1e-12, atol=1e-15)
+
+
+def test_the_change_of_a_plan_is_what_composing_adds(base: Base) -> None:
+    for count in (1, 2, 7):
+        planned = plan(base, some_terms(base, 11, count))
+        for name in planned.names:
+            added = planned.tensor(name).double() - base.tensor(name).double()
+            room = 4 * torch.finfo(base.tensor(name).dtype).eps
+            assert torch.allclose(planned.change(name), added, rtol=room, atol=room)
 
 
 # Plans

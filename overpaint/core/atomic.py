@@ -1,4 +1,4 @@
-"""A file or folder that appears under its name whole, or not at all, and never in the place of another.
+"""A file or folder that appears under its name whole or not at all: a new one (`atomic_output`), or in place of an old one.
 
 It is written under a name of its own in the same folder, made durable, and renamed. A program that is killed leaves
 something that ends in `.partial`; nothing takes that for a checkpoint, and it can be deleted.
@@ -88,7 +88,7 @@ def atomic_output(out: Path) -> Iterator[Path]:
     """
     refuse_taken(out)
     made: list[Path] = []
-    scratch = out.parent / f"{out.name[:150]}.{secrets.token_hex(6)}.partial"
+    scratch = _scratch_name(out)
     try:
         _make_folders(out.parent, made)
         yield scratch
@@ -107,24 +107,53 @@ def atomic_output(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def write_over(path: Path, content: bytes, *, durable: bool = False, mode: int | None = None) -> None:
-    """Give a file new content at once: who reads it meanwhile sees the old or the new. Makes its folder; raises OSError.
+def _scratch_name(path: Path) -> Path:
+    return path.with_name(f"{path.name[:150]}.{secrets.token_hex(6)}.partial")
 
-    `durable` returns when the new content would survive a power cut; `mode` is the file's, before anything is in it.
+
+@contextmanager
+def replacing(
+    path: Path,
+    *,
+    scratch: Path | None = None,
+    durable: bool = False,
+    mode: int | None = None,
+    read_only: bool = False,
+) -> Iterator[Path]:
+    """Within the block, a free name beside `path` at which to write a file; at its end that takes the place of `path`.
+
+    Who reads `path` meanwhile sees the old file or the new one. `scratch` is another name to use, in the same folder. What
+    is `durable` is on the disk before it gets its name, and so is the name on return. With a `mode` the file is there from
+    the beginning, and never readable by others meanwhile. Makes the folder; raises OSError.
     """
+    scratch = scratch or _scratch_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name[:150]}.{secrets.token_hex(6)}.partial")
     try:
         if mode is not None:
-            scratch.touch(mode)
-        scratch.write_bytes(content)
+            scratch.touch(mode, exist_ok=False)
+        yield scratch
         if durable:
             sync(scratch)
-        scratch.replace(path)
+        if read_only:
+            scratch.chmod(stat.S_IMODE(scratch.stat().st_mode) & ~0o222)
+        os.replace(scratch, path)
         if durable:
             sync(path.parent)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_over(path: Path, content: bytes, *, durable: bool = False, mode: int | None = None) -> None:
+    """Give a file new content at once (`replacing`). Raises OSError."""
+    with replacing(path, durable=durable, mode=mode) as scratch:
+        scratch.write_bytes(content)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet (`atomic_output`). Raises AlreadyExists, OverpaintError."""
+    with atomic_output(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def move_new(source: Path, target: Path) -> None:

@@ -12,7 +12,6 @@ on the model instead (`probing.py`).
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
+from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
-from overpaint.patches.compose import Term, compose
-from overpaint.patches.delta import TextMap
+from overpaint.patches.compose import Term, plan
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
@@ -114,10 +113,8 @@ class ConceptMoments:
         if self._cache is None:
             return
         try:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            scratch = self._cache / f"{name}.{os.getpid()}"
-            safetensors.torch.save_file({"factor": factor.contiguous()}, scratch)
-            scratch.replace(self._cache / f"{name}.safetensors")
+            content = safetensors.torch.save({"factor": factor.contiguous()})
+            write_over(self._cache / f"{name}.safetensors", content)
         except OSError:
             pass  # a read-only registry can still be asked
 
@@ -302,19 +299,17 @@ class _Group:
     def change(self, patch: Patch) -> Tensor:
         """H of a patch, float64 [d, d]; for text maps from their factors, without touching a weight."""
         total = torch.zeros_like(self.gram)
-        if all(isinstance(part, TextMap) for part in patch.delta.parts):
-            maps = [
-                part for part in patch.delta.parts if isinstance(part, TextMap) and part.encoder in self.text_inputs
-            ]
+        if patch.delta.parts == patch.delta.text_maps:
+            maps = [part for part in patch.delta.text_maps if part.encoder in self.text_inputs]
             if maps:
                 up = torch.cat([self._placed(text_map.encoder, text_map.up) for text_map in maps], 1)
                 down = torch.cat([self._placed(text_map.encoder, text_map.down) for text_map in maps], 1)
                 total = down @ (up.T @ self.gram @ up) @ down.T
             return total
-        for name, value in compose(self.base, [Term(patch.id, patch.delta)]).items():
-            if name in self._names:
-                step = (value.double() - self.base.tensor(name).double())[:, : self._width]
-                total += step.T @ step
+        planned = plan(self.base, [Term(patch.id, patch.delta)])
+        for name in (name for name in self._names if name in planned.stacks):
+            step = planned.change(name)[:, : self._width]
+            total += step.T @ step
         return total
 
     def _placed(self, text_input: str, factor: Tensor) -> Tensor:

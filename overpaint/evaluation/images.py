@@ -7,7 +7,6 @@ bits, are drawn once; what an interrupted run has drawn is there for the next on
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from overpaint.bases.base import Base
 from overpaint.bases.pipelines import blank_inputs
+from overpaint.core.atomic import replacing
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
@@ -131,17 +131,14 @@ class ImageCache:
         if self.folder is None:
             return
         try:
-            (self.folder / weights).mkdir(parents=True, exist_ok=True)
             for question, picture in zip(questions, pictures, strict=True):
                 said = PngInfo()
                 said.add_itxt("prompt", question.prompt)
                 said.add_text("seed", str(question.seed))
                 said.add_text("sampler", sampler)
                 said.add_text("sha256", _digest(picture))
-                place = self._place(weights, sampler, question)
-                scratch = place.with_suffix(f".{os.getpid()}")
-                Image.fromarray(picture).save(scratch, "PNG", pnginfo=said)
-                scratch.replace(place)
+                with replacing(self._place(weights, sampler, question)) as scratch:
+                    Image.fromarray(picture).save(scratch, "PNG", pnginfo=said)
         except OSError:
             pass
 

@@ -24,7 +24,7 @@ from overpaint.bases.checkpoint import TensorLocation, open_weights
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
-from overpaint.core.atomic import atomic_output, refuse_taken
+from overpaint.core.atomic import atomic_output, refuse_taken, write_new
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
@@ -317,8 +317,7 @@ def _rewrites(base: Base, names: list[str], found: Survey) -> dict[Path, Rewrite
 
 def _put_beside(beside: Path, card: str, out: Path) -> None:
     try:
-        with atomic_output(beside) as scratch:
-            scratch.write_text(card, "utf-8")
+        write_new(beside, card.encode())
     except OverpaintError:
         out.unlink()
         raise

@@ -27,7 +27,7 @@ from overpaint.patches.arithmetic import (
     TensorUpdate,
     side_by_side,
 )
-from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, all_finite, residual
+from overpaint.patches.delta import BadDelta, Delta, Dense, Factors, LowRank, Sum, TextMap, Xor, all_finite, residual
 
 # Composition: the tensors that a base and a set of patches yield.
 #
@@ -145,6 +145,30 @@ class CompositionPlan:
         with torch.inference_mode():
             self.write(name, Target(original, original.values, self._work))
         return original.values
+
+    def change(self, name: str) -> Tensor:
+        """What is added to a tensor before rounding: float64, of the tensor's shape.
+
+        Where patches have residual bits it is the difference that composing makes, since bits belong to one rounded result.
+        """
+        stack = self.stacks[name]
+        if stack.with_bits:
+            return self.tensor(name).double() - self.base.tensor(name).double()
+        if factors := self.thin_factors(name):
+            return (factors[0] @ factors[1]).reshape(self.base.places[name].shape)
+        original = self.base.tensor(name)
+        return torch.stack([part.change(self.base, name, original) * t.strength for t, part in stack.pieces]).sum(0)
+
+    def thin_factors(self, name: str) -> Factors | None:
+        """That change as `up` (out x r) and `down` (r x in), float64, strengths in `up`; None where a part has no factors."""
+        ups, downs, pieces = [], [], self.stacks[name].pieces
+        original = self.original(name).values if any(part.text_maps for _, part in pieces) else None
+        for term, part in pieces:
+            if (pair := part.thin_factors(self.base, name, original)) is None:
+                return None
+            ups.append(pair[0] * term.strength)
+            downs.append(pair[1])
+        return torch.cat(ups, 1), torch.cat(downs, 0)
 
     def write(self, name: str, target: Target) -> None:
         """Put the composed value of one tensor where it belongs; in inference mode and with `own_torch_settings`.

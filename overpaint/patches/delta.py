@@ -1,7 +1,10 @@
-"""The kinds of deltas, and how each is read back from the arrays that were stored.
+"""The kinds of deltas, the change that each makes to a tensor, and how each is read back from the arrays that were stored.
 
-A text map says once, for a text encoder, what every projection that reads it shall do; a low-rank delta holds two thin
-factors per tensor; a dense one the change itself; residual bits make an import exact; a sum holds several of these.
+A text map changes every projection that reads a text input, by two factors; a low-rank delta holds two thin factors per
+tensor; a dense one the change itself; residual bits make an import exact; a sum holds several of these.
+
+Deltas of one kind are added by putting their factors side by side, never by adding factor to factor: a product of sums is
+not a sum of products. Deltas of different kinds become a `Sum`.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ from overpaint.bases.safetensors_file import DTYPES, FLOATS, dtype_name, tensor_
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
 
-# The arrays of deltas: what may be in them, and the few operations that lose nothing.
+Factors = tuple[Tensor, Tensor]
+"""`up` (out x r) and `down` (r x in) of a change `up down`."""
 
 
 class BadDelta(OverpaintError):
     """A change that does not fit: a wrong shape, a value that is not finite, a tensor the base lacks."""
 
 
-def kept(name: str, array: Tensor) -> Tensor:
-    """An array as a delta keeps it: on the CPU, contiguous, apart from any graph.
+def checked_array(name: str, array: Tensor) -> Tensor:
+    """An array as a delta holds it: on the CPU, contiguous, apart from any graph.
 
     Raises BadDelta when it is not floating point, or holds NaN or infinity.
     """
@@ -51,7 +55,7 @@ def all_finite(array: Tensor) -> bool:
 def scaled(array: Tensor, strength: float) -> Tensor:
     """`strength * array`, in the array's dtype where that loses no bit, else in float64.
 
-    Composition multiplies in float64, so that a scaled factor and a strength kept beside the factor give the same bits.
+    Composition multiplies in float64, so that a scaled factor and a strength stored beside the factor give the same bits.
     """
     wide = array.double() * strength
     narrow = wide.to(array.dtype)
@@ -75,20 +79,14 @@ def _bits(array: Tensor) -> Tensor:
 
 def paired(arrays: Mapping[str, Tensor], first: str, second: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Stored arrays `NAME/first` and `NAME/second` by name. Raises BadDelta where one has no other."""
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, array in arrays.items():
         name, _, side = key.rpartition("/")
-        found.setdefault(name, {})[side] = array
-    for name, pair in found.items():
+        pairs.setdefault(name, {})[side] = array
+    for name, pair in pairs.items():
         if pair.keys() != {first, second}:
             raise BadDelta(f"{name!r} needs two arrays, {first} and {second}; the patch has {', '.join(sorted(pair))}")
-    return {name: (pair[first], pair[second]) for name, pair in found.items()}
-
-
-# What every delta is: a frozen value with a sum, a strength, equality and a digest.
-#
-# Deltas of one kind are added by putting their factors side by side, never by adding factor to factor: a product of sums
-# is not a sum of products. Deltas of different kinds become a `Sum`, which is one delta to whatever takes one.
+    return {name: (pair[first], pair[second]) for name, pair in pairs.items()}
 
 
 class Delta(ABC):
@@ -108,6 +106,26 @@ class Delta(ABC):
         """
 
     @abstractmethod
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        """What this adds to one of its targets at strength 1, before rounding: float64, of the tensor's shape.
+
+        `original` is the base's value, read where it is needed and not given. Raises BadDelta for residual bits, which have
+        no change of their own (`CompositionPlan.change`).
+        """
+
+    def thin_factors(self, base: Base, name: str, original: Tensor | None = None) -> Factors | None:
+        """`up` (out x r) and `down` (r x in), float64, whose product that change is; None where it has no factors."""
+        return None
+
+    def directions(self, name: str) -> int | None:
+        """r of `thin_factors`, without reading a weight; None where there are no factors."""
+        return None
+
+    def reaches(self, name: str, columns: slice) -> bool:
+        """Whether the change of a target may be other than zero in these columns."""
+        return True
+
+    @abstractmethod
     def _scaled(self, strength: float) -> Delta:
         """This change times a finite strength."""
 
@@ -119,6 +137,11 @@ class Delta(ABC):
     def parts(self) -> tuple[Delta, ...]:
         """What this delta is a sum of: itself, unless it is a `Sum`."""
         return (self,)
+
+    @property
+    def text_maps(self) -> tuple[TextMap, ...]:
+        """The parts that are text maps."""
+        return tuple(part for part in self.parts if isinstance(part, TextMap))
 
     @property
     def has_bits(self) -> bool:
@@ -140,13 +163,13 @@ class Delta(ABC):
         if self.has_bits or other.has_bits:
             raise BadDelta(
                 "residual bits make one result exact and cannot be added to another change; "
-                "keep the two as patches and lay both on"
+                "keep the two as patches and apply both"
             )
         merged = _merge([*self.parts, *other.parts])
         return merged[0] if len(merged) == 1 else Sum(tuple(merged))
 
     def __mul__(self, strength: object) -> Delta:
-        """The change times a strength of either sign; one factor is scaled, once, and no bit is lost (`arrays.scaled`)."""
+        """The change times a strength of either sign; one factor is scaled, once, and no bit is lost (`scaled`)."""
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             return NotImplemented
         if not math.isfinite(strength):
@@ -183,10 +206,10 @@ class Sum(Delta):
     kind: ClassVar[str] = "sum"
 
     def __post_init__(self) -> None:
-        found = _merge([part for summand in self.summands for part in summand.parts])
-        if len(found) < 2:
-            raise BadDelta(f"a sum needs deltas of at least two kinds; got {len(found)}")
-        object.__setattr__(self, "summands", tuple(found))
+        merged = _merge([part for summand in self.summands for part in summand.parts])
+        if len(merged) < 2:
+            raise BadDelta(f"a sum needs deltas of at least two kinds; got {len(merged)}")
+        object.__setattr__(self, "summands", tuple(merged))
 
     @property
     def parts(self) -> tuple[Delta, ...]:
@@ -197,6 +220,10 @@ class Sum(Delta):
 
     def targets(self, base: Base) -> list[str]:
         return sorted({name for part in self.parts for name in part.targets(base)})
+
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        changes = [part.change(base, name, original) for part in self.parts if name in part.targets(base)]
+        return torch.stack(changes).sum(0)
 
     def _scaled(self, strength: float) -> Delta:
         return Sum(tuple(part * strength for part in self.parts))
@@ -210,19 +237,16 @@ _ORDER = ("text-map", "low-rank", "dense", "xor")
 
 def _merge(parts: Iterable[Delta]) -> list[Delta]:
     """Parts with those that merge merged, sorted by kind and storage names."""
-    found: list[Delta] = []
+    distinct: list[Delta] = []
     for part in parts:
-        for i, other in enumerate(found):
+        for i, other in enumerate(distinct):
             merged = other._merged(part)
             if merged is not None:
-                found[i] = merged
+                distinct[i] = merged
                 break
         else:
-            found.append(part)
-    return sorted(found, key=lambda part: (_ORDER.index(part.kind), min(part.tensors())))
-
-
-# The dense delta: the change itself, one array per tensor.
+            distinct.append(part)
+    return sorted(distinct, key=lambda part: (_ORDER.index(part.kind), min(part.tensors())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +259,7 @@ class Dense(Delta):
     def __post_init__(self) -> None:
         if not self.changes:
             raise BadDelta("a dense delta without a tensor would change nothing")
-        changes = {name: kept(name, array) for name, array in sorted(self.changes.items())}
+        changes = {name: checked_array(name, array) for name, array in sorted(self.changes.items())}
         object.__setattr__(self, "changes", changes)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -246,6 +270,12 @@ class Dense(Delta):
             if tuple(self.changes[name].shape) != base.places[name].shape:
                 raise misfit(name, base.places[name].shape, self.changes[name].shape)
         return names
+
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        return self.changes[name].double()
+
+    def reaches(self, name: str, columns: slice) -> bool:
+        return bool(self.changes[name][:, columns].any())
 
     def _scaled(self, strength: float) -> Delta:
         return Dense({name: scaled(array, strength) for name, array in self.changes.items()})
@@ -287,9 +317,6 @@ def misfit(name: str, wanted: Sequence[int], found: Sequence[int]) -> BadDelta:
     )
 
 
-# The low-rank delta: two thin factors per tensor.
-
-
 @dataclass(frozen=True, eq=False)
 class LowRank(Delta):
     """`up down` per tensor: factors out x r and r x in, by canonical name.
@@ -306,7 +333,10 @@ class LowRank(Delta):
         for name, (up, down) in self.factors.items():
             if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not up.shape[1]:
                 raise BadDelta(f"{name}: factors {list(up.shape)} and {list(down.shape)} do not multiply")
-        factors = {name: (kept(name, up), kept(name, down)) for name, (up, down) in sorted(self.factors.items())}
+        factors = {
+            name: (checked_array(name, up), checked_array(name, down))
+            for name, (up, down) in sorted(self.factors.items())
+        }
         object.__setattr__(self, "factors", factors)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -338,6 +368,20 @@ class LowRank(Delta):
                 raise misfit(name, shape, (up.shape[0], down.shape[1]))
         return names
 
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        up, down = self.thin_factors(base, name)
+        return (up @ down).reshape(base.places[name].shape)
+
+    def thin_factors(self, base: Base, name: str, original: Tensor | None = None) -> Factors:
+        up, down = self.factors[name]
+        return up.double(), down.double()
+
+    def directions(self, name: str) -> int:
+        return self.factors[name][0].shape[1]
+
+    def reaches(self, name: str, columns: slice) -> bool:
+        return bool(self.factors[name][1][:, columns].any())
+
     def _scaled(self, strength: float) -> Delta:
         return LowRank({name: (scaled(up, strength), down) for name, (up, down) in self.factors.items()})
 
@@ -353,9 +397,6 @@ class LowRank(Delta):
         return LowRank(factors)
 
 
-# The text map: said once for a door of a base, it changes every tensor that reads what comes through that door.
-
-
 _PROJECTIONS_CACHE: WeakKeyDictionary[Base, dict[tuple[str, int], list[str]]] = WeakKeyDictionary()
 
 
@@ -363,8 +404,8 @@ _PROJECTIONS_CACHE: WeakKeyDictionary[Base, dict[tuple[str, int], list[str]]] = 
 class TextMap(Delta):
     """`W0 up down^T` for every projection W0 (out x d) that reads `encoder`; up and down are d x k.
 
-    `encoder` is the name of a door (`Base.doors`), for SD 1.x and 2.x that of the text encoder. Where a tensor reads several
-    doors side by side, W0 stands for the columns that belong to this one; the others stay as they are.
+    `encoder` names a text input (`Base.text_inputs`), for SD 1.x and 2.x the text encoder. Where a tensor reads several
+    text inputs side by side, W0 stands for the columns that belong to this one; the others stay as they are.
     """
 
     encoder: str
@@ -378,16 +419,16 @@ class TextMap(Delta):
                 f"a text map's factors must both be d x k; got {list(self.up.shape)}, {list(self.down.shape)}"
             )
         for side in ("up", "down"):
-            object.__setattr__(self, side, kept(f"{self.encoder}/{side}", getattr(self, side)))
+            object.__setattr__(self, side, checked_array(f"{self.encoder}/{side}", getattr(self, side)))
 
     @cached_property
     def width(self) -> int:
-        """d, the width of what comes through the door."""
+        """d, the width of the text input."""
         return self.up.shape[0]
 
     @cached_property
     def turned(self) -> tuple[Tensor, Tensor]:
-        """U^T and D^T, k x d; views that are kept, since making them for a thousand maps takes milliseconds."""
+        """U^T and D^T, k x d; cached views, since making them for a thousand maps takes milliseconds."""
         return self.up.T, self.down.T
 
     def tensors(self) -> dict[str, Tensor]:
@@ -395,15 +436,31 @@ class TextMap(Delta):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor]) -> list[Delta]:
-        """One text map for each door, from the arrays of `tensors`."""
+        """One text map for each text input, from the arrays of `tensors`."""
         return [cls(encoder, up, down) for encoder, (up, down) in sorted(paired(arrays, "up", "down").items())]
 
     def targets(self, base: Base) -> list[str]:
-        # Matching a thousand names against patterns takes longer than laying a patch on: once per opened base.
-        known = _PROJECTIONS_CACHE.setdefault(base, {})
-        if (self.encoder, self.width) not in known:
-            known[self.encoder, self.width] = _readers(base, self.encoder, self.width)
-        return known[self.encoder, self.width]
+        # Matching a thousand names against patterns takes longer than applying a patch: once per opened base.
+        cached = _PROJECTIONS_CACHE.setdefault(base, {})
+        if (self.encoder, self.width) not in cached:
+            cached[self.encoder, self.width] = _projections(base, self.encoder, self.width)
+        return cached[self.encoder, self.width]
+
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        up, _ = self.thin_factors(base, name, original)
+        total = torch.zeros(base.places[name].shape, dtype=torch.float64)
+        total[:, base.columns(self.encoder, name)] = up @ self.down.double().T
+        return total
+
+    def thin_factors(self, base: Base, name: str, original: Tensor | None = None) -> Factors:
+        original = base.tensor(name) if original is None else original
+        columns = base.columns(self.encoder, name)
+        down = torch.zeros(self.up.shape[1], original.shape[1], dtype=torch.float64)
+        down[:, columns] = self.down.double().T
+        return original[:, columns].double() @ self.up.double(), down
+
+    def directions(self, name: str) -> int:
+        return self.up.shape[1]
 
     def _scaled(self, strength: float) -> Delta:
         return TextMap(self.encoder, scaled(self.up, strength), self.down)
@@ -416,7 +473,7 @@ class TextMap(Delta):
         return TextMap(self.encoder, joined([self.up, other.up], 1), joined([self.down, other.down], 1))
 
 
-def _readers(base: Base, text_input: str, width: int) -> list[str]:
+def _projections(base: Base, text_input: str, width: int) -> list[str]:
     names = base.projections(text_input) if text_input in base.text_inputs else []
     if not names:
         raise BadDelta(f"this text map is for {text_input}, which no projection of the base at {base.path} reads")
@@ -430,12 +487,6 @@ def _readers(base: Base, text_input: str, width: int) -> list[str]:
     return names
 
 
-# Residual bits: what makes the result of a change exactly the weights it was taken from.
-#
-# A change that is stored in floating point gives back an edited checkpoint only up to rounding. The bits that still differ,
-# few as they are, make it exact.
-
-
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer that holds the bits of a value, by its size in bytes."""
 
@@ -444,11 +495,12 @@ WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Xor(Delta):
     """Bits to flip after rounding: `(at, mask)` by canonical name.
 
-    `at` (int32 [n], ascending) are flat positions in the tensor, `mask` (int16, int32 or int64 [n], as wide as the
-    tensor's values) the bits to flip there; both are sparse because most residuals are zero.
+    A change in floating point gives back an edited checkpoint only up to rounding; these bits make an import exact. `at`
+    (int32 [n], ascending) are flat positions in the tensor, `mask` (int16, int32 or int64 [n], as wide as the tensor's
+    values) the bits to flip there; both are sparse because most residuals are zero.
 
     Bits refer to one rounded result: that of the base and the other parts of the same delta, at strength 1. So they are
-    flipped only where the patch lies alone on a tensor at strength 1. Otherwise the patch counts there as the difference
+    flipped only where the patch alone changes a tensor, at strength 1. Otherwise the patch counts there as the difference
     that it makes when alone, which is a change like any other. Bits cannot be scaled or added as a value.
     """
 
@@ -481,6 +533,9 @@ class Xor(Delta):
                 )
         return names
 
+    def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
+        raise BadDelta(f"{name}: residual bits refer to a rounded result and are no change by themselves; compose them")
+
     def flipped(self, name: str, values: Tensor) -> Tensor:
         """`values` (contiguous, of the tensor's dtype) with the bits of `name` flipped, as a new tensor."""
         at, mask = self.bits[name]
@@ -490,8 +545,8 @@ class Xor(Delta):
 
     def _scaled(self, strength: float) -> Delta:
         raise BadDelta(
-            f"residual bits cannot be scaled by {strength:g}; lay the patch on with that strength instead, where it counts "
-            "as the difference it makes"
+            f"residual bits cannot be scaled by {strength:g}; apply the patch with that strength instead, where it "
+            "counts as the difference it makes"
         )
 
     def _merged(self, other: Delta) -> Delta | None:
@@ -502,10 +557,10 @@ class Xor(Delta):
         return Xor({**self.bits, **other.bits})
 
 
-def residual(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`(at, mask)` that turn `found` into `wanted`, bit for bit; None where they are the same."""
-    word = WORDS[found.element_size()]
-    mask = found.contiguous().reshape(-1).view(word) ^ wanted.contiguous().reshape(-1).view(word)
+def residual(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`(at, mask)` that turn `values` into `wanted`, bit for bit; None where they are the same."""
+    word = WORDS[values.element_size()]
+    mask = values.contiguous().reshape(-1).view(word) ^ wanted.contiguous().reshape(-1).view(word)
     at = mask.nonzero()[:, 0]
     return (at.int(), mask[at]) if len(at) else None
 
@@ -524,8 +579,6 @@ def _checked(name: str, at: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return at, mask
 
 
-__all__ = ["BadDelta", "Delta", "Dense", "LowRank", "Sum", "TextMap", "Xor", "delta_from"]
-
 _READERS: Mapping[str, Callable[[Mapping[str, Tensor]], Sequence[Delta]]] = {
     "text-map": TextMap.from_arrays,
     "low-rank": LowRank.from_arrays,
@@ -541,10 +594,10 @@ def delta_from(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
         raise BadDelta(f"unknown kind of delta {kind!r}; this program knows {', '.join(KINDS)}: upgrade Overpaint")
     if kind == "sum":
         return Sum(tuple(_summands(tensors)))
-    found = _READERS[kind](tensors)
-    if len(found) != 1:
-        raise BadDelta(f"a {kind} delta is one part; its arrays {sorted(tensors)[:4]} are {len(found)}")
-    return found[0]
+    parts = _READERS[kind](tensors)
+    if len(parts) != 1:
+        raise BadDelta(f"a {kind} delta is one part; its arrays {sorted(tensors)[:4]} are {len(parts)}")
+    return parts[0]
 
 
 def _summands(tensors: Mapping[str, Tensor]) -> list[Delta]:

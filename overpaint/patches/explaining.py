@@ -2,7 +2,7 @@
 
 With `D` the checkpoint's difference from the base and `d_i` the change of patch i, over all tensors that either touches, the
 strengths minimise `|D - sum_i s_i d_i|`. What is left, relative to `|D|`, is the residual: 0 when the patches explain all of it
-up to rounding, 1 when they explain nothing. Only inner products are kept, so memory does not grow with the model.
+up to rounding, 1 when they explain nothing. Only inner products are accumulated, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.core.errors import OverpaintError
-from overpaint.patches.delta import Dense, LowRank, TextMap
+from overpaint.patches.compose import Term, plan
 from overpaint.patches.patch import Patch, untouched_inputs
 
 PRESENT = 0.02
@@ -68,16 +67,16 @@ def explain(checkpoint: Base, base: Base, patches: Sequence[Patch]) -> Explanati
     fitting = [patch for patch in patches if patch.manifest["subject"]["fingerprint"] == base.fingerprint]
     before, after = base.digests(base.names), checkpoint.digests(checkpoint.names)
     changed = [name for name in base.names if before[name] != after[name]]
-    reached = {name for patch in fitting for name in patch.delta.targets(base)}
+    planned = [plan(base, [Term(patch.id, patch.delta)]) for patch in fitting]
+    reached = {name for each in planned for name in each.stacks}
     gram = torch.zeros(len(fitting), len(fitting), dtype=torch.float64)
     shared = torch.zeros(len(fitting), dtype=torch.float64)
     total = 0.0
     for name in sorted({*changed, *reached}):
-        original = base.tensor(name).double()
-        difference = checkpoint.tensor(name).double() - original
+        difference = checkpoint.tensor(name).double() - base.tensor(name).double()
         total += float(difference.square().sum())
-        indices = [i for i, patch in enumerate(fitting) if name in patch.delta.targets(base)]
-        rows = [change(base, fitting[i], name, original).flatten() for i in indices]
+        indices = [i for i, each in enumerate(planned) if name in each.stacks]
+        rows = [planned[i].change(name).flatten() for i in indices]
         if rows:
             stacked = torch.stack(rows)
             gram[torch.tensor(indices)[:, None], torch.tensor(indices)] += stacked @ stacked.T
@@ -91,18 +90,3 @@ def explain(checkpoint: Base, base: Base, patches: Sequence[Patch]) -> Explanati
         unexplained=tuple(name for name in changed if name not in reached),
         uncovered=untouched_inputs(base, changed),
     )
-
-
-def change(base: Base, patch: Patch, name: str, original: Tensor) -> Tensor:
-    """What a patch adds to one tensor at strength 1, float64, before it is rounded; `original` is the base's value."""
-    total = torch.zeros_like(original)
-    for part in patch.delta.parts:
-        if isinstance(part, TextMap) and name in part.targets(base):
-            columns = base.columns(part.encoder, name)
-            total[:, columns] += original[:, columns] @ part.up.double() @ part.down.double().T
-        elif isinstance(part, LowRank) and name in part.factors:
-            up, down = part.factors[name]
-            total += (up.double() @ down.double()).reshape(original.shape)
-        elif isinstance(part, Dense) and name in part.changes:
-            total += part.changes[name].double()
-    return total

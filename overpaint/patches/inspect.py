@@ -19,7 +19,6 @@ from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound
 from overpaint.core.names import typed_path
 from overpaint.patches.build_record import KEY, BadRecord, component_digests, read_record
-from overpaint.patches.delta import TextMap
 from overpaint.patches.duplicate_weights import survey
 from overpaint.patches.patch import read_patch, untouched_inputs
 
@@ -167,7 +166,7 @@ def _digests_of(container: SafetensorsFile, layout_name: str, names: Mapping[str
 def _patch(path: Path) -> Inspection:
     patch = read_patch(path.read_bytes())
     facts: dict[str, Any] = {"patch": patch.id, "concept": patch.concept.name}
-    if maps := [part.encoder for part in patch.delta.parts if isinstance(part, TextMap)]:
+    if maps := [part.encoder for part in patch.delta.text_maps]:
         facts["text inputs covered"] = ", ".join(maps)
     facts.update(_flat(patch.manifest))
     return Inspection("patch", facts)

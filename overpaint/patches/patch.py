@@ -27,7 +27,7 @@ from overpaint.core.safetensors_header import (
     read_header,
     read_object,
 )
-from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, TextMap, delta_from
+from overpaint.patches.delta import BadDelta, Delta, TextMap, delta_from
 
 # Which doors a change leaves open: by which ways a prompt still enters the U-Net as it always did.
 #
@@ -70,12 +70,7 @@ def _moves(base: Base, text_input: str, part: Delta, name: str) -> bool:
     """Whether the change of a reader is in the columns of a door; of any other tensor it counts as it is."""
     if name not in base.projections(text_input):
         return True
-    columns = base.columns(text_input, name)
-    if isinstance(part, LowRank):
-        return bool(part.factors[name][1][:, columns].any())
-    if isinstance(part, Dense):
-        return bool(part.changes[name][:, columns].any())
-    return True
+    return part.reaches(name, base.columns(text_input, name))
 
 
 def _speaking(base: Base, text_input: str) -> list[str]:

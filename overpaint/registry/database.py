@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from overpaint.core.atomic import locked, make_folder, share, sync
+from overpaint.core.atomic import locked, make_folder, replacing, share
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.urls import printed_url
@@ -197,10 +197,8 @@ def copy_database(source: Path, target: Path) -> None:
     with plain_database_errors(str(source)), plain_disk_errors(target.parent):
         _remove(parts)  # what a killed process left
         try:
-            _copy_pages(source, part)
-            sync(part)
-            os.replace(part, target)
-            sync(target.parent)
+            with replacing(target, scratch=part, durable=True):
+                _copy_pages(source, part)
         finally:
             _remove(parts)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
 from overpaint.bases.text_encoder import AnyTextEncoder
+from overpaint.core.atomic import replacing
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress
@@ -242,17 +242,11 @@ def write_vocabulary(stored: Moments, folder: Path, *, complete: bool) -> None:
         "done": stored.done,
         "digests": {text_input: tensor_digest(text_input, array) for text_input, array in arrays.items()},
     }
-    target = vocabulary_file(stored.identity, folder, complete=complete)
-    scratch = target.with_suffix(f".{os.getpid()}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(arrays, scratch, metadata={KEY: canonical_json(about).decode()})
-        scratch.replace(target)
+    with suppress(OSError):
+        with replacing(vocabulary_file(stored.identity, folder, complete=complete)) as scratch:
+            safetensors.torch.save_file(arrays, scratch, metadata={KEY: canonical_json(about).decode()})
         if complete:
             vocabulary_file(stored.identity, folder, complete=False).unlink(missing_ok=True)
-    except OSError:
-        with suppress(OSError):
-            scratch.unlink()
 
 
 def read_vocabulary(file: Path) -> Moments:

@@ -22,7 +22,7 @@ from overpaint.certificates.statement import (
     Thresholds,
     file_digests,
 )
-from overpaint.core.atomic import atomic_output, refuse_taken, require_parent
+from overpaint.core.atomic import refuse_taken, require_parent, write_new
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.progress import silent
 from overpaint.evaluation.context import EvaluatedPatch
@@ -82,19 +82,14 @@ def certify(
         files=file_digests(checkpoint, but=(out, bill_beside(out))) if checkpoint else {},
         thresholds=thresholds or Thresholds(),
     )
-    _write(out, sealed(certificate.statements(producer(signer, who)), signer))
-    _write(bill_beside(out), bill_of_materials(certificate))
+    write_new(out, sealed(certificate.statements(producer(signer, who)), signer))
+    write_new(bill_beside(out), bill_of_materials(certificate))
     return Certified(out, bill_beside(out), {test.name: test.holds for test in certificate.tests})
 
 
 def bill_beside(certificate: Path) -> Path:
     """The bill of materials that is written with a certificate."""
     return certificate.with_name(f"{certificate.name}.cdx.json")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_output(path) as scratch:
-        scratch.write_bytes(content)
 
 
 def _of_recipe(opened: OpenRegistry, name: str) -> Composition:

@@ -9,8 +9,7 @@ singular directions V it becomes `U (D^T V) V^T`, which is a text map again.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import OverpaintError
-from overpaint.patches.compose import Term, plan
+from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.workspace.planning import Truncation
@@ -47,7 +46,7 @@ def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
     measured on the factors that are returned. Raises BadDelta when the delta does not fit the base.
     """
     whole = _without_bits(base, delta)
-    texts = [_text_map(base, part, keep) for part in whole.parts if isinstance(part, TextMap)]
+    texts = [_text_map(base, part, keep) for part in whole.text_maps]
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     arrays: dict[str, Tensor] = {}
     for name, (pairs, dense) in _gathered(whole).items():
@@ -63,7 +62,8 @@ def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
     parts += [LowRank(factors)] if factors else []
     parts += [Dense(arrays)] if arrays else []
     small = parts[0] if len(parts) == 1 else Sum(tuple(parts))
-    return Truncated(small, {name: _error(base, name, whole, small) for name in whole.targets(base)})
+    planned, cut = plan(base, [Term("", whole)]), plan(base, [Term("", small)])
+    return Truncated(small, {name: _error(planned, cut, name) for name in planned.names})
 
 
 def size_of(delta: Delta) -> int:
@@ -75,7 +75,7 @@ def _without_bits(base: Base, delta: Delta) -> Delta:
     if not delta.has_bits:
         return delta
     planned = plan(base, [Term("", delta)])
-    return Dense({name: planned.tensor(name).double() - base.tensor(name).double() for name in planned.names})
+    return Dense({name: planned.change(name) for name in planned.names})
 
 
 def _gathered(delta: Delta) -> dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]]:
@@ -112,18 +112,13 @@ def _matrix(pairs: list[tuple[Tensor, Tensor]], dense: Tensor | None, keep: Trun
 def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
     """The text map whose change of all projections together is the truncated one; itself where it has so few directions."""
     up, down = text.up.double(), text.down.double()
-    stacked = torch.cat([_read(base, text, name) @ up for name in text.targets(base)])
+    stacked = torch.cat([text.thin_factors(base, name)[0] for name in text.targets(base)])
     _, sizes, right = thin_svd(stacked, down)
     rank = directions(sizes, keep)
     if rank >= text.up.shape[1]:
         return text
     kept = right[:, :rank]
     return TextMap(text.encoder, (up @ (down.T @ kept)).float(), kept.float())
-
-
-def _read(base: Base, text: TextMap, name: str) -> Tensor:
-    """The columns of a tensor that read a text map's text input, float64."""
-    return base.tensor(name)[:, base.columns(text.encoder, name)].double()
 
 
 def thin_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,26 +138,10 @@ def directions(sizes: Tensor, keep: Truncation) -> int:
     return min(int((share < keep.energy).sum()) + 1, present)
 
 
-def _error(base: Base, name: str, whole: Delta, small: Delta) -> float:
-    change = _change(base, name, whole.parts)
+def _error(planned: CompositionPlan, small: CompositionPlan, name: str) -> float:
+    change = planned.change(name)
     norm = float(change.norm())
-    return float((change - _change(base, name, small.parts)).norm()) / norm if norm else 0.0
-
-
-def _change(base: Base, name: str, parts: Iterable[Delta]) -> Tensor:
-    """What parts add to one tensor, float64, as a matrix."""
-    shape = base.places[name].shape
-    total = torch.zeros(shape[0] if shape else 1, math.prod(shape[1:]), dtype=torch.float64)
-    for part in parts:
-        if isinstance(part, TextMap) and name in part.targets(base):
-            columns = base.columns(part.encoder, name)
-            total[:, columns] += _read(base, part, name) @ part.up.double() @ part.down.double().T
-        elif isinstance(part, LowRank) and name in part.factors:
-            up, down = part.factors[name]
-            total += up.double() @ down.double()
-        elif isinstance(part, Dense) and name in part.changes:
-            total += part.changes[name].double().reshape(total.shape)
-    return total
+    return float((change - small.change(name)).norm()) / norm if norm else 0.0
 
 
 class NothingSmaller(OverpaintError):

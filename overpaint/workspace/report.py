@@ -6,6 +6,7 @@ A report has the latest run of every suite, pictures for the same seeds, and whe
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overpaint.bases.loading import resolve_device
-from overpaint.core.atomic import require_parent
+from overpaint.core.atomic import require_parent, write_over
 from overpaint.core.display import html_table
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.progress import Progress, silent
@@ -201,11 +202,12 @@ def save_numbers(out: Path, records: Sequence[EvaluationRecord]) -> tuple[Path, 
     """Every number of `records` in `out`'s name with .json and .csv."""
     files = out.with_suffix(".json"), out.with_suffix(".csv")
     runs = [{**asdict(record), "at": record.at.isoformat()} for record in records]
-    files[0].write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    with files[1].open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["suite", "subject", "metric", "value", "low", "high", "n", "judge", "seed"])
-        for run in records:
-            for r in run.results:
-                writer.writerow([run.suite, r.subject, r.metric, r.value, r.low, r.high, r.n, run.judge, run.seed])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["suite", "subject", "metric", "value", "low", "high", "n", "judge", "seed"])
+    for run in records:
+        for r in run.results:
+            writer.writerow([run.suite, r.subject, r.metric, r.value, r.low, r.high, r.n, run.judge, run.seed])
+    write_over(files[0], (json.dumps(runs, indent=1, ensure_ascii=False) + "\n").encode())
+    write_over(files[1], table.getvalue().encode())
     return files

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from overpaint.registry import Registry, database, models
+from overpaint.core import atomic
+from overpaint.registry import Registry, models
 from overpaint.registry.schema import connect
 from overpaint.registry.store import BlobStore
 
@@ -65,7 +66,7 @@ def die_before_commit(folder: Path) -> None:
 
 def die_while_copying(folder: Path) -> None:
     """In an upgrade, when the copy is written but not yet durable."""
-    vars(database)["sync"] = lambda path: _die()
+    vars(atomic)["sync"] = lambda path: _die()
     Registry.upgrade(folder)
 
 

@@ -9,8 +9,10 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from overpaint.core.atomic import write_over
 
 HEADS = ("object", "style", "background")
 
@@ -43,10 +45,9 @@ class JudgeNetwork(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `judge.safetensors` and `judge.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
-        save_file(state, folder / "judge.safetensors")
-        (folder / "judge.json").write_text(json.dumps(self.classes, indent=1), "utf-8")
+        write_over(folder / "judge.safetensors", save(state))
+        write_over(folder / "judge.json", json.dumps(self.classes, indent=1).encode())
 
     @classmethod
     def load(cls, folder: Path) -> JudgeNetwork:

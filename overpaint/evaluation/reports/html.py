@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from overpaint.core.atomic import write_over
 from overpaint.core.errors import OverpaintError
 
 WIDTH, HEIGHT = 640, 320
@@ -210,20 +209,8 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write `report` to `path`, whole or not at all: a temporary file in the same folder, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(render(report))
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a report is for others to read.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write `report` to `path`, whole or not at all, in place of an earlier one."""
+    write_over(path, render(report).encode(), durable=True)
 
 
 def render(report: Report) -> str:

@@ -22,8 +22,8 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.core.safetensors_header import header_bytes
-from overpaint.patches.compose import CompositionPlan, Piece, Term, plan
-from overpaint.patches.delta import LowRank, TextMap, Xor, all_finite
+from overpaint.patches.compose import CompositionPlan, Term, plan
+from overpaint.patches.delta import Factors, all_finite
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import ENCODERS, TRANSFORMERS, UNET, split
 from overpaint.patches.formats.fitting import Fitted, leading
@@ -146,8 +146,6 @@ def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot],
 # or columns are reduced to as many without loss.
 
 
-Pair = tuple[Tensor, Tensor]
-"""up (out x r) and down (r x in)."""
 ROUNDING = 2.0**-22
 """Four roundings of float32. A stored change that is off by no more, as a part of itself, counts as exact."""
 
@@ -172,20 +170,14 @@ class Stored:
 
 def is_thin(plan: CompositionPlan, name: str) -> bool:
     """Whether all that lies on a tensor is made of thin factors."""
-    thin = all(isinstance(part, TextMap | LowRank) for _, part in plan.pieces[name])
+    thin = all(part.directions(name) is not None for _, part in plan.pieces[name])
     return thin and len(plan.base.places[name].shape) > 1
 
 
 def rank(plan: CompositionPlan, name: str) -> int:
     """How many directions the factors of a tensor take in a file."""
     shape = plan.base.places[name].shape
-    return min(sum(_directions_of(piece, name) for piece in plan.pieces[name]), shape[0], math.prod(shape[1:]))
-
-
-def _directions_of(piece: Piece, name: str) -> int:
-    part = piece[1]
-    assert isinstance(part, TextMap | LowRank)
-    return part.up.shape[1] if isinstance(part, TextMap) else part.factors[name][0].shape[1]
+    return min(sum(part.directions(name) or 0 for _, part in plan.pieces[name]), shape[0], math.prod(shape[1:]))
 
 
 def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
@@ -203,7 +195,7 @@ def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directi
 
 def stored_truncated(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
     """down, up and rank of any change, cut to so many directions."""
-    true = change(plan, name).reshape(plan.base.places[name].shape[0], -1)
+    true = plan.change(name).reshape(plan.base.places[name].shape[0], -1)
     up, values, down = leading(true, directions, rounds=8)
     root = values.sqrt()
     pair = _rounded((up * root, root[:, None] * down), dtype)
@@ -212,7 +204,7 @@ def stored_truncated(plan: CompositionPlan, name: str, dtype: torch.dtype, direc
 
 def stored_difference(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
     """The change itself, of the tensor's shape."""
-    true = change(plan, name)
+    true = plan.change(name)
     array = true.to(dtype)
     return Stored((array,), _relative(array.double() - true, true), *_differing(plan, name, Fitted(array=array)))
 
@@ -228,40 +220,11 @@ def stored_whole(plan: CompositionPlan, name: str) -> Stored:
     return Stored((value,), 0.0, 0, value.numel())
 
 
-def change(plan: CompositionPlan, name: str) -> Tensor:
-    """What is added to a tensor, float64, of the tensor's shape.
-
-    Where patches have residual bits it is the difference that composing makes, since bits belong to one rounded result.
-    """
-    original = plan.original(name).values
-    if any(isinstance(part, Xor) for _, part in plan.pieces[name]):
-        return plan.tensor(name).double() - original.double()
-    total = torch.zeros(original.shape, dtype=torch.float64)
-    if any(isinstance(part, TextMap | LowRank) for _, part in plan.pieces[name]):
-        up, down = _product(plan, name)
-        total += (up @ down).reshape(original.shape)
-    for term, part in plan.pieces[name]:
-        if not isinstance(part, TextMap | LowRank):
-            total += part.tensors()[name].double() * term.strength
-    return total
-
-
-def _product(plan: CompositionPlan, name: str) -> Pair:
+def _product(plan: CompositionPlan, name: str) -> Factors:
     """The thin factors on a tensor side by side, float64, strengths in `up`."""
-    ups, downs, original = [], [], None
-    for term, part in plan.pieces[name]:
-        if isinstance(part, TextMap):
-            original = plan.original(name).values if original is None else original
-            columns = plan.base.columns(part.encoder, name)
-            down = torch.zeros(part.up.shape[1], original.shape[1], dtype=torch.float64)
-            down[:, columns] = part.down.double().T
-            ups.append(original[:, columns].double() @ part.up.double() * term.strength)
-            downs.append(down)
-        elif isinstance(part, LowRank):
-            up, thin = part.factors[name]
-            ups.append(up.double() * term.strength)
-            downs.append(thin.double())
-    return torch.cat(ups, 1), torch.cat(downs, 0)
+    factors = plan.thin_factors(name)
+    assert factors is not None, name
+    return factors
 
 
 def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,17 +237,17 @@ def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _rounded(pair: Pair, dtype: torch.dtype) -> Pair:
+def _rounded(pair: Factors, dtype: torch.dtype) -> Factors:
     up, down = pair
     return up.to(dtype), down.to(dtype)
 
 
-def _is_same(pair: Pair, wide: Pair) -> bool:
+def _is_same(pair: Factors, wide: Factors) -> bool:
     """Whether rounding changed no factor."""
     return all(torch.equal(narrow.double(), side) for narrow, side in zip(pair, wide, strict=True))
 
 
-def _error(true: Pair, held: Pair) -> float:
+def _error(true: Factors, held: Factors) -> float:
     """The norm of the difference of two products over that of the first."""
     if _is_same(held, true):
         return 0.0
@@ -300,7 +263,7 @@ def _core(up: Tensor, down: Tensor) -> Tensor:
     return core
 
 
-def _stored(plan: CompositionPlan, name: str, pair: Pair, error: float, *, is_same: bool = False) -> Stored:
+def _stored(plan: CompositionPlan, name: str, pair: Factors, error: float, *, is_same: bool = False) -> Stored:
     """A pair of factors as a file has it. Where it is the patches' own (`is_same`), a reader adds what composing adds."""
     up, down = pair
     differing = (

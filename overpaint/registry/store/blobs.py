@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from overpaint.core.atomic import replacing
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.urls import URL, has_credentials
@@ -88,16 +87,9 @@ def _write_pointer(folder: Path, url: str) -> None:
     if not has_credentials(url):
         return open_files(folder).write(ELSEWHERE, [f"{url}\n".encode()], final=False)
     with plain_disk_errors(folder):  # a file of mode 0600 from the beginning, so that nobody else can ever read it
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(f"{url}\n")
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(temporary, folder / ELSEWHERE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        temporary = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+        with replacing(folder / ELSEWHERE, scratch=temporary, durable=True, mode=0o600):
+            temporary.write_text(f"{url}\n", "utf-8")
 
 
 class BlobStore:

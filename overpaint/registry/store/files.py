@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from pathlib import Path
 
-from overpaint.core.atomic import locked, make_folder, sync
+from overpaint.core.atomic import locked, make_folder, replacing, sync
 from overpaint.core.errors import OverpaintError
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 
@@ -123,17 +123,9 @@ class FolderFiles(Files):
         with plain_disk_errors(self.root):
             make_folder(path.parent)
             temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-            try:
-                _write_durably(temporary, chunks)
+            with replacing(path, scratch=temporary, durable=True, read_only=final):
+                _write_counted(temporary, chunks)
                 inode = temporary.stat().st_ino
-                if final:
-                    temporary.chmod(stat.S_IMODE(temporary.stat().st_mode) & ~0o222)
-                os.replace(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary)
-                raise
-            sync(path.parent)
         self._durable[name] = inode
 
     def info(self, name: str) -> FileInfo | None:
@@ -213,8 +205,8 @@ def _open_plain(path: Path) -> int:
     return descriptor
 
 
-def _write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Make a file of the mode that the umask allows, and return when it is on the disk. Raises OSError if one is there."""
+def _write_counted(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Make a file of the mode that the umask allows. Raises OSError if one is there, or when bytes were lost."""
     given = 0
     with path.open("xb", buffering=0) as file:
         for chunk in chunks:
@@ -222,7 +214,6 @@ def _write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             given += len(rest)
             while rest:  # one call writes at most 2 GiB
                 rest = rest[os.write(file.fileno(), rest) :]
-        os.fsync(file.fileno())
     written = path.stat().st_size
     if written != given:
         raise OSError(f"{written} bytes arrived on the disk instead of {given}")

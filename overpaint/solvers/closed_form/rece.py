@@ -63,7 +63,7 @@ class RECE(Solver):
         """A text map: the start and one edit for each round."""
         started = time.perf_counter()
         start = self._first().solve(problem.within(0, len(problem.base.text_inputs)))
-        first = {part.encoder: part for part in start.delta.parts if isinstance(part, TextMap)}
+        first = {part.encoder: part for part in start.delta.text_maps}
         choice = KeyChoice(self.positions, self.spoken)
         edits, numbers = over_text_inputs(problem, choice, lambda edit: self._rounds(edit, first[edit.text_input]))
         return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started}, start.record)
