@@ -24,7 +24,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.suites.scale import TOLD, Scale
+from overpaint.evaluation.suites.scale import USE_UNIVERSE, Scale
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 
@@ -80,7 +80,7 @@ class Curve(Scale):
 
 def told(solver: str) -> tuple[Concept, ...]:
     """What a solver is told of on the curve."""
-    return universe(solver) if solver in TOLD else ()
+    return universe(solver) if solver in USE_UNIVERSE else ()
 
 
 def parts(solvers: Sequence[str]) -> list[tuple[str, bool]]:

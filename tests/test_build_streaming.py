@@ -121,7 +121,7 @@ def test_any_choice_of_tensors_is_replaced_and_left_out(source: Path, data: st.D
     target = folder / "new.safetensors"
     target.unlink(missing_ok=True)
     digests = rewrite.write(target, RECORD, lambda name: values[name.removeprefix("unet/")])
-    rewrite.seal(target, {**RECORD, "digest": "1" * 64})
+    rewrite.write_record(target, {**RECORD, "digest": "1" * 64})
     assert set(digests) == set(rewrite.replaced)
     new = SafetensorsFile.open(target)
     assert list(new.entries) == [key for key in old.entries if fates[key] != "dropped"]

@@ -30,7 +30,7 @@ def canonical(layout: Layout, keys: list[str]) -> dict[str, str]:
     """What the layout makes of a file's keys."""
     return {
         key: f"{component}/{layout.components[component].canonical(name)}"
-        for component, spelling in layout.single_files[0].spellings.items()
+        for component, spelling in layout.single_files[0].mappings.items()
         for key, (name,) in spelling.names(keys).items()
     }
 

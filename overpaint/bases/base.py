@@ -48,7 +48,7 @@ class Base:
     """An opened base. Nothing here changes it; tensors are read from their files when asked for.
 
     `places` has every weight by canonical name, `containers` the files they lie in, `variant` the suffix of a folder's
-    weight files where it is not plain (fp16), `form` the way in which a single file spells its keys, `hub` the id and commit
+    weight files where it is not plain (fp16), `form` the way in which a single file names its keys, `hub` the id and commit
     of a base from the Hub.
     """
 
@@ -179,13 +179,13 @@ class Base:
 
     @property
     def text_inputs(self) -> tuple[str, ...]:
-        """The ways by which a prompt enters the U-Net, in the layout's order: for SD 1.x just `text_encoder`."""
+        """The ways by which a prompt enters the denoiser, in the layout's order: for SD 1.x just `text_encoder`."""
         return tuple(self.layout.text_inputs)
 
     def projections(self, text_input: str | None = None) -> list[str]:
-        """The tensors that read what comes through a door, or through any: cross-attention keys and values first of all.
+        """The tensors that read a text input, or any text input: above all cross-attention keys and values.
 
-        Raises NotFound for a door the base lacks.
+        Raises NotFound for a text input the base lacks.
         """
         if text_input is None:
             return sorted({name for each in self.text_inputs for name in self.projections(each)})
@@ -205,16 +205,16 @@ class Base:
                 )
 
     def columns(self, text_input: str, reader: str) -> slice:
-        """The input columns of one of a door's readers that belong to the door."""
+        """The input columns of a projection (one of `projections(text_input)`) that read this text input."""
         spec = self.text_input(text_input)
         start = sum(self._length(self.layout.text_inputs[other].width) for other in spec.after)
         return slice(start, start + self._length(spec.width) if spec.width else self.places[reader].shape[-1])
 
     def text_input(self, name: str) -> TextInput:
-        """What the layout says about a door. Raises NotFound for one the base lacks."""
+        """The layout's description of a text input. Raises NotFound for one the base lacks."""
         if name not in self.layout.text_inputs:
             raise NotFound(
-                f"{self.layout.name} bases have no door {name!r} for a prompt; known: {', '.join(self.text_inputs)}"
+                f"{self.layout.name} bases have no text input {name!r}; known: {', '.join(self.text_inputs)}"
             )
         return self.layout.text_inputs[name]
 
@@ -239,7 +239,7 @@ class Base:
 
     @cached_property
     def extras(self) -> dict[str, Any]:
-        """What a base says about itself in `overpaint.json` beside its index: prompt templates, sampler, judges."""
+        """What a base declares in `overpaint.json` beside its index: prompt templates, sampler, judges."""
         file = self.path / "overpaint.json"
         return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
@@ -267,7 +267,7 @@ class Base:
 
     @property
     def channels(self) -> int | None:
-        """The denoiser's input channels; None where the layout tells nothing by them."""
+        """The denoiser's input channels; None where the layout does not distinguish bases by them."""
         place = self.places.get(self.layout.input)
         return place.shape[1] if place and len(place.shape) > 1 else None
 
@@ -316,7 +316,7 @@ class Base:
 
 
 def _check(content: Any) -> str:
-    """Tells a cache that was damaged or edited from one that was written so."""
+    """A checksum by which a damaged or edited cache is recognised."""
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 

@@ -39,7 +39,7 @@ class LoneShard(UnknownLayout):
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies, and the canonical shape it has.
+    """Where a tensor is stored, and the canonical shape it has.
 
     `key` is what its file calls it, or the stack that it is a part of; `entry` has its own bytes there, which are those of
     its transpose where the file keeps it so.
@@ -79,12 +79,12 @@ class WeightFiles:
     component: str
     container: SafetensorsFile
     names: dict[str, tuple[str, ...]]
-    spelling: KeyMapping | None = None
+    mapping: KeyMapping | None = None
 
     def entries(self) -> Iterator[tuple[str, str, TensorEntry, bool]]:
         """Key, diffusers' name and bytes of each tensor, and whether they are those of its transpose."""
         for key, names in self.names.items():
-            turned = self.spelling is not None and self.spelling.is_transposed(key)
+            turned = self.mapping is not None and self.mapping.is_transposed(key)
             for name, entry in zip(names, self._stacked(key, len(names)), strict=True):
                 yield key, name, entry, turned and len(entry.shape) == 2
 
@@ -161,7 +161,7 @@ def open_folder(folder: Path) -> ResolvedCheckpoint:
 
 
 def open_single_file(file: Path) -> ResolvedCheckpoint:
-    """A checkpoint with all components in one file, spelled as one of the layouts' single files.
+    """A checkpoint with all components in one file, with the keys of one of the layouts' single files.
 
     Raises BrokenFile when it is damaged or would have to run a program, UnknownLayout when no layout has such files,
     LoneShard for one shard of several.
@@ -177,8 +177,8 @@ def open_single_file(file: Path) -> ResolvedCheckpoint:
         for form in layout.single_files:
             without = form.lacking(container.entries)
             if not without:
-                parts = [WeightFiles(c, container, s.names(container.entries), s) for c, s in form.spellings.items()]
-                without = [form.spellings[part.component].prefix for part in parts if not part.names]
+                parts = [WeightFiles(c, container, s.names(container.entries), s) for c, s in form.mappings.items()]
+                without = [form.mappings[part.component].prefix for part in parts if not part.names]
                 if not without:
                     return ResolvedCheckpoint(layout, tuple(parts), form=form)
             lacking.append(f"{form.about} (it lacks keys that begin with {' and '.join(without)})")

@@ -139,7 +139,7 @@ def cached(wanted: HubId) -> Path | None:
             huggingface_hub.snapshot_download(wanted.repository, revision=wanted.revision, local_files_only=True)
         )
     except LocalEntryNotFoundError as error:
-        # Newer versions tell so of a folder that has not every file of the repository; ours never has.
+        # Newer versions report this of a folder that has not every file of the repository; ours never has.
         part = getattr(error, "snapshot_path", None)
         return Path(part) if part else None
 

@@ -1,4 +1,4 @@
-"""How a single-file checkpoint spells a component's tensors: rules that are data (`spellings/*.json`).
+"""How a single-file checkpoint names a component's tensors: rules that are data (`spellings/*.json`).
 
 A rule is a pair of templates, the file's and diffusers'. `{i}` stands for a number, `{1+i}` for a number counted from
 one, `{rest}` for anything, any other name for a word. U-Net blocks are numbered through in such a file, so the canonical
@@ -157,35 +157,36 @@ class KeyMapping:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """One way of keeping a whole pipeline in a file: what such a file is called, how it spells each component, and which
-    published folder has the configuration and tokenizer that it lacks: `config`, or by input channels one of `configs`.
+    """One way of storing a whole pipeline in a file: what such a file is called, how it names the tensors of each
+    component, and which published folder has the configuration and tokenizer that it lacks: `config`, or by input channels
+    one of `configs`.
 
     `holds` is a canonical name that a base must have to be written so; empty: any base of the layout.
     """
 
     about: str
     config: str
-    spellings: Mapping[str, KeyMapping]
+    mappings: Mapping[str, KeyMapping]
     holds: str = ""
     configs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SingleFile:
-        """As a layout writes it: each component names its spelling and may add to it or replace parts of it."""
+        """As a layout writes it: each component names its rules (`spelling`) and may add to them or replace some."""
         components: Mapping[str, Any] = raw["components"]
-        found = {
+        mappings = {
             name: KeyMapping(**{**_rules_of(rest["spelling"]), **_without(rest)}) for name, rest in components.items()
         }
-        return cls(raw["about"], raw["config"], found, raw.get("holds", ""), raw.get("configs", {}))
+        return cls(raw["about"], raw["config"], mappings, raw.get("holds", ""), raw.get("configs", {}))
 
     def lacking(self, keys: Collection[str]) -> list[str]:
-        """The beginnings that keys of such a file have and none of these has."""
-        prefixes = [spelling.prefix for spelling in self.spellings.values()]
+        """The prefixes that keys of such a file have and none of these has."""
+        prefixes = [mapping.prefix for mapping in self.mappings.values()]
         return [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]
 
 
 def single_file_of(forms: Iterable[SingleFile], names: Collection[str]) -> SingleFile | None:
-    """How a base that holds tensors of these names is kept in one file; None where there is no such file."""
+    """How a base that holds tensors of these names is written to one file; None where there is no such file."""
     fitting = [form for form in forms if not form.holds or form.holds in names]
     return max(fitting, key=lambda form: bool(form.holds), default=None)
 

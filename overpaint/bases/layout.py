@@ -1,4 +1,4 @@
-"""Which tensors an architecture has and by which doors the prompt reaches them, as data (`layouts/*.json`)."""
+"""An architecture as data: its tensors, and the text inputs by which a prompt reaches them (`layouts/*.json`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Component:
     optional: bool = False
 
     def canonical(self, key: str) -> str:
-        """The canonical spelling of a key of this component's file or module."""
+        """The canonical name of a key of this component's file or module."""
         for old, new in self.renames:
             key = key.replace(old, new)
         if self.inner_prefix and not key.startswith((self.inner_prefix, "text_projection.")):
@@ -61,17 +61,17 @@ class Component:
 
 
 LAST, PENULTIMATE, POOLED, PROJECTION = "last", "penultimate", "pooled", "projection"
-"""What a text input hands on; `projection`: whatever the pipeline's own code brings to the projection."""
+"""The output of a text input; `projection`: whatever the pipeline's own code brings to the projection."""
 
 
 @dataclass(frozen=True)
 class TextInput:
-    """One way by which a prompt enters the U-Net: what a text encoder says, and the tensors that read it.
+    """One way by which a prompt enters the denoiser: the output of a text encoder, and the projections that read it.
 
-    `encoder` is a component, `tokenizer` a folder of the pipeline; `says` is the last hidden state, the one before it, or
-    the pooled embedding. `readers` are glob patterns of canonical names. Doors may stand side by side in the input columns
-    of their readers: this one owns as many as the tensor `width` is long (all that are left when it names none), after those
-    of the doors in `after`.
+    `encoder` is a component, `tokenizer` a folder of the pipeline; `output` is the last hidden state, the one
+    before it, or the pooled embedding. `projections` are glob patterns of canonical names. Text inputs may stand
+    side by side in the input columns of a projection: this one owns as many as the tensor `width` is long (all that are
+    left when it names none), after those of the text inputs in `after`.
     """
 
     encoder: str
@@ -84,10 +84,10 @@ class TextInput:
 
 @dataclass(frozen=True)
 class Layout:
-    """An architecture: its components, and its doors by name.
+    """An architecture: its components, and its text inputs by name.
 
     `pipelines` are the classes of such a pipeline. Where `by_channels` names some too, the one that draws is found by the
-    input channels of the tensor `input`: an inpainting model is told by them alone.
+    input channels of the tensor `input`: they alone distinguish an inpainting model.
     `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
     Where prompts are caught, `norms` are the parameters through which they pass before a projection, and `arguments` what the
     pipeline is called with: small pictures, few frames, no guidance.
@@ -130,7 +130,7 @@ class Layout:
         return [name for name in self.components if name.startswith("text_encoder") and name in there]
 
     def projections(self, text_input: str, names: Iterable[str]) -> list[str]:
-        """The canonical names among `names` that read a door, sorted."""
+        """The canonical names among `names` that read a text input, sorted."""
         patterns = self.text_inputs[text_input].projections
         return sorted(name for name in names if _fits(name, patterns))
 

@@ -59,7 +59,7 @@ def loading(what: str, path: Path) -> Iterator[None]:
 
 
 def check_configuration(folder: Path, layout: Layout, channels: int | None, file: Path) -> None:
-    """Raise UnknownLayout unless a folder is the configuration of a single `file`, so far as that is told without weights."""
+    """Raise UnknownLayout unless a folder is the configuration of a single `file`, as far as that shows without weights."""
     denoiser = layout.input.partition("/")[0]
     configured = _object(folder / denoiser / "config.json").get("in_channels") if denoiser else None
     if layout_of(folder).name != layout.name or (channels and configured and configured != channels):

@@ -27,7 +27,7 @@ from overpaint.core.safetensors_header import BadHeader, TensorEntry, header_len
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float16`, `bfloat16`, ...: the spelling digests and manifests use."""
+    """`float16`, `bfloat16`, ...: the name in digests and manifests."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: what comes through a door of a base when a word is used in a sentence."""
+"""From prompts to embeddings: what each text input of a base hands to the denoiser for a word in a sentence."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def text_model(base: Base, component: str, device: torch.device | str) -> Any:
             raise BrokenBase(
                 f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again"
             )
-        # The memory of an accelerator is its own, and a layer would take longer to arrive there than to be used.
+        # The memory of an accelerator is its own, and a layer would take longer to be moved there than to be used.
         if torch.device(device).type != "cpu" or _size(base) <= HELD:
             return _held(kind, config, base, names).to(device).eval()
         return _streamed(kind, config, base, names, shell)
@@ -182,7 +182,7 @@ def _nbytes(answer: dict[str, Tensor]) -> int:
 
 @dataclass
 class _BaseCache:
-    """What the doors of one text encoder share: its name, what each lets through, token ids by text, the newest answers."""
+    """What the text inputs of one text encoder share: its name, the output of each, token ids by text, the newest embeddings."""
 
     encoder: str
     output: frozenset[str]
@@ -192,9 +192,9 @@ class _BaseCache:
 
 @dataclass
 class TextEncoder:
-    """A base's tokenizer and text tower in float32, on one device, heard through one door.
+    """A base's tokenizer and text encoder in float32 on one device, with the output of one text input.
 
-    `says` is what the door lets through: the last hidden states, those before the last layer, or the pooled embedding.
+    `output` is the last hidden states, those before the last layer, or the pooled embedding.
     """
 
     tokenizer: CLIPTokenizer
@@ -204,7 +204,7 @@ class TextEncoder:
 
     @classmethod
     def of(cls, base: Base, device: torch.device | str = "cpu", text_input: str = "text_encoder") -> TextEncoder:
-        """Load the text encoder behind a door of a base. Raises NotFound for a door the base lacks."""
+        """Load the text encoder of a text input of a base. Raises NotFound for a text input the base lacks."""
         return encoders(base, device, (text_input,))[text_input]
 
     @property
@@ -324,7 +324,7 @@ class TextEncoder:
         return answers
 
     def first_position(self, template: str, word: str) -> int:
-        """The row of `hidden` from which a word in a template is heard: its first token's (begin-of-text is 0).
+        """The row of `hidden` with the embedding of a word in a template: its first token's (begin-of-text is 0).
 
         Where the embedding is pooled there is one row, 0. Raises PromptTooLong when the word would be cut off.
         """
@@ -356,10 +356,10 @@ def text_sources(base: Base, device: torch.device | str = "cpu") -> Mapping[str,
 def encoders(
     base: Base, device: torch.device | str = "cpu", text_inputs: Sequence[str] | None = None
 ) -> dict[str, TextEncoder]:
-    """A text encoder for each door of a base (or each of `doors`), in order; doors of one model share it.
+    """A text encoder for each text input of a base (or each of `text_inputs`), in order; those of one model share it.
 
-    Asked for the same prompts one after the other, doors that share a model compute once. Raises NotFound for a door the
-    base lacks.
+    Asked for the same prompts one after the other, text inputs that share a model compute once. Raises NotFound for a text
+    input the base lacks.
     """
     chosen = {name: base.text_input(name) for name in (base.text_inputs if text_inputs is None else text_inputs)}
     found: dict[str, TextEncoder] = {}

@@ -52,7 +52,7 @@ def entries_at_offsets(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]
 
 @dataclass(frozen=True)
 class VirtualCheckpoint(SafetensorsFile):
-    """The root of such containers. They say what lies at a key; places follow from `entries`."""
+    """The root of such containers. They say what is stored at a key; places follow from `entries`."""
 
     def stored(self, key: str) -> Iterator[Tensor]:
         """The tensors whose bytes, one after the other, are those of a key."""

@@ -1,7 +1,7 @@
 """The file a certificate is: JSON Lines of Sigstore bundles, each a DSSE envelope around one in-toto Statement v1.
 
 Formats: Sigstore bundle v0.3 (`application/vnd.dev.sigstore.bundle.v0.3+json`), DSSE v1, in-toto Attestation Framework v1.
-Every line and every statement has the one canonical spelling (sorted keys, no spaces, each key once): a file that was spelled
+Every line and every statement is in canonical form (sorted keys, no spaces, each key once): a file that was spelled
 again is refused, so that two readers can never understand it differently.
 """
 
@@ -42,7 +42,7 @@ class Opened:
     trusted: bool | None
 
 
-def sealed(statements: Iterable[Mapping[str, Any]], signer: Signer) -> bytes:
+def signed_lines(statements: Iterable[Mapping[str, Any]], signer: Signer) -> bytes:
     """Statements, signed, as the bytes of a certificate. The same statements and key give the same bytes."""
     return b"".join(canonical_json(_bundle(canonical_json(each), signer)) + b"\n" for each in statements)
 
@@ -57,7 +57,7 @@ def _bundle(payload: bytes, signer: Signer) -> dict[str, Any]:
 
 
 def opened(content: bytes, keys: Keyring | None) -> Opened:
-    """What a certificate states, once its spelling and its signatures are found good.
+    """What a certificate states, once its form and its signatures are checked.
 
     With `keys`, one of them has to have signed every statement; without, the key that the statements name. Raises
     BadCertificate, naming the field that is not as it should be.
@@ -98,7 +98,7 @@ def producer(signer: Signer, who: str) -> dict[str, Any]:
 
 
 def _payload(line: bytes, where: str) -> tuple[bytes, str, bytes]:
-    """Payload, key id and signature of one line. Raises BadCertificate unless it is a bundle in canonical spelling."""
+    """Payload, key id and signature of one line. Raises BadCertificate unless it is a bundle in canonical form."""
     bundle = _canonical(line.removesuffix(b"\n"), where)
     if not line.endswith(b"\n"):
         raise BadCertificate(f"{where} does not end: the certificate was cut off; get it again")
@@ -129,7 +129,7 @@ def _canonical(raw: bytes, where: str) -> dict[str, Any]:
         raise BadCertificate(f"{where} cannot be read: {error}") from error
     if again != raw:
         raise BadCertificate(
-            f"{where} is not in its canonical spelling (sorted keys, each once, no spaces): it was written again by "
+            f"{where} is not in canonical form (sorted keys, each once, no spaces): it was written again by "
             "another program; get the file as it was signed"
         )
     return value
@@ -180,5 +180,5 @@ def _bytes(text: object, field: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise BadCertificate(f"{field} is not base64") from error
     if _text(value) != text:
-        raise BadCertificate(f"{field} is not base64 in its canonical spelling")
+        raise BadCertificate(f"{field} is not canonical base64")
     return value

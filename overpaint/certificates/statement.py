@@ -239,7 +239,7 @@ def subjects_of(record: Mapping[str, Any], files: Mapping[str, str]) -> list[dic
 
 
 def digest_of(value: Mapping[str, Any]) -> str:
-    """The SHA-256 of a JSON value in its canonical spelling."""
+    """The SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 

@@ -97,7 +97,7 @@ def _progress_bar(console: Console | None) -> ProgressBar:
         columns.append(BarColumn(20))
     columns.append(MofNCompleteColumn(table_column=Column(no_wrap=True)))
     columns.append(TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)))
-    # Steps may take minutes each, and the time left is told from them: rich looks back half a minute by itself.
+    # Steps may take minutes each, and the time left follows from them: rich looks back half a minute by itself.
     return Progress(
         *columns, console=console, transient=True, expand=True, refresh_per_second=4, speed_estimate_period=3600
     )

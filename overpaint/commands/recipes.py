@@ -44,7 +44,7 @@ def recipe() -> None:
 def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
     """List recipes."""
     rows = [
-        [r.name, r.base, len(r.laid), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
+        [r.name, r.base, len(r.entries), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
         + ([r.deleted_at] if deleted else [])
         for r in open_workspace(ctx).registry.recipes(deleted=deleted)
     ]
@@ -64,7 +64,7 @@ def recipe_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> 
         wanted = workspace.recipe(name)
         record = wanted.record
         digest = record.digest or wanted.digest()
-    expiry = {entry.patch: _day(entry) for entry in record.laid}
+    expiry = {entry.patch: _day(entry) for entry in record.entries}
     rows = [[p.concept, p.id, p.solver, strength, expiry[p.id], p.nbytes] for p, strength in wanted.patches()]
     columns = ["concept", "patch", "solver", "strength", "until", "bytes"]
     if as_json:
@@ -136,7 +136,9 @@ def recipe_undelete(ctx: click.Context, name: str, why: str, digests: bool) -> N
 
 
 def _show_made(record: RecipeRecord, digests: bool) -> None:
-    count = "no patches" if not record.laid else f"{len(record.laid)} patch{'es' if len(record.laid) > 1 else ''}"
+    count = (
+        "no patches" if not record.entries else f"{len(record.entries)} patch{'es' if len(record.entries) > 1 else ''}"
+    )
     text = f"recipe {record.name} on {record.base}, {count}: weights {record.digest or 'unknown'}"
     click.echo(text if digests else short(text))
 

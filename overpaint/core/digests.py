@@ -14,5 +14,5 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8. Raises ValueError on NaN or infinity."""
+    """The canonical JSON of a value: sorted keys, no spaces, UTF-8. Raises ValueError on NaN or infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")

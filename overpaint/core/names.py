@@ -28,7 +28,7 @@ JOINERS, EMOJI_STYLE = frozenset("\u200c\u200d"), "\ufe0f"
 
 
 def checked_name(name: str, what: str) -> str:
-    """`name`, for something new, in Unicode's composed form, so that both spellings of "é" are one.
+    """`name`, for something new, in Unicode's composed form, so that both encodings of "é" are one.
 
     Two names that look alike could stand side by side, so blanks at the ends and characters that nobody sees are
     refused; joiners pass where a script or an emoji needs them. Raises OverpaintError if unfit.
@@ -121,7 +121,7 @@ def checked_number(number: float, what: str) -> float:
 
 
 def checked_json(value: dict[str, Any], what: str) -> str:
-    """`value` as JSON text, keys sorted. Raises OverpaintError for what JSON cannot say."""
+    """`value` as JSON text, keys sorted. Raises OverpaintError for what JSON cannot express."""
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

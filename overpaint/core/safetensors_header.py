@@ -118,7 +118,7 @@ def _entry(key: str, value: Any, data_start: int) -> TensorEntry:
         raise BadHeader(f"{key[:80]!r} has no dtype, shape and data_offsets") from error
     if not isinstance(code, str) or code not in BYTES:
         raise BadHeader(f"{key[:80]!r} has the dtype {str(code)[:20]!r}, which this program does not know")
-    # A shape with a zero in it may ask for anything; so much and no more can be laid out.
+    # A shape with a zero in it may ask for anything; so much and no more can be represented.
     if not whole or len(shape) > 16 or math.prod(side or 1 for side in shape) >= 1 << 62:
         raise BadHeader(f"{key[:80]!r} has a shape or offsets that are not plain counts")
     if end - begin != math.prod(shape) * BYTES[code]:

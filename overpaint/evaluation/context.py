@@ -129,7 +129,7 @@ class EvalContext:
         head, name = self.prompt_set.class_of(concept)
         if name not in self.judge.heads.get(head, ()):
             known = ", ".join(self.judge.heads.get(head, ())) or "nothing"
-            raise NotFound(f"the judge {self.judge.name} cannot tell the {head} {name!r} (it knows {known})")
+            raise NotFound(f"the judge {self.judge.name} does not recognise the {head} {name!r} (it knows {known})")
         return head, name
 
     def erased(self, patches: Iterable[EvaluatedPatch] | None = None) -> dict[tuple[str, str], Concept]:

@@ -132,13 +132,13 @@ class ImageCache:
             return
         try:
             for question, picture in zip(questions, pictures, strict=True):
-                said = PngInfo()
-                said.add_itxt("prompt", question.prompt)
-                said.add_text("seed", str(question.seed))
-                said.add_text("sampler", sampler)
-                said.add_text("sha256", _digest(picture))
+                text = PngInfo()
+                text.add_itxt("prompt", question.prompt)
+                text.add_text("seed", str(question.seed))
+                text.add_text("sampler", sampler)
+                text.add_text("sha256", _digest(picture))
                 with replacing(self._place(weights, sampler, question)) as scratch:
-                    Image.fromarray(picture).save(scratch, "PNG", pnginfo=said)
+                    Image.fromarray(picture).save(scratch, "PNG", pnginfo=text)
         except OSError:
             pass
 
@@ -169,7 +169,7 @@ def _digest(picture: Picture) -> str:
 class ImageGenerator:
     """Draws questions on a base under any terms. The pipeline is loaded when the first picture is missing.
 
-    `report(done, of, text)` hears of every batch; `expect` says beforehand how many pictures there will be.
+    `report(done, of, text)` is called after every batch; `expect` says beforehand how many pictures there will be.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class ImageGenerator:
         weights, how = self.digest(terms), self.how
         found = self.image_cache.find(weights, how, questions)
         missing = [i for i, picture in enumerate(found) if picture is None]
-        self._tell(
+        self._report_drawn(
             weights, [question for question, picture in zip(questions, found, strict=True) if picture is not None]
         )
         for start in range(0, len(missing), self.sampler.batch):
@@ -216,7 +216,7 @@ class ImageGenerator:
             self.image_cache.keep(weights, how, asked, pictures)
             for i, picture in zip(part, pictures, strict=True):
                 found[i] = picture
-            self._tell(weights, asked)
+            self._report_drawn(weights, asked)
         return np.stack([picture for picture in found if picture is not None])
 
     @property
@@ -248,7 +248,7 @@ class ImageGenerator:
         self._seconds += time.monotonic() - started
         return pictures
 
-    def _tell(self, weights: str, questions: Sequence[EvalPrompt]) -> None:
+    def _report_drawn(self, weights: str, questions: Sequence[EvalPrompt]) -> None:
         """Report pictures that are there now; one that is looked at twice counts once."""
         self._seen |= {(weights, question.prompt, question.seed) for question in questions}
         done = len(self._seen)

@@ -42,7 +42,7 @@ class Judge(Protocol):
 
     @property
     def heads(self) -> Mapping[str, tuple[str, ...]]:
-        """The classes that it tells apart, by head."""
+        """The classes that it distinguishes, by head."""
         ...
 
     def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:

@@ -64,7 +64,7 @@ class Score:
 
 
 def load_judge(folder: Path) -> JudgeNetwork:
-    """The judge that lies in a base's folder, in `judge/`.
+    """The judge in a base's folder, in `judge/`.
 
     Raises NotFound when the base has none: only the embedded base ships with one.
     """
@@ -107,7 +107,7 @@ def accuracy(judge: JudgeNetwork, pictures: NDArray[np.uint8], truth: Sequence[s
     seen = verdicts(judge, pictures, head)
     if strangers := sorted(set(truth) - set(judge.classes[head])):
         raise NotFound(
-            f"the judge cannot tell {', '.join(strangers)}; its {head} head knows {', '.join(judge.classes[head])}"
+            f"the judge does not know {', '.join(strangers)}; its {head} head knows {', '.join(judge.classes[head])}"
         )
     return Score(sum(a == b for a, b in zip(seen, truth, strict=True)), len(truth))
 

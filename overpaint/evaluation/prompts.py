@@ -1,4 +1,4 @@
-"""What can be asked of a base, and what a judge has to tell apart in its answers.
+"""What can be asked of a base, and what a judge has to distinguish in the pictures.
 
 A world names classes by head ("object", "style") and makes the questions: a sentence, its seed, and what a faithful picture
 of it shows. The embedded base's world is its catalogue, asked in sentences that training never saw. Any other base is asked
@@ -135,7 +135,7 @@ def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
 
 
 def head_of(concept: Concept) -> str:
-    """The head of a judge that can tell whether a concept is there."""
+    """The head of a judge that recognises a concept."""
     return STYLE if concept.kind == "style" else OBJECT
 
 
@@ -162,7 +162,7 @@ class PromptSet:
             if concept.name.casefold() in {word.casefold() for word in (name, *words)}:
                 return head, name
         known = ", ".join(self.classes[head])
-        raise NotFound(f"no judge here can tell the {head} {concept.name!r} (known: {known}); name another judge")
+        raise NotFound(f"no judge here recognises the {head} {concept.name!r} (known: {known}); name another judge")
 
     def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         """`count` questions for a class; those of one class do not depend on which others are asked."""

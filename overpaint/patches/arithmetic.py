@@ -4,7 +4,7 @@ The composed value is `round(W0 + W0 U D^T + up down + arrays + differences)`. E
 blocks of rows, so that memory does not grow with the tensor. U and D are the factors of all text maps side by side, as are
 `up` and `down`: one product each, however many patches there are. Where text maps together have more directions than a
 quarter of the text width d, their sum U D^T (d x d) is formed in float64 and applied in float32 instead, which from there
-on is faster. Where nothing but that lies on a tensor, the sum with W0 is taken in float32 as well: the same bits, sooner.
+on is faster. Where a tensor has no other change, the sum with W0 is taken in float32 as well: the same bits, sooner.
 
 With eps = 2^-53, r the directions of `up` and n the number of patches, what is rounded is off from exact arithmetic by at
 most `(2 d + r + n + 4) eps (|W0| + |W0| |U| |D|^T + |up| |down| + |arrays| + |differences|)`, value by value; where text maps
@@ -25,9 +25,6 @@ from torch import Tensor
 
 from overpaint.patches.delta import TextMap
 
-# The blocks of rows in which a composed tensor is computed, and the scratch memory for it.
-
-
 BLOCK = 1 << 19
 """Values per block of rows: 4 MB in float64, which stays in a processor's last cache."""
 PARTS = 8
@@ -43,15 +40,15 @@ class ScratchBuffers:
 
     def take(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, for use in inference mode, that is valid until the same use is asked for again."""
-        # Kept, because making two views takes as long as a small product.
+        # Cached, because making two views takes as long as a small product.
         view = self._views.get((use, shape, dtype))
         if view is None:
             size = shape.numel()
             memory = self._memory.get((use, dtype))
             if memory is None or memory.shape[0] < size:
-                # Never less than a block: views of earlier memory are kept, and would keep it.
+                # Never less than a block: views of earlier memory are cached, and would hold it.
                 memory = self._memory[use, dtype] = torch.empty(max(size, BLOCK), dtype=dtype)
-                self._views = {key: kept for key, kept in self._views.items() if key[::2] != (use, dtype)}
+                self._views = {key: view for key, view in self._views.items() if key[::2] != (use, dtype)}
             view = self._views[use, shape, dtype] = memory[:size].view(shape)
         return view
 
@@ -115,7 +112,7 @@ class Target:
     """A tensor whose composed value is wanted, and where to put it.
 
     `out` is contiguous, on the CPU, of the original's shape and dtype, and may be the original itself. To be made and used in
-    inference mode; what it keeps saves time when it is written to again.
+    inference mode; what it caches saves time when it is written to again.
     """
 
     def __init__(self, original: Original, out: Tensor, work: ScratchBuffers) -> None:
@@ -209,7 +206,7 @@ class DenseMap:
 
 
 def side_by_side(maps: Sequence[tuple[TextMap, float]], work: ScratchBuffers) -> FactoredMap | DenseMap:
-    """Text maps of one door with their strengths, in the form that is cheaper to apply; in inference mode."""
+    """Text maps of one text input with their strengths, in the form that is cheaper to apply; in inference mode."""
     # Transposed first: to interleave the columns of a thousand single directions takes as long as their product.
     up = torch.cat([text_map.turned[0] for text_map, _ in maps])
     down = torch.cat([text_map.turned[1] for text_map, _ in maps])
@@ -225,8 +222,8 @@ def side_by_side(maps: Sequence[tuple[TextMap, float]], work: ScratchBuffers) ->
 class TensorUpdate:
     """All that is added to one tensor: text maps, low-rank factors, arrays, and results of patches with bits.
 
-    Text maps come by door, each with the columns that it reads and writes. `results` are whole patched tensors of the base's
-    dtype: what counts is their difference from the original.
+    Text maps come by text input, each with the columns that it reads and writes. `results` are whole patched tensors of the
+    base's dtype: what counts is their difference from the original.
     """
 
     texts: tuple[tuple[slice, FactoredMap | DenseMap], ...] = ()
@@ -310,7 +307,7 @@ class TensorUpdate:
     def _add(self, block: Block) -> None:
         """Add all of this to the sum of a block."""
         total, work = block.total, block.work
-        # All are read before one is written, for doors may share columns.
+        # All are read before one is written, for text inputs may share columns.
         reads = [(text, part := block.part(columns), text.read(part, work)) for columns, text in self.texts]
         for text, part, read in reads:
             text.write(read, part)

@@ -1,9 +1,9 @@
 """Build: a custom checkpoint with a composition baked in, of the base's own form, beside which nothing leaks.
 
-A diffusers folder gives a folder, a single file a single file, unless the other form is asked for (`converting`); layout,
-dtypes and untouched bytes stay. Weight files are streamed (`streaming`), second copies of a patched weight are left out with
-notice (`twins`), the recipe and the digests stand in the headers (`record`), and everything appears whole or not at all
-(`publish`).
+A diffusers folder gives a folder, a single file a single file, unless the other form is asked for (`conversion`); layout,
+dtypes and untouched bytes stay. Weight files are streamed, second copies of a patched weight are left out with notice
+(`duplicate_weights`), the recipe and the digests are recorded in the headers (`build_record`), and everything appears whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from overpaint.patches.duplicate_weights import Survey, survey
 # A weight file written again with some tensors replaced and others left out, in one pass, at the speed of a copy.
 #
 # The header comes first: everything in it has a known length, so its digests are filled in at the end. Tensors follow in
-# file order. What lies between two changed tensors is copied by the kernel as one piece, and a file system that can share
+# file order. What is between two changed tensors is copied by the kernel as one piece, and a file system that can share
 # blocks shares them; memory holds one changed tensor at a time.
 
 
@@ -49,7 +49,7 @@ _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, er
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How a file is written again: where each tensor to replace lies, by canonical name, and the keys to leave out."""
+    """How a file is written again: where each tensor to replace is, by canonical name, and the keys to leave out."""
 
     source: SafetensorsFile
     replaced: Mapping[str, TensorLocation]
@@ -63,7 +63,7 @@ class Rewrite:
         return header_bytes(metadata, kept, multiple=BLOCK, rest=start % BLOCK, sort=False)
 
     def write(self, target: Path, record: Mapping[str, Any], value: Callable[[str], Tensor]) -> dict[str, str]:
-        """Write a new file; returns the digest of each new value by canonical name, which `seal` needs."""
+        """Write a new file; returns the digest of each new value by canonical name, which `write_record` needs."""
         digests = {}
         with ExitStack() as opened:
             source = self.source
@@ -87,7 +87,7 @@ class Rewrite:
                 position += size
         return digests
 
-    def seal(self, target: Path, record: Mapping[str, Any]) -> None:
+    def write_record(self, target: Path, record: Mapping[str, Any]) -> None:
         """Write the header again, with a record that has the true digests in place of equally long ones."""
         head = self.header(record)
         with target.open("r+b", buffering=0) as writer:
@@ -171,7 +171,7 @@ class Built:
 
     @property
     def folder(self) -> Path:
-        """The folder that was built, or that the single file lies in."""
+        """The folder that was built, or that the single file is in."""
         return self.path if self.path.is_dir() else self.path.parent
 
 
@@ -195,7 +195,7 @@ def build(
     `card` becomes README.md in a folder; beside a single file it becomes a file of the same name that ends in `.md`,
     which is where user interfaces look for a description. `record` (JSON: recipe, concepts) goes into the header of every
     file that is written anew. Without terms the result is the base, byte for byte, or a pickle's tensors as safetensors;
-    optional components that the base does not have whole leave the index. `notice` hears what was left out.
+    optional components that the base does not have whole leave the index. `notice` is called for what was left out.
 
     Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit, BrokenBase when the base's files change
     meanwhile, NotConvertible when the base has no place in that form, OverpaintError when nothing can be written or the disk
@@ -250,15 +250,15 @@ def _write_around(folder: Path, files: Mapping[str, Path | bytes]) -> None:
 
 
 def _left_behind(base: Base, made: Base, notice: Callable[[str], None]) -> Iterator[str]:
-    """What the other container has no place for, named and told."""
+    """The names of what the other container has no place for, with a notice for each kind."""
     keys = [key for found in base.unnamed.values() for key in found]
     if keys:
         notice(f"left out {len(keys)} tensors that are no weights of a component, first {keys[0]}")
         yield from keys
-    for spelling in made.form.spellings.values() if made.form else ():
-        if spelling.unused:
+    for mapping in made.form.mappings.values() if made.form else ():
+        if mapping.unused:
             notice(
-                f"published single files also hold {', '.join(spelling.unused)} of {spelling.prefix.rstrip('.')}, which a "
+                f"published single files also hold {', '.join(mapping.unused)} of {mapping.prefix.rstrip('.')}, which a "
                 "folder does not have; no picture depends on them, though other programs may warn that they are missing"
             )
     if not base.is_single_file:
@@ -297,7 +297,7 @@ def _write(
     changed = {name: digest for digests in written.values() for name, digest in digests.items()}
     whole = {**base.digests(name for name in base.names if name not in changed), **changed}
     for source, digests in written.items():
-        rewrites[source].seal(targets[source], with_digests(record, digests, whole))
+        rewrites[source].write_record(targets[source], with_digests(record, digests, whole))
     return combined_digest(whole)
 
 
@@ -334,7 +334,7 @@ def _refuse_name(base: Base, made: Base, out: Path) -> None:
         )
         raise OverpaintError(f"{why}: {need}, not {out.name}")
     if not base.is_single_file and out.resolve().is_relative_to(base.path.resolve()):
-        raise OverpaintError(f"{out} lies inside the base itself; choose a place outside {base.path}")
+        raise OverpaintError(f"{out} is inside the base itself; choose a place outside {base.path}")
 
 
 def _refuse_changed(base: Base) -> None:

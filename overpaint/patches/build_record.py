@@ -30,11 +30,11 @@ class BadRecord(OverpaintError):
 def record_of(base: Base, terms: Iterable[Term], details: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a build, but for its digests. `details` are the recipe's own words.
 
-    Ids and strengths come from the terms, so that a record says what was laid on, whatever the details say.
+    Ids and strengths come from the terms, so that a record says what was applied, whatever the details say.
     """
-    told = {patch.get("id"): patch for patch in details.get("patches", ())}
+    known = {patch.get("id"): patch for patch in details.get("patches", ())}
     patches = [
-        {**told.get(term.id, {}), "id": term.id, "strength": term.strength}
+        {**known.get(term.id, {}), "id": term.id, "strength": term.strength}
         for term in sorted(terms, key=lambda t: t.id)
     ]
     earlier = _chain(base)

@@ -1,4 +1,8 @@
-"""What an import needs to be exact: a delta together with the bits that its rounding leaves over."""
+"""Composition: the tensors that a base and a set of patches yield.
+
+A function of the set: terms are sorted by patch id, summed in higher precision and rounded once to the tensor's own dtype
+(`arithmetic`), so that any order of adds and removes ends in the same bits, and the empty set is the base.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,6 @@ from overpaint.patches.arithmetic import (
 )
 from overpaint.patches.delta import BadDelta, Delta, Dense, Factors, LowRank, Sum, TextMap, Xor, all_finite, residual
 
-# Composition: the tensors that a base and a set of patches yield.
-#
-# A function of the set: terms are sorted by patch id, summed in higher precision and rounded once to the tensor's own dtype
-# (`arithmetic`), so that any order of adds and removes ends in the same bits, and the empty set is the base.
-
 
 @dataclass(frozen=True)
 class Term:
@@ -49,19 +48,19 @@ class Term:
 
 
 Piece = tuple[Term, Delta]
-"""One part of a patch's delta, as it lies on one tensor."""
+"""One part of a patch's delta, with the patch it belongs to."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """What lies on a tensor, by patch id. Tensors that carry the same share one: a thousand patches are sorted out once."""
+    """The patches that change a tensor, by id. Tensors with the same patches share one: a thousand are sorted once."""
 
     pieces: tuple[Piece, ...]
     work: ScratchBuffers = field(repr=False)
     known: dict[Any, FactoredMap | DenseMap] = field(default_factory=dict, repr=False)
-    """What text maps come to side by side; one for all the stacks of a plan."""
+    """Text maps side by side; one for all the stacks of a plan."""
     changes: dict[int, TensorUpdate] = field(default_factory=dict, repr=False)
-    """What text maps alone add to tensors that are so wide; the columns of a door depend on nothing else."""
+    """What text maps alone add to tensors that are so wide; the columns of a text input depend on nothing else."""
 
     @cached_property
     def with_bits(self) -> dict[str, Term]:
@@ -70,7 +69,7 @@ class Stack:
 
     @cached_property
     def texts(self) -> list[tuple[str, FactoredMap | DenseMap]]:
-        """Text maps side by side, by door, doors sorted."""
+        """Text maps side by side, by text input, text inputs sorted."""
         maps: dict[str, list[tuple[Term, TextMap]]] = {}
         for term, part in self.pieces:
             if isinstance(part, TextMap) and term.id not in self.with_bits:
@@ -106,8 +105,8 @@ class Stack:
 class CompositionPlan:
     """A composition that is checked but not yet computed: which tensors change, and each value on demand.
 
-    `terms` are all that was planned, sorted by patch id; `stacks` has, by canonical name, what lies on each tensor. Values
-    take turns in one scratch memory: ask for them from one thread at a time.
+    `terms` are all that was planned, sorted by patch id; `stacks` has, by canonical name, the patches that change each tensor.
+    Values take turns in one scratch memory: ask for them from one thread at a time.
     """
 
     base: Base
@@ -122,7 +121,7 @@ class CompositionPlan:
 
     @cached_property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
-        """By canonical name, what lies on each tensor, by patch id."""
+        """By canonical name, the parts of patches that change each tensor, by patch id."""
         return {name: stack.pieces for name, stack in self.stacks.items()}
 
     def original(self, name: str) -> Original:
@@ -228,23 +227,23 @@ def plan(base: Base, terms: Iterable[Term], work: ScratchBuffers | None = None) 
 
 
 def _stacked(base: Base, terms: Sequence[Term], work: ScratchBuffers) -> dict[str, Stack]:
-    """By name, sorted, what lies on each tensor; of one and the same pieces, one and the same stack."""
-    # Pieces that reach the same tensors are kept together: a thousand text maps are not sorted tensor by tensor.
+    """By name, sorted, the patches that change each tensor; one and the same stack for the same pieces."""
+    # Pieces that reach the same tensors are grouped: a thousand text maps are not sorted tensor by tensor.
     alike: dict[tuple[str, ...], list[tuple[int, Piece]]] = {}
     for at, piece in enumerate((term, part) for term in terms for part in term.delta.parts):
         targets = tuple(piece[1].targets(base))
         if piece[0].strength:
             alike.setdefault(targets, []).append((at, piece))
-    groups, lying = list(alike.values()), dict[str, list[int]]()
+    groups, numbers_by_name = list(alike.values()), dict[str, list[int]]()
     for number, targets in enumerate(alike):
         for name in targets:
-            lying.setdefault(name, []).append(number)
+            numbers_by_name.setdefault(name, []).append(number)
     known: dict[Any, FactoredMap | DenseMap] = {}
     stacks: dict[tuple[int, ...], Stack] = {}
-    for numbers in {tuple(numbers) for numbers in lying.values()}:
+    for numbers in {tuple(numbers) for numbers in numbers_by_name.values()}:
         pieces = sorted((each for number in numbers for each in groups[number]), key=itemgetter(0))
         stacks[numbers] = Stack(tuple(piece for _, piece in pieces), work, known)
-    return {name: stacks[tuple(lying[name])] for name in sorted(lying)}
+    return {name: stacks[tuple(numbers_by_name[name])] for name in sorted(numbers_by_name)}
 
 
 def compose(base: Base, terms: Iterable[Term], progress: Progress = silent) -> dict[str, Tensor]:
@@ -261,7 +260,7 @@ def compose(base: Base, terms: Iterable[Term], progress: Progress = silent) -> d
 
 
 def composition_digest(base: Base, composed: dict[str, Tensor]) -> str:
-    """The digest of the whole model with `composed` laid on: the base's fingerprint when nothing is changed."""
+    """The digest of the whole model with the `composed` tensors: the base's fingerprint when nothing is changed."""
     digests = base.digests(base.names)
     digests.update({name: tensor_digest(name, tensor) for name, tensor in composed.items()})
     return combined_digest(digests)

@@ -29,11 +29,11 @@ _CONFIGURATION = (".json", ".txt", ".model")
 
 
 class NotConvertible(OverpaintError):
-    """A base that the other container has no spelling for."""
+    """A base that the other container has no keys for."""
 
 
 @dataclass(frozen=True)
-class Respelled(VirtualCheckpoint):
+class RenamedCheckpoint(VirtualCheckpoint):
     """Some tensors of a base as another file would hold them: the places that each key has there, from the top."""
 
     base: Base | None = field(default=None, compare=False, repr=False)
@@ -103,18 +103,18 @@ def _folder_parts(base: Base) -> Iterator[WeightFiles]:
     for component, rules in base.layout.components.items():
         keys: dict[str, tuple[str, ...]] = {name: (name,) for name in _names(base, component)}
         path = Path(component) / f"{rules.weights}.safetensors"
-        yield WeightFiles(component, _respelled(base, path, {component: (keys, None)}), keys)
+        yield WeightFiles(component, _renamed(base, path, {component: (keys, None)}), keys)
 
 
 def _single_parts(base: Base, form: SingleFile) -> Iterator[WeightFiles]:
     written = {}
-    for component, spelling in form.spellings.items():
+    for component, mapping in form.mappings.items():
         names = _names(base, component)
-        keys = _numbered_through(spelling, names) if spelling.level_end else spelling.keys(names)
-        written[component] = (keys, spelling)
-    container = _respelled(base, Path(), written)
-    for component, spelling in form.spellings.items():
-        yield WeightFiles(component, container, spelling.names(container.entries), spelling)
+        keys = _numbered_through(mapping, names) if mapping.level_end else mapping.keys(names)
+        written[component] = (keys, mapping)
+    container = _renamed(base, Path(), written)
+    for component, mapping in form.mappings.items():
+        yield WeightFiles(component, container, mapping.names(container.entries), mapping)
 
 
 def _names(base: Base, component: str) -> list[str]:
@@ -122,31 +122,31 @@ def _names(base: Base, component: str) -> list[str]:
     return [name.removeprefix(start) for name in base.names if name.startswith(start)]
 
 
-def _numbered_through(spelling: KeyMapping, names: list[str]) -> dict[str, tuple[str, ...]]:
+def _numbered_through(mapping: KeyMapping, names: list[str]) -> dict[str, tuple[str, ...]]:
     """Keys of a U-Net, whose blocks are numbered through."""
     modules = ldm_modules({name.rpartition(".")[0] for name in names})
     split = ((name, *name.rpartition(".")) for name in names)
-    return {f"{spelling.prefix}{modules[m]}.{attribute}": (name,) for name, m, _, attribute in split if m in modules}
+    return {f"{mapping.prefix}{modules[m]}.{attribute}": (name,) for name, m, _, attribute in split if m in modules}
 
 
-def _respelled(
+def _renamed(
     base: Base, path: Path, written: Mapping[str, tuple[Mapping[str, tuple[str, ...]], KeyMapping | None]]
-) -> Respelled:
+) -> RenamedCheckpoint:
     held: dict[str, tuple[tuple[str, bool], ...]] = {}
     described: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-    for component, (keys, spelling) in written.items():
+    for component, (keys, mapping) in written.items():
         for key, names in keys.items():
             places = [base.places.get(f"{component}/{name}") for name in names]
             whole = [place for place in places if place is not None]
             if len(whole) < len(names) or len({(p.entry.dtype, p.shape) for p in whole}) > 1:
                 continue  # `converted` notices that its tensors are missing
-            turned = spelling is not None and spelling.is_transposed(key) and len(whole[0].shape) == 2
+            turned = mapping is not None and mapping.is_transposed(key) and len(whole[0].shape) == 2
             held[key] = tuple((f"{component}/{name}", turned) for name in names)
             shape = _stored_shape(whole, turned)
-            if spelling is not None and spelling.is_convolution(key) and len(shape) == 2:
+            if mapping is not None and mapping.is_convolution(key) and len(shape) == 2:
                 shape = (*shape, 1, 1)
             described.append((key, DTYPES[whole[0].entry.dtype], shape))
-    return Respelled(path, entries_at_offsets(described), {"format": "pt"}, DATA_START, (), base, held)
+    return RenamedCheckpoint(path, entries_at_offsets(described), {"format": "pt"}, DATA_START, (), base, held)
 
 
 def _stored_shape(stack: list[TensorLocation], turned: bool) -> tuple[int, ...]:

@@ -85,12 +85,12 @@ def survey(base: Base, names: Iterable[str]) -> Survey:
 def _tensors(base: Base, changed: list[str]) -> dict[Path, dict[str, str]]:
     """Tensors in the files in use that no component names, but that copy one which changes."""
     components = {name.partition("/")[0] for name in changed}
-    spelled = {c: s.copies for c, s in base.form.spellings.items() if c in components} if base.form else {}
+    mapped = {c: s.copies for c, s in base.form.mappings.items() if c in components} if base.form else {}
     likeness = CopyDetector(base, changed)
     found: dict[Path, dict[str, str]] = {}
     for file, keys in base.unnamed.items():
         for key in keys:
-            owner = next((c for c, patterns in spelled.items() if any(fnmatchcase(key, p) for p in patterns)), None)
+            owner = next((c for c, patterns in mapped.items() if any(fnmatchcase(key, p) for p in patterns)), None)
             copied = None if owner else likeness.copied_by(base.containers[file], key)
             if owner or copied:
                 what = f"a second copy of {owner}" if owner else f"a second copy of {copied}"
@@ -156,7 +156,7 @@ def _reason(base: Base, file: Path, changed: list[str]) -> str | None:
 
 
 def _is_inside(base: Base, file: Path) -> bool:
-    """Whether a file's content lies in the base's folder, in that of a component, or in the Hub's cache."""
+    """Whether a file's content is in the base's folder, in that of a component, or in the Hub's cache."""
     real = file.resolve()
     folders = [base.path.resolve(), file.parent.resolve()]
     if base.path.parent.name == "snapshots":  # there every file is a link to a blob
@@ -209,9 +209,9 @@ def _copied_in(base: Base, file: Path, changed: list[str]) -> str | None:
 
 
 class CopyDetector:
-    """Tells whether a tensor is nearly one of some tensors of a base, from the first values of both.
+    """Decides whether a tensor is nearly one of some tensors of a base, from the first values of both.
 
-    Vectors are not compared: norms and biases are too alike to tell a copy from a stranger.
+    Vectors are not compared: norms and biases are too alike to recognise a copy.
     """
 
     def __init__(self, base: Base, names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
-"""A composition live on a loaded pipeline: laid on, changed and taken off without loading anything again.
+"""A composition on a loaded pipeline: applied, changed and removed without loading anything again.
 
-The base's values of the touched tensors are kept aside, and whatever lies on a tensor is composed from them anew;
-nothing is ever subtracted.
+The base's values of the changed tensors are held in memory, and every change composes from them anew; nothing is ever
+subtracted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from overpaint.patches.delta import identical
 
 
 class BadPipeline(OverpaintError):
-    """A pipeline that a patch cannot be laid on as it is now."""
+    """A pipeline that no patch can be applied to as it is now."""
 
 
 _WRAPPERS = ("_orig_mod", "base_layer")
@@ -128,7 +128,7 @@ class Parameters:
             )
         if parameter.is_meta:
             raise BadPipeline(
-                f"{name} is offloaded, so that there is nothing to write to; lay patches on before the pipeline is "
+                f"{name} is offloaded, so that there is nothing to write to; apply patches before the pipeline is "
                 "set to offload layer by layer"
             )
         if may_be_fused and slot.is_fused:
@@ -162,9 +162,6 @@ def _component(pipe: Any, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-# How one notices that somebody else wrote to parameters, without looking at every value.
-
-
 PLACES, RUN = 32, 16
 """Where a tensor is looked at to see whether it changed: so many runs of so many values."""
 
@@ -174,7 +171,7 @@ View = Tensor | np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class _Watched:
-    """Parameters that were sealed at once, alike in shape, dtype and place."""
+    """Parameters that were recorded together, alike in shape, dtype and device."""
 
     names: tuple[str, ...]
     views: list[View]
@@ -203,37 +200,37 @@ class ChangeDetector:
 
     def __init__(self) -> None:
         self._views: dict[str, View] = {}
-        self._sealed: dict[str, _Watched] = {}
+        self._watched: dict[str, _Watched] = {}
 
     def put(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Seal parameters for the first time, or after they were replaced."""
+        """Record parameters for the first time, or after they were replaced."""
         self._views.update({name: _view(parameter) for name, parameter in parameters.items()})
         self.renew(parameters)
 
     def renew(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Seal the same parameters again, after they were written to in place."""
+        """Record the same parameters again, after they were written to in place."""
         alike: dict[object, list[str]] = {}
         for name in parameters:
             view = self._views[name]
             alike.setdefault((view.shape, view.dtype, getattr(view, "device", None)), []).append(name)
         for names in alike.values():
             views, looks = [self._views[name] for name in names], [_look(parameters[name]) for name in names]
-            self._sealed.update(dict.fromkeys(names, _Watched(tuple(names), views, looks, _sample(views))))
+            self._watched.update(dict.fromkeys(names, _Watched(tuple(names), views, looks, _sample(views))))
 
     def broken(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-        """Those of the parameters that have no seal, or for which something speaks for a change since."""
-        # What was sealed at once is looked at at once: sampling so few values is all overhead.
-        sealed = {self._sealed[name] for name in parameters if name in self._sealed}
-        whole = {name for some in sealed if some.all_hold(parameters) for name in some.names}
+        """Those of the parameters that were not recorded, or that seem to have changed since."""
+        # What was recorded together is compared together: sampling so few values is all overhead.
+        watched = {self._watched[name] for name in parameters if name in self._watched}
+        whole = {name for some in watched if some.all_hold(parameters) for name in some.names}
         return [name for name in parameters if name not in whole and not self._holds(name, parameters[name])]
 
     def _holds(self, name: str, parameter: nn.Parameter) -> bool:
-        return name in self._sealed and self._sealed[name].holds(name, parameter)
+        return name in self._watched and self._watched[name].holds(name, parameter)
 
     def clear(self) -> None:
         """Let go of everything."""
         self._views.clear()
-        self._sealed.clear()
+        self._watched.clear()
 
 
 def _sample(views: Sequence[View]) -> bytes:
@@ -298,28 +295,28 @@ class Overlay:
 
     @property
     def touched(self) -> list[str]:
-        """Canonical names of the tensors that patches now lie on."""
+        """Canonical names of the tensors that patches now change."""
         return self._plan.names
 
     def set(self, terms: Iterable[Term]) -> None:
-        """Make the pipeline carry exactly these patches. Only tensors on which something else lies are computed again."""
+        """Make the pipeline carry exactly these patches. Only tensors whose patches differ are computed again."""
         wanted, before = plan(self.base, terms, self._work), self._plan
         names = sorted(before.stacks.keys() | wanted.stacks.keys() | self._torn)
         parameters = self._check(names)
-        lies = {name: (before.stacks.get(name), wanted.stacks.get(name)) for name in names}
-        # Once for each pair of stacks: telling two thousand patches apart tensor by tensor would take longer than to write.
-        same = {(a, b): a is not None and b is not None and a.pieces == b.pieces for a, b in set(lies.values())}
-        changed = [name for name in names if name in self._torn or not same[lies[name]]]
+        stacks = {name: (before.stacks.get(name), wanted.stacks.get(name)) for name in names}
+        # Once for each pair of stacks: comparing two thousand patches tensor by tensor would take longer than writing.
+        same = {(a, b): a is not None and b is not None and a.pieces == b.pieces for a, b in set(stacks.values())}
+        changed = [name for name in names if name in self._torn or not same[stacks[name]]]
         self._write({name: parameters[name] for name in changed}, wanted)
 
     def add(self, term: Term) -> None:
-        """Lay one patch on, or give one that lies there another strength."""
+        """Add one patch, or give one that is there another strength."""
         self.set([*(t for t in self.terms if t.id != term.id), term])
 
     def remove(self, patch_id: str) -> None:
-        """Take one patch off. Raises NotFound when it does not lie there."""
+        """Remove one patch. Raises NotFound when it is not there."""
         if all(term.id != patch_id for term in self.terms):
-            raise NotFound(f"patch {patch_id[:12]} does not lie on this pipeline, so it cannot be taken off")
+            raise NotFound(f"patch {patch_id[:12]} is not on this pipeline, so it cannot be removed")
         self.set(term for term in self.terms if term.id != patch_id)
 
     def clear(self) -> None:

@@ -1,4 +1,8 @@
-"""A patch: a delta with its provenance, as one safetensors file whose manifest's digest is the patch's id."""
+"""A patch: a delta with its provenance, as one safetensors file whose manifest's digest is the patch's id.
+
+`docs/patch-format.md` is the specification. Reading names what is wrong with which array, and never asks for more memory
+than the file is long.
+"""
 
 from __future__ import annotations
 
@@ -29,32 +33,28 @@ from overpaint.core.safetensors_header import (
 )
 from overpaint.patches.delta import BadDelta, Delta, TextMap, delta_from
 
-# Which doors a change leaves open: by which ways a prompt still enters the U-Net as it always did.
-#
-# A door counts as closed when a change reaches what reads it, in the columns that belong to it, or the text encoder behind
-# it. A change that reaches no door at all works inside the U-Net, whatever comes in, and leaves none open.
-
-
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def uncovered_inputs(base: Base, delta: Delta) -> tuple[str, ...]:
-    """The doors that a delta leaves open although it closes another, in the base's order; none, if it closes all or none."""
-    closed = {text_input for part in delta.parts for text_input in base.text_inputs if _closes(base, text_input, part)}
-    return tuple(text_input for text_input in base.text_inputs if text_input not in closed) if closed else ()
+    """The text inputs that a delta leaves as they are although it changes another, in the base's order.
+
+    A text input is covered when a change reaches a projection that reads it, in the columns that belong to it, or its text
+    encoder. A change that reaches no text input at all works inside the denoiser, whatever comes in, and leaves none
+    uncovered.
+    """
+    covered = {text_input for part in delta.parts for text_input in base.text_inputs if _covers(base, text_input, part)}
+    return tuple(text_input for text_input in base.text_inputs if text_input not in covered) if covered else ()
 
 
 def untouched_inputs(base: Base, changed: Iterable[str]) -> tuple[str, ...]:
-    """The doors for which nothing is among the changed tensors although there is for another, in the base's order.
-
-    Doors that share their readers cannot be told apart by names.
-    """
+    """The same by the names of changed tensors alone, where text inputs that share their projections count alike."""
     names = set(changed)
-    closed = {text_input for text_input in base.text_inputs if names & _reaching(base, text_input)}
-    return tuple(text_input for text_input in base.text_inputs if text_input not in closed) if closed else ()
+    covered = {text_input for text_input in base.text_inputs if names & _reaching(base, text_input)}
+    return tuple(text_input for text_input in base.text_inputs if text_input not in covered) if covered else ()
 
 
-def _closes(base: Base, text_input: str, part: Delta) -> bool:
+def _covers(base: Base, text_input: str, part: Delta) -> bool:
     if isinstance(part, TextMap):
         return part.encoder == text_input
     behind = set(part.targets(base)) & _reaching(base, text_input)
@@ -62,19 +62,19 @@ def _closes(base: Base, text_input: str, part: Delta) -> bool:
 
 
 def _reaching(base: Base, text_input: str) -> set[str]:
-    """The tensors that read a door, and those that decide what comes through it."""
-    return {*base.projections(text_input), *_speaking(base, text_input)}
+    """The tensors that read a text input, and those of its text encoder that decide it."""
+    return {*base.projections(text_input), *_deciding(base, text_input)}
 
 
 def _moves(base: Base, text_input: str, part: Delta, name: str) -> bool:
-    """Whether the change of a reader is in the columns of a door; of any other tensor it counts as it is."""
+    """Whether the change of a projection is in the columns of a text input; that of any other tensor counts as it is."""
     if name not in base.projections(text_input):
         return True
     return part.reaches(name, base.columns(text_input, name))
 
 
-def _speaking(base: Base, text_input: str) -> list[str]:
-    """The text encoder's tensors that decide what comes through a door: for a penultimate state not the last layer's."""
+def _deciding(base: Base, text_input: str) -> list[str]:
+    """The text encoder's tensors that decide a text input: for a penultimate state not the last layer's."""
     spec = base.text_input(text_input)
     names = [name for name in base.names if name.startswith(f"{spec.encoder}/")]
     if spec.output == LAST:
@@ -86,14 +86,8 @@ def _speaking(base: Base, text_input: str) -> list[str]:
     return names
 
 
-# The bytes of a patch file: a safetensors container with a manifest in its header, believed only when it all fits.
-#
-# `docs/patch-format.md` is the specification. Reading names what is wrong with which array, and never asks for more memory
-# than the file is long.
-
-
 HEADER_LIMIT = 24 << 20
-"""Bytes. The manifest's 8 MB, with every quotation mark spelled with two characters, and the list of arrays."""
+"""Bytes. The manifest's 8 MB, with every quotation mark escaped, and the list of arrays."""
 KEY = "overpaint"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -110,7 +104,7 @@ def file_of(manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> bytes:
 
 
 def described(arrays: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a manifest says about arrays: dtype, shape and digest by name."""
+    """What a manifest lists about arrays: dtype, shape and digest by name."""
     return {
         name: {"dtype": dtype_name(a.dtype), "shape": list(a.shape), "digest": tensor_digest(name, a)}
         for name, a in arrays.items()
@@ -171,8 +165,6 @@ def _short(text: str) -> str:
 def _damaged(why: str) -> BadPatch:
     return BadPatch(f"the patch file is damaged ({why}); take it from its source again")
 
-
-__all__ = ["BadPatch", "Patch", "WrongBase", "make_patch", "read_patch", "subject"]
 
 NEWEST = 2
 _FORMATS = {"text-map": 1, "dense": 1, "low-rank": 2, "xor": 2, "sum": 2}
@@ -247,7 +239,7 @@ class Patch:
 def subject(base: Base, delta: Delta) -> dict[str, Any]:
     """What a delta was solved against: a digest over the touched tensors and, for information, over the whole base.
 
-    Where it closes some of the base's doors and leaves others open, these are named too.
+    Where it covers some of the base's text inputs and not others, those others are named too.
     """
     touched = base.digests(delta.targets(base))
     found = {"fingerprint": base.fingerprint, "tensors": combined_digest(touched), "count": len(touched)}

@@ -1,4 +1,4 @@
-"""What we remember: bases, concepts, patches, recipes and their history. `Registry` is the door to all of it."""
+"""What we remember: bases, concepts, patches, recipes and their history. `Registry` is the class for all of it."""
 
 from __future__ import annotations
 

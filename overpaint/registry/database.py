@@ -52,7 +52,7 @@ class Database(ABC):
     """A database and sessions on it: any number of readers, and one writer at a time.
 
     Connections are not pooled: a `Database` has nothing to close, may be carried through a fork, and may be used from
-    several threads. `where` is what messages call it, `folder` what lies beside it: blobs and caches.
+    several threads. `where` is what messages call it, `folder` is for what is beside it: blobs and caches.
     """
 
     def __init__(self, where: str, folder: Path, reader: Engine, writer: Engine, migrator: Engine) -> None:
@@ -334,7 +334,7 @@ WRITER, MAKER = 0x0EA9A1, 0x0EA9A2
 """Keys of the two locks that registries take; PostgreSQL keeps such locks for each database by itself."""
 
 # One writer at a time, as on SQLite, so that what reads and then writes need not know which of the two it is on. The
-# server may have been told to confirm commits early; a registry's are few, and each may be hours of solving.
+# server may be configured to confirm commits early; a registry's are few, and each may be hours of solving.
 BEGIN_WRITING = (
     f"SELECT set_config('lock_timeout', '{BUSY_SECONDS}s', true), set_config('synchronous_commit', 'on', true), "
     f"pg_advisory_xact_lock({WRITER})"

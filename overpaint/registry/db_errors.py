@@ -38,7 +38,7 @@ OF_DISK = {
     errno.EACCES: READ_ONLY,
     errno.EPERM: READ_ONLY,
 }
-# By SQLite's fixed messages, because Python 3.10 does not tell the error codes.
+# By SQLite's fixed messages, because Python 3.10 does not give the error codes.
 OF_SQLITE = {
     "database or disk is full": FULL,
     "disk I/O error": IO_ERROR,
@@ -109,5 +109,5 @@ def _of_postgres(error: BaseException | None) -> str | None:
         return OF_POSTGRES.get(code)
     if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
         refusals = {"does not exist": NO_SUCH_DATABASE, "authentication failed": NOT_LET_IN}
-        return next((said for known, said in refusals.items() if known in str(error)), CANNOT_REACH)
+        return next((text for known, text in refusals.items() if known in str(error)), CANNOT_REACH)
     return None

@@ -1,4 +1,4 @@
-"""Changing a recipe: patches laid on, lifted off or laid otherwise, and the revision that says so."""
+"""Changing a recipe: patches added, removed or given another strength, and the revision that records it."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def records_now(session: Session, recipes: Sequence[models.RecipeRow]) -> list[R
     return [_record(recipe, recipe.revision, entries_now(recipe), digests.get(recipe.id)) for recipe in recipes]
 
 
-def _record(recipe: models.RecipeRow, number: int, laid: dict[str, RecipeEntry], digest: str | None) -> RecipeRecord:
+def _record(recipe: models.RecipeRow, number: int, entries: dict[str, RecipeEntry], digest: str | None) -> RecipeRecord:
     return RecipeRecord(
         name=recipe.name,
         base=recipe.base.name,
         revision=number,
-        laid=tuple(laid[patch_id] for patch_id in sorted(laid)),
+        entries=tuple(entries[patch_id] for patch_id in sorted(entries)),
         digest=digest if number else recipe.base.fingerprint,
         tags=tuple((tag.tag, tag.revision) for tag in recipe.tags),
         created_at=recipe.created_at,
@@ -67,28 +67,32 @@ def _record(recipe: models.RecipeRow, number: int, laid: dict[str, RecipeEntry],
 
 
 def entries_now(recipe: models.RecipeRow) -> dict[str, RecipeEntry]:
-    """What lies on `recipe`, by patch id."""
+    """The patches of `recipe`, by id."""
     return {row.patch_id: RecipeEntry(row.patch_id, row.strength, row.until) for row in recipe.patches}
 
 
 def entries_at(session: Session, recipe: models.RecipeRow, number: int) -> dict[str, RecipeEntry]:
-    """What lay on `recipe` at revision `number`: of each patch, what the last change up to then made of it."""
+    """The patches of `recipe` at revision `number`: for each, the last change up to then."""
     changed, revision = models.RevisionPatchRow, models.RevisionRow
-    past = (revision.recipe_id == recipe.id) & (revision.number <= number)
+    until_then = (revision.recipe_id == recipe.id) & (revision.number <= number)
     of_revision = revision.id == changed.revision_id
-    last = select(changed.patch_id, func.max(revision.number).label("number")).join(revision, of_revision).where(past)
+    last = (
+        select(changed.patch_id, func.max(revision.number).label("number"))
+        .join(revision, of_revision)
+        .where(until_then)
+    )
     each = last.group_by(changed.patch_id).subquery()
     is_last = (each.c.patch_id == changed.patch_id) & (each.c.number == revision.number)
     found: dict[str, RecipeEntry] = {}
-    for row in session.scalars(select(changed).join(revision, of_revision).join(each, is_last).where(past)):
+    for row in session.scalars(select(changed).join(revision, of_revision).join(each, is_last).where(until_then)):
         if row.strength_after is not None:
             found[row.patch_id] = RecipeEntry(row.patch_id, row.strength_after, row.until_after)
     return found
 
 
 def differences(session: Session, before: RecipeRecord, after: RecipeRecord) -> list[Difference]:
-    """Every patch that does not lie on both alike, by concept."""
-    first, second = ({each.patch: each for each in record.laid} for record in (before, after))
+    """Every patch that differs between the two, by concept."""
+    first, second = ({each.patch: each for each in record.entries} for record in (before, after))
     changed = [patch_id for patch_id in {**first, **second} if first.get(patch_id) != second.get(patch_id)]
     patches = patches_by_id(session, changed)
     found = [Difference(each, patches[each].concept.name, first.get(each), second.get(each)) for each in changed]
@@ -173,12 +177,12 @@ def append_revisions(session: Session, recipe: models.RecipeRow, revisions: Iter
 
 
 class StaleRevision(OverpaintError):
-    """A recipe that no longer holds what its change was worked out for."""
+    """A recipe that changed after its own change was computed."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a revision says beside what it does: why, who, and the digests of the weights before and after."""
+    """What a revision records beside its changes: why, who, and the digests of the weights before and after."""
 
     why: str
     who: str
@@ -187,7 +191,7 @@ class Note:
 
 
 def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
-    """Raise RecipeMoved unless `recipe` is at the revision `expected`; None expects nothing."""
+    """Raise StaleRevision unless `recipe` is at the revision `expected`; None expects nothing."""
     if expected is not None and recipe.revision != expected:
         raise StaleRevision(f"recipe {recipe.name!r} was changed by somebody else at the same moment; try again")
 
@@ -213,10 +217,10 @@ def change(session: Session, recipe: models.RecipeRow, wanted: Mapping[str, Reci
 
 
 def exchange(session: Session, recipe: models.RecipeRow, new: Mapping[str, str], note: Note) -> int:
-    """Lay patches in the place of others, as those lay, in one revision; `new` has their ids by the others'.
+    """Replace patches, keeping strength and expiry, in one revision; `new` maps old id to new id.
 
-    Returns the revision's number. Raises NotFound for what is not there, AlreadyExists for a new patch that lies there or
-    would be there twice, and OverpaintError for one that was made for another base.
+    Returns the revision's number. Raises NotFound for what is not there, AlreadyExists for a new patch that is on the recipe or
+    would be twice, and OverpaintError for one that was made for another base.
     """
     rows = _rows(session, recipe, [*new, *new.values()])
     patches = patches_by_id(session, new.values())
@@ -227,7 +231,7 @@ def exchange(session: Session, recipe: models.RecipeRow, new: Mapping[str, str],
                 f"recipe {recipe.name!r} has no patch {old[:12]}, or there is no {patch_id[:12]} to replace it"
             )
         if patch_id in rows or patch_id in wanted:
-            raise AlreadyExists(f"{_called(patches[patch_id])} would lie twice on recipe {recipe.name!r}")
+            raise AlreadyExists(f"{_called(patches[patch_id])} would be twice on recipe {recipe.name!r}")
         _refuse_other_base(recipe, patches[patch_id])
         wanted[patch_id] = RecipeEntry(patch_id, rows[old].strength, rows[old].until)
     return revise(session, recipe, wanted, "add", note)
@@ -241,7 +245,7 @@ def revise(
     note: Note,
     source: str | None = None,
 ) -> int:
-    """Lay every patch of `wanted` as it says there, in one new revision of `recipe`; return the revision's number."""
+    """Set every patch of `wanted` (None: remove it) in one new revision of `recipe`; return the revision's number."""
     recipe.revision += 1
     revision = models.RevisionRow(
         recipe_id=recipe.id,
@@ -320,7 +324,7 @@ def _refuse_other_base(recipe: models.RecipeRow, patch: models.PatchRow) -> None
     if patch.base.fingerprint != recipe.base.fingerprint:
         raise OverpaintError(
             f"{_called(patch)} was made for base {patch.base.name!r} ({patch.base.fingerprint}), "
-            f"and recipe {recipe.name!r} lies on {recipe.base.name!r} ({recipe.base.fingerprint}); "
+            f"and recipe {recipe.name!r} has the base {recipe.base.name!r} ({recipe.base.fingerprint}); "
             f"solve {patch.concept.name!r} for {recipe.base.name!r}"
         )
 

@@ -133,7 +133,7 @@ def _settings(session: Session) -> Iterator[str]:
 
 
 def _recipes(session: Session) -> Iterator[str]:
-    """What lies on each recipe is what its history says, its revisions count without a gap, and its base fits."""
+    """Each recipe has the patches of its newest revision, revisions without a gap, and a base that fits."""
     together = selectinload(models.RecipeRow.patches).joinedload(models.RecipePatchRow.patch)
     digests: Digests = {}
     for recipe in session.scalars(select(models.RecipeRow).options(together).order_by(models.RecipeRow.id)):
@@ -142,10 +142,10 @@ def _recipes(session: Session) -> Iterator[str]:
         if found != list(range(1, recipe.revision + 1)):
             yield f"recipe {recipe.name!r} is at revision {recipe.revision}, and its history has {found[-20:]}"
         if entries_now(recipe) != entries_at(session, recipe, recipe.revision):
-            yield f"what lies on recipe {recipe.name!r} is not what its history says"
-        for laid in recipe.patches:
-            if laid.patch.base.fingerprint != recipe.base.fingerprint:
-                yield f"patch {laid.patch_id} lies on recipe {recipe.name!r}, which is on another base"
+            yield f"the patches of recipe {recipe.name!r} are not those of its history"
+        for entry in recipe.patches:
+            if entry.patch.base.fingerprint != recipe.base.fingerprint:
+                yield f"patch {entry.patch_id} is on recipe {recipe.name!r}, which has another base"
         yield from _digests(session, recipe, digests)
 
 

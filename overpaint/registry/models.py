@@ -267,7 +267,7 @@ class PatchTextRow(Row):
 
 
 class RecipeRow(Row):
-    """A base and what lies on it now. One that was deleted keeps its rows and gives up its name."""
+    """A base and the patches on it now. One that was deleted keeps its rows and gives up its name."""
 
     __tablename__ = "recipe"
     __table_args__ = (
@@ -293,7 +293,7 @@ class RecipeRow(Row):
 
 
 class RecipePatchRow(Row):
-    """One patch lying on one recipe's base, for good or until a day."""
+    """One patch of one recipe, for good or until a day."""
 
     __tablename__ = "recipe_patch"
 

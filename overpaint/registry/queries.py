@@ -26,7 +26,7 @@ KIND, SOLVER, BASE, TAG = "\x1c", "\x1d", "\x1e", "\x1f"
 
 
 def folded(text: str) -> str:
-    """`text` so that upper and lower case and compatible spellings are equal."""
+    """`text` so that upper and lower case and compatible characters are equal."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -64,7 +64,7 @@ class PatchRecord:
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """How one patch lies on a recipe: the day on which it lapses is None when it stays for good."""
+    """One patch of a recipe: its strength, and the day from which it has expired; None for never."""
 
     patch: str
     strength: float
@@ -73,16 +73,16 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class RecipeRecord:
-    """A recipe at one of its revisions: the name of its base, and what lies on it, sorted by patch id.
+    """A recipe at one of its revisions: the name of its base, and its patches, sorted by patch id.
 
-    `digest` is that of the composed weights as the history has it, None where nobody gave one. Tags come with the
+    `digest` is that of the composed weights as the history has it, None where none was recorded. Tags come with the
     revision that the recipe had when it was tagged.
     """
 
     name: str
     base: str
     revision: int
-    laid: tuple[RecipeEntry, ...]
+    entries: tuple[RecipeEntry, ...]
     digest: str | None
     tags: tuple[tuple[str, int], ...]
     created_at: datetime
@@ -91,7 +91,7 @@ class RecipeRecord:
     @property
     def patches(self) -> tuple[tuple[str, float], ...]:
         """(patch id, strength), sorted by patch id."""
-        return tuple((each.patch, each.strength) for each in self.laid)
+        return tuple((each.patch, each.strength) for each in self.entries)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class RecipeHistory:
 
 @dataclass(frozen=True)
 class Difference:
-    """One patch that lies differently on two recipes, or on two revisions of one."""
+    """One patch that differs between two recipes, or between two revisions of one."""
 
     patch: str
     concept: str
@@ -219,7 +219,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExpiredEntry:
-    """A patch that lapsed on a recipe and lies there still."""
+    """A patch that has expired and is still on a recipe."""
 
     recipe: str
     concept: str

@@ -89,8 +89,8 @@ def told_apart(pairs: Iterable[tuple[Concept, Concept]]) -> str:
 
 
 def _described(concept: Concept) -> str:
-    said = {key: value for key, value in concept.as_json().items() if value and key != "name"}
-    return json.dumps(said, ensure_ascii=False)
+    described = {key: value for key, value in concept.as_json().items() if value and key != "name"}
+    return json.dumps(described, ensure_ascii=False)
 
 
 def _row(concept: Concept) -> models.ConceptRow:
@@ -692,7 +692,7 @@ class Registry:
         offset: int = 0,
         newest_first: bool = False,
     ) -> list[PatchRecord]:
-        """All patches, or those of one concept, base, solver or tag; oldest first, unless told otherwise.
+        """All patches, or those of one concept, base, solver or tag; oldest first by default.
 
         With `limit`, at most so many of them after the first `offset`. Raises NotFound for an unknown concept or base.
         """
@@ -763,7 +763,7 @@ class Registry:
             return record_at(session, _created(session, name, find(session, models.BaseRow, base)), 0)
 
     def ensure_recipe(self, name: str, base: str) -> RecipeRecord:
-        """The recipe of that name, made if needed. Raises AlreadyExists if it lies on another base."""
+        """The recipe of that name, made if needed. Raises AlreadyExists if it has another base."""
         with self._database.writing() as session:
             wanted = find(session, models.BaseRow, base)
             row = lookup(session, models.RecipeRow, name) or _created(session, name, wanted)
@@ -828,15 +828,15 @@ class Registry:
             return outcome
 
     def patches_on(self, key: str) -> list[tuple[PatchRecord, RecipeEntry]]:
-        """What lies on a recipe (or lay, at a revision), sorted by patch id. Raises NotFound."""
+        """The patches of a recipe (now, or at a revision), sorted by id. Raises NotFound."""
         with self._database.reading() as session:
             recipe, number = find_revision(session, key)
-            laid = entries_now(recipe) if number == recipe.revision else entries_at(session, recipe, number)
-            rows = patches_by_id(session, laid)
-            return [(PatchRecord.of(rows[each]), laid[each]) for each in sorted(laid)]
+            entries = entries_now(recipe) if number == recipe.revision else entries_at(session, recipe, number)
+            rows = patches_by_id(session, entries)
+            return [(PatchRecord.of(rows[each]), entries[each]) for each in sorted(entries)]
 
     def recipes_with(self, patch_id: str) -> list[tuple[str, RecipeEntry]]:
-        """The names of the recipes on which a patch lies, and how."""
+        """The names of the recipes with a patch, and its entry in each."""
         living = (models.RecipePatchRow.patch_id == patch_id) & models.RecipeRow.deleted_at.is_(None)
         query = select(models.RecipeRow.name, models.RecipePatchRow).join(models.RecipePatchRow.recipe).where(living)
         with self._database.reading() as session:
@@ -856,12 +856,12 @@ class Registry:
         until: date | None = None,
         expected: int | None = None,
     ) -> int:
-        """Set one patch to `strength` in a recipe, or take it out if None, and return the revision that this made.
+        """Set one patch to `strength` in a recipe, or remove it if None, and return the revision that this made.
 
-        The change and its line of history are one transaction. `until` is the day on which the patch lapses, None for
-        never. `expected` is the revision that the digests were worked out for; RecipeMoved if somebody else was faster.
-        Raises NotFound for an unknown recipe or patch or when taking out what is not there, AlreadyExists when the patch
-        lies there like this, and OverpaintError for a strength that is not finite or a patch of another base.
+        The change and its line of history are one transaction. `until` is the day from which the patch has expired,
+        None for never. `expected` is the revision that the digests were computed for; StaleRevision if somebody else was faster.
+        Raises NotFound for an unknown recipe or patch or when removing what is not there, AlreadyExists when the patch
+        is there like this, and OverpaintError for a strength that is not finite or a patch of another base.
         """
         after = None if strength is None else RecipeEntry(patch_id, strength, until)
         return self.change_patches(
@@ -871,7 +871,7 @@ class Registry:
     def change_patches(
         self, name: str, wanted: Mapping[str, RecipeEntry | None], note: Note, *, expected: int | None = None
     ) -> int:
-        """Set patches of a recipe (by full id) to what `wanted` says, or take out those that are None, in one revision.
+        """Set patches of a recipe (by full id) as in `wanted`, or remove those that are None, in one revision.
 
         All or nothing; returns the number of the revision. Raises as `change_recipe` does.
         """
@@ -885,10 +885,10 @@ class Registry:
             return change(session, recipe, wanted, note)
 
     def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
-        """Lay patches in the place of others, as those lay, and return the revision that this made.
+        """Replace patches, keeping strength and expiry, and return the revision that this made.
 
-        `new` has their ids by the others'. Raises NotFound, AlreadyExists for a patch that would lie there twice,
-        OverpaintError for one of another base, RecipeMoved as `change_recipe` does.
+        `new` maps old id to new id. Raises NotFound, AlreadyExists for a patch that would be there twice,
+        OverpaintError for one of another base, StaleRevision as `change_recipe` does.
         """
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
@@ -896,9 +896,9 @@ class Registry:
             return exchange(session, recipe, new, note)
 
     def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | None = None) -> int:
-        """Lay on a recipe exactly what lay on it at revision `number`, and return the revision that this made.
+        """Give a recipe exactly the patches that it had at revision `number`, and return the revision that this made.
 
-        Raises NotFound for an unknown recipe or revision, AlreadyExists when the same lies there now, RecipeMoved as
+        Raises NotFound for an unknown recipe or revision, AlreadyExists when it has the same now, StaleRevision as
         `change_recipe` does.
         """
         with self._database.writing() as session:
@@ -912,7 +912,7 @@ class Registry:
             return revise(session, recipe, wanted, "checkout", note, f"{recipe.name}@{number}")
 
     def copy_recipe(self, key: str, name: str, *, why: str, who: str) -> RecipeRecord:
-        """Make the recipe `name` with what lies on another, or lay at a revision.
+        """Make the recipe `name` with the patches of another, now or at a revision.
 
         Raises NotFound for an unknown recipe or revision, AlreadyExists if the name is taken.
         """
@@ -921,7 +921,9 @@ class Registry:
             record = record_at(session, source, number)
             copy = _created(session, name, source.base)
             note = Note(why, who, source.base.fingerprint, record.digest)
-            revise(session, copy, {each.patch: each for each in record.laid}, "copy", note, f"{source.name}@{number}")
+            revise(
+                session, copy, {each.patch: each for each in record.entries}, "copy", note, f"{source.name}@{number}"
+            )
             session.refresh(copy)
             return record_at(session, copy, copy.revision)
 
@@ -964,7 +966,7 @@ class Registry:
             return differences(session, *records)
 
     def due(self, on: date, *, recipe: str | None = None) -> list[ExpiredEntry]:
-        """What lies on recipes (or one) though its day had come by `on`; the longest overdue first. Raises NotFound."""
+        """The patches of recipes (or of one) that have expired by `on`; the longest expired first. Raises NotFound."""
         query = (
             select(
                 models.RecipeRow.name,

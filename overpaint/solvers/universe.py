@@ -1,4 +1,4 @@
-"""The universe: everything that is known to come through a door, as one second-moment matrix and its Cholesky factor.
+"""The universe: everything that is known to pass through a text input, as one second-moment matrix and its Cholesky factor.
 
 `A = w sum_j K_j K_j^T + R R^T + lambda I` over all concepts j that the registry knows, with R the keys to preserve: every
 other word of the tokenizer's vocabulary in a few neutral sentences, the empty prompt, and whatever prompts somebody wants
@@ -64,7 +64,7 @@ class PreservedPrompts:
 
 @dataclass(frozen=True, eq=False)
 class Universe:
-    """What one door says, on the device that computed it.
+    """The output of one text input, on the device that computed it.
 
     `cholesky` is L with `A = L L^T`, float64 d x d, `ridge` is lambda. `keys` and `values` are K and V of a concept by name,
     float64 [d, m], all sentences together weighing 1; what keys have of `begin`, which stays where it is, is taken out of
@@ -110,10 +110,11 @@ def universe(
     preserved: PreservedPrompts = PreservedPrompts(),
     report: Progress = silent,
 ) -> Universe:
-    """The universe of `concepts` (in any order) behind a door; computed once per opened base and set of concepts.
+    """The universe of `concepts` (in any order) for a text input; computed once per opened base and set of concepts.
 
     `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts.
-    Raises NotFound for a door the base lacks, PromptTooLong for a concept that does not fit, Unsolvable for too small a ridge.
+    Raises NotFound for a text input the base lacks, PromptTooLong for a concept that does not fit, Unsolvable for too small
+    a ridge.
     """
     base.text_input(text_input)
     memory = _memory(base, device)

@@ -83,7 +83,7 @@ class SolverContract:
     def solved(cls, folder: Path) -> SolvedExample:
         """One solution that several tests look at."""
         before, reports = _files(folder), []
-        solution = cls.made().solve(cls.problem(Base.open(folder), report=lambda *told: reports.append(told)))
+        solution = cls.made().solve(cls.problem(Base.open(folder), report=lambda *line: reports.append(line)))
         return SolvedExample(solution, reports, before, _files(folder))
 
     def test_the_base_is_bit_identical_afterwards(self, solved: SolvedExample) -> None:

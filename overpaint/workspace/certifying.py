@@ -14,7 +14,7 @@ from typing import Any
 from overpaint.bases.base import Base
 from overpaint.certificates.bom import bill_of_materials
 from overpaint.certificates.checking import Verification, check_certificate
-from overpaint.certificates.envelope import producer, sealed
+from overpaint.certificates.envelope import producer, signed_lines
 from overpaint.certificates.statement import (
     SIGNATURE,
     Certificate,
@@ -82,7 +82,7 @@ def certify(
         files=file_digests(checkpoint, but=(out, bill_beside(out))) if checkpoint else {},
         thresholds=thresholds or Thresholds(),
     )
-    write_new(out, sealed(certificate.statements(producer(signer, who)), signer))
+    write_new(out, signed_lines(certificate.statements(producer(signer, who)), signer))
     write_new(bill_beside(out), bill_of_materials(certificate))
     return Certified(out, bill_beside(out), {test.name: test.holds for test in certificate.tests})
 
@@ -94,7 +94,7 @@ def bill_beside(certificate: Path) -> Path:
 
 def _of_recipe(opened: OpenRegistry, name: str) -> Composition:
     record = opened.registry.recipe(name)
-    entries = [(opened.patch(each.patch), each.strength, each.until) for each in record.laid]
+    entries = [(opened.patch(each.patch), each.strength, each.until) for each in record.entries]
     return Composition.of(opened.base(record.base), record.base, entries, record.name, record.revision)
 
 
@@ -133,8 +133,8 @@ def _days(registry: Registry, recipe: str, record: Mapping[str, Any]) -> tuple[d
         return {}, None
     now = registry.recipe(recipe)
     built = sorted((patch["id"], float(patch["strength"])) for patch in record["patches"])
-    same = sorted((each.patch, each.strength) for each in now.laid) == built
-    return {each.patch: each.until for each in now.laid}, now.revision if same else None
+    same = sorted((each.patch, each.strength) for each in now.entries) == built
+    return {each.patch: each.until for each in now.entries}, now.revision if same else None
 
 
 def _runs(registry: Registry, weights: str) -> tuple[EvaluationRecord, ...]:

@@ -39,7 +39,7 @@ class Truncated:
 
 @own_torch_settings()
 def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
-    """A delta with what `keep` says of every tensor's change, in float32 factors.
+    """A delta with the part of every tensor's change that `keep` names, in float32 factors.
 
     What would not get smaller stays as it is: vectors, and changes that have so few directions already. Residual bits
     count as part of the change and are not kept as bits: they belong to the one result that is no longer wanted. Errors are
@@ -163,7 +163,7 @@ class Compressed:
 
 
 def compressed(base: Base, patch: Patch, keep: Truncation) -> Compressed:
-    """Keep of a patch what `keep` says (see `truncation`).
+    """A patch with the part of another that `keep` names (`Truncation`).
 
     To the provenance is added what was asked, the id of the patch it came from (which need not be stored), and the largest
     relative error with its tensor. Raises WrongBase for a patch of another base.
@@ -174,8 +174,8 @@ def compressed(base: Base, patch: Patch, keep: Truncation) -> Compressed:
     solver = patch.manifest["solver"]
     # Rounded, because the last digits of an error are the business of whoever did the sums.
     step = {**keep.as_json(), "from": patch.id, "error": float(f"{error:.3g}"), "tensor": tensor}
-    told = {**solver, "compressed": [*solver.get("compressed", []), step]}
-    return Compressed(make_patch(base, patch.concept, found.delta, told), patch, found.errors)
+    provenance = {**solver, "compressed": [*solver.get("compressed", []), step]}
+    return Compressed(make_patch(base, patch.concept, found.delta, provenance), patch, found.errors)
 
 
 def refuse_if_not_smaller(found: Compressed, keep: Truncation) -> None:

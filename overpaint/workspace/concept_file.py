@@ -226,7 +226,7 @@ class NodeReader:
         """Put down a mistake."""
         self.mistakes.append((at, text))
 
-    def told(self, file: str) -> str:
+    def message(self, file: str) -> str:
         """All mistakes as one message, in the order of the file."""
         lines = [f"  {place}: {text}" for place, text in sorted(self.mistakes)]
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -328,7 +328,7 @@ def read_concepts(
         reading.defaults.order(Concept("any")).method()
     orders = reading.orders(listed)
     if reading.mistakes:
-        raise BadConceptFile(reading.told(str(path)))
+        raise BadConceptFile(reading.message(str(path)))
     return orders
 
 
@@ -460,7 +460,7 @@ class _Concepts(NodeReader):
         return found
 
     def images(self, node: Node | None, solver: str) -> dict[str, str]:
-        """The setting that tells a solver where pictures of the concept lie; folders are relative to the file's own."""
+        """The setting that tells a solver where pictures of the concept are; folders are relative to the file's own."""
         text = self.word(node, "a folder of pictures")
         if node is None or text is None or not self.is_known(solver):
             return {}

@@ -359,7 +359,7 @@ def _candidates(registry: Registry, base: str, orders: Sequence[SolveRequest]) -
 
 
 def as_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as provenance keeps them, in the spelling of `--set`, which reads back the same values."""
+    """Settings as provenance has them, written as `--set` reads them back."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
 
 

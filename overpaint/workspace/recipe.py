@@ -133,7 +133,7 @@ class Recipe:
         patches = list(patches)
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            entries = {each.patch: each for each in before.laid}
+            entries = {each.patch: each for each in before.entries}
             changes: dict[str, RecipeEntry | None] = {}
             for patch in patches:
                 patch_id = self._id(patch, before.base)
@@ -441,7 +441,7 @@ class Recipe:
     # Keeping
 
     def copy(self, name: str, *, why: str = "", who: str = "") -> Recipe:
-        """A new recipe with what lies on this one. Raises AlreadyExists."""
+        """A new recipe with the patches of this one. Raises AlreadyExists."""
         self._opened.registry.copy_recipe(self.name, name, why=why, who=who or current_user())
         return Recipe(self._opened, name)
 
@@ -465,11 +465,11 @@ class Recipe:
         return self._opened.registry.log(self.record.name)
 
     def diff(self, other: str) -> list[Difference]:
-        """Every patch that lies differently here and on another recipe or revision (NAME, NAME@NUMBER, NAME@TAG)."""
+        """Every patch that differs between this recipe and another recipe or revision (NAME, NAME@NUMBER, NAME@TAG)."""
         return self._opened.registry.diff(self.name, other)
 
     def due(self, on: date | None = None) -> list[ExpiredEntry]:
-        """What lies here though its day had come, by today (in UTC) or another day."""
+        """The patches of this recipe that have expired, as of today (in UTC) or another day."""
         return self._opened.registry.due(on or datetime.now(timezone.utc).date(), recipe=self.record.name)
 
     def remove_expired(self, on: date | None = None, *, why: str = "", who: str = "") -> list[HistoryRecord]:
@@ -486,7 +486,7 @@ class Recipe:
         return self._opened.registry.evaluations(recipe=self.name, latest=True)
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
-        """What lies on the base, with strengths, by concept."""
+        """The patches of the recipe, with strengths, by concept."""
         found = [(patch, laid.strength) for patch, laid in self._opened.registry.patches_on(self.name)]
         return sorted(found, key=lambda item: item[0].concept)
 

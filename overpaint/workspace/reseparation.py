@@ -74,7 +74,7 @@ def mixture(registry: Registry, recipe: str) -> str:
         return ""
     shares = ", ".join(f"{len(each.patches)} for {_concepts(each.concepts)}" for each in found)
     return (
-        f"the patches on {recipe} were solved for different universes ({shares}), so each may disturb what it was not told "
+        f"the patches on {recipe} were solved for different universes ({shares}), so each may disturb what it does not know "
         f"of; `overpaint recipe reseparate {shlex.quote(recipe)}` solves them again for all concepts"
     )
 
@@ -164,15 +164,15 @@ def _stale(
 
 def _refuse_collisions(opened: OpenRegistry, recipe: str, stale: Mapping[str, SolveRequest], plan: SolvePlan) -> None:
     """Two patches for one concept that differ in nothing but their universe would be one patch afterwards."""
-    lying = {record.id for record, _ in opened.registry.patches_on(recipe)}
-    taken = {task.order for task in plan.tasks if task.done is not None and task.done.id in lying}
+    applied = {record.id for record, _ in opened.registry.patches_on(recipe)}
+    reused = {task.order for task in plan.tasks if task.done is not None and task.done.id in applied}
     for order in stale.values():
-        if order in taken:
+        if order in reused:
             raise NotReseparable(
-                f"two patches for {order.concept.name!r} lie on the recipe {recipe!r} and differ in nothing but their "
+                f"two patches for {order.concept.name!r} are on the recipe {recipe!r} and differ in nothing but their "
                 "universe; remove one of them first"
             )
-        taken.add(order)
+        reused.add(order)
 
 
 def _concepts(count: int) -> str:

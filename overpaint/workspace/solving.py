@@ -133,14 +133,14 @@ def carry_out(
     device: torch.device,
     *,
     report: Progress = silent,
-    told: Callable[[SolveOutcome], None] = lambda outcome: None,
+    on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
 ) -> list[SolveOutcome]:
     """Solve and store what a plan leaves open; the outcome of every task, in the plan's order.
 
     `open_base` gives the plan's base by name, and is not asked when there is nothing to solve.
     The registry learns the plan's concepts in one transaction when the first patch is there to be stored: whatever stops
-    before that leaves nothing. A task whose solver gives up is told and the others go on. `told` hears of every outcome
-    when it is final; KeyboardInterrupt leaves what was told stored, and nothing half done.
+    before that leaves nothing. A task whose solver gives up is reported and the others go on. `on_result` gets every outcome
+    when it is final; KeyboardInterrupt leaves reported patches stored, and nothing half done.
     """
     outcomes: list[SolveOutcome] = []
     base = open_base(plan.base.name) if plan.open else None
@@ -149,22 +149,22 @@ def carry_out(
     for task in plan.tasks:
         if task.done is not None:
             outcomes.append(SolveOutcome(task, task.done, before=True, seconds=task.done.seconds))
-            told(outcomes[-1])
+            on_result(outcomes[-1])
             continue
         assert base is not None, "a task is open in a plan without open tasks"
         try:
-            tell = clock.reporter(task, report)
-            made = make(task.order, base, plan.around, device, tell)
+            progress = clock.reporter(task, report)
+            made = make(task.order, base, plan.around, device, progress)
         except OverpaintError as error:
             outcomes.append(SolveOutcome(task, None, error=str(error)))
-            told(outcomes[-1])
+            on_result(outcomes[-1])
         else:
             with held_back():
                 if not learnt:
                     _learn(registry, plan)
                     learnt = True
                 outcomes.append(_stored(registry, plan, task, made))
-                told(outcomes[-1])
+                on_result(outcomes[-1])
         clock.tick()
     return outcomes
 
@@ -208,7 +208,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 20 min."""
+    """Seconds for people: 45 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

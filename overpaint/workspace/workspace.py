@@ -56,7 +56,7 @@ class Workspace(OpenRegistry):
         return f"<Workspace {self.registry.folder}: bases {bases}; {counts}, {len(self.recipes())} recipes>"
 
     def _repr_html_(self) -> str:
-        rows = [[record.name, record.base, str(len(record.laid)), str(record.revision)] for record in self.recipes()]
+        rows = [[record.name, record.base, str(len(record.entries)), str(record.revision)] for record in self.recipes()]
         return html_table(repr(self), ["recipe", "base", "patches", "revision"], rows)
 
     # Bases and concepts
@@ -255,7 +255,7 @@ class Workspace(OpenRegistry):
         from overpaint.bases.loading import resolve_device
         from overpaint.workspace.solving import carry_out
 
-        return carry_out(self.registry, plan, self.base, resolve_device(device), report=progress, told=on_result)
+        return carry_out(self.registry, plan, self.base, resolve_device(device), report=progress, on_result=on_result)
 
     def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
         """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.
@@ -340,7 +340,7 @@ class Workspace(OpenRegistry):
         return Recipe(self, self.registry.undelete_recipe(name, why=why, who=current_user()).name)
 
     def due(self, on: date | None = None, *, recipe: str | None = None) -> list[ExpiredEntry]:
-        """What lies on recipes (or one) though its day had come, by today (in UTC) or another day."""
+        """The patches of recipes (or of one) that have expired, as of today (in UTC) or another day."""
         return self.registry.due(on or datetime.now(timezone.utc).date(), recipe=recipe)
 
     def remove_expired(

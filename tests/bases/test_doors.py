@@ -61,7 +61,7 @@ def test_a_base_of_stable_diffusion_xl_has_three_doors_side_by_side(xl: Base) ->
 
 def test_an_unknown_door_is_refused_with_those_there_are(base: Base) -> None:
     for ask in (base.projections, base.text_input, lambda text_input: TextEncoder.of(base, text_input=text_input)):
-        with pytest.raises(NotFound, match="no door 'cellar' for a prompt; known: text_encoder"):
+        with pytest.raises(NotFound, match="no text input 'cellar'; known: text_encoder"):
             ask("cellar")
 
 

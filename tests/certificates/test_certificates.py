@@ -16,7 +16,7 @@ from in_toto_attestation.predicates.scai.v0.scai import AttributeAssertion
 from in_toto_attestation.v1.statement import Statement
 
 from overpaint.certificates.checking import Verification, check_certificate
-from overpaint.certificates.envelope import BadCertificate, producer, sealed
+from overpaint.certificates.envelope import BadCertificate, producer, signed_lines
 from overpaint.certificates.statement import REPORT, TESTS
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
@@ -270,7 +270,7 @@ def test_a_trusted_signer_who_states_what_is_not_so_is_found_out(
         at = at[key]
     at[field[-1]] = value
     file = tmp_path / "lie.cert"
-    file.write_bytes(sealed([report, tests], load_signer(folder / "me")))
+    file.write_bytes(signed_lines([report, tests], load_signer(folder / "me")))
     assert failing in outcomes(checked(workspace, file, folder), "fails")
 
 
@@ -281,7 +281,7 @@ def test_test_results_follow_from_the_stated_numbers(
     tests["predicate"]["result"], tests["predicate"]["failedTests"] = "PASSED", []
     tests["predicate"]["passedTests"].append("erased: everything")
     file = tmp_path / "lie.cert"
-    file.write_bytes(sealed([report, tests], load_signer(folder / "me")))
+    file.write_bytes(signed_lines([report, tests], load_signer(folder / "me")))
     assert outcomes(checked(workspace, file, folder), "fails") == ["test-result"]
 
 

@@ -142,7 +142,7 @@ def test_a_grid_has_every_cell_and_one_seed_for_all_of_a_turn(prompt_set: Any) -
 def test_a_concept_is_found_by_any_of_its_names() -> None:
     assert EmojiPrompts().class_of(Concept("Kitty")) == ("object", "cat")
     assert WORLD.class_of(Concept("Ink", "style")) == ("style", "ink")
-    with pytest.raises(NotFound, match="can tell the style 'cat'"):
+    with pytest.raises(NotFound, match="recognises the style 'cat'"):
         WORLD.class_of(Concept("cat", "style"))
 
 

@@ -55,7 +55,7 @@ def test_impossible_scores_are_refused(correct: int, n: int) -> None:
 def test_unknown_heads_and_classes_are_named(judge: JudgeNetwork) -> None:
     with pytest.raises(NotFound, match="no head 'mood'"):
         verdicts(judge, PICTURES, "mood")
-    with pytest.raises(NotFound, match="cannot tell unicorn"):
+    with pytest.raises(NotFound, match="does not know unicorn"):
         accuracy(judge, PICTURES[:1], ["unicorn"], "object")
     with pytest.raises(OverpaintError, match="7 pictures, 1 classes"):
         accuracy(judge, PICTURES, ["cat"], "object")

@@ -319,7 +319,7 @@ def test_nothing_on_the_base_is_nothing_to_evaluate(base: Base) -> None:
 
 
 def test_a_concept_that_no_judge_knows_is_named(base: Base) -> None:
-    with pytest.raises(NotFound, match="can tell the object 'unicorn'"):
+    with pytest.raises(NotFound, match="recognises the object 'unicorn'"):
         context(base, faithful, [Concept("unicorn")])
 
 
@@ -346,6 +346,6 @@ def test_progress_is_told_of_every_picture_once(base: Base) -> None:
     found.image_generator.expect(4)
     asked = found.prompts("object", "cat", 4)
     for _ in range(2):
-        found.image_generator._tell("weights", asked[:2])
-    found.image_generator._tell("weights", asked)
+        found.image_generator._report_drawn("weights", asked[:2])
+    found.image_generator._report_drawn("weights", asked)
     assert told == [(2, 4), (2, 4), (4, 4)]

@@ -371,7 +371,7 @@ def test_plain_tensors_that_are_small_are_changes(base: Base, tmp_path: Path) ->
 
 def test_plain_tensors_of_a_stranger_are_neither(base: Base, tmp_path: Path) -> None:
     strangers = {name: noise(base.places[name].shape, 3, 0.2) for name in attention(base)}
-    with pytest.raises(ForeignFile, match="cannot be told"):
+    with pytest.raises(ForeignFile, match="cannot be decided"):
         import_weights(base, writers.bare(tmp_path / "x.safetensors", strangers))
 
 

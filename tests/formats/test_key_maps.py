@@ -74,7 +74,7 @@ def test_the_old_names_of_the_unet_are_those_of_single_files(architecture: str) 
 def test_no_spelled_name_means_two_layers(architecture: str, dialect: Any) -> None:
     """Underscores for dots could make two names one; no layer gets lost by it."""
     model = true_model(architecture)
-    reached = set(dialect.spelled(model).values())
+    reached = set(dialect.module_names(model).values())
     every = {module for module in (split(name)[0] for name in model.names) if not module.startswith("vae/")}
     if dialect.name in ("PEFT adapter", "diffusers attention processors"):
         # These leave out the component: text encoders of XL are alike there, and processors are the U-Net's alone.
@@ -91,6 +91,6 @@ def test_what_is_written_is_read_in_its_dialect(architecture: str) -> None:
         (dialects.diffusers_written(model), dialects.DIFFUSERS),
         (dialects.weights_written(model), dialects.WEIGHTS),
     ):
-        known = dialect.spelled(model)
+        known = dialect.module_names(model)
         assert {module: known.get(name) for module, name in spelled.items()} == {module: module for module in spelled}
-    assert set(dialects.COMFY.spelled(model).values()) >= {split(name)[0] for name in unet_weights(model)}
+    assert set(dialects.COMFY.module_names(model).values()) >= {split(name)[0] for name in unet_weights(model)}

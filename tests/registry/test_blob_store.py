@@ -103,7 +103,7 @@ def test_a_read_only_folder_is_one_sentence(store: BlobStore, monkeypatch: pytes
 
 def test_a_write_that_loses_bytes_is_noticed(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", lambda descriptor, data: len(data))
-    with pytest.raises(OverpaintError, match="0 bytes arrived"):
+    with pytest.raises(OverpaintError, match="0 bytes are on the disk"):
         store.put(b"paint")
     assert files_in(store) == []
 

@@ -64,8 +64,8 @@ def test_a_checkout_lays_on_exactly_what_lay_there_as_one_new_revision(registry:
     change(registry, three, 1.0)
     assert registry.checkout_recipe("r", 2, Note("licence", "Ada", "d5", "d2")) == 6
     assert (
-        registry.recipe("r").laid
-        == registry.recipe("r@2").laid
+        registry.recipe("r").entries
+        == registry.recipe("r@2").entries
         == (RecipeEntry(one, 0.5, CHRISTMAS), RecipeEntry(two, 1.0))
     )
     lines = registry.log("r", revision=6)
@@ -138,11 +138,11 @@ def test_whatever_was_done_every_revision_is_read_and_checked_out_exactly(
         held = {**held, ids[index]: after} if after else {each: held[each] for each in held if each != ids[index]}
         expected.append(dict(held))
     for number, state in enumerate(expected):
-        assert registry.recipe(f"{name}@{number}").laid == tuple(state[each] for each in sorted(state))
+        assert registry.recipe(f"{name}@{number}").entries == tuple(state[each] for each in sorted(state))
     back = min(back, len(expected) - 1)
     if expected[back] != held:
         registry.checkout_recipe(name, back, NOTE)
-    assert registry.recipe(name).laid == registry.recipe(f"{name}@{back}").laid
+    assert registry.recipe(name).entries == registry.recipe(f"{name}@{back}").entries
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +212,11 @@ def test_a_copy_holds_the_same_and_goes_its_own_way(registry: Registry, patches:
     change(registry, patches[0], 0.5, until=CHRISTMAS, digest_after="d1")
     change(registry, patches[1], 1.0, digest_after="d2")
     copy = registry.copy_recipe("r", "copy", why="for Bob", who="Ada")
-    assert copy.laid == registry.recipe("r").laid
+    assert copy.entries == registry.recipe("r").entries
     assert (copy.base, copy.digest, copy.revision) == ("small", "d2", 1)
     assert registry.copy_recipe("r@1", "early", why="", who="").digest == "d1"
     lay(registry, "copy", patches[0], None)
-    assert registry.recipe("r").laid == copy.laid
+    assert registry.recipe("r").entries == copy.entries
     (first, *_) = registry.log("copy", revision=1)
     assert (first.action, first.source, first.who, first.why) == ("copy", "r@2", "Ada", "for Bob")
     assert (first.digest_before, first.digest_after) == (registry.base("small").fingerprint, "d2")
@@ -243,7 +243,7 @@ def test_a_deleted_recipe_keeps_its_history_and_gives_up_its_name(registry: Regi
     assert (lines[1].digest_before, lines[1].digest_after) == ("d1", "d1")
     registry.create_recipe("r", "small")
     assert registry.log("r") == []
-    assert registry.recipe("r").laid == ()
+    assert registry.recipe("r").entries == ()
     assert [(recipe.name, recipe.patches) for recipe in registry.recipes(deleted=True)] == [("r", ((patches[0], 1.0),))]
     registry.delete_recipe("r", why="", who="Bob")
     assert [line.who for line in registry.log("r", deleted=True)] == ["", "Ada", "Bob"]
@@ -256,7 +256,7 @@ def test_the_recipe_deleted_last_comes_back_as_it_was(registry: Registry, patche
     before = registry.recipe("r")
     registry.delete_recipe("r", why="", who="")
     after = registry.undelete_recipe("r", why="a mistake", who="Bob")
-    assert (after.laid, after.digest, after.revision) == (before.laid, "d1", 3)
+    assert (after.entries, after.digest, after.revision) == (before.entries, "d1", 3)
     assert registry.log("r")[-1].action == "undelete"
     with pytest.raises(AlreadyExists):
         registry.undelete_recipe("r", why="", who="")
@@ -278,7 +278,7 @@ def test_a_patch_lapses_when_its_day_comes_and_stays_until_it_is_removed(
     assert registry.due(date(2026, 12, 23)) == []
     assert registry.due(CHRISTMAS) == [ExpiredEntry("r", "apple", two, CHRISTMAS)]
     assert [due.patch for due in registry.due(date(2030, 1, 1))] == [two, one]
-    assert len(registry.recipe("r").laid) == 3
+    assert len(registry.recipe("r").entries) == 3
     change(registry, two, None)
     assert registry.due(CHRISTMAS) == []
 

@@ -77,7 +77,7 @@ def _holds_what_was_frozen(registry: Registry) -> None:
 def _can_be_used(registry: Registry) -> None:
     four = add_patch(registry, "four", concept=PAINTED)
     assert lay(registry, "safe", four.id, 1.0) == 6
-    assert registry.recipe("safe@3").laid == tuple(
+    assert registry.recipe("safe@3").entries == tuple(
         sorted([RecipeEntry(ONE, 2.0), RecipeEntry(TWO, 0.5)], key=lambda each: each.patch)
     )
     assert [patch.id for patch in registry.search("pomologie").patches] == [four.id, TWO]

@@ -50,7 +50,9 @@ def test_it_is_one_revision_and_every_patch_lies_as_it_did(workspace: Workspace)
     after = recipe.record
     assert after.revision == before.revision + 1
     assert sorted((patch.concept, strength) for patch, strength in recipe.patches()) == [("cat", 0.5), ("dog", 1.0)]
-    assert {each.until for each in after.laid} == {each.until for each in before.laid} == {date(2030, 1, 31), None}
+    assert (
+        {each.until for each in after.entries} == {each.until for each in before.entries} == {date(2030, 1, 31), None}
+    )
     assert sorted((line.action, line.concept) for line in done.lines) == [
         ("add", "cat"),
         ("add", "dog"),
@@ -120,7 +122,7 @@ def test_two_patches_that_would_become_one_are_refused(workspace: Workspace) -> 
     patches = len(workspace.patches())
     with pytest.raises(NotReseparable, match="remove one of them first"):
         workspace.recipe("safe").reseparate(device="cpu")
-    assert (len(recipe.record.laid), len(workspace.patches())) == (2, patches)
+    assert (len(recipe.record.entries), len(workspace.patches())) == (2, patches)
 
 
 def test_only_a_recipe_as_it_is_now_can_be_changed(workspace: Workspace) -> None:

@@ -1,4 +1,4 @@
-"""What lies beside a report's page: the numbers as JSON and CSV, the figures as PNG."""
+"""The files beside a report's page: the numbers as JSON and CSV, the figures as PNG."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Scale: N = 1, 2, 4, ... concepts at once under several ways to compose them, as H_c(N) (MACE, figure 7).
 
-For every solver, N patches are solved and laid side by side ("plain sum"). `separable` and `sepme` are told of all the
+For every solver, N patches are solved and applied together ("plain sum"). `separable` and `sepme` know all the
 concepts, because that is what they are for; every other solver works alone, as its paper has it. Of the first of those, task
-arithmetic and TIES merge the same patches, and "joint" erases all N concepts in one solve. Kept are objects that nobody was told
-of. The order spread counts tensors that come out differently when the patches are laid on a live pipeline in other orders.
+arithmetic and TIES merge the same patches, and "joint" erases all N concepts in one solve. Preserved are objects in no
+universe. The order spread counts tensors that come out differently when the patches are applied to a live pipeline in other
+orders.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from overpaint.patches.patch import make_patch
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import EditProblem, configure, settings_of
 
-# Ways to put several patches on one base, besides laying them side by side: what the `scale` suite compares.
+# Ways to put several patches on one base, besides applying them as they are: what the `scale` suite compares.
 #
 # Task arithmetic (Ilharco et al., ICLR 2023) scales every patch by one factor. TIES (Yadav et al., NeurIPS 2023) keeps of each
 # the largest changes, lets them vote on a sign for every weight, and averages those that agree.
@@ -75,7 +76,7 @@ def _elected(changes: Sequence[Tensor]) -> Tensor:
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-TOLD = ("separable", "sepme")
+USE_UNIVERSE = ("separable", "sepme")
 ORDERS = 3
 
 
@@ -116,7 +117,7 @@ class Scale:
 
     def _merged(self, solvers: list[str]) -> list[str]:
         """The solvers of which the first has its patches merged in other ways, too."""
-        return [name for name in solvers if name not in TOLD]
+        return [name for name in solvers if name not in USE_UNIVERSE]
 
     def _concepts(self, context: EvalContext) -> list[Concept]:
         """The objects of the recipe first, and then others spread over the world."""
@@ -136,7 +137,7 @@ class Scale:
         return [q for concept in concepts for q in context.prompts(*context.class_of(concept), each)]
 
     def _solved(self, context: EvalContext, solver: str, concepts: list[Concept]) -> list[Term]:
-        universe = tuple(concepts) if solver in TOLD else ()
+        universe = tuple(concepts) if solver in USE_UNIVERSE else ()
         return [self._solve(context, solver, concept, universe) for concept in concepts]
 
     def _solve(self, context: EvalContext, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
@@ -184,7 +185,7 @@ class Scale:
 
 
 def order_spread(context: EvalContext, terms: list[Term]) -> int:
-    """In how many tensors a live pipeline differs from the composition after any of a few orders of laying patches on."""
+    """In how many tensors a live pipeline differs from the composition after applying the patches in any of a few orders."""
     rng, names, wrong = random.Random(context.seed), changed_tensors(context.base, terms), set()
     for _ in range(ORDERS if len(terms) > 1 else 1):
         context.image_generator.overlay.clear()

@@ -1,6 +1,6 @@
-"""Other tools' files: read into patches, and written from patches, with what is lost said in numbers.
+"""Other tools' files: read into patches, and written from patches, with what is lost in numbers.
 
-Each dialect of a file has one module that says how it spells layers and what its tensors mean; `tables` lists them.
+Each dialect of a file has one module that says how it names layers and what its tensors mean; `tables` lists them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from overpaint.core.errors import OverpaintError
 
 # The U-Net's modules as its first publication numbers them: `input_blocks`, `middle_block`, `output_blocks`.
 #
-# Layouts read checkpoints in this spelling; here is the way back, for the tools that name a LoRA's layers so.
+# Layouts read checkpoints with these keys; here is the way back, for the tools that name a LoRA's layers so.
 
 
 _ENDS = {
@@ -119,11 +119,11 @@ def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
             yield f"{encoder}/{local}", local.removeprefix(INNER)
 
 
-def lookup(spelled: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Canonical module by spelled name, from pairs (canonical, spelled). A name that could mean two modules is left out."""
+def lookup(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Canonical module by the name in a file, from pairs (canonical, name). A name that could mean two modules is left out."""
     found: dict[str, str] = {}
     unsure = set()
-    for module, name in spelled:
+    for module, name in pairs:
         if found.setdefault(name, module) != module:
             unsure.add(name)
     return {name: module for name, module in found.items() if name not in unsure}
@@ -218,7 +218,7 @@ ROOTS: tuple[Root, ...] = (
 """All of them. A name that could mean two modules means none."""
 
 
-# A dialect: how one family of tools spells layers and what the tensors in its files mean.
+# A dialect: how one family of tools names layers and what the tensors in its files mean.
 #
 # A key is a module's name and an ending. The ending says what role a tensor has in the change of one of the module's
 # parameters; the name is looked up among those the dialect gives the base's own modules. A file is of the dialect that
@@ -241,13 +241,13 @@ class Dialect:
     name: str
     endings: Endings
 
-    def spelled(self, base: Base) -> dict[str, str]:
+    def module_names(self, base: Base) -> dict[str, str]:
         """Canonical module by the name that this dialect has for it."""
         return lookup(pair for root in ROOTS if self.name in root.dialects for pair in root.names(base))
 
     def read(self, base: Base, keys: Collection[str]) -> FileReading:
         """What the keys of a file mean in this dialect."""
-        modules, endings = self.spelled(base), sorted(self.endings, key=len, reverse=True)
+        modules, endings = self.module_names(base), sorted(self.endings, key=len, reverse=True)
         parts: dict[str, dict[Role, str]] = {}
         unmatched, layers = [], set()
         for key in keys:
@@ -364,7 +364,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 def _described(keys: Collection[str]) -> str:
-    """What keys of which none was understood look like, as far as their beginnings tell."""
+    """What keys of which none was understood look like, as far as their prefixes show."""
     if not keys:
         return "it has none"
     example = min(keys)
@@ -545,7 +545,7 @@ def _underscored(prefix: str, local: str) -> str:
 KOHYA = Dialect("kohya LoRA", KOHYA_ENDINGS)
 
 
-# ComfyUI's own spelling of LoRA and full differences: the names that weights have in its memory.
+# ComfyUI's own keys of LoRA and full differences: the names that weights have in its memory.
 #
 # `diffusion_model.input_blocks.1.1.….attn2.to_k.diff`, `text_encoders.clip_l.transformer.text_model.….fc1.lora_up.weight`.
 

@@ -1,4 +1,4 @@
-"""Export: patches on a base as a file that another tool loads; how much was lost on the way is measured and said."""
+"""Export: patches on a base as a file that another tool loads; what is lost on the way is measured and reported."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> di
     return dict(sorted(found.items()))
 
 
-def sealed(header: Mapping[str, str], digest: str) -> dict[str, str]:
+def with_digest(header: Mapping[str, str], digest: str) -> dict[str, str]:
     """A header with the digest of the bytes that follow it."""
     return {key: text.replace(UNKNOWN, digest) if text.endswith(UNKNOWN) else text for key, text in header.items()}
 
@@ -136,7 +136,7 @@ def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot],
             digest.update(data)
             file.write(data)
         file.seek(0)
-        file.write(header_bytes(sealed(header, digest.hexdigest()), listed))
+        file.write(header_bytes(with_digest(header, digest.hexdigest()), listed))
 
 
 # What patches add to one tensor, in the form that a LoRA or a difference file can hold, and how far the stored form is off.
@@ -169,7 +169,7 @@ class Stored:
 
 
 def is_thin(plan: CompositionPlan, name: str) -> bool:
-    """Whether all that lies on a tensor is made of thin factors."""
+    """Whether the change of a tensor is made of thin factors."""
     thin = all(part.directions(name) is not None for _, part in plan.pieces[name])
     return thin and len(plan.base.places[name].shape) > 1
 
@@ -181,7 +181,7 @@ def rank(plan: CompositionPlan, name: str) -> int:
 
 
 def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
-    """down (r x in), up (out x r) and r of a tensor on which only thin factors lie; `directions` is its `rank`."""
+    """down (r x in), up (out x r) and r of a tensor whose change is made of thin factors; `directions` is its `rank`."""
     up, down = _product(plan, name)
     rounded = [_rounded((up, down), dtype)] if up.shape[1] == directions else []
     errors = [_error((up, down), pair) for pair in rounded]
@@ -210,7 +210,7 @@ def stored_difference(plan: CompositionPlan, name: str, dtype: torch.dtype) -> S
 
 
 def stored_nothing(plan: CompositionPlan, name: str, dtype: torch.dtype) -> Stored:
-    """The change of a tensor on which nothing lies."""
+    """The change of a tensor that has none: zeros."""
     return Stored((torch.zeros(plan.base.places[name].shape, dtype=dtype),), 0.0, 0, 0)
 
 
@@ -295,14 +295,14 @@ class NotExportable(OverpaintError):
 
 @dataclass(frozen=True)
 class Format:
-    """A format to write: what it is, how it spells a base's modules, and what it has a place for.
+    """A format to write: what it is, how it names a base's modules, and what it has a place for.
 
     `factors` are the endings of the keys of down, up and, in some, alpha; `differences` says whether readers also add
     arrays, `whole` that it holds weights instead.
     """
 
     about: str
-    spelled: Callable[[Base], Mapping[str, str]]
+    module_names: Callable[[Base], Mapping[str, str]]
     factors: tuple[str, ...] = ()
     differences: bool = False
     whole: bool = False
@@ -351,7 +351,7 @@ def place(plan: CompositionPlan, format: str, dtype: torch.dtype, truncate: int 
         module, attribute = split(name)
         found.setdefault(module, set()).add(attribute)
     rank = max(1, *(_count_directions(plan, name, truncate) for name in plan.names))
-    placing = _Placing(plan, chosen, chosen.spelled(plan.base), dtype, truncate, rank)
+    placing = _Placing(plan, chosen, chosen.module_names(plan.base), dtype, truncate, rank)
     pieces = [piece for module, attributes in sorted(found.items()) for piece in placing.pieces(module, attributes)]
     return pieces if chosen.whole else [*pieces, *placing.companions({piece.name for piece in pieces})]
 
@@ -360,7 +360,7 @@ def place(plan: CompositionPlan, format: str, dtype: torch.dtype, truncate: int 
 class _Placing:
     plan: CompositionPlan
     format: Format
-    spelled: Mapping[str, str]
+    module_names: Mapping[str, str]
     dtype: torch.dtype
     truncate: int | None
     rank: int
@@ -384,7 +384,7 @@ class _Placing:
         """Layers that do nothing, beside what the file holds of text encoders.
 
         A1111 applies nothing to an attention built by OpenCLIP unless the file has all four of its matrices. And by the
-        output of an attention diffusers finds out how a text encoder's keys are spelled; without one it refuses the file.
+        output of an attention diffusers finds out how a text encoder's keys are named; without one it refuses the file.
         """
         wanted = set()
         for encoder in ENCODERS:
@@ -401,7 +401,7 @@ class _Placing:
     def _whole(self, name: str) -> TensorExport:
         module, attribute = split(name)
         found = self.plan.base.places[name]
-        slot = ArraySlot(f"{self.spelled[module]}.{attribute}", DTYPES[found.entry.dtype], found.shape)
+        slot = ArraySlot(f"{self.module_names[module]}.{attribute}", DTYPES[found.entry.dtype], found.shape)
         return TensorExport(name, (slot,), lambda: stored_whole(self.plan, name))
 
     def _nothing(self, name: str) -> TensorExport:
@@ -418,7 +418,7 @@ class _Placing:
 
     def _slots(self, name: str) -> tuple[ArraySlot, ...]:
         """All layers get one rank, and so one alpha: not every reader keeps layers with different ones apart."""
-        shape, module = self.plan.base.places[name].shape, self.spelled[split(name)[0]]
+        shape, module = self.plan.base.places[name].shape, self.module_names[split(name)[0]]
         down, up, *alpha = self.format.factors
         return (
             ArraySlot(f"{module}{down}", self.dtype, (self.rank, *shape[1:])),
@@ -429,7 +429,7 @@ class _Placing:
     def _difference(self, name: str, is_norm: bool) -> TensorExport:
         module, attribute = split(name)
         ending = (_NORM if is_norm else _LAYER)[attribute]
-        slot = ArraySlot(f"{self.spelled[module]}{ending}", self.dtype, self.plan.base.places[name].shape)
+        slot = ArraySlot(f"{self.module_names[module]}{ending}", self.dtype, self.plan.base.places[name].shape)
         if name not in self.plan.pieces:
             return TensorExport(name, (slot,), lambda: stored_nothing(self.plan, name, self.dtype))
         return TensorExport(name, (slot,), lambda: stored_difference(self.plan, name, self.dtype))
@@ -444,9 +444,11 @@ def _count_directions(plan: CompositionPlan, name: str, truncate: int | None) ->
 
 
 def _refuse_placeless(plan: CompositionPlan, chosen: Format, format: str, truncate: int | None) -> None:
-    spelled = chosen.spelled(plan.base)
+    module_names = chosen.module_names(plan.base)
     refused = {
-        name: why for name in plan.names if (why := _placeless(plan, chosen, name, truncate, split(name)[0] in spelled))
+        name: why
+        for name in plan.names
+        if (why := _placeless(plan, chosen, name, truncate, split(name)[0] in module_names))
     }
     if refused:
         name, (reason, hint) = next(iter(refused.items()))
@@ -475,7 +477,7 @@ def _placeless(
     if attribute != "weight" or len(plan.base.places[name].shape) < 2:
         return "a LoRA changes weights of linear layers and convolutions only", elsewhere
     if truncate is None and not is_thin(plan, name):
-        return "its change is not of low rank", f"truncate it and be told the error, or {elsewhere}"
+        return "its change is not of low rank", f"truncate it, which reports the error, or {elsewhere}"
     return None
 
 
@@ -505,8 +507,8 @@ class Exported:
     def readers_sentence(self) -> str:
         """Which tools load all of it, and what others pass over, in words."""
         whole = [READERS[name] for name in self.whole_for]
-        said = [f"{each.about} ({each.note})" if each.note else each.about for each in whole]
-        parts = [f"whole for {', '.join(said)}" if said else "for programs that load weights by their names"]
+        named = [f"{each.about} ({each.note})" if each.note else each.about for each in whole]
+        parts = [f"whole for {', '.join(named)}" if named else "for programs that load weights by their names"]
         for name, left_out in self.skipped.items():
             if left_out:
                 parts.append(f"{READERS[name].about} would pass over {len(left_out)} tensors, first {left_out[0]}")

@@ -2,7 +2,7 @@
 
 What an edit added is often of low rank, seen through the rounding of the edited file. So two candidates are made: thin
 factors, where as few directions as possible leave no more than rounding would; and the difference itself. Each gets the
-residual bits that make it exact, and the one that takes fewer bytes is kept.
+residual bits that make it exact, and the one that takes fewer bytes is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from overpaint.patches.arithmetic import BLOCK, Original, ScratchBuffers, Target
 from overpaint.patches.delta import residual
 
 WIDEST = 128
-"""Directions. An edit with more is kept as a difference; most are of rank 1 to 64."""
+"""Directions. An edit with more is stored as a difference; most are of rank 1 to 64."""
 ROUNDING = 1.5
 """How much more than the expected square of rounding errors may be left; they scatter, and the directions hold some."""
 

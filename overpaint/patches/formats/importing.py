@@ -1,7 +1,7 @@
 """Import: a file of another tool becomes a delta, and what that delta does is compared with what the file says.
 
 The file may hold changes (LoRA factors, differences) or edited weights. Weights that were rounded more coarsely than the
-base is kept are compared with the base rounded alike, so that the patch holds the edit and not the rounding.
+base is stored are compared with the base rounded alike, so that the patch holds the edit and not the rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAYERS_SHOWN = 6
 class Options:
     """How to import.
 
-    `meaning` says what plain tensors are where that cannot be told; `allow_unmatched` leaves out keys that name nothing in
+    `meaning` says what plain tensors are where that cannot be decided; `allow_unmatched` leaves out keys that name nothing in
     the base; `keep_rounding` reproduces weights also where they were merely rounded more coarsely than the base;
     `tolerance` is the relative error within which thin factors are enough.
     """

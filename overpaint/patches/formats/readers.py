@@ -106,5 +106,5 @@ def open_clip_encoders(base: Base) -> list[str]:
     return (
         []
         if form is None
-        else [encoder for encoder in ENCODERS if (keys := form.spellings.get(encoder)) and keys.blocks]
+        else [encoder for encoder in ENCODERS if (keys := form.mappings.get(encoder)) and keys.blocks]
     )

@@ -277,7 +277,7 @@ Meaning = Literal["change", "weights"]
 ALIKE = 0.25
 """Plain tensors are edited weights when the squared difference from the base is below this part of its square."""
 SAMPLE = 32
-"""Tensors that are looked at to tell."""
+"""How many tensors are looked at to decide."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ class FileEdits:
 def edits_of_file(
     base: Base, weights: ForeignWeights, reading: FileReading, meaning: Meaning | None, keep_rounding: bool
 ) -> FileEdits:
-    """The edits of a file of keys. Raises ForeignFile when it cannot be told whether it holds changes or weights."""
+    """The edits of a file of keys. Raises ForeignFile when it cannot be decided whether it holds changes or weights."""
     meaning = meaning or _meaning(base, weights, reading)
 
     def edit(name: str) -> TensorEdit | Pair | None:
@@ -390,8 +390,8 @@ def edited(original: Tensor, value: Tensor, stored: torch.dtype, keep_rounding: 
         return None
     if not all_finite(wanted) or not all_finite(start):
         raise ForeignFile(
-            f"a value is beyond what {dtype_name(rounded or start.dtype)} holds, in which it is kept or compared; use a base or "
-            "a file of a wider dtype"
+            f"a value is beyond what {dtype_name(rounded or start.dtype)} holds, in which it is stored or compared; use a "
+            "base or a file of a wider dtype"
         )
     return TensorEdit(start, wanted, value.double() - start.double(), rounded)
 
@@ -403,7 +403,7 @@ def _changed(original: Tensor, change: Tensor) -> TensorEdit | None:
 
 
 def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size) -> Tensor:
-    """A tensor of the base's shape; matrices are sometimes kept as 1 x 1 kernels, and the other way round."""
+    """A tensor of the base's shape; matrices are sometimes stored as 1 x 1 kernels, and the other way round."""
     found = weights.shapes[key][1]
     if found != tuple(shape) and (found[:2] != tuple(shape[:2]) or {*found[2:], *shape[2:]} != {1}):
         raise _other_shape(weights.path.name, name, found, tuple(shape))
@@ -436,8 +436,8 @@ def _meaning(base: Base, weights: ForeignWeights, reading: FileReading) -> Meani
     if median(length) < ALIKE:
         return "change"
     raise ForeignFile(
-        f"{weights.path.name} has tensors that are neither like the base's weights nor small beside them, so it cannot be told "
-        "whether they replace or change them; name the right base, or say which it is"
+        f"{weights.path.name} has tensors that are neither like the base's weights nor small beside them, so it cannot "
+        "be decided whether they replace or change them; name the right base, or say which it is"
     )
 
 

@@ -29,7 +29,7 @@ class BlobMissing(NotFound):
 
 
 class BlobCorrupt(OverpaintError):
-    """Bytes that are no longer what their name says. They lie in quarantine; `found` is what they are now."""
+    """Bytes that are no longer what their name says. They are in quarantine; `found` is what they are now."""
 
     def __init__(self, message: str, found: bytes = b"") -> None:
         super().__init__(message)
@@ -162,7 +162,7 @@ class BlobStore:
         return False
 
     def _set_aside(self, digest: str) -> str:
-        """Move a damaged blob to quarantine; return where it lies now, which is where it was if it cannot be moved."""
+        """Move a damaged blob to quarantine; return where it is now, which is where it was if it cannot be moved."""
         place = f"{QUARANTINE}/{digest[:12]}-{secrets.token_hex(4)}/{digest}"
         try:
             self.files.move(_name(digest), place)

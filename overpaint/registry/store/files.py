@@ -216,4 +216,4 @@ def _write_counted(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
                 rest = rest[os.write(file.fileno(), rest) :]
     written = path.stat().st_size
     if written != given:
-        raise OSError(f"{written} bytes arrived on the disk instead of {given}")
+        raise OSError(f"{written} bytes are on the disk instead of {given}")

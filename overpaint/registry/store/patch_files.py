@@ -104,9 +104,9 @@ def read_manifest(raw: bytes) -> Manifest:
     arrays = tuple(_array(name, listed[name]) for name in sorted(listed))
     try:
         if canonical_json(content) != raw:
-            raise BadManifest("the manifest is not in its canonical spelling; take the patch from its source again")
+            raise BadManifest("the manifest is not canonical JSON; take the patch from its source again")
     except (ValueError, RecursionError) as error:
-        raise BadManifest(f"the manifest holds what JSON cannot say ({error})") from error
+        raise BadManifest(f"the manifest holds what JSON cannot express ({error})") from error
     return Manifest(raw, content, arrays)
 
 

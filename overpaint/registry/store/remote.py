@@ -14,7 +14,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import printed, printed_url
 from overpaint.registry.store.files import FileInfo, Files, checked_parts, too_long
 
-# An object store shows an object when all of it has arrived. Elsewhere a file is visible while it is being written, so
+# An object store shows an object when all of it is there. Elsewhere a file is visible while it is being written, so
 # there it is written under another name first.
 WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"}
 EXTRAS = {"s3": 'pip install "overpaint[s3]"', "s3a": 'pip install "overpaint[s3]"'}
@@ -73,7 +73,7 @@ class RemoteFiles(Files):
             self._fs.pipe_file(temporary, data)
             written = int(self._fs.info(temporary)["size"])
             if written != len(data):
-                raise OSError(f"{written} bytes arrived instead of {len(data)}")
+                raise OSError(f"{written} bytes are there instead of {len(data)}")
             if not self._at_once:
                 self._fs.mv(temporary, path)
 

@@ -3,11 +3,11 @@
 For concepts with keys K_j and targets V_j, and keys R to preserve, the joint minimiser of
 `w sum_{i in S} |W K_i - W0 V_i|^2 + w sum_{j not in S} |W K_j - W0 K_j|^2 + |W R - W0 R|^2 + lambda |W - W0|^2` is
 `W = W0 (I + sum_{i in S} w (V_i - K_i) K_i^T A^-1)` with `A = w sum_j K_j K_j^T + R R^T + lambda I`, for every subset S: a
-sum of terms that each depend on one concept, and the same for all projections. The patch is one such term, for each door by
+sum of terms that each depend on one concept, and the same for all projections. The patch is one such term, for each text input by
 which a prompt enters the base. That begin-of-text does not move at all is a constraint (`universe.py`).
 
 Preserving the rest leaves some of the concept: of the way from K_i to V_i, keys go the share alpha on average. Asking for
-`V_i' = K_i + (V_i - K_i) / alpha` instead makes the average arrive. That is the same problem with a farther target, so that
+`V_i' = K_i + (V_i - K_i) / alpha` instead moves the average all the way. That is the same problem with a farther target, so that
 terms still add up to the joint solution.
 """
 
@@ -42,9 +42,7 @@ class Separable(Solver):
     ridge: float = setting(RIDGE, "lambda over the mean eigenvalue of A", low=0.0)
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
-    reach: float = setting(
-        1.5, "at most so much farther than the target, so that keys arrive there on average", low=1.0
-    )
+    reach: float = setting(1.5, "at most so much farther than the target, so that keys reach it on average", low=1.0)
     style_reach: float = setting(3.0, "the same for styles, of which every word of a sentence carries a part", low=1.0)
     rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
     vocabulary: int = setting(
@@ -52,7 +50,7 @@ class Separable(Solver):
     )
 
     def solve(self, problem: EditProblem) -> Solution:
-        """A text map of at most `rank` directions for each door of the base."""
+        """A text map of at most `rank` directions for each text input of the base."""
         started = time.perf_counter()
         concept, base = problem.concept, problem.base
         problem.report(0, 1, "reading the universe")
@@ -163,7 +161,7 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _together(about: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is said of several doors: the worst of each number, and behind `doors` each one's own."""
+    """The numbers of several text inputs: the worst of each, and under `doors` each one's own."""
     if len(about) == 1:
         return next(iter(about.values()))
     worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max}

@@ -228,7 +228,7 @@ class AdapterStack:
 
 
 class MovingAverage:
-    """The exponential moving average of parameters; `decay` is the weight of the past."""
+    """The exponential moving average of parameters; `decay` is the weight of earlier values."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
         self._parameters, self._decay = list(parameters), decay

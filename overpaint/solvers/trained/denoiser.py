@@ -38,7 +38,7 @@ class Denoiser:
         """The models of a problem's base on its device. Raises Unsolvable for one that is no Stable Diffusion 1.x or 2.x."""
         if len(problem.base.text_inputs) > 1:
             raise Unsolvable(
-                f"solvers that train know prompts that enter by one door; this {problem.base.layout.name} base has "
+                f"training solvers work with one text input; this {problem.base.layout.name} base has "
                 f"{len(problem.base.text_inputs)} ({', '.join(problem.base.text_inputs)}): use `separable`, which knows them all"
             )
         if problem.base.layout.is_caught:
@@ -114,7 +114,7 @@ class Denoiser:
             from diffusers import DDIMScheduler
 
             found: Any = DDIMScheduler.from_config(self.pipe.scheduler.config)
-        # With the offset that published schedules have, as many timesteps as levels would end past the last level.
+        # With the offset that published schedules have, as many timesteps as levels would end beyond the last level.
         found.set_timesteps(min(steps, self.levels - 1))
         return found
 

@@ -45,7 +45,7 @@ class SDD(Training):
     uses_universe = False
 
     steps: int = setting(1500, "most gradient steps", low=1)
-    ema: float = setting(0.999, "weight of the past in the teacher", low=0.0, high=0.99999)
+    ema: float = setting(0.999, "weight of earlier steps in the teacher", low=0.0, high=0.99999)
     bank: int = setting(
         0,
         "trajectories of the base to draw all z_t from; 0: the teacher denoises at every step, as in the paper",

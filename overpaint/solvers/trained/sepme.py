@@ -248,7 +248,7 @@ class SepME(Solver):
     def solve(self, problem: EditProblem) -> Solution:
         """Low-rank on `attn2.to_k` and `attn2.to_v`, one down factor for all; dense on all of `attn2` without decoupling.
 
-        Raises Unsolvable when no null space is left, or a base has more than one door; Diverged; OutOfMemory.
+        Raises Unsolvable when no null space is left, or a base has more than one text input; Diverged; OutOfMemory.
         """
         concepts = (problem.concept, *(problem.others if self.joint else ()))
         return self.together(problem, concepts)[problem.concept.name]

@@ -71,7 +71,7 @@ class Training(Solver):
     guidance: float = setting(3.0, "guidance scale of what the base draws to train on", low=0.0)
     sampling_steps: int = setting(50, "denoising steps of what the base draws to train on", low=1, high=1000)
     until: float = setting(1.0, "stop when at most this share of the concept's guidance is left; 1: never", -10.0, 1.0)
-    momentum: float = setting(0.9, "weight of the past in the average that `until` looks at", low=0.0, high=0.999)
+    momentum: float = setting(0.9, "weight of earlier steps in the average that `until` looks at", low=0.0, high=0.999)
     clip: float = setting(0.0, "largest norm of all gradients together; 0: any", low=0.0)
     precision: str = setting(
         "fp32", "arithmetic of the models; what is trained is fp32 in any case", choices=("fp32", "bf16")

@@ -78,7 +78,7 @@ def holdings(registry: Registry) -> tuple[object, ...]:
             for record in registry.patches()
         },
         [registry.blob(record) for record in sorted(registry.patches(), key=lambda each: each.id)],
-        [registry.recipe(each.name).laid for each in registry.recipes()],
+        [registry.recipe(each.name).entries for each in registry.recipes()],
         [registry.log(each.name) for each in registry.recipes()],
     )
 

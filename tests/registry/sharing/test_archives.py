@@ -46,7 +46,7 @@ def test_a_recipe_is_exported_with_its_whole_history(ours: Registry, theirs: Reg
     assert theirs.log("safe") == ours.log("safe")
     assert theirs.recipe("safe@safe-2026-11") is not None
     for number in range(5):
-        assert theirs.recipe(f"safe@{number}").laid == ours.recipe(f"safe@{number}").laid
+        assert theirs.recipe(f"safe@{number}").entries == ours.recipe(f"safe@{number}").entries
 
 
 def test_the_same_content_is_the_same_file(ours: Registry, theirs: Registry, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_recipe_brings_all_patches_of_its_history(ours: Registry, theirs: Regi
     pull(theirs, place, PullRequest(recipes=["safe"]))
     assert len(theirs.patches()) == 2
     assert theirs.log("safe") == ours.log("safe")
-    assert theirs.recipe("safe@2").laid == ours.recipe("safe@2").laid
+    assert theirs.recipe("safe@2").entries == ours.recipe("safe@2").entries
 
 
 def test_a_recipe_that_was_worked_on_catches_up(ours: Registry, theirs: Registry, place: str) -> None:
