@@ -15,18 +15,23 @@ class Shell:
     def __init__(self, registry: Path) -> None:
         self.registry = registry
 
-    def __call__(self, *words: str) -> Result:
-        return CliRunner().invoke(main, ["--registry", str(self.registry), *words], catch_exceptions=False)
+    def __call__(self, *words: object) -> Result:
+        command = ["--registry", str(self.registry), *(str(word) for word in words)]
+        return CliRunner().invoke(main, command, catch_exceptions=False)
 
-    def ok(self, *words: str) -> str:
-        """What a command prints that must succeed."""
-        found = self(*words)
-        assert found.exit_code == 0, found.output
-        return found.stdout
+    def succeeds(self, *words: object) -> Result:
+        """The result of a command that must succeed."""
+        result = self(*words)
+        assert result.exit_code == 0, result.output
+        return result
 
-    def fails(self, *words: str) -> str:
-        """What a command says that must be refused with a sentence."""
-        found = self(*words)
-        assert found.exit_code in (1, 2), found.output
-        assert "Traceback" not in found.output
-        return found.stderr
+    def ok(self, *words: object) -> str:
+        """The standard output of a command that must succeed."""
+        return self.succeeds(*words).stdout
+
+    def fails(self, *words: object) -> str:
+        """The standard error of a command that must be refused with a sentence."""
+        result = self(*words)
+        assert result.exit_code in (1, 2), result.output
+        assert "Traceback" not in result.output
+        return result.stderr

@@ -11,8 +11,8 @@ import pytest
 
 from overpaint.registry import Registry, models
 
+from .contents import add_patch, stock
 from .postgres_server import Server, programs, running
-from .shelf import add_patch, stock
 
 REQUIRED = "OVERPAINT_POSTGRES"
 """Set to "required", a missing server fails the tests that need one instead of skipping them."""

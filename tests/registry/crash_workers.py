@@ -15,8 +15,8 @@ from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobStore
 
+from .contents import lay
 from .patch_maker import FINGERPRINT, keep, numbers, patch_file
-from .shelf import lay
 
 Tell = Callable[[bytes], None]
 

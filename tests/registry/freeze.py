@@ -13,7 +13,7 @@ from pathlib import Path
 from overpaint.core.concepts import Concept
 from overpaint.registry import Registry, models
 
-from .shelf import add_patch, digest_of, lay, stock
+from .contents import add_patch, digest_of, lay, stock
 
 FOLDER = Path(__file__).parent / "frozen"
 LABELS = ("one", "two", "three")

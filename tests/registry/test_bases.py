@@ -14,7 +14,7 @@ from overpaint.registry import Registry
 from overpaint.registry.gc import collect, plan
 from overpaint.registry.integrity import row_problems
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 FINGERPRINT = "f" * 8
 """Of the base "small"."""

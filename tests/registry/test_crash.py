@@ -24,12 +24,12 @@ from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 
 from . import crash_workers as workers
+from .contents import lay, stock
 from .crash_workers import Tell
 from .freeze import LABELS
 from .old import thaw
 from .patch_maker import FINGERPRINT, keep
 from .processes import CLEAN
-from .shelf import lay, stock
 
 Work = Callable[[Path, int, Tell], None]
 

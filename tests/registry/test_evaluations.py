@@ -11,7 +11,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.registry import EvaluationRecord, ResultRecord
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 RESULTS = (
     ResultRecord("Äpfel", "accuracy", 0.1 + 0.2, 0.25, 0.5, 20),

@@ -17,8 +17,8 @@ from overpaint.registry.gc import DAY, CannotTell, Collected, collect, plan
 from overpaint.registry.integrity import verify
 from overpaint.registry.store import PatchFiles
 
+from .contents import add_patch
 from .patch_maker import id_of, keep, numbers, patch_file
-from .shelf import add_patch
 from .store_contract import name_of
 
 

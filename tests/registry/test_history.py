@@ -14,7 +14,7 @@ from overpaint.registry import Registry
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import ExpiredEntry, RecipeEntry
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 NOTE = Note("a test", "tester")
 CHRISTMAS = date(2026, 12, 24)
@@ -147,7 +147,7 @@ def test_whatever_was_done_every_revision_is_read_and_checked_out_exactly(
 
 @pytest.fixture(scope="module")
 def stocked_once(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    from .shelf import stock
+    from .contents import stock
 
     registry = stock(Registry.open(tmp_path_factory.mktemp("once")))
     for label in ("one", "two", "three", "four"):

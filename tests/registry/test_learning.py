@@ -10,7 +10,7 @@ from overpaint.registry import Registry
 from overpaint.registry.history import Note
 from overpaint.registry.registry import ConceptDiffers
 
-from .shelf import add_patch, digest_of, lay
+from .contents import add_patch, digest_of, lay
 
 NOTE = Note("a test", "tester")
 

@@ -15,7 +15,7 @@ from overpaint.core.errors import NotFound
 from overpaint.registry import Registry, models
 from overpaint.registry.schema import connect
 
-from .shelf import add_patch, digest_of, lay, stock
+from .contents import add_patch, digest_of, lay, stock
 
 
 def test_a_page_is_the_part_of_the_list_that_was_asked_for(either: Registry) -> None:

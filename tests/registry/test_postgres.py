@@ -14,8 +14,8 @@ from overpaint.registry import Registry, database, schema
 from overpaint.registry.database import database_at
 from overpaint.registry.schema import connect
 
+from .contents import add_patch, stock
 from .postgres_server import GUEST, PASSWORD, Server
-from .shelf import add_patch, stock
 
 
 @pytest.fixture

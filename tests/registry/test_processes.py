@@ -13,8 +13,8 @@ from sqlalchemy import select
 from overpaint.registry import Registry, models
 from overpaint.registry.database import database_at
 
+from .contents import add_patch, digest_of, stock
 from .processes import CLEAN, run_until_killed
-from .shelf import add_patch, digest_of, stock
 from .workers import die_before_commit, die_between_blob_and_row, make, write_much
 
 WRITERS, WRITES = 8, 200

@@ -10,7 +10,7 @@ import pytest
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 
-from .shelf import add_patch, digest_of, lay
+from .contents import add_patch, digest_of, lay
 
 
 @pytest.fixture

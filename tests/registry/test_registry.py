@@ -18,7 +18,7 @@ from overpaint.registry import Registry, models
 from overpaint.registry.database import database_at
 from overpaint.registry.store import BlobMissing
 
-from .shelf import add_patch, digest_of, lay
+from .contents import add_patch, digest_of, lay
 
 
 @pytest.fixture

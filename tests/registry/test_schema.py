@@ -23,7 +23,7 @@ from overpaint.registry import Registry, database, models, schema
 from overpaint.registry.database import RegistryVersionError, database_at
 from overpaint.registry.schema import connect
 
-from .shelf import stock
+from .contents import stock
 
 
 def set_revision(location: str | Path, revision: str) -> None:

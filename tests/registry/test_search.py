@@ -10,7 +10,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 
 @pytest.fixture

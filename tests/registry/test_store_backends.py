@@ -19,7 +19,7 @@ from overpaint.registry.store import BlobStore, Files, open_files, open_store, p
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.remote import RemoteFiles, Unreachable
 
-from .shelf import add_patch
+from .contents import add_patch
 from .store_contract import StoreContract
 
 PREFIXES = (f"contract-{number}" for number in itertools.count())

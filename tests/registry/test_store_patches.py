@@ -23,8 +23,8 @@ from overpaint.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore, PatchFiles, open_files
 from overpaint.registry.store.patch_files import BadManifest, embedded_manifest, read_manifest, split
 
+from .contents import add_patch
 from .patch_maker import id_of, keep, numbers, patch_file
-from .shelf import add_patch
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 
 @pytest.fixture

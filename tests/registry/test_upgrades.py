@@ -20,10 +20,10 @@ from overpaint.registry import Registry, models, queries, schema
 from overpaint.registry.database import RegistryVersionError, database_at
 from overpaint.registry.records import RecipeEntry
 
+from .contents import add_patch, digest_of, lay
 from .freeze import LABELS
 from .old import REVISIONS, dump, thaw
 from .processes import CLEAN, run_until_killed
-from .shelf import add_patch, digest_of, lay
 from .workers import die_while_copying, die_while_migrating, upgrade
 
 ONE, TWO, THREE = (digest_of(label) for label in LABELS)

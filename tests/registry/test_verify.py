@@ -21,8 +21,8 @@ from overpaint.registry import PatchRecord, Registry
 from overpaint.registry.integrity import Problem, row_problems, verify
 from overpaint.registry.store import PatchFiles
 
+from .contents import lay, stock
 from .patch_maker import keep, numbers, patch_file
-from .shelf import lay, stock
 from .store_contract import name_of
 
 TENSORS = ("unet/a", "unet/b", "unet/c", "unet/d")

@@ -12,7 +12,7 @@ from overpaint.registry import Registry, models
 from overpaint.registry.schema import connect
 from overpaint.registry.store import BlobStore
 
-from .shelf import add_patch, lay
+from .contents import add_patch, lay
 
 
 def write_much(location: str | Path, writer: int, times: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The separable solver keeps the contract; its theorem is in tests/test_solvers.py."""
+"""The separable solver keeps the contract; its theorem is in tests/solvers/test_sum_of_patches.py."""
 
 from __future__ import annotations
 

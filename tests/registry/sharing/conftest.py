@@ -10,8 +10,8 @@ import pytest
 
 from overpaint.core.concepts import Concept
 from overpaint.registry import Registry
+from tests.registry.contents import lay
 from tests.registry.patch_maker import keep, numbers, patch_file
-from tests.registry.shelf import lay
 
 FINGERPRINT = "c0ffee" + "0" * 58
 SHARED = numbers("shared", 32, 4)

@@ -16,8 +16,8 @@ from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_f
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobMissing
 from overpaint.registry.store.files import LOCK
+from tests.registry.contents import lay
 from tests.registry.patch_maker import id_of
-from tests.registry.shelf import lay
 
 from .conftest import holdings, is_empty, labelled
 

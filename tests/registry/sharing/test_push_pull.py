@@ -26,8 +26,8 @@ from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import read_manifest
 from overpaint.registry.store.remote import RemoteFiles
+from tests.registry.contents import lay
 from tests.registry.patch_maker import id_of, keep
-from tests.registry.shelf import lay
 
 from .conftest import FINGERPRINT, LABELS, holdings, is_empty, labelled
 

@@ -44,7 +44,7 @@ from overpaint.registry.sharing.signing import (
     new_key,
 )
 from overpaint.registry.store import open_files
-from tests.registry.shelf import lay
+from tests.registry.contents import lay
 
 from .conftest import holdings, is_empty, labelled
 

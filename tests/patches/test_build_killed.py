@@ -13,7 +13,7 @@ import pytest
 from overpaint.bases.base import Base
 from overpaint.patches.build import build
 from tests.checkpoints import single_file
-from tests.killed_builds import MOMENTS, terms
+from tests.patches.killed_builds import MOMENTS, terms
 
 
 @pytest.mark.parametrize("form", ["folder", "single file"])
@@ -21,7 +21,7 @@ def test_a_killed_build_leaves_nothing_under_the_final_name(base: Base, tmp_path
     if form == "single file":
         base = single_file(base, tmp_path / "base.safetensors")
     (tmp_path / "builds").mkdir()
-    command = [sys.executable, "-m", "tests.killed_builds", str(base.path), str(tmp_path / "builds")]
+    command = [sys.executable, "-m", "tests.patches.killed_builds", str(base.path), str(tmp_path / "builds")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from overpaint.solvers.problem import EditProblem, Solution, Solver
-from tests.solving.fakes import Counting
+from tests.workspace.solving.fakes import Counting
 
 
 @dataclass(frozen=True)

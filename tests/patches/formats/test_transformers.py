@@ -20,7 +20,7 @@ from overpaint.patches.formats.exporting import About, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
 from overpaint.patches.formats.readers import READERS
 from tests.bases.tiny_transformers import tiny_transformer
-from tests.formats.models import text_maps
+from tests.patches.formats.models import text_maps
 
 FLUX = {"context": "context_embedder", "pooled": "time_text_embed.text_embedder.linear_1"}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -22,5 +22,5 @@ def workspace(tmp_path: Path, base_folder: Path, counting: None) -> Workspace:
 
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOLVERS, "counting", "tests.solving.fakes:Counting")
+    monkeypatch.setitem(SOLVERS, "counting", "tests.workspace.solving.fakes:Counting")
     fakes.reset()

@@ -43,7 +43,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def test_the_python_block_of_the_readme_does_what_it_says_also_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     block = readme.split("```python\n")[1].split("```")[0]
     steps, last = block[: block.index("recipe.remove")], block[block.index("recipe.remove") :]
     monkeypatch.chdir(tmp_path)

@@ -13,9 +13,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from overpaint.cli import main
-
-from .registry.old import thaw
-from .shell import Shell
+from tests.registry.old import thaw
+from tests.shell import Shell
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from overpaint.patches.formats.exporting import FORMATS, ROUNDING, STORED, About
 from overpaint.patches.formats.importing import import_weights
 from overpaint.patches.formats.readers import READERS
 from overpaint.patches.formats.reading import Meaning
-from tests.formats.models import dense, layers, low_rank, noise, some_terms, text_maps
+from tests.patches.formats.models import dense, layers, low_rank, noise, some_terms, text_maps
 
 ABOUT = About("safe", [("aa", "cat", 1.0), ("bb", "dog", 0.5)], "2026-01-31")
 

@@ -14,7 +14,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.workspace.workspace import Workspace
 
-from .shelf import stock
+from .contents import stock
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.formats.exporting import FORMATS, About, export
 from overpaint.patches.formats.importing import import_weights
 from overpaint.patches.live import Overlay
-from tests.formats.conftest import ARCHITECTURES
-from tests.formats.models import low_rank, some_terms
+from tests.patches.formats.conftest import ARCHITECTURES
+from tests.patches.formats.models import low_rank, some_terms
 
 # One rounding of a weight of size 1 to float32, twice: where factors are stored, and where the tool adds their product.
 WEIGHTS_ALIKE = 2.4e-7

@@ -67,7 +67,7 @@ def test_any_one_of_an_algorithms_tensors_gives_it_away(base: Base, tmp_path: Pa
 
 
 def test_the_page_names_every_algorithm_that_is_not_read() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "using-with.md").read_text("utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "using-with.md").read_text("utf-8")
     named = {word for algorithm in UNREAD for word in algorithm.removeprefix("ComfyUI's ").split(" or ")}
     assert [word for word in sorted(named) if word not in page] == []
 

@@ -15,8 +15,7 @@ from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.merge_history import read_record, record_of
 from overpaint.workspace.reseparation import NotReseparable, universes
 from overpaint.workspace.workspace import Workspace
-
-from .shell import Shell
+from tests.shell import Shell
 
 
 def grown(workspace: Workspace) -> None:
@@ -148,16 +147,16 @@ def test_the_parts_of_one_universe_add_up_and_others_are_told_apart(workspace: W
 def test_the_commands_say_what_is_mixed_and_mend_it(workspace: Workspace, tmp_path: Path) -> None:
     shell = Shell(tmp_path / "registry")
     shell.ok("solve", "cat", "--base", "tiny")
-    assert "universes" not in shell.ok("patch", "add", "cat", "--recipe", "safe one")[1]
+    assert "universes" not in shell.succeeds("patch", "add", "cat", "--recipe", "safe one").stderr
     shell.ok("solve", "dog", "--base", "tiny")
-    warning = shell.ok("patch", "add", "dog", "--recipe", "safe one")[1]
+    warning = shell.succeeds("patch", "add", "dog", "--recipe", "safe one").stderr
     assert "solved for different universes (1 for 2 concepts, 1 for 1 concept)" in warning
     assert "`overpaint recipe reseparate 'safe one'`" in warning
-    assert "different universes" in shell.ok("recipe", "show", "safe one")[1]
-    out, _ = shell.ok("recipe", "reseparate", "safe one")
+    assert "different universes" in shell.succeeds("recipe", "show", "safe one").stderr
+    out = shell.ok("recipe", "reseparate", "safe one")
     assert "1 patch re-separated for 2 concepts" in out
-    assert "different universes" not in shell.ok("recipe", "show", "safe one")[1]
-    assert "nothing to do" in shell.ok("recipe", "reseparate", "safe one")[0]
-    lines = json.loads(shell.ok("recipe", "log", "safe one", "--json")[0])
+    assert "different universes" not in shell.succeeds("recipe", "show", "safe one").stderr
+    assert "nothing to do" in shell.ok("recipe", "reseparate", "safe one")
+    lines = json.loads(shell.ok("recipe", "log", "safe one", "--json"))
     assert sorted(line["did"] for line in lines[2:]) == ["add", "remove"]
     assert {line["why"] for line in lines[2:]} == {"re-separated for 2 concepts"}

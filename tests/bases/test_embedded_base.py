@@ -70,7 +70,7 @@ def test_it_draws_and_the_judge_looks(emoji: Base) -> None:
 
 
 def test_nothing_outside_the_package_is_needed() -> None:
-    assert Path(EMBEDDED).is_relative_to(Path(__file__).parent.parent / "overpaint")
+    assert Path(EMBEDDED).is_relative_to(Path(__file__).parents[2] / "overpaint")
 
 
 def test_the_embedded_base_draws_from_prompts_alone_though_its_autoencoder_has_eight_channels() -> None:

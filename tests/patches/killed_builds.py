@@ -1,6 +1,6 @@
 """Builds that are killed (SIGKILL) at every step and at random moments; run as a program of its own, which forks for each.
 
-`python -m tests.killed_builds BASE FOLDER` prints, as JSON, what was found under the final name after each death.
+`python -m tests.patches.killed_builds BASE FOLDER` prints, as JSON, what was found under the final name after each death.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap, Xor, re
 from overpaint.workspace.compression import NothingSmaller, directions, size_of, thin_svd, truncated
 from overpaint.workspace.planning import BadTruncation, Truncation
 from overpaint.workspace.workspace import Workspace
-
-from .shell import Shell
+from tests.shell import Shell
 
 CONV = "unet/conv_in.weight"
 BIAS = "unet/conv_in.bias"
@@ -221,14 +220,14 @@ def test_a_run_with_compression_is_resumed_too(workspace: Workspace) -> None:
 def test_the_commands_say_what_it_cost(workspace: Workspace, tmp_path: Path) -> None:
     shell = Shell(tmp_path / "registry")
     solved = json.loads(
-        shell.ok("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "dense=true", "--json")[0]
+        shell.ok("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "dense=true", "--json")
     )
-    (row,) = json.loads(shell.ok("patch", "compress", "cat", "--to", "0.5", "--json")[0])
+    (row,) = json.loads(shell.ok("patch", "compress", "cat", "--to", "0.5", "--json"))
     assert row["from"] == solved[0]["patch"]
     assert row["bytes"] < row["bytes before"]
     assert row["errors"] == {row["tensor"]: row["largest error"]}
     assert 0 < row["largest error"] < 0.71
-    shown = {line["what"]: line["value"] for line in json.loads(shell.ok("patch", "show", row["patch"], "--json")[0])}
+    shown = {line["what"]: line["value"] for line in json.loads(shell.ok("patch", "show", row["patch"], "--json"))}
     assert solved[0]["patch"] in shown["compressed from"]
-    assert "%" in shell.ok("patch", "compress", solved[0]["patch"], "--to", "1")[0]
+    assert "%" in shell.ok("patch", "compress", solved[0]["patch"], "--to", "1")
     assert "nothing was stored" in shell("patch", "compress", row["patch"], "--to", "60").stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from tests.formats.models import model_folder
+from tests.patches.formats.models import model_folder
 
 ARCHITECTURES = ("1.x", "2.x", "XL")
 

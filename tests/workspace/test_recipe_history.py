@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -20,22 +19,6 @@ from overpaint.workspace.recipe import Recipe, current_user
 from overpaint.workspace.workspace import Workspace
 
 TODAY = datetime.now(timezone.utc).date()
-
-
-@pytest.fixture(scope="module")
-def solved(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
-    """A registry with the tiny base and patches of three things."""
-    workspace = overpaint.open(tmp_path_factory.mktemp("solved"))
-    workspace.add_base("tiny", base_folder)
-    for thing in ("cat", "dog", "fox"):
-        workspace.solve(thing, base="tiny")
-    return workspace.registry.folder
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, solved: Path) -> Workspace:
-    """A copy of that registry for each test."""
-    return overpaint.open(shutil.copytree(solved, tmp_path / "registry"))
 
 
 @pytest.fixture

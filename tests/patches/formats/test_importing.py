@@ -18,8 +18,8 @@ from overpaint.patches.delta import Dense, LowRank
 from overpaint.patches.formats.dialects import ForeignFile
 from overpaint.patches.formats.importing import Imported, Options, import_weights
 from tests.checkpoints import single_file
-from tests.formats import writers
-from tests.formats.models import layers, noise
+from tests.patches.formats import writers
+from tests.patches.formats.models import layers, noise
 
 ATTENTION = (".attn2.to_k.weight", ".attn2.to_v.weight")
 

@@ -10,7 +10,7 @@ import pytest
 from overpaint.core.errors import OverpaintError
 from overpaint.workspace.workspace import Workspace
 
-from .shell import Shell
+from tests.shell import Shell
 
 DENSE = {"dense": "true"}
 

@@ -16,7 +16,7 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.formats.exporting import About, Exported, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
 from overpaint.patches.formats.readers import READERS
-from tests.formats.models import dense, low_rank, text_maps
+from tests.patches.formats.models import dense, low_rank, text_maps
 
 Models = Callable[[str, torch.dtype], Base]
 ABOUT = About("safe")

@@ -18,9 +18,9 @@ from overpaint.solvers.problem import EditProblem
 from overpaint.workspace.planning import digest_of_manifest
 from overpaint.workspace.solving import SolveOutcome, duration
 from overpaint.workspace.workspace import Workspace
+from tests.shell import Shell
 
 from . import fakes
-from .shell import Shell
 
 FILE = """
 defaults: {solver: counting}
@@ -226,9 +226,10 @@ class TestCommand:
         return Shell(tmp_path / "registry")
 
     def test_the_table_says_what_was_solved_when(self, shell: Shell, file: Path) -> None:
-        rows = json.loads(shell.ok("solve", "--from", str(file), "--base", "tiny", "--json")[0])
+        rows = json.loads(shell.ok("solve", "--from", str(file), "--base", "tiny", "--json"))
         assert [(row["concept"], row["solved"]) for row in rows] == [("cat", "now"), ("dog", "now"), ("sun", "now")]
-        out, err = shell.ok("solve", "--from", str(file), "--base", "tiny", "--json")
+        result = shell.succeeds("solve", "--from", str(file), "--base", "tiny", "--json")
+        out, err = result.stdout, result.stderr
         assert [row["solved"] for row in json.loads(out)] == ["before"] * 3
         assert "3 of 3 were solved before" in err
         assert fakes.CALLS == ["cat", "dog", "sun"]
@@ -238,7 +239,10 @@ class TestCommand:
     ) -> None:
         workspace.solve(Concept("sun"), base="tiny", solver="counting", device="cpu")
         fakes.reset()
-        out, err = shell.ok("solve", "--from", str(file), "--base", "tiny", "--dry-run", "--compress", "2", "--json")
+        result = shell.succeeds(
+            "solve", "--from", str(file), "--base", "tiny", "--dry-run", "--compress", "2", "--json"
+        )
+        out, err = result.stdout, result.stderr
         rows = json.loads(out)
         assert [(row["concept"], row["in the registry"]) for row in rows] == [
             ("cat", "new"),

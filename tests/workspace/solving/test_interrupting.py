@@ -22,7 +22,7 @@ from overpaint.workspace.workspace import Workspace
 RUN = """
 import sys
 from overpaint.solvers import SOLVERS
-SOLVERS["lingering"] = "tests.solving.lingering:Lingering"
+SOLVERS["lingering"] = "tests.workspace.solving.lingering:Lingering"
 from overpaint.cli import main
 main()
 """
@@ -45,7 +45,7 @@ def command(registry: Path, file: Path, marker: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "LINGERING": str(marker)},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
 
 

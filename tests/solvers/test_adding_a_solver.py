@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "adding-a-solver.md"
 EXAMPLE = ROOT / "examples" / "overpaint-project-out"
 

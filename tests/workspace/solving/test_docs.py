@@ -10,7 +10,7 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.workspace.concept_file import CONCEPT_KEYS, DEFAULT_KEYS, read_concepts
 
-PAGE = (Path(__file__).parents[2] / "docs" / "solving-many.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "solving-many.md").read_text("utf-8")
 
 
 @pytest.mark.usefixtures("counting")
