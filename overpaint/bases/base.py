@@ -75,9 +75,9 @@ class Base:
             path, hub = snapshot(hub)
         else:
             hub = None
-        found = open_single_file(path) if path.is_file() else open_folder(path)
-        containers = {part.container.path: part.container for part in found.parts}
-        base = cls(path, found.layout, found.places(), containers, found.variant, found.form, hub)
+        resolved = open_single_file(path) if path.is_file() else open_folder(path)
+        containers = {part.container.path: part.container for part in resolved.parts}
+        base = cls(path, resolved.layout, resolved.places(), containers, resolved.variant, resolved.form, hub)
         base.pipeline_class  # noqa: B018  raises for a denoiser of other channels, whatever container it comes in
         base._check_text_inputs()
         return base
@@ -138,8 +138,8 @@ class Base:
     def check_digests(self, names: Iterable[str]) -> None:
         """Hash tensors anew, whatever is known of them. Raises BrokenBase for one that is not what its digest says."""
         known = self.digests(names)
-        found = digests_of({name: self.places[name] for name in known}, self.containers)
-        if changed := [name for name in known if found[name] != known[name]]:
+        fresh = digests_of({name: self.places[name] for name in known}, self.containers)
+        if changed := [name for name in known if fresh[name] != known[name]]:
             raise BrokenBase(
                 f"{self.places[changed[0]].file} changed since the base was fingerprinted ({changed[0]} is another); "
                 "open the base again"

@@ -117,7 +117,7 @@ class ResolvedCheckpoint:
 
     def places(self) -> dict[str, TensorLocation]:
         """Every weight of every component by canonical name, sorted. Raises BrokenBase when one is there twice."""
-        found: dict[str, TensorLocation] = {}
+        locations: dict[str, TensorLocation] = {}
         for part in self.parts:
             rules = self.layout.components[part.component]
             for key, local, entry, turned in part.entries():
@@ -129,14 +129,14 @@ class ResolvedCheckpoint:
                     raise BrokenBase(
                         f"{part.container.path} has {key[:80]!r}, which is no name of a weight; get it again"
                     )
-                if path in found:
+                if path in locations:
                     raise BrokenBase(
-                        f"{part.container.path} holds {path} twice, as {found[path].key} and as {key}; "
+                        f"{part.container.path} holds {path} twice, as {locations[path].key} and as {key}; "
                         "take away the one that is not meant"
                     )
                 shape = entry.shape[::-1] if turned else rules.shape(name, entry.shape)
-                found[path] = TensorLocation(part.container.path, key, entry, shape, turned)
-        return dict(sorted(found.items()))
+                locations[path] = TensorLocation(part.container.path, key, entry, shape, turned)
+        return dict(sorted(locations.items()))
 
 
 def open_folder(folder: Path) -> ResolvedCheckpoint:
@@ -220,9 +220,9 @@ def weight_files(source: Path, stem: str) -> tuple[str, list[Path]]:
 
 def refuse_lone_shard(file: Path) -> None:
     """Raise LoneShard when a file's name, or an index beside it, says that it is one shard of several."""
-    found = _SHARD.search(file.name)
-    count = int(found[1]) if found else 1
-    for index in [] if found else file.parent.glob("*.safetensors.index*.json"):
+    match = _SHARD.search(file.name)
+    count = int(match[1]) if match else 1
+    for index in [] if match else file.parent.glob("*.safetensors.index*.json"):
         with suppress(BrokenBase):  # another model's index, damaged or not
             shards = _shards(index)
             count = max(count, len(shards) if file in shards else 1)

@@ -34,10 +34,10 @@ class HubId:
     @classmethod
     def parse(cls, text: str) -> HubId | None:
         """`ORG/MODEL` or `ORG/MODEL@REVISION`; None when a text is neither."""
-        found = _ID.fullmatch(text)
-        if found is None or ".." in text or "--" in found["repository"] or len(found["repository"]) > LONGEST_ID:
+        match = _ID.fullmatch(text)
+        if match is None or ".." in text or "--" in match["repository"] or len(match["repository"]) > LONGEST_ID:
             return None
-        return cls(found["repository"], found["revision"] or "main")
+        return cls(match["repository"], match["revision"] or "main")
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision}"
@@ -50,18 +50,18 @@ def snapshot(wanted: HubId) -> tuple[Path, HubId]:
     UnknownLayout or BrokenBase, before any weights are downloaded, when it is no base.
     """
     if _COMMIT.fullmatch(wanted.revision):
-        found = cached(wanted)
-        if found is not None and _is_whole(found):
-            return found, wanted
+        snapshot = cached(wanted)
+        if snapshot is not None and _is_whole(snapshot):
+            return snapshot, wanted
     try:
         commit, listing = _resolved(wanted)
     except _Unreachable as error:
-        found = cached(wanted)
-        if found is None:
+        snapshot = cached(wanted)
+        if snapshot is None:
             raise NotFound(
                 f"{wanted} is no folder here, and is not in the Hub's cache; the Hub cannot be asked ({error}): go online once"
             ) from error
-        return found, HubId(wanted.repository, found.name)
+        return snapshot, HubId(wanted.repository, snapshot.name)
     return _download(HubId(wanted.repository, commit), listing), HubId(wanted.repository, commit)
 
 

@@ -43,21 +43,21 @@ class Template:
 
     def match(self, key: str) -> dict[str, str | int] | None:
         """What stands in the holes, numbers counted from zero; None when the key is another."""
-        found = self._pattern.fullmatch(key)
-        if found is None:
+        match = self._pattern.fullmatch(key)
+        if match is None:
             return None
         values: dict[str, str | int] = {}
-        for hole, text in found.groupdict().items():
+        for hole, text in match.groupdict().items():
             values[hole] = int(text) - self._counted_from[hole] if hole in _NUMBERS else text
         return None if any(value == -1 for value in values.values()) else values
 
     def filled(self, values: Mapping[str, str | int]) -> str:
         """The text with these values in its holes, numbers counted from zero."""
-        found = self.text
+        text = self.text
         for hole in _HOLE.finditer(self.text):
             value = values[hole[2]]
-            found = found.replace(hole[0], value if isinstance(value, str) else str(value + int(hole[1] or 0)))
-        return found
+            text = text.replace(hole[0], value if isinstance(value, str) else str(value + int(hole[1] or 0)))
+        return text
 
     def numbers(self, keys: Iterable[str]) -> set[int]:
         """What stands in the one numeric hole, over all keys that fit."""
@@ -101,8 +101,8 @@ class KeyMapping:
         ends = Template(self.level_end).numbers(local.values())
         per_level = min(ends, default=1 + max(Template(self.level_count).numbers(local.values()), default=0))
         levels = 1 + max(Template(self.mirrored).numbers(local.values()), default=0)
-        found = {key: self._names(text, max(per_level, 1), levels) for key, text in local.items()}
-        return {key: names for key, names in found.items() if names}
+        matched = {key: self._names(text, max(per_level, 1), levels) for key, text in local.items()}
+        return {key: names for key, names in matched.items() if names}
 
     def _names(self, key: str, per_level: int, levels: int) -> tuple[str, ...]:
         for template, canonical in self._rules:
@@ -127,7 +127,7 @@ class KeyMapping:
         remaining = list(names)
         if not self.blocks:
             return {self.prefix + name: (name,) for name in remaining}
-        found: dict[str, tuple[str, ...]] = {}
+        names_by_key: dict[str, tuple[str, ...]] = {}
         rules = [(written, [Template(side) for side in canonical]) for written, canonical in self._rules]
         matches = (sides[0].match(name) for _, sides in rules for name in remaining)
         levels = 1 + max((int(values.get("mirror", 0)) for values in matches if values), default=0)
@@ -137,9 +137,9 @@ class KeyMapping:
                 if values is not None:
                     stack = tuple(side.filled(values) for side in sides)
                     mirrored = {"i": levels - 1 - int(values["mirror"])} if "mirror" in values else {}
-                    found[self.prefix + self._without_parts(written.filled({**values, **mirrored}))] = stack
+                    names_by_key[self.prefix + self._without_parts(written.filled({**values, **mirrored}))] = stack
                     remaining = [other for other in remaining if other not in stack]
-        return found
+        return names_by_key
 
     def _without_parts(self, key: str) -> str:
         for old, new in self.parts:

@@ -138,8 +138,8 @@ class Layout:
 @cache
 def layouts() -> tuple[Layout, ...]:
     """Every layout that ships with the package."""
-    found = sorted(files("overpaint.bases").joinpath("layouts").iterdir(), key=lambda entry: entry.name)
-    return tuple(Layout.from_json(json.loads(entry.read_text("utf-8"))) for entry in found)
+    entries = sorted(files("overpaint.bases").joinpath("layouts").iterdir(), key=lambda entry: entry.name)
+    return tuple(Layout.from_json(json.loads(entry.read_text("utf-8"))) for entry in entries)
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

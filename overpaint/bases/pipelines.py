@@ -86,10 +86,10 @@ def _is_there(component: Path, weights: bool) -> bool:
 def _object(file: Path) -> dict[str, Any]:
     """What a JSON file of settings holds; nothing where it is missing or damaged."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _has_weights(file: Path) -> bool:
@@ -148,17 +148,17 @@ def load_pipeline(
     with loading("the pipeline", path):
         import diffusers
 
-        found: Any = getattr(diffusers, kind)
-        known = inspect.signature(found.__init__).parameters
+        pipeline_class: Any = getattr(diffusers, kind)
+        known = inspect.signature(pipeline_class.__init__).parameters
         without: dict[str, Any] = {name: None for name in {*absent, "safety_checker"} if name in known}
         if "requires_safety_checker" in known:
             without["requires_safety_checker"] = False
         how = {"dtype": dtype, "local_files_only": True, **without}
         if path.is_file():
-            pipe = found.from_single_file(str(path), config=str(config), **how)
+            pipe = pipeline_class.from_single_file(str(path), config=str(config), **how)
         elif layout.is_caught:  # some of these refuse to be loaded in full
-            pipe = found.from_pretrained(path, variant=variant, **how)
+            pipe = pipeline_class.from_pretrained(path, variant=variant, **how)
         else:
-            pipe = found.from_pretrained(path, variant=variant, low_cpu_mem_usage=False, **how)
+            pipe = pipeline_class.from_pretrained(path, variant=variant, low_cpu_mem_usage=False, **how)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -220,8 +220,8 @@ class TextEncoder:
     @property
     def device(self) -> torch.device:
         """Where embeddings are computed."""
-        found: torch.device = self.model.device
-        return found
+        device: torch.device = self.model.device
+        return device
 
     @property
     def begin(self) -> Tensor | None:
@@ -362,19 +362,19 @@ def encoders(
     input the base lacks.
     """
     chosen = {name: base.text_input(name) for name in (base.text_inputs if text_inputs is None else text_inputs)}
-    found: dict[str, TextEncoder] = {}
+    by_input: dict[str, TextEncoder] = {}
     answers = _OutputCache()
     for name, text_input in chosen.items():
         same = [other for other, spec in chosen.items() if spec.encoder == text_input.encoder]
-        if same[0] in found:
-            first = found[same[0]]
-            found[name] = TextEncoder(first.tokenizer, first.model, text_input.output, first._memory)
+        if same[0] in by_input:
+            first = by_input[same[0]]
+            by_input[name] = TextEncoder(first.tokenizer, first.model, text_input.output, first._memory)
         else:
             memory = _BaseCache(text_input.encoder, frozenset(chosen[other].output for other in same), answers)
-            found[name] = TextEncoder(
+            by_input[name] = TextEncoder(
                 _tokenizer(base, text_input), text_model(base, text_input.encoder, device), text_input.output, memory
             )
-    return found
+    return by_input
 
 
 def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:

@@ -214,14 +214,14 @@ def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     held = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(held, dict):
         raise _refused(path, "it holds no map of tensors")
-    found = {}
+    tensors = {}
     for key, value in held.items():
         if isinstance(value, Tensor):
             if not isinstance(key, str) or not is_key(key):
                 raise _refused(path, f"{str(key)[:80]!r} is no name of a tensor")
             _refuse_odd(path, key, value)
-            found[key] = value.detach()
-    return found
+            tensors[key] = value.detach()
+    return tensors
 
 
 def _refuse_odd(path: Path, key: str, value: Tensor) -> None:

@@ -85,16 +85,16 @@ def check_certificate(
             content = stream.read(LIMIT)
     except OSError as error:
         raise OverpaintError(f"cannot read the certificate {file}: {error.strerror}") from error
-    found = opened(content, keys)
-    if set(found.statements) != {REPORT, TESTS}:
+    certificate = opened(content, keys)
+    if set(certificate.statements) != {REPORT, TESTS}:
         raise BadCertificate(
             f"payload.predicateType: a certificate has a report ({REPORT}) and test results ({TESTS}), and nothing else; "
-            f"this one has {', '.join(sorted(found.statements))}"
+            f"this one has {', '.join(sorted(certificate.statements))}"
         )
-    report, tests = found.statements[REPORT], found.statements[TESTS]
+    report, tests = certificate.statements[REPORT], certificate.statements[TESTS]
     facts = stated(report)
     (recipe,), (validity,) = facts["RECIPE"], facts["VALIDITY"]
-    signed = f"by {key_id(found.key)} ({report['predicate']['producer'].get('name', '')})"
+    signed = f"by {key_id(certificate.key)} ({report['predicate']['producer'].get('name', '')})"
     signer = Finding("signature", "holds", f"{signed}, whom you trust")
     if keys is None:
         signer = Finding(

@@ -269,15 +269,15 @@ def file_digests(checkpoint: Path, but: Iterable[Path] = ()) -> dict[str, str]:
 
 def stated(report: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """The conditions of a report's attributes by attribute. Raises BadCertificate when one that has to be there is not."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    by_subject: dict[str, list[Mapping[str, Any]]] = {}
     try:
         for each in report["predicate"]["attributes"]:
-            found.setdefault(each["attribute"], []).append(each["conditions"])
+            by_subject.setdefault(each["attribute"], []).append(each["conditions"])
         for name in ("RECIPE", "WEIGHTS", "TEXT_INPUTS", "VALIDITY"):
-            if len(found[name]) != 1:
+            if len(by_subject[name]) != 1:
                 raise KeyError(name)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadCertificate(
             f"payload.predicate.attributes lacks what every certificate has, or has it twice ({error})"
         ) from error
-    return found
+    return by_subject

@@ -66,11 +66,11 @@ class ConceptMoments:
         """
         name = self._name(concept, text_inputs)
         if name not in self._factors:
-            found = self._recall(name)
-            if found is None:
-                found = self._compute(concept, text_inputs)
-                self._keep(name, found)
-            self._factors[name] = found
+            factor = self._recall(name)
+            if factor is None:
+                factor = self._compute(concept, text_inputs)
+                self._keep(name, factor)
+            self._factors[name] = factor
         return self._factors[name].double()
 
     def _name(self, concept: Concept, text_inputs: tuple[str, ...]) -> str:
@@ -104,10 +104,10 @@ class ConceptMoments:
         if self._cache is None or not (file := self._cache / f"{name}.safetensors").is_file():
             return None
         try:
-            found: Tensor = safetensors.torch.load_file(file)["factor"]
+            factor: Tensor = safetensors.torch.load_file(file)["factor"]
         except (SafetensorError, KeyError, OSError):
             return None  # only time is lost: it is computed again
-        return found
+        return factor
 
     def _keep(self, name: str, factor: Tensor) -> None:
         if self._cache is None:
@@ -164,8 +164,8 @@ def _noise(pipe: Any, prompts: list[str]) -> Tensor:
     shape = (SAMPLES, config.in_channels, config.sample_size, config.sample_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(hidden).repeat(len(prompts), 1, 1, 1)
     levels = len(pipe.scheduler.alphas_cumprod)
-    found = [pipe.unet(x, int(share * (levels - 1)), encoder_hidden_states=hidden).sample for share in LEVELS]
-    return torch.stack(found).float()
+    predictions = [pipe.unet(x, int(share * (levels - 1)), encoder_hidden_states=hidden).sample for share in LEVELS]
+    return torch.stack(predictions).float()
 
 
 WARN_ABOVE = 0.2
@@ -192,13 +192,13 @@ class Crosstalk:
 
     def pairs(self) -> list[Pair]:
         """Every pair of two different concepts, the strongest first."""
-        found = [
+        pairs = [
             Pair(emitter, receiver, float(self.ratios[i, j]))
             for i, (_, emitter) in enumerate(self.patches)
             for j, receiver in enumerate(self.concepts)
             if emitter != receiver
         ]
-        return sorted(found, key=lambda pair: (-pair.ratio, pair.emitter, pair.receiver))
+        return sorted(pairs, key=lambda pair: (-pair.ratio, pair.emitter, pair.receiver))
 
     def above(self, threshold: float = WARN_ABOVE) -> list[Pair]:
         """The pairs that a careful person wants to know of, the strongest first."""
@@ -259,25 +259,25 @@ class _ClosedForm:
     def effects(self, patch: Patch) -> list[float]:
         """`effect(i, j)` for every concept j."""
         changes = [group.change(patch) for group in self._groups]
-        found = []
+        effects = []
         for concept in self.concepts:
             moved = read = 0.0
             for group, change in zip(self._groups, changes, strict=True):
                 thin = self._moments.factor(concept, group.text_inputs)
                 moved += float(torch.einsum("dk,de,ek->", thin, change, thin))
                 read += float(torch.einsum("dk,de,ek->", thin, group.gram, thin))
-            found.append((max(0.0, moved) / read) ** 0.5)
-        return found
+            effects.append((max(0.0, moved) / read) ** 0.5)
+        return effects
 
 
 def _side_by_side(base: Base) -> list[tuple[str, ...]]:
     """The text inputs of a base, those together that the same tensors read, in the order of their columns."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    by_projections: dict[tuple[str, ...], list[str]] = {}
     for text_input in base.text_inputs:
-        found.setdefault(tuple(base.projections(text_input)), []).append(text_input)
+        by_projections.setdefault(tuple(base.projections(text_input)), []).append(text_input)
     return [
         tuple(sorted(text_inputs, key=lambda text_input: base.columns(text_input, names[0]).start))
-        for names, text_inputs in found.items()
+        for names, text_inputs in by_projections.items()
     ]
 
 

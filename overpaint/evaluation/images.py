@@ -69,14 +69,14 @@ def generate(
     if not prompts or len(prompts) != len(seeds):
         raise OverpaintError(f"one seed per prompt is needed; got {len(prompts)} prompts and {len(seeds)} seeds")
     sampler = sampler or Sampler()
-    found: list[NDArray[np.uint8]] = []
+    pictures: list[NDArray[np.uint8]] = []
     with _silenced(pipe):
         for start in range(0, len(prompts), sampler.batch):
             part = slice(start, start + sampler.batch)
-            found += _draw(pipe, list(prompts[part]), seeds[part], sampler)
+            pictures += _draw(pipe, list(prompts[part]), seeds[part], sampler)
             if on_batch is not None:
-                on_batch(len(found))
-    return np.stack(found)
+                on_batch(len(pictures))
+    return np.stack(pictures)
 
 
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[NDArray[np.uint8]]:
@@ -204,10 +204,10 @@ class ImageGenerator:
     def draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> NDArray[np.uint8]:
         """The pictures of `questions`, uint8 [n, h, w, 3]: remembered ones, and the others drawn now."""
         weights, how = self.digest(terms), self.how
-        found = self.image_cache.find(weights, how, questions)
-        missing = [i for i, picture in enumerate(found) if picture is None]
+        stored = self.image_cache.find(weights, how, questions)
+        missing = [i for i, picture in enumerate(stored) if picture is None]
         self._report_drawn(
-            weights, [question for question, picture in zip(questions, found, strict=True) if picture is not None]
+            weights, [question for question, picture in zip(questions, stored, strict=True) if picture is not None]
         )
         for start in range(0, len(missing), self.sampler.batch):
             part = missing[start : start + self.sampler.batch]
@@ -215,9 +215,9 @@ class ImageGenerator:
             pictures = self._draw(terms, asked)
             self.image_cache.keep(weights, how, asked, pictures)
             for i, picture in zip(part, pictures, strict=True):
-                found[i] = picture
+                stored[i] = picture
             self._report_drawn(weights, asked)
-        return np.stack([picture for picture in found if picture is not None])
+        return np.stack([picture for picture in stored if picture is not None])
 
     @property
     def how(self) -> str:

@@ -112,8 +112,8 @@ class ZeroShot:
         seen = torch.from_numpy(self.features(pictures)).to(self._device)
         seen = seen / seen.norm(dim=1, keepdim=True)
         scale = self._model.logit_scale.detach().exp()
-        found: NDArray[np.float32] = (scale * seen @ self._texts[head].T).softmax(1).cpu().numpy()
-        return found
+        shares: NDArray[np.float32] = (scale * seen @ self._texts[head].T).softmax(1).cpu().numpy()
+        return shares
 
     def features(self, pictures: Pictures) -> NDArray[np.float32]:
         encode = self._model.get_image_features
@@ -128,8 +128,8 @@ class ZeroShot:
             ids = self._tokenizer(sentences, padding="max_length", truncation=True, return_tensors="pt").to(
                 self._device
             )
-            found = _pooled(self._model.get_text_features(**ids))
-            rows.append((found / found.norm(dim=1, keepdim=True)).mean(0))
+            embeddings = _pooled(self._model.get_text_features(**ids))
+            rows.append((embeddings / embeddings.norm(dim=1, keepdim=True)).mean(0))
         texts = torch.stack(rows)
         unit: Tensor = texts / texts.norm(dim=1, keepdim=True)
         return unit
@@ -149,9 +149,9 @@ class Classifier:
         self._columns: dict[str, dict[str, list[int]]] = {}
         for head, classes in prompt_set.classes.items():
             wanted = {name: {word.casefold() for word in (name, *words)} for name, words in classes.items()}
-            found = {n: [i for i, label in labels.items() if label & words] for n, words in wanted.items()}
-            self._columns[head] = {name: columns for name, columns in found.items() if columns}
-        self.heads = {head: tuple(found) for head, found in self._columns.items()}
+            indices = {n: [i for i, label in labels.items() if label & words] for n, words in wanted.items()}
+            self._columns[head] = {name: columns for name, columns in indices.items() if columns}
+        self.heads = {head: tuple(indices) for head, indices in self._columns.items()}
         self.name = f"classifier {_digest(self._model)}"
         if not any(self.heads.values()):
             some = ", ".join(sorted(self._model.config.id2label.values())[:5])
@@ -171,8 +171,8 @@ class Classifier:
 
 @torch.no_grad()
 def _in_batches(compute: Any, values: Tensor, device: torch.device) -> NDArray[np.float32]:
-    found = [compute(part.to(device)).float().cpu() for part in values.split(PICTURES_AT_ONCE)]
-    joined: NDArray[np.float32] = torch.cat(found).numpy()
+    outputs = [compute(part.to(device)).float().cpu() for part in values.split(PICTURES_AT_ONCE)]
+    joined: NDArray[np.float32] = torch.cat(outputs).numpy()
     return joined
 
 
@@ -198,14 +198,14 @@ def _load_tokenizer(place: str | Path) -> Any:
 
 
 def _processed(processor: Any, pictures: Pictures) -> Tensor:
-    found: Tensor = processor([Image.fromarray(each) for each in pictures], return_tensors="pt")["pixel_values"]
-    return found
+    pixels: Tensor = processor([Image.fromarray(each) for each in pictures], return_tensors="pt")["pixel_values"]
+    return pixels
 
 
 def _pooled(output: Any) -> Tensor:
     """Features as older and newer releases of `transformers` hand them out."""
-    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return found
+    embeddings: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return embeddings
 
 
 def _words(label: str) -> set[str]:
@@ -224,14 +224,14 @@ def _own_clip(base: Base) -> Path:
 def _hooked(place: str, prompt_set: PromptSet) -> Judge:
     module, _, name = place.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)(prompt_set)
+        judge: Any = getattr(importlib.import_module(module), name)(prompt_set)
     except (ImportError, AttributeError) as error:
         raise OverpaintError(f"the judge hook:{place} cannot be loaded: {error}") from error
-    if not isinstance(found, Judge):
+    if not isinstance(judge, Judge):
         raise OverpaintError(
-            f"hook:{place} gave a {type(found).__name__}; a judge has name, heads, probabilities, features"
+            f"hook:{place} gave a {type(judge).__name__}; a judge has name, heads, probabilities, features"
         )
-    return found
+    return judge
 
 
 def _digest(model: Any) -> str:

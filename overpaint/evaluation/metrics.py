@@ -88,11 +88,11 @@ def verdicts(judge: JudgeNetwork, pictures: NDArray[np.uint8], head: str) -> lis
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
         raise OverpaintError(f"the judge reads uint8 pictures [n, 64, 64, 3]; got {pictures.dtype} {pictures.shape}")
     device = next(judge.parameters()).device
-    found: list[int] = []
+    classes: list[int] = []
     for start in range(0, len(pictures), PICTURES_AT_ONCE):
         part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + PICTURES_AT_ONCE].transpose(0, 3, 1, 2)))
-        found += judge(part.to(device).float() / 127.5 - 1)[head].argmax(1).tolist()
-    return [judge.classes[head][i] for i in found]
+        classes += judge(part.to(device).float() / 127.5 - 1)[head].argmax(1).tolist()
+    return [judge.classes[head][i] for i in classes]
 
 
 def accuracy(judge: JudgeNetwork, pictures: NDArray[np.uint8], truth: Sequence[str], head: str) -> Score:

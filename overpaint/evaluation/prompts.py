@@ -191,24 +191,24 @@ class EmojiPrompts(PromptSet):
         return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed)]
 
     def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
-        found, words = [], catalogue()
+        prompts, words = [], catalogue()
         for i, word in enumerate(words.names[name][1:]):
             first = seed + SPREAD * (1000 + 10 * words.objects.index(name) + i)
             for j in range(count):
                 sentence = words.held_out_templates[OBJECT][j % len(words.held_out_templates[OBJECT])]
-                found.append(EvalPrompt(sentence.format(a=article(word), o=word), first + j, {OBJECT: name}))
-        return found
+                prompts.append(EvalPrompt(sentence.format(a=article(word), o=word), first + j, {OBJECT: name}))
+        return prompts
 
     def grid(self, styles: Sequence[str], objects: Sequence[str], count: int, seed: int = 0) -> list[EvalPrompt]:
-        found, known = [], catalogue().objects
+        prompts, known = [], catalogue().objects
         for style in styles:
             for name in objects:
                 sentences = captions(Scene(name, style), held_out=True)
                 # As in UnlearnCanvas, all questions of one turn share one seed.
                 for i in range(count):
                     turn = (known.index(name) + i) % len(sentences)
-                    found.append(EvalPrompt(sentences[turn], seed + i, {OBJECT: name, STYLE: style}))
-        return found
+                    prompts.append(EvalPrompt(sentences[turn], seed + i, {OBJECT: name, STYLE: style}))
+        return prompts
 
 
 class ListedPrompts(PromptSet):
@@ -270,14 +270,14 @@ def read_prompts(path: Path, prompt_set: PromptSet) -> dict[tuple[str, str], lis
         raise OverpaintError(
             f"{path} has no rows with the columns prompt and concept; put these names in its first line"
         )
-    found: dict[tuple[str, str], list[EvalPrompt]] = {}
+    by_class: dict[tuple[str, str], list[EvalPrompt]] = {}
     for line, row in enumerate(rows, 2):
         head, name = _class_named(prompt_set, row["concept"] or "", f"line {line} of {path}")
         seed = (row.get("seed") or str(line)).strip()
         if not seed.isdecimal():
             raise OverpaintError(f"line {line} of {path} has the seed {seed!r}; a seed is a whole number from 0 on")
-        found.setdefault((head, name), []).append(EvalPrompt(row["prompt"] or "", int(seed), {head: name}))
-    return found
+        by_class.setdefault((head, name), []).append(EvalPrompt(row["prompt"] or "", int(seed), {head: name}))
+    return by_class
 
 
 def _class_named(prompt_set: PromptSet, word: str, where: str) -> tuple[str, str]:

@@ -265,8 +265,8 @@ def _connect(path: Path, options: str = "") -> _Connection:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _open_reader(path: Path) -> sqlite3.Connection:

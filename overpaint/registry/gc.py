@@ -124,8 +124,8 @@ def _for_a_moment(waiting: list[Blob]) -> Iterator[Blob]:
 
 def _still_old(registry: Registry, blob: Blob, cutoff: float) -> bool:
     """Whether nobody has put the blob again since the plan was made."""
-    found = registry.blobs.find(blob.digest)
-    return found is not None and found.modified < cutoff
+    info = registry.blobs.find(blob.digest)
+    return info is not None and info.modified < cutoff
 
 
 def _cannot_tell(row: StoredPatch, how: str) -> CannotTell:

@@ -83,11 +83,11 @@ def entries_at(session: Session, recipe: models.RecipeRow, number: int) -> dict[
     )
     each = last.group_by(changed.patch_id).subquery()
     is_last = (each.c.patch_id == changed.patch_id) & (each.c.number == revision.number)
-    found: dict[str, RecipeEntry] = {}
+    entries: dict[str, RecipeEntry] = {}
     for row in session.scalars(select(changed).join(revision, of_revision).join(each, is_last).where(until_then)):
         if row.strength_after is not None:
-            found[row.patch_id] = RecipeEntry(row.patch_id, row.strength_after, row.until_after)
-    return found
+            entries[row.patch_id] = RecipeEntry(row.patch_id, row.strength_after, row.until_after)
+    return entries
 
 
 def differences(session: Session, before: RecipeRecord, after: RecipeRecord) -> list[Difference]:
@@ -95,8 +95,8 @@ def differences(session: Session, before: RecipeRecord, after: RecipeRecord) -> 
     first, second = ({each.patch: each for each in record.entries} for record in (before, after))
     changed = [patch_id for patch_id in {**first, **second} if first.get(patch_id) != second.get(patch_id)]
     patches = patches_by_id(session, changed)
-    found = [Difference(each, patches[each].concept.name, first.get(each), second.get(each)) for each in changed]
-    return sorted(found, key=lambda each: (each.concept, each.patch))
+    changes = [Difference(each, patches[each].concept.name, first.get(each), second.get(each)) for each in changed]
+    return sorted(changes, key=lambda each: (each.concept, each.patch))
 
 
 def _numbered(recipe: models.RecipeRow, number: int) -> int:

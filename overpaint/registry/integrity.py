@@ -138,9 +138,9 @@ def _recipes(session: Session) -> Iterator[str]:
     digests: Digests = {}
     for recipe in session.scalars(select(models.RecipeRow).options(together).order_by(models.RecipeRow.id)):
         numbers = select(models.RevisionRow.number).where(models.RevisionRow.recipe_id == recipe.id)
-        found = list(session.scalars(numbers.order_by(models.RevisionRow.number)))
-        if found != list(range(1, recipe.revision + 1)):
-            yield f"recipe {recipe.name!r} is at revision {recipe.revision}, and its history has {found[-20:]}"
+        stored = list(session.scalars(numbers.order_by(models.RevisionRow.number)))
+        if stored != list(range(1, recipe.revision + 1)):
+            yield f"recipe {recipe.name!r} is at revision {recipe.revision}, and its history has {stored[-20:]}"
         if entries_now(recipe) != entries_at(session, recipe, recipe.revision):
             yield f"the patches of recipe {recipe.name!r} are not those of its history"
         for entry in recipe.patches:

@@ -179,12 +179,12 @@ def _beginning_with(session: Session, prefix: str) -> models.PatchRow | None:
     prefix = prefix.lower()
     # "g" sorts after every hexadecimal digit. A range uses the primary key's index, which LIKE would not.
     in_range = models.PatchRow.id.between(prefix, prefix + "g")
-    found = session.scalars(select(models.PatchRow).where(in_range).order_by(models.PatchRow.id).limit(9)).all()
-    if len(found) > 1:
-        listed = "\n".join(f"  {patch.id}  {patch.concept.name} on {patch.base.name}" for patch in found[:8])
-        more = "\n  ..." if len(found) > 8 else ""
+    rows = session.scalars(select(models.PatchRow).where(in_range).order_by(models.PatchRow.id).limit(9)).all()
+    if len(rows) > 1:
+        listed = "\n".join(f"  {patch.id}  {patch.concept.name} on {patch.base.name}" for patch in rows[:8])
+        more = "\n  ..." if len(rows) > 8 else ""
         raise OverpaintError(f"{prefix} begins the id of more than one patch; type more of it:\n{listed}{more}")
-    return found[0] if found else None
+    return rows[0] if rows else None
 
 
 def _no_patch(session: Session, key: str, base: str | None) -> NotFound:

@@ -238,8 +238,8 @@ def _lines(session: Session, recipe: models.RecipeRow, number: int | None) -> li
     if number is not None:
         query = query.where(models.RevisionRow.number == number)
     changes = selectinload(models.RevisionRow.changes).joinedload(models.RevisionPatchRow.patch)
-    found = session.scalars(query.options(changes))
-    return [HistoryRecord.of(row, each) for row in found for each in row.changes or (None,)]
+    rows = session.scalars(query.options(changes))
+    return [HistoryRecord.of(row, each) for row in rows for each in row.changes or (None,)]
 
 
 def _something(found: list[TagRecord]) -> list[TagRecord]:
@@ -1004,17 +1004,17 @@ class Registry:
         """
         tag, who = checked_tag(tag, new=True), checked_note(who, "the name of who did it")
         with self._database.writing() as session:
-            found = [_tag_recipe(session, key, tag, who) for key in recipes]
-            found += [_tag_patch(session, key, tag, who) for key in patches]
-        return _something(found)
+            tags = [_tag_recipe(session, key, tag, who) for key in recipes]
+            tags += [_tag_patch(session, key, tag, who) for key in patches]
+        return _something(tags)
 
     def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
         """Untie `tag` from patches and recipes: from all of them, or from none. Raises NotFound."""
         tag = checked_tag(tag)
         with self._database.writing() as session:
-            found = [_untag_recipe(session, name, tag) for name in recipes]
-            found += [_untag_patch(session, key, tag) for key in patches]
-        return _something(found)
+            removed = [_untag_recipe(session, name, tag) for name in recipes]
+            removed += [_untag_patch(session, key, tag) for key in patches]
+        return _something(removed)
 
     def tags(self, tag: str | None = None) -> list[TagRecord]:
         """Every tag and what it is on, or one tag; by tag, recipes before patches. Deleted recipes are left out."""
@@ -1027,9 +1027,9 @@ class Registry:
             of_patches = of_patches.where(models.PatchTagRow.tag == checked_tag(tag))
             of_recipes = of_recipes.where(models.RecipeTagRow.tag == checked_tag(tag))
         with self._database.reading() as session:
-            found = [_on_recipe(row) for row in session.scalars(of_recipes)]
-            found += [_on_patch(row) for row in session.scalars(of_patches)]
-        return sorted(found, key=lambda each: each.tag)
+            records = [_on_recipe(row) for row in session.scalars(of_recipes)]
+            records += [_on_patch(row) for row in session.scalars(of_patches)]
+        return sorted(records, key=lambda each: each.tag)
 
     # Search
 
@@ -1103,8 +1103,8 @@ class Registry:
             if patch is not None:
                 row.patch_id = find_patch(session, patch).id
             else:
-                found, row.revision = find_revision(session, recipe or "")
-                row.recipe_id = found.id
+                row_of_recipe, row.revision = find_revision(session, recipe or "")
+                row.recipe_id = row_of_recipe.id
             return EvaluationRecord.of(added(session, row))
 
     def evaluations(
@@ -1118,8 +1118,8 @@ class Registry:
         query = query.order_by(models.EvaluationRow.at, models.EvaluationRow.id)
         with self._database.reading() as session:
             rows = session.scalars(_subject_of(session, query, patch, recipe)).all()
-            found = [EvaluationRecord.of(row) for row in rows]
-        return list({(each.suite, each.judge): each for each in found}.values()) if latest else found
+            records = [EvaluationRecord.of(row) for row in rows]
+        return list({(each.suite, each.judge): each for each in records}.values()) if latest else records
 
     def count_evaluations(self, *, patch: str | None = None, recipe: str | None = None) -> int:
         """How many runs there are. Raises NotFound."""
@@ -1163,5 +1163,5 @@ class Registry:
     def kept_prompts(self, base: str) -> list[PreservedPromptRecord]:
         """The prompts that are kept on a base, in alphabetical order. Raises NotFound."""
         with self._database.reading() as session:
-            found = _preserved_of(session, find(session, models.BaseRow, base))
-            return [PreservedPromptRecord(row.prompt, row.who, row.at) for row in found]
+            preserved = _preserved_of(session, find(session, models.BaseRow, base))
+            return [PreservedPromptRecord(row.prompt, row.who, row.at) for row in preserved]

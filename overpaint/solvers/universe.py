@@ -255,8 +255,8 @@ class _Half(Mapping[str, Tensor]):
         base = self._base()
         assert base is not None, "a universe is asked while its base is open"
         pair = _pair(self._memory, base, self._text_input, self._concepts[name])
-        found = pair[self._half].double()
-        return found if self._begin is None else found.addr_(self._begin, self._begin @ pair[0].double(), alpha=-1.0)
+        factor = pair[self._half].double()
+        return factor if self._begin is None else factor.addr_(self._begin, self._begin @ pair[0].double(), alpha=-1.0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._concepts)

@@ -103,12 +103,12 @@ def _of_checkpoint(opened: OpenRegistry, checkpoint: Path) -> Composition:
     if not checkpoint.exists():
         raise NotFound(f"there is no recipe and no checkpoint {str(checkpoint)!r}; see `overpaint recipe list`")
     built = Base.open(checkpoint)
-    found = records(built.containers.values())
-    if not found:
+    stored = records(built.containers.values())
+    if not stored:
         raise NotFound(
             f"nothing is hidden in {checkpoint}: Overpaint did not build it, and certifies only its own builds"
         )
-    record = found[0]
+    record = stored[0]
     base_name = next((b.name for b in opened.bases() if b.fingerprint == record["base"]), None)
     if base_name is None:
         raise NotFound(

@@ -50,9 +50,9 @@ def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     arrays: dict[str, Tensor] = {}
     for name, (pairs, dense) in _gathered(whole).items():
-        found = _matrix(pairs, dense, keep)
-        if found is not None:
-            factors[name] = found
+        pair = _matrix(pairs, dense, keep)
+        if pair is not None:
+            factors[name] = pair
             continue
         if pairs:
             factors[name] = pairs[0]
@@ -80,13 +80,13 @@ def _without_bits(base: Base, delta: Delta) -> Delta:
 
 def _gathered(delta: Delta) -> dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]]:
     """By tensor, all that is not a text map: at most one pair of factors and one array."""
-    found: dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]] = {}
+    by_tensor: dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]] = {}
     for part in delta.parts:
         if isinstance(part, LowRank):
-            found |= {name: ([pair], found.get(name, ([], None))[1]) for name, pair in part.factors.items()}
+            by_tensor |= {name: ([pair], by_tensor.get(name, ([], None))[1]) for name, pair in part.factors.items()}
         elif isinstance(part, Dense):
-            found |= {name: (found.get(name, ([], None))[0], array) for name, array in part.changes.items()}
-    return found
+            by_tensor |= {name: (by_tensor.get(name, ([], None))[0], array) for name, array in part.changes.items()}
+    return by_tensor
 
 
 def _matrix(pairs: list[tuple[Tensor, Tensor]], dense: Tensor | None, keep: Truncation) -> tuple[Tensor, Tensor] | None:
@@ -169,13 +169,13 @@ def compressed(base: Base, patch: Patch, keep: Truncation) -> Compressed:
     relative error with its tensor. Raises WrongBase for a patch of another base.
     """
     patch.check(base)
-    found = truncated(base, patch.delta, keep)
-    tensor, error = found.worst
+    cut = truncated(base, patch.delta, keep)
+    tensor, error = cut.worst
     solver = patch.manifest["solver"]
     # Rounded, because the last digits of an error are the business of whoever did the sums.
     step = {**keep.as_json(), "from": patch.id, "error": float(f"{error:.3g}"), "tensor": tensor}
     provenance = {**solver, "compressed": [*solver.get("compressed", []), step]}
-    return Compressed(make_patch(base, patch.concept, found.delta, provenance), patch, found.errors)
+    return Compressed(make_patch(base, patch.concept, cut.delta, provenance), patch, cut.errors)
 
 
 def refuse_if_not_smaller(found: Compressed, keep: Truncation) -> None:

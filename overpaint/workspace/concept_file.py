@@ -239,16 +239,16 @@ class NodeReader:
             named = f" ({', '.join(keys)})" if keys else ""
             self.wrong(node.at, f"{what} must be a mapping of names to values{named}; got {shape(node)}")
             return {}
-        found: dict[str, Node] = {}
+        values: dict[str, Node] = {}
         for key, value in node.pairs:
             if keys is not None and key.value not in keys:
                 had = ", ".join(keys)
                 self.wrong(key.at, f"{what} has no {key.value!r}{nearest(key.value, keys)}; it can have {had}")
-            elif key.value in found:
+            elif key.value in values:
                 self.wrong(key.at, f"{key.value!r} is there twice; keep one of them")
             else:
-                found[key.value] = value
-        return found
+                values[key.value] = value
+        return values
 
     def word(self, node: Node | None, what: str, *, may_be_empty: bool = False) -> str | None:
         """A name or a phrase, in Unicode's composed form."""
@@ -362,38 +362,38 @@ class _Concepts(NodeReader):
 
     def read_defaults(self, node: Node) -> Defaults:
         """What counts for all concepts that do not say otherwise."""
-        found = self.pairs(node, DEFAULT_KEYS, "defaults")
-        self.describe = bool(DESCRIPTION & found.keys())
-        solver, seed = self.solver(found.get("solver")), self.seed(found.get("seed"))
-        chosen = Defaults().overridden(solver, self.settings(found.get("settings"), solver or Defaults.solver), seed)
-        kind, anchor = self.kind(found.get("kind")), self.word(found.get("anchor"), "the anchor", may_be_empty=True)
+        values = self.pairs(node, DEFAULT_KEYS, "defaults")
+        self.describe = bool(DESCRIPTION & values.keys())
+        solver, seed = self.solver(values.get("solver")), self.seed(values.get("seed"))
+        chosen = Defaults().overridden(solver, self.settings(values.get("settings"), solver or Defaults.solver), seed)
+        kind, anchor = self.kind(values.get("kind")), self.word(values.get("anchor"), "the anchor", may_be_empty=True)
         return Defaults(kind or Defaults.kind, anchor or "", chosen.solver, chosen.settings, chosen.seed)
 
     def concept(self, node: Node) -> SolveRequest | None:
         """The order of one entry; None where it has a mistake."""
         before = len(self.mistakes)
-        found = {"name": node} if isinstance(node, Text) else self.pairs(node, CONCEPT_KEYS, "a concept")
-        if "name" not in found:
+        values = {"name": node} if isinstance(node, Text) else self.pairs(node, CONCEPT_KEYS, "a concept")
+        if "name" not in values:
             if len(self.mistakes) == before:
                 self.wrong(node.at, "this concept has no name; add `name: ...`")
             return None
-        name = self.word(found["name"], "the name of a concept")
-        synonyms = self.words(found.get("synonyms"), "a synonym")
+        name = self.word(values["name"], "the name of a concept")
+        synonyms = self.words(values.get("synonyms"), "a synonym")
         if name is None:
             return None
-        self.take([(name, found["name"].at), *synonyms])
+        self.take([(name, values["name"].at), *synonyms])
         words = (name, *(word for word, _ in synonyms))
-        anchor = self.anchor(found.get("anchor"), words, node.at)
-        kind, prompts = self.kind(found.get("kind")), self.prompts(found.get("prompts"), words)
-        solver, seed = self.solver(found.get("solver")), self.seed(found.get("seed"))
+        anchor = self.anchor(values.get("anchor"), words, node.at)
+        kind, prompts = self.kind(values.get("kind")), self.prompts(values.get("prompts"), words)
+        solver, seed = self.solver(values.get("solver")), self.seed(values.get("seed"))
         method = solver or self.defaults.solver
-        settings = self.settings(found.get("settings"), method) | self.images(found.get("images"), method)
+        settings = self.settings(values.get("settings"), method) | self.images(values.get("images"), method)
         if len(self.mistakes) > before:
             return None
         concept = Concept(name, kind or self.defaults.kind, words[1:], anchor, prompts)
         order = self.defaults.order(concept, solver, settings, seed)
         self.takes(node.at, order.solver, order.settings)
-        return replace(order, described=self.describe or bool(DESCRIPTION & found.keys()))
+        return replace(order, described=self.describe or bool(DESCRIPTION & values.keys()))
 
     def take(self, words: list[tuple[str, TextPosition]]) -> None:
         """A word can call up one concept only: what erases one would have to leave the other alone."""
@@ -407,30 +407,30 @@ class _Concepts(NodeReader):
 
     def anchor(self, node: Node | None, words: Iterable[str], at: TextPosition) -> str:
         """What a concept becomes; empty for nothing."""
-        found = self.defaults.anchor if node is None else self.word(node, "the anchor", may_be_empty=True) or ""
-        if found.casefold() in {word.casefold() for word in words}:
+        anchor = self.defaults.anchor if node is None else self.word(node, "the anchor", may_be_empty=True) or ""
+        if anchor.casefold() in {word.casefold() for word in words}:
             way = "name something else, or leave it empty"
             if node is None:
                 way = 'say `anchor: ""` or another one here, because that of the defaults is meant for the others'
-            self.wrong(at if node is None else node.at, f"the anchor {found!r} is the concept itself; {way}")
-        return found
+            self.wrong(at if node is None else node.at, f"the anchor {anchor!r} is the concept itself; {way}")
+        return anchor
 
     def prompts(self, node: Node | None, words: tuple[str, ...]) -> tuple[str, ...]:
         """Sentences that name the concept, each once."""
         listed = node.items if isinstance(node, Items) else [] if node is None else [node]
         if node is not None and not listed:
             self.wrong(node.at, "the concept has no prompt; list sentences that name it, or leave `prompts` out")
-        found = []
+        prompts = []
         for each in listed:
             if not isinstance(each, Text) or each.is_nothing or not each.value.strip():
                 self.wrong(each.at, f"a prompt must be a sentence; got {shape(each)}")
                 continue
-            found.append(unicodedata.normalize("NFC", " ".join(each.value.split())))
+            prompts.append(unicodedata.normalize("NFC", " ".join(each.value.split())))
             try:
-                phrases_in(checked_note(found[-1], "a prompt"), words)
+                phrases_in(checked_note(prompts[-1], "a prompt"), words)
             except OverpaintError as error:
                 self.wrong(each.at, str(error))
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(prompts))
 
     def kind(self, node: Node | None) -> str | None:
         """A kind of concepts."""
@@ -451,13 +451,13 @@ class _Concepts(NodeReader):
         """Settings of a solver, each checked by itself."""
         if node is None or not self.is_known(solver):
             return {}
-        found: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for key, value in self.pairs(node, None, "settings").items():
             if not isinstance(value, Text) or value.is_nothing:
                 self.wrong(value.at, f"the setting {key!r} needs one value; got {shape(value)}")
             elif self.takes(value.at, solver, {key: value.value}):
-                found[key] = value.value
-        return found
+                texts[key] = value.value
+        return texts
 
     def images(self, node: Node | None, solver: str) -> dict[str, str]:
         """The setting that tells a solver where pictures of the concept are; folders are relative to the file's own."""

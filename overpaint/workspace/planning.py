@@ -100,8 +100,8 @@ class SolveRequest:
         from overpaint.solvers import solver_class
         from overpaint.solvers.problem import configure
 
-        found: Solver = configure(solver_class(self.solver), self.settings)
-        return found
+        solver: Solver = configure(solver_class(self.solver), self.settings)
+        return solver
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Defaults:
 
     def overridden(self, solver: str | None, settings: Mapping[str, str], seed: int | None) -> Defaults:
         """These defaults with what a command line says instead."""
-        found = self.order(Concept("any"), solver, settings, seed)
-        return Defaults(self.kind, self.anchor, found.solver, found.settings, found.seed)
+        order = self.order(Concept("any"), solver, settings, seed)
+        return Defaults(self.kind, self.anchor, order.solver, order.settings, order.seed)
 
 
 def completed(
@@ -430,11 +430,11 @@ def _check_methods(requests: Iterable[SolveRequest]) -> None:
 
 def _concepts(orders: tuple[SolveRequest, ...]) -> dict[str, Concept]:
     """The ordered concepts by name. Raises OverpaintError when a name means two of them."""
-    found: dict[str, Concept] = {}
+    concepts: dict[str, Concept] = {}
     for order in orders:
-        if found.setdefault(order.concept.name, order.concept) != order.concept:
+        if concepts.setdefault(order.concept.name, order.concept) != order.concept:
             raise OverpaintError(f"{order.concept.name!r} is ordered by two descriptions; keep one of them")
-    return found
+    return concepts
 
 
 @dataclass(frozen=True)

@@ -487,8 +487,8 @@ class Recipe:
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
         """The patches of the recipe, with strengths, by concept."""
-        found = [(patch, laid.strength) for patch, laid in self._opened.registry.patches_on(self.name)]
-        return sorted(found, key=lambda item: item[0].concept)
+        entries = [(patch, laid.strength) for patch, laid in self._opened.registry.patches_on(self.name)]
+        return sorted(entries, key=lambda item: item[0].concept)
 
     def as_json(self) -> dict[str, Any]:
         """Name, base and patches, as a build's files and tables state them."""

@@ -52,27 +52,27 @@ class RecipeUniverse:
 
 def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
     """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up."""
-    found: dict[str, tuple[int, list[PatchRecord]]] = {}
+    groups: dict[str, tuple[int, list[PatchRecord]]] = {}
     records = [record for record, _ in registry.patches_on(recipe)]
     for record, manifest in _with_universe(
         registry, [each for each in records if each.solver in _closed_form(records)]
     ):
         concepts = universe_of(manifest)
         digest = f"{universe_digest(concepts)}-{manifest['solver'].get('revision', 1)}"
-        found.setdefault(digest, (len(concepts), []))[1].append(record)
-    ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))
+        groups.setdefault(digest, (len(concepts), []))[1].append(record)
+    ordered = sorted(groups.items(), key=lambda item: (-item[1][0], item[0]))
     return [RecipeUniverse(digest, count, tuple(patches)) for digest, (count, patches) in ordered]
 
 
 def mixture(registry: Registry, recipe: str) -> str:
     """One sentence when a recipe mixes universes, or when that is not known for lost bytes; else nothing."""
     try:
-        found = universes(registry, recipe)
+        groups = universes(registry, recipe)
     except (BlobMissing, BlobCorrupt) as error:
         return f"whether the patches on {recipe} were solved for one universe is not known: {error}"
-    if len(found) < 2:
+    if len(groups) < 2:
         return ""
-    shares = ", ".join(f"{len(each.patches)} for {_concepts(each.concepts)}" for each in found)
+    shares = ", ".join(f"{len(each.patches)} for {_concepts(each.concepts)}" for each in groups)
     return (
         f"the patches on {recipe} were solved for different universes ({shares}), so each may disturb what it does not know "
         f"of; `overpaint recipe reseparate {shlex.quote(recipe)}` solves them again for all concepts"

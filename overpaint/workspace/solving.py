@@ -60,9 +60,9 @@ def make(
         separate = decoupled_patch(base, patch, order.decoupled, around, device, report)
         patch, errors = separate.patch, {f"decoupled: {name}": value for name, value in separate.diagnostics.items()}
     for keep in order.keeps:
-        found = compressed(base, patch, keep)
-        patch = found.patch
-        errors["compression error"] = max(found.errors.values())
+        smaller = compressed(base, patch, keep)
+        patch = smaller.patch
+        errors["compression error"] = max(smaller.errors.values())
     return Made(order, patch, {**solution.diagnostics, **errors}, seconds)
 
 

@@ -266,9 +266,9 @@ class Workspace(OpenRegistry):
         from overpaint.workspace.solving import store_patch
 
         record, asked = self.registry.patch(patch), Truncation.parse(keep)
-        found = compressed(self.base(record.base), self.patch(record.id), asked)
-        refuse_if_not_smaller(found, asked)
-        return store_patch(self.registry, found.patch, record.base, 0.0), found
+        smaller = compressed(self.base(record.base), self.patch(record.id), asked)
+        refuse_if_not_smaller(smaller, asked)
+        return store_patch(self.registry, smaller.patch, record.base, 0.0), smaller
 
     def decouple(
         self, patch: str, rule: str = "ridge", *, device: str = "auto", progress: Progress = silent

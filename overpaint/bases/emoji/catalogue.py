@@ -116,12 +116,12 @@ def captions(scene: Scene, *, held_out: bool = False) -> list[str]:
             return [t.format(s=scene.style) for t in words.templates["style_only"]]
         return [t.format(b=scene.background) for t in words.templates["background_only"]] if scene.background else [""]
     names = words.names[scene.object][:1] if held_out else words.names[scene.object]
-    found = [t.format(a=article(n), o=n) for n in names for t in templates["object"]]
+    texts = [t.format(a=article(n), o=n) for n in names for t in templates["object"]]
     if scene.style is not None:
-        found = [t.format(x=x, s=scene.style) for x in found for t in templates["style"]]
+        texts = [t.format(x=x, s=scene.style) for x in texts for t in templates["style"]]
     if scene.background is not None:
-        found = [t.format(x=x, b=scene.background) for x in found for t in templates["background"]]
-    return found
+        texts = [t.format(x=x, b=scene.background) for x in texts for t in templates["background"]]
+    return texts
 
 
 def random_caption(shown: Scene, rng: random.Random) -> tuple[str, Scene]:

@@ -36,12 +36,12 @@ class JudgeNetwork(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """The last convolution's activations, [n, 2304]: the space in which distances are measured."""
-        found: Tensor = self.body(pictures)
-        return found.flatten(1)
+        activations: Tensor = self.body(pictures)
+        return activations.flatten(1)
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        found = self.features(pictures)
-        return {name: head(found) for name, head in self.heads.items()}
+        features = self.features(pictures)
+        return {name: head(features) for name, head in self.heads.items()}
 
     def save(self, folder: Path) -> None:
         """Write `judge.safetensors` and `judge.json`."""

@@ -76,10 +76,10 @@ def plain(value: float) -> str:
 
 def worst(numbers: Numbers, subjects: Iterable[str], metric: str, *, lowest: bool) -> tuple[str, Measurement] | None:
     """The subject with the highest (or lowest) value of a metric, where there is any."""
-    found = [(subject, result) for subject in subjects if (result := numbers.get(subject, metric)) is not None]
-    if not found:
+    measured = [(subject, result) for subject in subjects if (result := numbers.get(subject, metric)) is not None]
+    if not measured:
         return None
-    return (min if lowest else max)(found, key=lambda pair: pair[1].value)
+    return (min if lowest else max)(measured, key=lambda pair: pair[1].value)
 
 
 @cache
@@ -90,10 +90,10 @@ def _published() -> dict[str, Any]:
 
 def published(suite: str) -> tuple[Table, ...]:
     """The numbers that papers give for a suite's protocol; nothing where there are none."""
-    found = _published().get(suite)
-    if found is None:
+    published = _published().get(suite)
+    if published is None:
         return ()
-    return (Table(tuple(found["columns"]), tuple(tuple(row) for row in found["rows"]), found["caption"]),)
+    return (Table(tuple(published["columns"]), tuple(tuple(row) for row in published["rows"]), published["caption"]),)
 
 
 # The page's section on cross-talk: three matrices, how far prediction and measurement agree, and why where they do not.

@@ -154,23 +154,23 @@ def _predicted(pipe: Any, unet: Any, batch: _Batch, text: Tensor) -> Tensor:
     levels = pipe.scheduler.config.num_train_timesteps
     times = (batch.times * levels).long().clamp(max=levels - 1).to(batch.latents.device)
     noisy = pipe.scheduler.add_noise(batch.latents, batch.noise, times)
-    found: Tensor = unet(noisy, times, encoder_hidden_states=text).sample
-    return found
+    predicted: Tensor = unet(noisy, times, encoder_hidden_states=text).sample
+    return predicted
 
 
 @torch.no_grad()
 def _encoded(pipe: Any, pictures: Pictures) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
     parts = [pipe.vae.encode(part.to(pipe.vae.device)).latent_dist.mean for part in pixels.split(BATCH)]
-    found: Tensor = torch.cat(parts) * pipe.vae.config.scaling_factor
-    return found
+    latents: Tensor = torch.cat(parts) * pipe.vae.config.scaling_factor
+    return latents
 
 
 def _ids(pipe: Any, prompts: Sequence[str]) -> Tensor:
     length = pipe.tokenizer.model_max_length
     usual = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    found: Tensor = pipe.tokenizer(list(prompts), **usual).input_ids
-    return found
+    ids: Tensor = pipe.tokenizer(list(prompts), **usual).input_ids
+    return ids
 
 
 def _spare_word(pipe: Any) -> tuple[str, int]:

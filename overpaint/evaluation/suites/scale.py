@@ -121,10 +121,10 @@ class Scale:
 
     def _concepts(self, context: EvalContext) -> list[Concept]:
         """The objects of the recipe first, and then others spread over the world."""
-        found = [held.concept for held in context.patches if context.class_of(held.concept)[0] == OBJECT]
+        concepts = [held.concept for held in context.patches if context.class_of(held.concept)[0] == OBJECT]
         others = context.others(OBJECT)
-        wanted = max(0, min(self.most - len(found), len(others) * 2 // 3))
-        return [*found, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
+        wanted = max(0, min(self.most - len(concepts), len(others) * 2 // 3))
+        return [*concepts, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
 
     def _kept(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
         erased = {context.class_of(concept)[1] for concept in concepts}
@@ -150,15 +150,15 @@ class Scale:
         return Term(patch.id, patch.delta)
 
     def _settings(self, solver: str) -> dict[str, str]:
-        found = {}
+        settings = {}
         for text in filter(None, (each.strip() for each in self.settings.split(";"))):
             name, equals, value = text.partition("=")
             whose, dot, key = name.partition(".")
             if not equals or not dot:
                 raise OverpaintError(f"settings of solvers are written solver.name=value; got {text!r}")
             if whose.strip() == solver:
-                found[key.strip()] = value
-        return found
+                settings[key.strip()] = value
+        return settings
 
     def _compositions(
         self, context: EvalContext, solved: dict[str, list[Term]], alone: list[str], concepts: list[Concept]

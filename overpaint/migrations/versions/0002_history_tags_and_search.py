@@ -157,9 +157,9 @@ def _create_texts() -> None:
 def _fill(table: sa.Table, query: str, row_of: Any) -> None:
     """Turn each row of `query` into a row of `table`, a batch at a time."""
     # Read to the end first: one connection cannot write while it is being read.
-    found = op.get_bind().execute(sa.text(query)).fetchall()
-    for start in range(0, len(found), BATCH):
-        op.bulk_insert(table, [row_of(*row) for row in found[start : start + BATCH]])
+    rows = op.get_bind().execute(sa.text(query)).fetchall()
+    for start in range(0, len(rows), BATCH):
+        op.bulk_insert(table, [row_of(*row) for row in rows[start : start + BATCH]])
 
 
 # The texts as the program of this revision writes them; a later program may write them otherwise.

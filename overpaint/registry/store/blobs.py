@@ -188,11 +188,11 @@ def digest_of(parts: Iterable[bytes | memoryview]) -> str:
 
 def as_digested(parts: Iterable[bytes | memoryview], digest: str) -> Iterator[bytes | memoryview]:
     """`parts` as they come, hashed on the way. Raises BlobCorrupt at their end if they are not what `digest` says."""
-    found = hashlib.sha256()
+    digest_now = hashlib.sha256()
     for part in parts:
-        found.update(part)
+        digest_now.update(part)
         yield part
-    if found.hexdigest() != digest:
+    if digest_now.hexdigest() != digest:
         raise BlobCorrupt(f"the bytes of blob {digest} changed while they were written; nothing was kept")
 
 

@@ -132,10 +132,10 @@ class FolderFiles(Files):
         path = self._path(name)
         with plain_disk_errors(path, reading=True):
             try:
-                found = path.lstat()
+                status = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return FileInfo(name, found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
+        return FileInfo(name, status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
     def refresh(self, name: str) -> bool:
         path = self._path(name)
@@ -159,9 +159,9 @@ class FolderFiles(Files):
                 for name in names:
                     path = Path(parent) / name
                     with suppress(FileNotFoundError):  # it may be a temporary file that has just got its name
-                        found = path.lstat()
-                        if stat.S_ISREG(found.st_mode):
-                            yield FileInfo(path.relative_to(self.root).as_posix(), found.st_size, found.st_mtime)
+                        status = path.lstat()
+                        if stat.S_ISREG(status.st_mode):
+                            yield FileInfo(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
 
     def move(self, name: str, to: str) -> None:
         target = self._path(to)

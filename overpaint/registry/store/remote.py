@@ -79,21 +79,21 @@ class RemoteFiles(Files):
 
     def info(self, name: str) -> FileInfo | None:
         with self._looking_for(name):
-            found = self._fs.info(self._path(name))
-            if found["type"] == "file":
-                return FileInfo(name, int(found["size"]), self._modified(found))
+            info = self._fs.info(self._path(name))
+            if info["type"] == "file":
+                return FileInfo(name, int(info["size"]), self._modified(info))
         return None
 
     def refresh(self, name: str) -> bool:
         return self.info(name) is not None  # what an object store has acknowledged is durable
 
     def walk(self, folder: str) -> Iterator[FileInfo]:
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         # An object store lists everything in one go; elsewhere a folder that cannot be listed would be left out.
         all_or_nothing = {} if self._at_once else {"on_error": "raise"}
         with self._looking_for(folder):
-            found = self._fs.find(self._path(folder), detail=True, **all_or_nothing)
-        for path, entry in found.items():
+            entries = self._fs.find(self._path(folder), detail=True, **all_or_nothing)
+        for path, entry in entries.items():
             name = str(path).removeprefix(self._root).strip("/")
             yield FileInfo(name, int(entry["size"]), self._modified(entry))
 

@@ -152,11 +152,11 @@ def invariants(encoder: AnyTextEncoder, centres: int = 3) -> Tensor:
     if len(empty) <= centres + 1:
         return empty.T
     padding = empty[1:]
-    found = padding[:: -(-len(padding) // centres)].clone()
+    means = padding[:: -(-len(padding) // centres)].clone()
     for _ in range(10):
-        nearest = torch.cdist(padding, found).argmin(1)
-        found = torch.stack([padding[nearest == i].mean(0) if (nearest == i).any() else c for i, c in enumerate(found)])
-    return torch.cat([empty[:1], found]).T
+        nearest = torch.cdist(padding, means).argmin(1)
+        means = torch.stack([padding[nearest == i].mean(0) if (nearest == i).any() else c for i, c in enumerate(means)])
+    return torch.cat([empty[:1], means]).T
 
 
 def _restricted(free: Tensor, keys: Tensor, retain: float, held: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ def _restricted(free: Tensor, keys: Tensor, retain: float, held: Tensor) -> Tens
         inside @ inside.T + retain * torch.eye(free.shape[1], dtype=free.dtype, device=free.device), free.T
     )
     # What is held may lie in the retained directions already, where S is zero: hence the pseudo-inverse.
-    found: Tensor = s - s @ held @ torch.linalg.pinv(held.T @ s @ held, rtol=1e-9, hermitian=True) @ held.T @ s
-    return found
+    projector: Tensor = s - s @ held @ torch.linalg.pinv(held.T @ s @ held, rtol=1e-9, hermitian=True) @ held.T @ s
+    return projector
 
 
 def _shortened(edit: MapEdit, rank: int) -> MapEdit:

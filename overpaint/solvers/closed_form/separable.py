@@ -71,10 +71,10 @@ class Separable(Solver):
             up, down, about[text_input] = self._term(known, concept)
             maps.append(TextMap(text_input, up, down))
         delta = maps[0] if len(maps) == 1 else Sum(tuple(maps))
-        found = _together(about)
+        numbers = _together(about)
         return Solution(
             delta,
-            {**found, "open_doors": list(uncovered_inputs(base, delta)), "seconds": time.perf_counter() - started},
+            {**numbers, "open_doors": list(uncovered_inputs(base, delta)), "seconds": time.perf_counter() - started},
             vocabulary_record(base, problem.device, self.vocabulary),
         )
 

@@ -53,12 +53,12 @@ def test_the_commands_say_what_it_cost(workspace: Workspace, tmp_path: Path) -> 
     shell = Shell(tmp_path / "registry")
     workspace.add_concept("dog")
     asked = ("--base", "tiny", "--solver", "counting", "--set", "dense=true", "--device", "cpu", "--json")
-    (solved,) = json.loads(shell.ok("solve", "cat", *asked)[0])
-    (row,) = json.loads(shell.ok("patch", "decouple", solved["patch"], "--device", "cpu", "--json")[0])
+    (solved,) = json.loads(shell.ok("solve", "cat", *asked))
+    (row,) = json.loads(shell.ok("patch", "decouple", solved["patch"], "--device", "cpu", "--json"))
     assert row["from"] == solved["patch"]
     assert 0 <= row["others moved"] < 0.5
-    (again,) = json.loads(shell.ok("solve", "cat", *asked, "--decouple")[0])
+    (again,) = json.loads(shell.ok("solve", "cat", *asked, "--decouple"))
     assert (again["patch"], again["solved"]) == (row["patch"], "before")
-    shown = {line["what"]: line["value"] for line in json.loads(shell.ok("patch", "show", row["patch"], "--json")[0])}
+    shown = {line["what"]: line["value"] for line in json.loads(shell.ok("patch", "show", row["patch"], "--json"))}
     assert solved["patch"] in shown["decoupled from"]
     assert "give both" in shell("solve", "dog", "--base", "tiny", "--exactly").stderr
