@@ -106,11 +106,11 @@ class KeyMapping:
 
     def _names(self, key: str, per_level: int, levels: int) -> tuple[str, ...]:
         for template, canonical in self._rules:
-            found = template.match(key)
-            if found is not None:
-                block, layer = divmod(int(found.get("at", 0)), per_level)
-                mirror = levels - 1 - int(found.get("i", 0))
-                holes = {**found, "block": block, "layer": layer, "mirror": mirror}
+            match = template.match(key)
+            if match is not None:
+                block, layer = divmod(int(match.get("at", 0)), per_level)
+                mirror = levels - 1 - int(match.get("i", 0))
+                holes = {**match, "block": block, "layer": layer, "mirror": mirror}
                 return tuple(self._with_parts(name.format(**holes)) for name in canonical)
         return ()
 

@@ -96,13 +96,16 @@ def verify_certificate(
     from overpaint.workspace.certifying import verify
 
     workspace = open_workspace(ctx, create=True)
-    found = verify(workspace, file, trust=trust, base=base, checkpoint=checkpoint, source=source, rerun=rerun)
+    findings = verify(workspace, file, trust=trust, base=base, checkpoint=checkpoint, source=source, rerun=rerun)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(findings.as_json(), indent=1, ensure_ascii=False))
     else:
-        rows = [[check.field, MARKS[check.outcome], check.detail] for check in found.checks]
+        rows = [[check.field, MARKS[check.outcome], check.detail] for check in findings.checks]
         show_table(
-            f"{file}: {', '.join(found.facts['concepts']) or 'nothing'} hidden", ["what", "holds", "why"], rows, False
+            f"{file}: {', '.join(findings.facts['concepts']) or 'nothing'} hidden",
+            ["what", "holds", "why"],
+            rows,
+            False,
         )
-        click.echo("nothing failed" if found.good else "this certificate does not hold")
-    ctx.exit(0 if found.good else 1)
+        click.echo("nothing failed" if findings.good else "this certificate does not hold")
+    ctx.exit(0 if findings.good else 1)

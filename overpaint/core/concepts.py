@@ -56,8 +56,8 @@ class Concept:
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back. Without prompts it has no such key: digests are over it."""
-        found = {"name": self.name, "kind": self.kind, "synonyms": list(self.synonyms), "anchor": self.anchor}
-        return {**found, "prompts": list(self.prompts)} if self.prompts else found
+        fields = {"name": self.name, "kind": self.kind, "synonyms": list(self.synonyms), "anchor": self.anchor}
+        return {**fields, "prompts": list(self.prompts)} if self.prompts else fields
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Concept:

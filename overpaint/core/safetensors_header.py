@@ -86,24 +86,24 @@ def read_header(raw: bytes, file_size: int) -> tuple[dict[str, str], dict[str, T
 def read_object(raw: bytes, what: str) -> dict[str, Any]:
     """A JSON object without a key twice, which can be written again. Raises BadHeader; `what` begins the message."""
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once_each, parse_constant=_no_constant)
         if b"\\u" in raw:
-            canonical_json(found)  # an escaped lone surrogate could not be written back
+            canonical_json(value)  # an escaped lone surrogate could not be written back
     except RecursionError as error:
         raise BadHeader(f"{what} is nested too deeply") from error
     except ValueError as error:
         raise BadHeader(f"{what} is not JSON: {str(error)[:80]}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise BadHeader(f"{what} is not a JSON object")
-    return found
+    return value
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the name {next(key for key in keys if keys.count(key) > 1)[:40]!r} occurs twice")
-    return found
+    return members
 
 
 def _no_constant(name: str) -> Any:

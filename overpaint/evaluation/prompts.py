@@ -54,7 +54,7 @@ def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, se
 
     `held_out` takes the templates that training never saw. Raises NotFound on a word that the catalogue lacks.
     """
-    words, found = catalogue(), []
+    words, prompts = catalogue(), []
     for name in objects:
         place = _place(name, words.objects, "object")
         for i in range(_checked(per_object)):
@@ -64,10 +64,10 @@ def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, se
                 words.styles[turn % len(words.styles)] if kind == 1 else None,
                 words.backgrounds[turn % len(words.backgrounds)] if kind == 2 else None,
             )
-            found.append(
+            prompts.append(
                 CatalogueScene(_caption(scene, 2 * place + i // 3, held_out), scene, seed0 + SPREAD * place + i)
             )
-    return found
+    return prompts
 
 
 def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0) -> list[CatalogueScene]:
@@ -75,13 +75,13 @@ def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0
 
     Raises NotFound on a word that the catalogue lacks.
     """
-    words, found = catalogue(), []
+    words, prompts = catalogue(), []
     for style in styles:
         place = _place(style, words.styles, "style")
         for i in range(_checked(per_style)):
             scene = Scene(words.objects[(7 * place + i) % len(words.objects)], style)
-            found.append(CatalogueScene(_caption(scene, place + i, held_out), scene, seed0 + SPREAD * place + i))
-    return found
+            prompts.append(CatalogueScene(_caption(scene, place + i, held_out), scene, seed0 + SPREAD * place + i))
+    return prompts
 
 
 def object_prompts(objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0) -> list[Trial]:

@@ -208,16 +208,16 @@ def build(
     for path in (out, *([beside] if beside else [])):
         refuse_taken(path)
     composition = plan(made, terms)
-    found = survey(base, composition.names) if made is base else Survey(tuple(made.containers), {}, {})
+    carried = survey(base, composition.names) if made is base else Survey(tuple(made.containers), {}, {})
     absent = [] if made.is_single_file else base.absent_components
     around = {} if made.is_single_file else configuration(base) if made is not base else _index(base)
     with atomic_output(out) as scratch:
         targets = {
             file: scratch if made.is_single_file else scratch / file.relative_to(made.path)
-            for file in found.kept
+            for file in carried.kept
             if made.is_single_file or file.relative_to(made.path).parts[0] not in absent
         }
-        digest = _write(made, composition, found, targets, record_of(base, terms, record or {}), progress)
+        digest = _write(made, composition, carried, targets, record_of(base, terms, record or {}), progress)
         _write_around(scratch, around)
         if card and beside is None:
             (scratch / "README.md").write_text(card, "utf-8")
@@ -226,11 +226,11 @@ def build(
         _refuse_changed(base)
     if beside is not None:
         _put_beside(beside, card, out)
-    for text in found.notices():
+    for text in carried.notices():
         notice(text)
     for name in absent:
         notice(f"left out {name}, which the base's index names and of which not everything is there; it draws without")
-    left = _left_out(base, found) if made is base else tuple(_left_behind(base, made, notice))
+    left = _left_out(base, carried) if made is base else tuple(_left_behind(base, made, notice))
     return Built(out, digest, (*absent, *left))
 
 

@@ -44,13 +44,13 @@ def record_of(base: Base, terms: Iterable[Term], details: Mapping[str, Any]) -> 
 
 def _chain(base: Base) -> list[dict[str, Any]]:
     """The records that a base's own files carry, oldest first, each once."""
-    found: dict[bytes, dict[str, Any]] = {}
+    by_digest: dict[bytes, dict[str, Any]] = {}
     for record in records(base.containers.values()):
         for one in (*record.get("earlier", ()), record):
             # The tensors it names are others by now.
             bare = {key: value for key, value in one.items() if key not in ("earlier", "tensors")}
-            found[canonical_json(bare)] = bare
-    return list(found.values())
+            by_digest[canonical_json(bare)] = bare
+    return list(by_digest.values())
 
 
 def with_digests(record: Mapping[str, Any], tensors: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def metadata_with(metadata: Mapping[str, str], record: Mapping[str, Any]) -> dic
 
 def records(containers: Iterable[SafetensorsFile]) -> list[dict[str, Any]]:
     """The records that weight files carry. Raises BadRecord for one that cannot be read."""
-    found = (read_record(container) for container in containers)
-    return [record for record in found if record is not None]
+    records = (read_record(container) for container in containers)
+    return [record for record in records if record is not None]
 
 
 def read_record(container: SafetensorsFile) -> dict[str, Any] | None:

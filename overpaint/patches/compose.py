@@ -278,12 +278,12 @@ def exactly(base: Base, delta: Delta, wanted: Mapping[str, Tensor]) -> Delta:
         raise BadDelta(f"the change reaches {missing[0]}, but no edited value of it is known; import that tensor too")
     bits = {}
     for name, value in wanted.items():
-        found = planned.tensor(name) if name in planned.pieces else base.tensor(name)
-        if (found.shape, found.dtype) != (value.shape, value.dtype):
+        composed = planned.tensor(name) if name in planned.pieces else base.tensor(name)
+        if (composed.shape, composed.dtype) != (value.shape, value.dtype):
             raise BadDelta(
-                f"{name} is {dtype_name(found.dtype)} {list(found.shape)} in the base and "
+                f"{name} is {dtype_name(composed.dtype)} {list(composed.shape)} in the base and "
                 f"{dtype_name(value.dtype)} {list(value.shape)} in the import; convert the import to the base's dtype"
             )
-        if (left := residual(found, value)) is not None:
+        if (left := residual(composed, value)) is not None:
             bits[name] = left
     return Sum((*delta.parts, Xor(bits))) if bits else delta

@@ -79,12 +79,12 @@ def configuration(base: Base) -> dict[str, Path | bytes]:
     """
     folder, absent = base.config_folder, base.absent_components
     named = {name for name, value in base.index.items() if isinstance(value, list)} - set(absent)
-    found: dict[str, Path | bytes] = {"model_index.json": index_bytes(base.mended_index)}
+    files: dict[str, Path | bytes] = {"model_index.json": index_bytes(base.mended_index)}
     for file in sorted(folder.glob("*/*")):
         inside = file.relative_to(folder)
         if file.suffix in _CONFIGURATION and ".index." not in file.name and inside.parts[0] in named:
-            found[inside.as_posix()] = file
-    return found
+            files[inside.as_posix()] = file
+    return files
 
 
 def index_bytes(index: Mapping[str, Any]) -> bytes:

@@ -76,9 +76,9 @@ def survey(base: Base, names: Iterable[str]) -> Survey:
         kept = [base.path]
     else:
         # What the base's own card says is not true of the build, which gets one of its own.
-        found = {file: _reason(base, file, changed) for file in _walk(base) if file != base.path / "README.md"}
-        kept = [file for file, reason in found.items() if reason is None]
-        files = {file: reason for file, reason in found.items() if reason}
+        reasons = {file: _reason(base, file, changed) for file in _walk(base) if file != base.path / "README.md"}
+        kept = [file for file, reason in reasons.items() if reason is None]
+        files = {file: reason for file, reason in reasons.items() if reason}
     return Survey(tuple(kept), files, _tensors(base, changed) if changed else {})
 
 
@@ -87,15 +87,15 @@ def _tensors(base: Base, changed: list[str]) -> dict[Path, dict[str, str]]:
     components = {name.partition("/")[0] for name in changed}
     mapped = {c: s.copies for c, s in base.form.mappings.items() if c in components} if base.form else {}
     likeness = CopyDetector(base, changed)
-    found: dict[Path, dict[str, str]] = {}
+    copies: dict[Path, dict[str, str]] = {}
     for file, keys in base.unnamed.items():
         for key in keys:
             owner = next((c for c, patterns in mapped.items() if any(fnmatchcase(key, p) for p in patterns)), None)
             copied = None if owner else likeness.copied_by(base.containers[file], key)
             if owner or copied:
                 what = f"a second copy of {owner}" if owner else f"a second copy of {copied}"
-                found.setdefault(file, {})[key] = f"{what}, which would still hold the unpatched weights"
-    return found
+                copies.setdefault(file, {})[key] = f"{what}, which would still hold the unpatched weights"
+    return copies
 
 
 def _walk(base: Base, folder: Path | None = None, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -229,9 +229,9 @@ class CopyDetector:
         known = self._by_count.get(_count(entry), [])
         if not known or len(entry.shape) < 2 or not DTYPES[entry.dtype].is_floating_point:
             return None
-        found = container.beginning(entry, SAMPLE).double()
+        values = container.beginning(entry, SAMPLE).double()
         for name, sample in known:
-            if torch.linalg.vector_norm(found - sample) < ALIKE * torch.linalg.vector_norm(sample):
+            if torch.linalg.vector_norm(values - sample) < ALIKE * torch.linalg.vector_norm(sample):
                 return name
         return None
 

@@ -68,18 +68,18 @@ def inspect(path: Path) -> Inspection:
 
 
 def _base_or_build(base: Base) -> Inspection:
-    found = [record for container in base.containers.values() if (record := read_record(container)) is not None]
+    records = [record for container in base.containers.values() if (record := read_record(container)) is not None]
     digests = base.digests(base.names)
     facts: dict[str, Any] = {
         "layout": base.layout.name,
         "form": "single file" if base.is_single_file else "diffusers folder",
-        "weights" if found else "fingerprint": base.fingerprint,
+        "weights" if records else "fingerprint": base.fingerprint,
         **{f"component {name}": digest for name, digest in component_digests(digests).items()},
         "tensors": len(digests),
     }
-    if not found:
+    if not records:
         return Inspection("base", facts, problems=(NOT_BUILT,))
-    newest, recorded = _joined(found)
+    newest, recorded = _joined(records)
     facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
     left = untouched_inputs(base, recorded)
     if covered := [name for name in base.text_inputs if name not in left and recorded]:
@@ -111,9 +111,9 @@ def _differences(record: Mapping[str, Any], recorded: Mapping[str, str], digests
     """A sentence for each digest that is not as recorded: of the changed tensors, then of what no patch changed."""
     yield from _wrong(recorded, digests)
     explained = {name.partition("/")[0] for name in recorded if digests.get(name) != recorded[name]}
-    found = component_digests(digests)
-    for component in sorted({*found, *record["components"]} - explained):
-        if found.get(component) != record["components"].get(component):
+    current = component_digests(digests)
+    for component in sorted({*current, *record["components"]} - explained):
+        if current.get(component) != record["components"].get(component):
             explained.add(component)
             yield f"{component}: a tensor that no patch changed is not what was built"
     if not explained and combined_digest(digests) != record["digest"]:
@@ -130,8 +130,8 @@ def _wrong(recorded: Mapping[str, str], digests: Mapping[str, str]) -> Iterator[
 
 def _second_copies(base: Base, recorded: Mapping[str, str]) -> Iterator[str]:
     """Weights that lie beside the patched ones and that no digest covers, as a build would have left out."""
-    found = survey(base, [name for name in recorded if name in base.places])
-    for text in found.notices():
+    carried = survey(base, [name for name in recorded if name in base.places])
+    for text in carried.notices():
         yield text.replace("left out", "not covered by the record:", 1)
 
 

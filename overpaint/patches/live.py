@@ -94,11 +94,11 @@ class Parameters:
         self._asked = ParameterSlots(self._all, ())
 
     def _found(self) -> dict[str, ParameterSlot]:
-        found = {}
+        slots = {}
         for component, root in self._components.items():
             canonical = self._base.layout.components[component].canonical
-            found.update({f"{component}/{canonical(local)}": slot for local, slot in _slots(root)})
-        return found
+            slots.update({f"{component}/{canonical(local)}": slot for local, slot in _slots(root)})
+        return slots
 
     def check_components(self) -> None:
         """Raise BadPipeline when the pipeline got another model since."""
@@ -157,9 +157,9 @@ def _slots(
 
 def _component(pipe: Any, name: str) -> nn.Module | None:
     """A pipeline's model, without what `torch.compile` wraps around it."""
-    found = getattr(pipe, name, None)
-    found = getattr(found, "_orig_mod", found)
-    return found if isinstance(found, nn.Module) else None
+    module = getattr(pipe, name, None)
+    module = getattr(module, "_orig_mod", module)
+    return module if isinstance(module, nn.Module) else None
 
 
 PLACES, RUN = 32, 16

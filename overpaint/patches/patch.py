@@ -80,7 +80,7 @@ def _deciding(base: Base, text_input: str) -> list[str]:
     if spec.output == LAST:
         return [name for name in names if "text_projection" not in name]
     if spec.output == PENULTIMATE:
-        last = max((int(found[1]) for name in names if (found := _LAYER.search(name))), default=0)
+        last = max((int(match[1]) for name in names if (match := _LAYER.search(name))), default=0)
         after = ("text_projection", "final_layer_norm", f".layers.{last}.")
         return [name for name in names if not any(word in name for word in after)]
     return names
@@ -140,13 +140,13 @@ def check_arrays(listed: Any, arrays: Mapping[str, Tensor]) -> None:
         missing = "the file has no such array" if name in listed else "its manifest does not list it"
         raise _damaged(f"array {_short(name)}: {missing}")
     for name, array in arrays.items():
-        wanted, found = listed[name], described({name: array})[name]
+        wanted, actual = listed[name], described({name: array})[name]
         for what in ("dtype", "shape", "digest"):
             given = wanted.get(what) if isinstance(wanted, dict) else None
-            if given != found[what]:
+            if given != actual[what]:
                 raise _damaged(
                     f"array {_short(name)} does not match its {what}: the manifest says {_short(str(given))}, "
-                    f"the file has {_short(str(found[what]))}"
+                    f"the file has {_short(str(actual[what]))}"
                 )
 
 
@@ -228,11 +228,11 @@ class Patch:
     def check(self, base: Base) -> None:
         """Raise WrongBase unless the tensors this patch was solved against are the base's."""
         wanted = self.manifest["subject"]
-        found = subject(base, self.delta)
-        if found["tensors"] != wanted["tensors"]:
+        actual = subject(base, self.delta)
+        if actual["tensors"] != wanted["tensors"]:
             raise WrongBase(
                 f"patch {self.id[:12]} ({self.concept.name}) was solved for the base {wanted['fingerprint'][:12]}, and its "
-                f"{wanted['count']} tensors are not those of the base {found['fingerprint'][:12]}; solve it for this base"
+                f"{wanted['count']} tensors are not those of the base {actual['fingerprint'][:12]}; solve it for this base"
             )
 
 
@@ -242,9 +242,9 @@ def subject(base: Base, delta: Delta) -> dict[str, Any]:
     Where it covers some of the base's text inputs and not others, those others are named too.
     """
     touched = base.digests(delta.targets(base))
-    found = {"fingerprint": base.fingerprint, "tensors": combined_digest(touched), "count": len(touched)}
+    summary = {"fingerprint": base.fingerprint, "tensors": combined_digest(touched), "count": len(touched)}
     left = uncovered_inputs(base, delta)
-    return {**found, "open_doors": list(left)} if left else found
+    return {**summary, "open_doors": list(left)} if left else summary
 
 
 def make_patch(base: Base, concept: Concept, delta: Delta, solver: dict[str, Any]) -> Patch:

@@ -267,8 +267,8 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _stored(registry: Path) -> set[str]:
     """The files of a registry that hold something; caches and the database's own journals are not asked about."""
-    found = (f.relative_to(registry) for f in registry.rglob("*") if f.is_file())
-    return {str(f) for f in found if f.parts[0] != "cache" and not f.name.endswith(("-wal", "-shm", "-journal"))}
+    files = (f.relative_to(registry) for f in registry.rglob("*") if f.is_file())
+    return {str(f) for f in files if f.parts[0] != "cache" and not f.name.endswith(("-wal", "-shm", "-journal"))}
 
 
 def _neighbours(base: Base) -> list[Term]:
@@ -291,12 +291,12 @@ def _neighbours(base: Base) -> list[Term]:
 
 def _weights(pipe: Any, base: Base) -> dict[str, Tensor]:
     """A pipeline's parameters by canonical name, in the base's precision: what was written there came from it."""
-    found = {}
+    tensors = {}
     for name, component in base.layout.components.items():
         for local, parameter in getattr(pipe, name).named_parameters():
             canonical = f"{name}/{component.canonical(local)}"
-            found[canonical] = parameter.detach().to(base.tensor(canonical).dtype, copy=True)
-    return found
+            tensors[canonical] = parameter.detach().to(base.tensor(canonical).dtype, copy=True)
+    return tensors
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -52,11 +52,11 @@ def completed(
             overlay.set(terms)
         return values
 
-    pipe, found = _With(image_generator.pipe, {"callback_on_step_end": hand_over}), []
+    pipe, pictures = _With(image_generator.pipe, {"callback_on_step_end": hand_over}), []
     for start in range(0, len(questions), image_generator.sampler.batch):
         overlay.set(() if clean else terms)
-        found.append(_generated(pipe, image_generator, questions[start : start + image_generator.sampler.batch]))
-    return np.concatenate(found)
+        pictures.append(_generated(pipe, image_generator, questions[start : start + image_generator.sampler.batch]))
+    return np.concatenate(pictures)
 
 
 def noised(

@@ -43,7 +43,7 @@ def ldm_modules(modules: Collection[str]) -> dict[str, str]:
 
     All modules of the U-Net must be given: blocks are numbered through. What has no old name is left out.
     """
-    blocks = [found for module in modules if (found := _BLOCK.fullmatch(module))]
+    blocks = [match for module in modules if (match := _BLOCK.fullmatch(module))]
     per_level = 2 + max((int(b[4]) for b in blocks if b[1] == "down" and b[3] == "resnets"), default=0)
     attended = {int(b[2]) for b in blocks if b[1] == "up" and b[3] == "attentions"}
     names = {module: _name(module, per_level, attended) for module in modules}
@@ -80,11 +80,11 @@ INNER = "text_model."
 
 def modules_of(base: Base) -> Mapping[str, tuple[str, ...]]:
     """The local names of each component's modules, sorted, by component."""
-    found: dict[str, set[str]] = {}
+    names: dict[str, set[str]] = {}
     for name in base.names:
         component, _, local = name.partition("/")
-        found.setdefault(component, set()).add(local.rpartition(".")[0])
-    return {component: tuple(sorted(modules)) for component, modules in found.items()}
+        names.setdefault(component, set()).add(local.rpartition(".")[0])
+    return {component: tuple(sorted(modules)) for component, modules in names.items()}
 
 
 def split(name: str) -> tuple[str, str]:
@@ -121,12 +121,12 @@ def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
 
 def lookup(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Canonical module by the name in a file, from pairs (canonical, name). A name that could mean two modules is left out."""
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     unsure = set()
     for module, name in pairs:
-        if found.setdefault(name, module) != module:
+        if modules.setdefault(name, module) != module:
             unsure.add(name)
-    return {name: module for name, module in found.items() if name not in unsure}
+    return {name: module for name, module in modules.items() if name not in unsure}
 
 
 # How tools begin the names of layers, and what they wrap around them: one table for all dialects.
@@ -412,10 +412,10 @@ _ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o
 def diffusers_written(base: Base) -> dict[str, str]:
     """The name under which diffusers finds a module, by canonical module."""
     parts = (UNET, *TRANSFORMERS)
-    found = {f"{part}/{local}": f"{part}.{local}" for part in parts for local in modules_of(base).get(part, ())}
+    names = {f"{part}/{local}": f"{part}.{local}" for part in parts for local in modules_of(base).get(part, ())}
     for encoder in ENCODERS:
-        found.update({module: module.replace("/", ".", 1) for module, _ in encoder_modules(base, encoder)})
-    return found
+        names.update({module: module.replace("/", ".", 1) for module, _ in encoder_modules(base, encoder)})
+    return names
 
 
 DIFFUSERS = Dialect("diffusers LoRA", DIFFUSERS_ENDINGS)
@@ -471,12 +471,12 @@ class AdapterConfig:
             )
         try:
             alphas = {str(name): float(alpha) for name, alpha in (raw.get("alpha_pattern") or {}).items()}
-            found = cls(float(raw["lora_alpha"]), alphas, bool(raw.get("use_rslora", False)))
+            config = cls(float(raw["lora_alpha"]), alphas, bool(raw.get("use_rslora", False)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ForeignFile(f"its configuration is not that of a LoRA ({error}); get the file again") from error
         if unclear := [name for name in alphas if not re.fullmatch(r"\^?[\w.]+", name)]:
             raise ForeignFile(f"its alpha_pattern {unclear[0][:80]!r} is more than a module's name, which is not read")
-        return found
+        return config
 
     def scale(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied by. `module` is the name without a component."""
@@ -528,14 +528,14 @@ def kohya_written(base: Base) -> dict[str, str]:
     """
     is_xl = ENCODERS[1] in base.layout.components
     unet = ldm_unet_modules(base) if is_xl else unet_modules(base)
-    found = {module: _underscored("lora_unet", local) for module, local in unet}
-    if f"{UNET}/conv_norm_out" in found:
-        found[f"{UNET}/conv_norm_out"] = "lora_unet_out_0"  # A1111 knows diffusers' names of all layers but this one
+    names = {module: _underscored("lora_unet", local) for module, local in unet}
+    if f"{UNET}/conv_norm_out" in names:
+        names[f"{UNET}/conv_norm_out"] = "lora_unet_out_0"  # A1111 knows diffusers' names of all layers but this one
     prefixes = {ENCODERS[0]: "lora_te1" if is_xl else "lora_te", ENCODERS[1]: "lora_te2"}
     for encoder, prefix in prefixes.items():
         for module, _ in encoder_modules(base, encoder):
-            found[module] = _underscored(prefix, module.partition("/")[2])
-    return found
+            names[module] = _underscored(prefix, module.partition("/")[2])
+    return names
 
 
 def _underscored(prefix: str, local: str) -> str:

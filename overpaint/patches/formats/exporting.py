@@ -55,7 +55,7 @@ def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> di
     concepts = ", ".join(concept for _, concept, _ in about.patches)
     patches = [{"id": id, "concept": concept, "strength": strength} for id, concept, strength in about.patches]
     kind = "lora" if ranks else "weights"
-    found = {
+    texts = {
         "format": "pt",
         KEY: canonical_json({"base": base.fingerprint, "format": format, "patches": patches}).decode(),
         "modelspec.sai_model_spec": "1.0.1",
@@ -75,13 +75,13 @@ def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> di
     }
     if ranks:
         dim = str(max(ranks))
-        found |= {
+        texts |= {
             "ss_network_module": "networks.lora",
             "ss_network_dim": dim,
             "ss_network_alpha": dim,
             "ss_network_args": "{}",
         }
-    return dict(sorted(found.items()))
+    return dict(sorted(texts.items()))
 
 
 def with_digest(header: Mapping[str, str], digest: str) -> dict[str, str]:
@@ -346,13 +346,13 @@ def place(plan: CompositionPlan, format: str, dtype: torch.dtype, truncate: int 
         raise NotExportable(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
     chosen = FORMATS[format]
     _refuse_placeless(plan, chosen, format, truncate)
-    found: dict[str, set[str]] = {}
+    keys: dict[str, set[str]] = {}
     for name in plan.names:
         module, attribute = split(name)
-        found.setdefault(module, set()).add(attribute)
+        keys.setdefault(module, set()).add(attribute)
     rank = max(1, *(_count_directions(plan, name, truncate) for name in plan.names))
     placing = _Placing(plan, chosen, chosen.module_names(plan.base), dtype, truncate, rank)
-    pieces = [piece for module, attributes in sorted(found.items()) for piece in placing.pieces(module, attributes)]
+    pieces = [piece for module, attributes in sorted(keys.items()) for piece in placing.pieces(module, attributes)]
     return pieces if chosen.whole else [*pieces, *placing.companions({piece.name for piece in pieces})]
 
 
@@ -400,8 +400,8 @@ class _Placing:
 
     def _whole(self, name: str) -> TensorExport:
         module, attribute = split(name)
-        found = self.plan.base.places[name]
-        slot = ArraySlot(f"{self.module_names[module]}.{attribute}", DTYPES[found.entry.dtype], found.shape)
+        place = self.plan.base.places[name]
+        slot = ArraySlot(f"{self.module_names[module]}.{attribute}", DTYPES[place.entry.dtype], place.shape)
         return TensorExport(name, (slot,), lambda: stored_whole(self.plan, name))
 
     def _nothing(self, name: str) -> TensorExport:

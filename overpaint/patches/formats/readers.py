@@ -41,13 +41,13 @@ class Reader:
     def skipped(self, base: Base, format: str, names: Iterable[str]) -> list[str]:
         """The tensors of a file of a format that it reads, by canonical name, that it passes over."""
         encoders = open_clip_encoders(base)
-        found = []
+        skipped = []
         for name in names:
             component, _, local = name.partition("/")
             known = f"open_clip/{local}" if component in encoders else name
             if any(fnmatchcase(known, pattern) for pattern in self.skips.get(format, ())):
-                found.append(name)
-        return found
+                skipped.append(name)
+        return skipped
 
 
 READERS: Mapping[str, Reader] = {

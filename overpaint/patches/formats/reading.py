@@ -177,17 +177,17 @@ def _nested(path: Path) -> dict[str, Tensor]:
     """
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     parts = loaded.items() if isinstance(loaded, dict) else ()
-    found = {
+    tensors = {
         f"{name}.{key}": value
         for name, part in parts
         if isinstance(part, dict)
         for key, value in part.items()
         if isinstance(value, Tensor)
     }
-    for key, value in found.items():
+    for key, value in tensors.items():
         if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
             raise BrokenFile(f"{path}: {key[:80]} is not a plain tensor; get the file again")
-    return found
+    return tensors
 
 
 # The factors of a LoRA as a patch keeps them: two matrices whose product is the change, with nothing left to multiply.
