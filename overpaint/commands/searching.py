@@ -89,7 +89,9 @@ def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes
 
     On a recipe the tag marks the present revision.
     """
-    for added in open_workspace(ctx).tag(tag_name, patches=patches, recipes=recipes):
+    from overpaint.workspace.recipe import current_user
+
+    for added in open_workspace(ctx).registry.tag(tag_name, patches=patches, recipes=recipes, who=current_user()):
         revision = "" if added.revision is None else f" at revision {added.revision}"
         click.echo(f"{added.tag} is on {added.on} {short(added.name)}{revision}")
 
@@ -101,7 +103,7 @@ def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes
 @click.pass_context
 def tag_remove(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
     """Remove a tag from patches and recipes."""
-    open_workspace(ctx).untag(tag_name, patches=patches, recipes=recipes)
+    open_workspace(ctx).registry.untag(tag_name, patches=patches, recipes=recipes)
 
 
 @tag.command("list")

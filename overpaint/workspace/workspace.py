@@ -12,7 +12,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeRecord, SearchResult, TagRecord
+from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
 from overpaint.workspace.planning import (
@@ -352,28 +352,6 @@ class Workspace(OpenRegistry):
         """
         names = dict.fromkeys(each.recipe for each in self.due(on, recipe=recipe))
         return [line for name in names for line in self.recipe(name).remove_expired(on, why=why, who=who)]
-
-    def tag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
-        """Tie a tag to patches and recipes: all of them, or none. Raises NotFound, AlreadyExists."""
-        return self.registry.tag(tag, patches=patches, recipes=recipes, who=current_user())
-
-    def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> None:
-        """Untie a tag from patches and recipes: all of them, or none. Raises NotFound."""
-        self.registry.untag(tag, patches=patches, recipes=recipes)
-
-    def search(
-        self,
-        text: str = "",
-        *,
-        kind: str | None = None,
-        solver: str | None = None,
-        tag: str | None = None,
-        base: str | None = None,
-        limit: int | None = 50,
-        offset: int = 0,
-    ) -> SearchResult:
-        """Patches and recipes that mention every word of a text; see `Registry.search`."""
-        return self.registry.search(text, kind=kind, solver=solver, tag=tag, base=base, limit=limit, offset=offset)
 
     def crosstalk(
         self, recipe: str | None = None, *, base: str | None = None, everything: bool = False, device: str = "auto"

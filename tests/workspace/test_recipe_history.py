@@ -143,17 +143,15 @@ def test_what_has_lapsed_is_listed_and_stays(workspace: Workspace, recipe: Recip
     assert recipe.digest() == digest
 
 
-def test_tags_and_search_are_on_the_facade(workspace: Workspace, recipe: Recipe) -> None:
-    assert [tag.who for tag in workspace.tag("reviewed", patches=["cat"], recipes=["safe"])] == [
-        current_user(),
-        current_user(),
-    ]
-    found = workspace.search(tag="reviewed")
+def test_patches_and_recipes_are_tagged_and_searched_together(workspace: Workspace, recipe: Recipe) -> None:
+    tagged = workspace.registry.tag("reviewed", patches=["cat"], recipes=["safe"], who="Ada")
+    assert [tag.who for tag in tagged] == ["Ada", "Ada"]
+    found = workspace.registry.search(tag="reviewed")
     assert [patch.concept for patch in found.patches] == ["cat"]
     assert [each.name for each in found.recipes] == ["safe"]
-    assert [each.name for each in workspace.search("takedown").recipes] == ["safe"]
-    workspace.untag("reviewed", patches=["cat"])
-    assert workspace.search(tag="reviewed").patches == ()
+    assert [each.name for each in workspace.registry.search("takedown").recipes] == ["safe"]
+    workspace.registry.untag("reviewed", patches=["cat"])
+    assert workspace.registry.search(tag="reviewed").patches == ()
     assert [patch.concept for patch in workspace.patches(solver="separable", limit=2)] == ["cat", "dog"]
 
 

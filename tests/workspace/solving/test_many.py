@@ -144,7 +144,7 @@ def test_a_known_concept_is_changed_only_when_asked(workspace: Workspace, file: 
     assert fakes.CALLS == []
     solved(workspace, file, update=True)
     assert workspace.registry.concept("cat").synonyms == ("fox",)
-    assert [patch.concept for patch in workspace.search("fox").patches] == ["cat"], "a search knows the new words"
+    assert [patch.concept for patch in workspace.registry.search("fox").patches] == ["cat"], "a search knows the new words"
     assert verify(workspace.registry).problems == ()
 
 
@@ -157,8 +157,8 @@ def test_an_updated_concept_is_found_by_its_new_words_and_keeps_its_old_patches(
     fakes.UNSOLVABLE.update(("dog", "sun"))
     solved(workspace, file, update=True)
     assert len(workspace.patches(concept="cat")) == 2
-    assert {patch.concept for patch in workspace.search("tree", tag="pets").patches} == {"cat"}
-    assert workspace.search("fox").patches == ()
+    assert {patch.concept for patch in workspace.registry.search("tree", tag="pets").patches} == {"cat"}
+    assert workspace.registry.search("fox").patches == ()
 
 
 def test_nothing_is_stored_when_nothing_can_be_solved(workspace: Workspace, file: Path) -> None:
