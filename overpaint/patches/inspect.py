@@ -80,12 +80,12 @@ def _base_or_build(base: Base) -> Inspection:
     if not records:
         return Inspection("base", facts, problems=(NOT_BUILT,))
     newest, recorded = _joined(records)
-    facts = {**_told(newest), **facts, "patched tensors": len(recorded)}
+    facts = {**_described(newest), **facts, "patched tensors": len(recorded)}
     left = untouched_inputs(base, recorded)
     if covered := [name for name in base.text_inputs if name not in left and recorded]:
         facts["text inputs covered"] = ", ".join(covered)
     if left:
-        facts["doors left open"] = ", ".join(left)
+        facts["text inputs not covered"] = ", ".join(left)
     problems = [*_differences(newest, recorded, digests), *_second_copies(base, recorded)]
     return Inspection("built checkpoint", facts, _patches(newest), tuple(problems))
 
@@ -97,7 +97,7 @@ def _joined(found: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]
     return found[0], {name: digest for record in found for name, digest in record["tensors"].items()}
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+def _described(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record says beside its digests."""
     words = {"recipe": record.get("recipe"), "base": record.get("base_name"), "base fingerprint": record["base"]}
     return {key: value for key, value in words.items() if value is not None}
@@ -142,7 +142,7 @@ def _lone_file(container: SafetensorsFile, record: Mapping[str, Any] | None) -> 
         return Inspection("safetensors file", facts, problems=(NOT_BUILT,))
     recorded = record["tensors"]
     digests = _digests_of(container, record["layout"], recorded)
-    facts = {**_told(record), **facts, "patched tensors": len(recorded)}
+    facts = {**_described(record), **facts, "patched tensors": len(recorded)}
     return Inspection("weight file of a built checkpoint", facts, _patches(record), tuple(_wrong(recorded, digests)))
 
 

@@ -167,7 +167,9 @@ class SolverContract:
         for pattern in declared:
             assert fnmatch.filter(base.names, pattern), f"{pattern} names no tensor of the base"
 
-    def test_it_composes_live_with_changes_of_every_kind_and_lifts_off(self, base: Base, solved: SolvedExample) -> None:
+    def test_it_composes_live_with_changes_of_every_kind_and_is_removed(
+        self, base: Base, solved: SolvedExample
+    ) -> None:
         own = Term("m", solved.solution.delta, strength=0.75)
         pipe, others = base.pipeline(), _neighbours(base)
         plain = _weights(pipe, base)
@@ -185,7 +187,7 @@ class SolverContract:
         patch = make_patch(base, self.concept, solved.solution.delta, {"name": "under-test"})
         assert read_patch(patch.blob).delta == solved.solution.delta
 
-    def test_progress_is_told_in_order(self, solved: SolvedExample) -> None:
+    def test_progress_is_reported_in_order(self, solved: SolvedExample) -> None:
         steps = [step for step, _, _ in solved.reports]
         assert steps, "problem.report was never called"
         assert steps == sorted(steps)
@@ -237,7 +239,7 @@ class SolverContract:
         for name in self.solver.PRESETS:
             assert self.solver.preset(name) == configure(self.solver, {"preset": name})
 
-    def test_it_says_in_its_first_line_what_it_does(self) -> None:
+    def test_its_first_line_describes_it(self) -> None:
         assert (self.solver.__doc__ or "").strip().splitlines()[0]
 
 

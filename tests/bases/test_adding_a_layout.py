@@ -121,7 +121,7 @@ def test_the_page_names_no_field_that_is_not_there() -> None:
     assert named <= known | {"about"}
 
 
-def test_the_page_lists_what_ships_and_what_doors_may_say() -> None:
+def test_the_page_lists_the_layouts_and_the_outputs_of_text_inputs() -> None:
     ships = re.search(r"Layouts that ship: (.+)", PAGE)
     assert ships is not None
     assert set(re.findall(r"`([\w-]+)`", ships[1])) == {known.name for known in layouts()}

@@ -124,7 +124,7 @@ def test_its_own_form_is_an_ordinary_build(base: Base, tmp_path: Path) -> None:
     assert built.left_out == ()
 
 
-def test_what_has_no_place_in_the_other_container_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_has_no_place_in_the_other_container_is_reported(folders: dict[str, Path], tmp_path: Path) -> None:
     one = Base.open(written(folders["1.x"], "single file", tmp_path / "one"))
     without_weights(folders["1.x"], tmp_path / "one")
     told: list[str] = []

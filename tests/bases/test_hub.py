@@ -173,7 +173,7 @@ def test_offline_a_branch_is_what_the_cache_has(base: Base, hub: Hub) -> None:
     assert Base.open(ID).hub == HubId(ID, COMMITS[1])
 
 
-def test_offline_without_a_copy_says_so(hub: Hub) -> None:
+def test_offline_without_a_copy_is_refused_with_the_reason(hub: Hub) -> None:
     hub.online = False
     with pytest.raises(NotFound, match=r"is not in the Hub's cache.*offline mode is on.*go online once"):
         Base.open(ID)

@@ -179,14 +179,14 @@ def test_a_text_input_of_another_width_than_its_encoder_is_refused(broken: Path)
         encoder.hidden([PROMPT])
 
 
-def test_a_concept_that_ends_past_what_is_read_is_refused(folder: Callable[[str], Path]) -> None:
+def test_a_concept_beyond_the_tokens_that_are_read_is_refused(folder: Callable[[str], Path]) -> None:
     base = Base.open(folder("flux"))
     encoder = text_sources(base)["context"]
     with pytest.raises(PromptTooLong, match="ends past the 24 tokens"):
         keys_and_values(encoder, base, Concept("cat " * 24, anchor="dog"))
 
 
-def test_a_solver_that_trains_says_that_it_does_not_know_the_base(folder: Callable[[str], Path]) -> None:
+def test_a_training_solver_refuses_a_base_it_does_not_know(folder: Callable[[str], Path]) -> None:
     with pytest.raises(Unsolvable, match="this is a chroma base: use `separable`"):
         ESD(steps=1).solve(EditProblem(Base.open(folder("chroma")), CAT))
 

@@ -127,7 +127,7 @@ def test_the_true_names_of_stable_diffusion_1_5(layout: Layout) -> None:
         assert keys[name] == key
 
 
-def test_older_spellings_have_the_fingerprint_of_todays(base: Base, base_folder: Path, tmp_path: Path) -> None:
+def test_older_key_names_have_the_fingerprint_of_todays(base: Base, base_folder: Path, tmp_path: Path) -> None:
     """The first published folders call the decoder's attention query, key, value, and store position ids."""
     shutil.copytree(base_folder, tmp_path / "old")
     file = tmp_path / "old/vae/diffusion_pytorch_model.safetensors"
@@ -170,7 +170,7 @@ def test_a_single_file_becomes_a_pipeline_with_a_configuration_beside_it(
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_single_file_without_configuration_says_what_it_needs(
+def test_a_single_file_without_configuration_is_refused_with_what_it_needs(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("overpaint.bases.base._in_hub_cache", lambda repository: None)

@@ -46,7 +46,7 @@ def heard(base: Base) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["folder", "safetensors", "ckpt"])
-def test_layers_that_are_read_when_needed_say_the_same_bit_for_bit(
+def test_layers_that_are_read_when_needed_give_the_same_bits(
     xl: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """Also from a single file, which keeps some of their weights stacked and the other way round."""
@@ -108,7 +108,7 @@ def test_what_is_held_follows_from_all_text_encoders_of_a_base_together(
     assert numbers_held(text_encoder.text_model(xl, "text_encoder", "cpu")) < sizes["text_encoder"] // 4
 
 
-def test_a_file_that_is_cut_after_opening_is_noticed_by_the_layer_that_lay_there(
+def test_a_file_that_is_cut_after_opening_is_noticed_when_its_layer_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_xl_base(tmp_path / "xl")
@@ -132,8 +132,8 @@ def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypa
     assert sizes == [16, 16, 8]
 
 
-def test_answers_are_kept_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doors of one model share even many prompts; what is too much is computed again."""
+def test_embeddings_are_cached_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text inputs of one model share even many prompts; what is too much is computed again."""
     found = encoders(xl)["text_encoder"]
     many = [f"a photo of {number}" for number in range(text_encoder.BATCH + 1)]
     first = found.hidden(many)
@@ -147,7 +147,7 @@ def test_answers_are_kept_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("width", "words"), [(768, 256), (1024, 128), (1280, 128), (4096, 32)])
-def test_as_many_words_are_heard_at_once_as_their_keys_leave_room_for(width: int, words: int) -> None:
+def test_a_batch_has_as_many_words_as_their_keys_leave_room_for(width: int, words: int) -> None:
     """As many as ever on Stable Diffusion 1.x: sums of other pieces would have other last bits."""
     assert vocabulary._at_once(width, 77) == words
     assert words * 77 * width * 8 <= vocabulary.CHUNK_BYTES

@@ -1,4 +1,4 @@
-"""Doors: every way by which a prompt enters a U-Net, what comes through, and what a text map changes behind it."""
+"""Text inputs: every way by which a prompt enters a U-Net, what comes through, and what a text map changes behind it."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def text_map(text_input: str, width: int, rank: int = 2, seed: int = 0) -> TextM
     return TextMap(text_input, up, down)
 
 
-def test_a_base_of_stable_diffusion_1_has_one_door_and_its_readers_are_all_of_a_tensor(base: Base) -> None:
+def test_stable_diffusion_1_has_one_text_input_whose_projections_are_whole_tensors(base: Base) -> None:
     assert base.text_inputs == ("text_encoder",)
     assert base.projections() == base.projections("text_encoder")
     assert all(base.columns("text_encoder", name) == slice(0, 64) for name in base.projections())
 
 
-def test_a_base_of_stable_diffusion_xl_has_three_doors_side_by_side(xl: Base) -> None:
+def test_stable_diffusion_xl_has_three_text_inputs_side_by_side(xl: Base) -> None:
     assert xl.text_inputs == tuple(WIDTHS)
     assert xl.projections("text_encoder") == xl.projections("text_encoder_2")
     assert xl.projections(POOLED) == ["unet/add_embedding.linear_1.weight"]
@@ -59,14 +59,14 @@ def test_a_base_of_stable_diffusion_xl_has_three_doors_side_by_side(xl: Base) ->
     assert xl.columns(POOLED, xl.projections(POOLED)[0]) == slice(0, 48)
 
 
-def test_an_unknown_door_is_refused_with_those_there_are(base: Base) -> None:
+def test_an_unknown_text_input_is_refused_with_the_known_ones(base: Base) -> None:
     for ask in (base.projections, base.text_input, lambda text_input: TextEncoder.of(base, text_input=text_input)):
         with pytest.raises(NotFound, match="no text input 'cellar'; known: text_encoder"):
             ask("cellar")
 
 
 @pytest.mark.parametrize("layout", layouts(), ids=lambda layout: layout.name)
-def test_every_layout_says_of_each_door_what_can_be_said(layout: Any) -> None:
+def test_every_layout_describes_each_text_input(layout: Any) -> None:
     for text_input in layout.text_inputs.values():
         assert layout.is_caught or layout.components[text_input.encoder].model
         assert text_input.encoder in layout.components
@@ -78,11 +78,11 @@ def test_every_layout_says_of_each_door_what_can_be_said(layout: Any) -> None:
         )
 
 
-# What comes through a door
+# What comes through a text input
 
 
 @torch.no_grad()
-def test_the_doors_of_stable_diffusion_xl_let_through_what_the_pipeline_hands_to_the_unet(xl: Base) -> None:
+def test_the_text_inputs_of_stable_diffusion_xl_are_what_the_pipeline_hands_to_the_unet(xl: Base) -> None:
     embeds, _, pooled, _ = tiny_xl().encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     found = {text_input: encoder.hidden(PROMPTS) for text_input, encoder in encoders(xl).items()}
     # The pipeline pads a batch with the same prompt twice in it; rounding may differ by that.
@@ -91,10 +91,10 @@ def test_the_doors_of_stable_diffusion_xl_let_through_what_the_pipeline_hands_to
     for text_input, width in WIDTHS.items():
         one = TextEncoder.of(xl, text_input=text_input)
         assert one.width == width
-        assert torch.equal(one.hidden(PROMPTS), found[text_input]), "alone or beside others, a door says the same"
+        assert torch.equal(one.hidden(PROMPTS), found[text_input]), "alone or beside others, a text input says the same"
 
 
-def test_doors_of_one_model_share_it_and_compute_once(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_inputs_of_one_model_share_it_and_compute_once(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     found = encoders(xl)
     assert found["text_encoder_2"].model is found[POOLED].model
     found["text_encoder_2"].hidden(["a cat"])
@@ -103,7 +103,7 @@ def test_doors_of_one_model_share_it_and_compute_once(xl: Base, monkeypatch: pyt
 
 
 @torch.no_grad()
-def test_a_door_of_stable_diffusion_2_is_the_last_layer_that_its_folder_kept(tmp_path: Path) -> None:
+def test_the_text_input_of_stable_diffusion_2_is_the_last_layer_in_its_folder(tmp_path: Path) -> None:
     """Converting SD 2.x leaves out the text encoder's last layer, so that its penultimate state is the last one."""
     whole = tiny_pipeline(seed=3)
     config = CLIPTextConfig(**{**whole.text_encoder.config.to_dict(), "num_hidden_layers": 3, "hidden_act": "gelu"})
@@ -120,7 +120,7 @@ def test_a_door_of_stable_diffusion_2_is_the_last_layer_that_its_folder_kept(tmp
     torch.testing.assert_close(encoder.hidden(PROMPTS), wanted)
 
 
-def test_where_the_embedding_is_pooled_a_word_is_heard_in_its_one_row(xl: Base) -> None:
+def test_a_pooled_embedding_has_one_row_for_a_word(xl: Base) -> None:
     assert TextEncoder.of(xl).first_position("a photo of a {}", "cat") == 5
     assert TextEncoder.of(xl, text_input=POOLED).first_position("a photo of a {}", "cat") == 0
 
@@ -143,11 +143,11 @@ def test_a_text_encoder_with_a_tensor_missing_is_refused(tmp_path: Path) -> None
         TextEncoder.of(Base.open(tmp_path / "base"))
 
 
-# What a text map changes behind a door
+# What a text map changes behind a text input
 
 
 @pytest.mark.parametrize("text_input", WIDTHS)
-def test_a_text_map_changes_the_columns_of_its_door_and_no_others(xl: Base, text_input: str) -> None:
+def test_a_text_map_changes_the_columns_of_its_text_input_and_no_others(xl: Base, text_input: str) -> None:
     delta = text_map(text_input, WIDTHS[text_input])
     composed = compose(xl, [Term("a", delta)])
     assert sorted(composed) == delta.targets(xl) == xl.projections(text_input)
@@ -159,7 +159,7 @@ def test_a_text_map_changes_the_columns_of_its_door_and_no_others(xl: Base, text
         assert torch.equal(tensor, wanted)
 
 
-def test_text_maps_of_all_doors_lie_beside_each_other(xl: Base) -> None:
+def test_text_maps_of_all_text_inputs_are_applied_side_by_side(xl: Base) -> None:
     maps = {
         text_input: text_map(text_input, width, rank) for rank, (text_input, width) in enumerate(WIDTHS.items(), 10)
     }
@@ -174,7 +174,7 @@ def test_text_maps_of_all_doors_lie_beside_each_other(xl: Base) -> None:
             assert torch.equal(tensor[:, columns], compose(xl, [Term("a", maps[text_input])])[name][:, columns])
 
 
-def test_a_patch_of_several_doors_comes_back_from_its_file(xl: Base) -> None:
+def test_a_patch_of_several_text_inputs_comes_back_from_its_file(xl: Base) -> None:
     delta = text_map("text_encoder", 32) + text_map(POOLED, 48)
     patch = make_patch(xl, Concept("cat"), delta, {"name": "test", "settings": {}, "seed": 0})
     again = read_patch(patch.blob)
@@ -182,7 +182,7 @@ def test_a_patch_of_several_doors_comes_back_from_its_file(xl: Base) -> None:
     assert again.delta == delta == delta_from("sum", delta.tensors())
 
 
-def test_the_overlay_lays_on_every_door_and_gives_the_base_back(xl: Base) -> None:
+def test_the_overlay_applies_to_every_text_input_and_gives_the_base_back(xl: Base) -> None:
     pipe = tiny_xl()
     before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
     terms = [Term(text_input, text_map(text_input, width)) for text_input, width in WIDTHS.items()]
@@ -204,7 +204,9 @@ def test_the_overlay_lays_on_every_door_and_gives_the_base_back(xl: Base) -> Non
         ("text_encoder_3", 32, "for text_encoder_3, which no projection"),
     ],
 )
-def test_a_text_map_that_fits_another_door_is_refused(xl: Base, text_input: str, width: int, message: str) -> None:
+def test_a_text_map_that_fits_another_text_input_is_refused(
+    xl: Base, text_input: str, width: int, message: str
+) -> None:
     with pytest.raises(BadDelta, match=message):
         compose(xl, [Term("a", text_map(text_input, width))])
 
@@ -217,7 +219,7 @@ def test_a_text_map_for_one_kind_of_base_is_refused_by_the_other(base: Base, xl:
 
 
 def test_what_a_text_map_of_stable_diffusion_1_is_has_not_changed() -> None:
-    """Frozen when a base had one door only: patches that are out there keep their digests."""
+    """Frozen when a base had one text input only: patches that are out there keep their digests."""
     counting = torch.arange(128, dtype=torch.float32).reshape(64, 2) / 64
     delta = TextMap("text_encoder", counting, counting.flip(0))
     assert sorted(delta.tensors()) == ["text_encoder/down", "text_encoder/up"]

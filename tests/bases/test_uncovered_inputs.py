@@ -1,4 +1,4 @@
-"""A patch that closes some of a base's doors is told apart from one that closes all."""
+"""A patch that closes some of a base's text inputs is told apart from one that closes all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dense(base: Base, *names: str) -> Dense:
     return Dense({name: torch.full_like(base.tensor(name), 0.01) for name in names})
 
 
-def test_a_patch_that_closes_only_cross_attention_is_reported_as_leaving_a_door_open(xl: Base) -> None:
+def test_a_patch_of_cross_attention_alone_is_reported_as_leaving_a_text_input_uncovered(xl: Base) -> None:
     assert uncovered_inputs(xl, closing("text_encoder", "text_encoder_2")) == (POOLED,)
     assert uncovered_inputs(xl, dense(xl, *xl.projections("text_encoder"))) == (POOLED,)
     assert uncovered_inputs(xl, closing("text_encoder")) == ("text_encoder_2", POOLED)
@@ -48,7 +48,7 @@ def test_a_patch_that_closes_only_cross_attention_is_reported_as_leaving_a_door_
     assert untouched_inputs(xl, xl.projections("text_encoder")) == (POOLED,)
 
 
-def test_the_columns_that_change_say_which_of_two_doors_is_closed(xl: Base) -> None:
+def test_the_columns_that_change_decide_which_of_two_text_inputs_is_covered(xl: Base) -> None:
     name = xl.projections("text_encoder")[0]
     out, inner = xl.places[name].shape
     down = torch.zeros(1, inner)
@@ -68,16 +68,16 @@ def test_the_columns_that_change_say_which_of_two_doors_is_closed(xl: Base) -> N
         ("unet/conv_in.weight", ()),
     ],
 )
-def test_a_text_encoder_that_changes_closes_its_own_doors(xl: Base, tensor: str, left: tuple[str, ...]) -> None:
+def test_a_change_of_a_text_encoder_covers_its_own_text_inputs(xl: Base, tensor: str, left: tuple[str, ...]) -> None:
     assert uncovered_inputs(xl, dense(xl, tensor)) == left
 
 
-def test_a_base_with_one_door_has_none_left_open(base: Base) -> None:
+def test_a_base_with_one_text_input_has_none_uncovered(base: Base) -> None:
     assert uncovered_inputs(base, TextMap("text_encoder", *torch.ones(2, 64, 1))) == ()
     assert uncovered_inputs(base, dense(base, "unet/conv_in.weight")) == ()
 
 
-def test_separable_closes_every_door(xl: Base) -> None:
+def test_separable_covers_every_text_input(xl: Base) -> None:
     solution = Separable().solve(EditProblem(xl, CAT, (DOG, CAR)))
     assert {part.encoder for part in solution.delta.parts if isinstance(part, TextMap)} == set(WIDTHS)
     assert solution.delta.targets(xl) == xl.projections()
@@ -86,7 +86,7 @@ def test_separable_closes_every_door(xl: Base) -> None:
     assert solution.diagnostics["doors"].keys() == WIDTHS.keys()
 
 
-def test_what_comes_through_each_door_moves_for_its_concept_more_than_for_others(xl: Base) -> None:
+def test_each_text_input_moves_more_for_its_concept_than_for_others(xl: Base) -> None:
     solution = Separable(rank=32, ridge=1e-6).solve(EditProblem(xl, CAT, (DOG, CAR)))
     heard = encoders(xl)
     for part in solution.delta.parts:
@@ -98,7 +98,7 @@ def test_what_comes_through_each_door_moves_for_its_concept_more_than_for_others
         assert moved["cat"] > 1.3 * max(moved["dog"], moved["car"]), part.encoder
 
 
-def test_begin_of_text_does_not_move_through_any_door(xl: Base) -> None:
+def test_begin_of_text_does_not_move_in_any_text_input(xl: Base) -> None:
     solution = Separable().solve(EditProblem(xl, CAT, (DOG,)))
     for part in solution.delta.parts:
         assert isinstance(part, TextMap)
@@ -109,7 +109,7 @@ def test_begin_of_text_does_not_move_through_any_door(xl: Base) -> None:
             assert moved.norm() < 1e-6 * part.up.norm() * part.down.norm() * begin.norm()
 
 
-def test_cross_talk_through_several_doors_is_what_the_weights_do(xl: Base) -> None:
+def test_cross_talk_of_several_text_inputs_is_what_the_weights_do(xl: Base) -> None:
     delta = closing("text_encoder", POOLED) * 1e-3
     patch = make_patch(xl, CAT, delta, PROVENANCE)
     found = crosstalk(xl, [patch], [DOG])

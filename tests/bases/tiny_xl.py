@@ -13,7 +13,7 @@ from overpaint.bases.base import Base
 from overpaint.testing.tiny import tiny_tokenizer
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 64, "text_encoder_2.pooled": 48}
-"""What comes through each door; no two are equal, so that a mix-up is noticed."""
+"""What comes through each text input; no two are equal, so that a mix-up is noticed."""
 TIME_IDS, PER_ID = 6, 8
 
 

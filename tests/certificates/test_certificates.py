@@ -74,7 +74,7 @@ def test_with_base_patches_and_checkpoint_everything_but_the_pictures_is_checked
     )
 
 
-def test_without_the_base_what_can_be_checked_is_and_the_rest_is_said(
+def test_without_the_base_the_rest_is_checked_and_unchecked_fields_are_listed(
     certified: Certified, folder: Path, tmp_path: Path
 ) -> None:
     found = verify(Workspace.open(tmp_path / "empty"), certified.file)
@@ -221,7 +221,7 @@ def test_every_field_of_the_envelope_is_checked(certified: Certified, folder: Pa
     ],
     ids=["spelled otherwise", "a key twice", "no last newline", "cut off", "an empty line", "no object", "a line gone"],
 )
-def test_one_spelling_is_accepted(
+def test_only_the_canonical_form_is_accepted(
     certified: Certified, folder: Path, tmp_path: Path, spoil: Callable[[bytes], bytes], message: str
 ) -> None:
     first, second = certified.file.read_bytes().splitlines(keepends=True)

@@ -9,7 +9,7 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 
 
-def test_without_prompts_the_spelling_is_what_it_always_was() -> None:
+def test_without_prompts_the_json_is_that_of_0_1() -> None:
     concept = Concept("cat", synonyms=("kitty",), anchor="dog")
     assert canonical_json(concept.as_json()) == b'{"anchor":"dog","kind":"object","name":"cat","synonyms":["kitty"]}'
     assert Concept.from_json(concept.as_json()) == concept

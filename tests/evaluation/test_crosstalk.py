@@ -84,7 +84,7 @@ def test_a_patch_that_does_nothing_moves_nothing(base: Base) -> None:
     assert not crosstalk(base, [patch_of(base, CAT, nothing)], [DOG]).ratios.any()
 
 
-def test_what_is_kept_in_the_cache_gives_the_same_answer(base: Base, tmp_path: Path) -> None:
+def test_cached_moments_give_the_same_answer(base: Base, tmp_path: Path) -> None:
     patches = [patch_of(base, CAT, text_map(64))]
     first = crosstalk(base, patches, [DOG], cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -140,7 +140,7 @@ def test_the_command_prints_pairs_and_draws_a_heat_map(tmp_path: Path, base_fold
         assert picture.width > 100
 
 
-def test_a_recipe_without_patches_is_said_to_be_empty(tmp_path: Path, base_folder: Path) -> None:
+def test_a_recipe_without_patches_is_reported_as_empty(tmp_path: Path, base_folder: Path) -> None:
     workspace = Workspace.open(tmp_path / "registry")
     workspace.add_base("tiny", base_folder)
     workspace.create_recipe("safe", base="tiny", exist_ok=True)

@@ -34,7 +34,7 @@ def run(registry: Path, *words: str, code: int = 0) -> Result:
     return found
 
 
-def test_numbers_are_printed_kept_and_shown_with_the_recipe(registry: Path) -> None:
+def test_numbers_are_printed_stored_and_shown_with_the_recipe(registry: Path) -> None:
     rows = json.loads(run(registry, "evaluate", "safe", *HOOK, "--json").stdout)
     assert {"about": "erased: cat", "metric": "accuracy", "value": 1.0}.items() <= rows[1].items()
     assert rows[1]["n"] == 2

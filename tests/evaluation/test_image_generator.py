@@ -113,7 +113,7 @@ def test_a_damaged_picture_is_drawn_again_and_reported(
     assert whole.image_cache.damaged == []
 
 
-def test_a_picture_says_what_it_shows(base: Base, tmp_path: Path) -> None:
+def test_a_picture_records_what_it_shows(base: Base, tmp_path: Path) -> None:
     image_generator(base, tmp_path).draw((), ASKED[:1])
     (place,) = tmp_path.rglob("*.png")
     assert place.parent.name == base.fingerprint

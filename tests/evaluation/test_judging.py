@@ -69,7 +69,7 @@ def test_pictures_of_another_kind_are_refused(judge: JudgeNetwork) -> None:
         verdicts(judge, PICTURES[:, ::2, ::2], "object")
 
 
-def test_a_base_without_a_judge_says_so(tmp_path: Path, judge: JudgeNetwork) -> None:
+def test_a_base_without_a_judge_is_refused_with_the_reason(tmp_path: Path, judge: JudgeNetwork) -> None:
     with pytest.raises(NotFound, match="no judge in"):
         load_judge(tmp_path)
     judge.save(tmp_path / "judge")

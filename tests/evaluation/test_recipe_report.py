@@ -91,7 +91,7 @@ def test_provenance_names_base_weights_patches_judge_and_versions(workspace: Wor
     assert "judge reader; seed 0; device cpu, guidance 3.0, steps 1" in page
 
 
-def test_every_number_lies_beside_the_page(workspace: Workspace, files: Sequence[Path]) -> None:
+def test_every_number_is_in_a_file_beside_the_page(workspace: Workspace, files: Sequence[Path]) -> None:
     kept = [result for record in workspace.recipe("safe").evaluations() for result in record.results]
     by_suffix = {path.suffix: path for path in files if path.suffix in (".json", ".csv")}
     with by_suffix[".csv"].open(encoding="utf-8") as file:
@@ -126,7 +126,9 @@ def test_a_report_is_not_written_over_another(workspace: Workspace, files: Seque
         workspace.recipe("safe").report(tmp_path / "nowhere" / "new.html")
 
 
-def test_a_recipe_that_was_not_evaluated_says_what_to_type(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_recipe_that_was_not_evaluated_is_refused_with_the_command_to_type(
+    workspace: Workspace, tmp_path: Path
+) -> None:
     workspace.create_recipe("other", base="tiny", exist_ok=True).add("cat")
     found = CliRunner().invoke(
         main, ["--registry", str(workspace.registry.folder), "report", "other", "-o", str(tmp_path / "r.html")]
@@ -179,7 +181,7 @@ def test_the_page_prints(files: Sequence[Path], tmp_path: Path) -> None:
 # Graphics and spelling
 
 
-def test_a_chart_says_its_numbers_and_keeps_its_whiskers() -> None:
+def test_a_chart_shows_its_numbers_and_intervals() -> None:
     chart = Chart((Line("a & b", ((1, 0.5, 0.25, 0.75), (4, 1.0, None, None))),), "Caption.", "N", "H")
     drawn = render(Report("t", "", (Section("s", charts=(chart,)),)))
     assert 'aria-label="Caption. H over N. a &amp; b: 0.50 at 1, 1.00 at 4"' in drawn
@@ -196,7 +198,7 @@ def test_a_heat_map_has_a_number_in_every_cell_but_the_empty_ones() -> None:
         HeatMap(("a",), ("x", "y"), ((0.5,),), "c")
 
 
-def test_numbers_are_spelled_by_what_they_measure() -> None:
+def test_numbers_are_formatted_by_what_they_measure() -> None:
     assert spelled(Measurement("x", "accuracy", 0.5, 8, 0.25, 0.75)) == "50.0% (25.0% to 75.0%, n=8)"
     assert spelled(Measurement("x", "PSNR, dB", 31.2345, 8)) == "31.23"
     assert spelled(None) == "—"

@@ -55,7 +55,7 @@ def worst(rows: Iterable[Measurement], label: str, metric: str) -> float:
 # Quick
 
 
-def test_quick_finds_erased_kept_and_restored(base: Base) -> None:
+def test_quick_measures_erased_preserved_and_restored(base: Base) -> None:
     rows = Quick().run(context(base, faithful))
     for concept in CONCEPTS:
         assert value(rows, f"erased: {concept.name}", ON_BASE) == 1
@@ -338,7 +338,7 @@ def test_suites_and_settings_that_are_not_there_are_named() -> None:
         configured("quick", {"erased": "0"})
 
 
-def test_progress_is_told_of_every_picture_once(base: Base) -> None:
+def test_progress_counts_every_picture_once(base: Base) -> None:
     told: list[tuple[int, int]] = []
     found = context(base, faithful)
     assert isinstance(found.image_generator, Script)

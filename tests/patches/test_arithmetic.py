@@ -40,7 +40,7 @@ def inference() -> Iterator[None]:
 
 
 def a_change(rank: int, text_inputs: int, seed: int = 0) -> TensorUpdate:
-    """Text maps of so many directions through doors side by side."""
+    """Text maps of so many directions through text inputs side by side."""
     rng, width = torch.Generator().manual_seed(seed), WIDTH // text_inputs
     factors = [torch.randn(2, rank, width, generator=rng, dtype=torch.float64) for _ in range(text_inputs)]
     return TensorUpdate(
@@ -72,7 +72,7 @@ def written(change: TensorUpdate, original: Tensor, work: ScratchBuffers | None 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("text_inputs", [1, 2], ids=lambda n: f"{n} doors")
+@pytest.mark.parametrize("text_inputs", [1, 2], ids=lambda n: f"{n} text inputs")
 @pytest.mark.parametrize("rank", [1, 2, 5], ids=lambda k: f"{k} directions")
 def test_any_number_of_rows_is_summed_as_if_at_once(
     dtype: torch.dtype, rank: int, text_inputs: int, block: int
@@ -87,7 +87,7 @@ def test_any_number_of_rows_is_summed_as_if_at_once(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", [FactoredMap, DenseMap])
-@pytest.mark.parametrize("text_inputs", [1, 2], ids=lambda n: f"{n} doors")
+@pytest.mark.parametrize("text_inputs", [1, 2], ids=lambda n: f"{n} text inputs")
 @given(rows=st.integers(1, 70), rank=st.integers(1, 4))
 def test_a_target_that_is_written_again_gets_the_same_bits(
     text_inputs: int, form: type[FactoredMap] | type[DenseMap], dtype: torch.dtype, rows: int, rank: int
@@ -125,7 +125,7 @@ def test_a_tensor_of_any_shape_is_written(shape: tuple[int, ...]) -> None:
     assert torch.equal(out, (original.double() + array.double() * 0.5).float())
 
 
-def test_doors_that_share_columns_read_what_was_there_before_either_wrote() -> None:
+def test_text_inputs_that_share_columns_read_the_original_values() -> None:
     whole, original = slice(0, WIDTH), torch.randn(16, WIDTH)
     both = TensorUpdate(tuple((whole, a_change(2, 1, seed).texts[0][1]) for seed in range(2)))
     wanted = plainly(both, original)

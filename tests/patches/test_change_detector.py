@@ -45,7 +45,7 @@ def behind(values: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_what_nobody_touched_holds(dtype: torch.dtype) -> None:
+def test_untouched_parameters_hold(dtype: torch.dtype) -> None:
     found = parameters(dtype)
     assert sealed(found).broken(found) == []
 
@@ -53,7 +53,7 @@ def test_what_nobody_touched_holds(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", [added, behind])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_of_those_that_were_sealed_at_once_the_changed_one_is_named(
+def test_of_those_recorded_together_the_changed_one_is_named(
     name: str, dtype: torch.dtype, change: Callable[[Tensor], None]
 ) -> None:
     found = parameters(dtype)
@@ -104,7 +104,7 @@ def test_values_that_are_not_numbers_hold_when_they_stay() -> None:
     assert sealed(found).broken(found) == []
 
 
-def test_what_was_never_sealed_is_broken() -> None:
+def test_an_unrecorded_parameter_counts_as_changed() -> None:
     found = parameters()
     seals = sealed({"a": found["a"]})
     assert seals.broken(found) == [name for name in SHAPES if name != "a"]

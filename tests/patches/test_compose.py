@@ -302,7 +302,7 @@ def test_in_company_and_on_a_float64_base_sums_stay_float64() -> None:
         assert arithmetic.TensorUpdate((*alone, other))._precision(torch.float32) == torch.float64
 
 
-def test_what_lies_on_many_tensors_is_sorted_out_once(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_on_many_tensors_are_sorted_once(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where something else lies on one of them."""
     asked, real = list[int](), arithmetic.side_by_side
 

@@ -46,7 +46,7 @@ class StoreContract:
         assert store.get(digest) == data
         assert store.exists(digest)
 
-    def test_parts_are_kept_as_one(self, store: BlobStore) -> None:
+    def test_parts_are_stored_as_one(self, store: BlobStore) -> None:
         digest = store.put(b"pa", memoryview(b"_int_")[1:-1], b"")
         assert store.get(digest) == b"paint"
 
@@ -82,7 +82,7 @@ class StoreContract:
         with pytest.raises(BlobMissing, match="quarantine"):
             store.get(digest)
 
-    def test_two_damages_of_one_blob_are_both_kept(self, store: BlobStore) -> None:
+    def test_two_damages_of_one_blob_are_both_preserved(self, store: BlobStore) -> None:
         for now in (b"first", b"second"):
             digest = store.put(b"paint")
             damage(store.files, digest, now)
@@ -145,7 +145,7 @@ class StoreContract:
         with pytest.raises(BadFile, match="5 bytes, and at most 4"):
             files.read("folder/a", limit=4)
 
-    def test_refreshing_tells_whether_the_file_is_there(self, files: Files) -> None:
+    def test_refreshing_returns_whether_the_file_is_there(self, files: Files) -> None:
         files.write("folder/a", [b"x"])
         assert files.refresh("folder/a")
         assert not files.refresh("folder/b")

@@ -34,7 +34,7 @@ def keep(registry: Registry, **other: Any) -> EvaluationRecord:
     return registry.add_evaluation(**{**usual, **other})
 
 
-def test_what_is_kept_comes_back_number_for_number(either: Registry) -> None:
+def test_stored_evaluations_come_back_number_for_number(either: Registry) -> None:
     one = add_patch(either, "one")
     kept = keep(either, patch=one.id)
     assert either.evaluations(patch=one.id) == [kept]
@@ -70,7 +70,7 @@ def test_the_latest_of_each_suite_and_judge_can_be_asked_for(registry: Registry)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_number_that_is_none_is_refused_and_nothing_is_kept(registry: Registry, number: float) -> None:
+def test_a_number_that_is_none_is_refused_and_nothing_is_stored(registry: Registry, number: float) -> None:
     one = add_patch(registry, "one")
     with pytest.raises(OverpaintError, match="psnr of cat must be a finite number"):
         keep(registry, patch=one.id, results=[*RESULTS, ResultRecord("cat", "psnr", number, None, None, 1)])

@@ -55,7 +55,7 @@ def test_every_revision_can_be_read(registry: Registry, patches: list[str]) -> N
     assert [laid for _, laid in registry.patches_on("r@2")] == [RecipeEntry(one, 0.5), RecipeEntry(two, 1.0)]
 
 
-def test_a_checkout_lays_on_exactly_what_lay_there_as_one_new_revision(registry: Registry, patches: list[str]) -> None:
+def test_a_checkout_restores_the_exact_entries_as_one_new_revision(registry: Registry, patches: list[str]) -> None:
     one, two, three = patches
     change(registry, one, 0.5, until=CHRISTMAS, digest_after="d1")
     change(registry, two, 1.0, digest_after="d2")
@@ -187,7 +187,7 @@ def test_a_name_that_would_mean_a_revision_is_refused(registry: Registry, patche
 # Differences
 
 
-def test_a_diff_tells_what_lies_otherwise_and_nothing_else(registry: Registry, patches: list[str]) -> None:
+def test_a_diff_lists_what_differs_and_nothing_else(registry: Registry, patches: list[str]) -> None:
     one, two, three = patches
     registry.create_recipe("other", "small")
     change(registry, one, 1.0)
@@ -309,7 +309,7 @@ def test_another_day_is_a_change_of_its_own(registry: Registry, patches: list[st
     ]
 
 
-def test_the_recipes_on_which_a_patch_lies_are_told(registry: Registry, patches: list[str]) -> None:
+def test_the_recipes_with_a_patch_are_listed(registry: Registry, patches: list[str]) -> None:
     change(registry, patches[0], 0.5, until=CHRISTMAS)
     registry.copy_recipe("r", "copy", why="", who="")
     registry.create_recipe("gone", "small")

@@ -21,7 +21,7 @@ def test_concepts_are_learnt_together_and_equal_ones_left_alone(either: Registry
     assert either.concept("plum").prompts == ("a plum tree",)
 
 
-def test_one_that_differs_keeps_all_of_them_out(either: Registry) -> None:
+def test_one_that_differs_refuses_all_of_them(either: Registry) -> None:
     with pytest.raises(ConceptDiffers) as caught:
         either.learn_concepts([Concept("plum"), Concept("apple", "style", ("pomme",))])
     said = str(caught.value)
@@ -39,7 +39,7 @@ def test_an_update_changes_what_a_search_finds(either: Registry) -> None:
     assert either.search("pear").patches == ()
 
 
-def test_a_concept_that_cannot_be_kept_keeps_all_of_them_out(either: Registry) -> None:
+def test_a_concept_that_cannot_be_stored_refuses_all_of_them(either: Registry) -> None:
     with pytest.raises(OverpaintError, match="does not print"):
         either.learn_concepts([Concept("plum"), Concept("fig", prompts=("a fig\x07",))])
     assert [concept.name for concept in either.concepts()] == ["apple"]

@@ -34,7 +34,7 @@ def rows(found: Result) -> list[dict[str, object]]:
     return read
 
 
-def test_verify_says_that_all_is_well_with_exit_code_0(shelf: Registry) -> None:
+def test_verify_reports_success_with_exit_code_0(shelf: Registry) -> None:
     found = run(shelf, "verify")
     assert found.exit_code == 0
     assert "1 patches, 3 blobs" in found.stderr
@@ -59,7 +59,7 @@ def test_verify_names_what_is_wrong_with_exit_code_1(shelf: Registry) -> None:
     assert record.id[:12] in again.stdout
 
 
-def test_gc_tells_first_and_removes_then(shelf: Registry) -> None:
+def test_gc_reports_first_and_removes_then(shelf: Registry) -> None:
     garbage = shelf.blobs.put(b"garbage")
     os.utime(shelf.folder / name_of(garbage), (0, 0))
     young = shelf.blobs.put(b"young")

@@ -35,7 +35,7 @@ def test_rows_are_in_the_database_and_blobs_in_the_folder(url: str, folder: Path
     assert again.blob(patch) == b"one"
 
 
-def test_an_empty_database_says_what_to_run(url: str, folder: Path) -> None:
+def test_an_empty_database_is_refused_with_the_command_to_run(url: str, folder: Path) -> None:
     with pytest.raises(NotFound, match=r"no registry at postgresql://.*; run `overpaint init`"):
         Registry.open(url, create=False)
     assert not folder.exists()
@@ -66,7 +66,7 @@ def test_a_url_that_leads_nowhere_is_explained_without_its_password(spoiled: str
     assert "geheim" not in str(caught.value)
 
 
-def test_who_is_not_let_in_is_told_so(server: Server, empty_database: str, folder: Path) -> None:
+def test_a_refused_login_is_reported(server: Server, empty_database: str, folder: Path) -> None:
     with pytest.raises(OverpaintError, match="does not let this user into") as caught:
         Registry.open(server.url(empty_database, folder, user=GUEST, password="wrong & geheim"))
     assert "geheim" not in str(caught.value)
@@ -79,7 +79,7 @@ def test_a_database_that_is_not_there_is_named(server: Server, folder: Path) -> 
         Registry.open(server.url("nowhere", folder))
 
 
-def test_a_user_who_may_only_read_is_told_so(server: Server, stocked_database: str, folder: Path) -> None:
+def test_a_read_only_user_gets_a_clear_refusal(server: Server, stocked_database: str, folder: Path) -> None:
     grant = f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {GUEST}"
     server.run(grant, database=stocked_database)
     registry = Registry.open(server.url(stocked_database, folder, user=GUEST, password=PASSWORD), create=False)

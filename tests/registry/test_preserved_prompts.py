@@ -26,7 +26,7 @@ def prompts(registry: Registry, base: str = "small") -> list[str]:
     return [kept.prompt for kept in registry.kept_prompts(base)]
 
 
-def test_prompts_are_kept_once_in_alphabetical_order_with_who_asked(registry: Registry) -> None:
+def test_prompts_are_stored_once_in_alphabetical_order_with_who_asked(registry: Registry) -> None:
     assert registry.keep_prompts("small", ["watermark", " a logo ", "watermark"], who="ann") == 2
     assert registry.keep_prompts("small", ["a logo", "Zoë's mark"], who="bob") == 1
     found = registry.kept_prompts("small")
@@ -48,7 +48,7 @@ def test_prompts_are_forgotten_all_or_none(registry: Registry) -> None:
     assert prompts(registry) == []
 
 
-def test_each_base_keeps_its_own(registry: Registry) -> None:
+def test_each_base_has_its_own_preserved_prompts(registry: Registry) -> None:
     registry.add_base("large", Path("/models/large"), "sdxl", "e" * 8)
     registry.keep_prompts("small", ["one"], who="ann")
     assert prompts(registry, "large") == []
@@ -57,13 +57,13 @@ def test_each_base_keeps_its_own(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "  ", "two\nlines", "a\x1bb", "x" * 1001])
-def test_a_prompt_that_is_none_is_refused_and_nothing_is_kept(registry: Registry, bad: str) -> None:
+def test_a_prompt_that_is_none_is_refused_and_nothing_is_stored(registry: Registry, bad: str) -> None:
     with pytest.raises(OverpaintError):
         registry.keep_prompts("small", ["good", bad], who="ann")
     assert prompts(registry) == []
 
 
-def test_the_command_keeps_lists_and_removes_and_a_patch_says_what_was_kept(tmp_path: Path, base_folder: Path) -> None:
+def test_the_command_adds_lists_and_removes_and_a_manifest_has_the_prompts(tmp_path: Path, base_folder: Path) -> None:
     place, file = str(tmp_path / "registry"), tmp_path / "prompts.txt"
     workspace = Workspace.open(place)
     workspace.add_base("tiny", base_folder)
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, base_folder: Path) ->
     assert "prompts.bin is not UTF-8 text" in result.stderr
 
 
-def test_a_base_is_prepared_once_and_solved_from_what_was_kept(tmp_path: Path, base_folder: Path) -> None:
+def test_a_base_is_prepared_once_and_solved_from_the_stored_vocabulary(tmp_path: Path, base_folder: Path) -> None:
     place = tmp_path / "registry"
     Workspace.open(place).add_base("tiny", base_folder)
     result = CliRunner().invoke(main, ["--registry", str(place), "base", "prepare", "tiny"], catch_exceptions=False)

@@ -31,7 +31,7 @@ def test_what_is_added_can_be_taken_out_and_added_again(registry: Registry, patc
     assert registry.recipe("r").patches == ((patches[0], 0.5),)
 
 
-def test_history_tells_every_change_in_order(registry: Registry, patches: list[str]) -> None:
+def test_history_lists_every_change_in_order(registry: Registry, patches: list[str]) -> None:
     started = datetime.now(timezone.utc)
     changes = [(0, 1.0), (1, 0.5), (0, 2), (0, None)]
     for revision, (index, strength) in enumerate(changes, 1):

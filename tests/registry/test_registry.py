@@ -200,7 +200,7 @@ def test_names_of_an_older_version_go_on_working(name: str, registry: Registry) 
     registry.undelete_recipe(name, why="", who="")
 
 
-def test_two_spellings_of_one_letter_are_one_name(registry: Registry) -> None:
+def test_two_encodings_of_one_letter_are_one_name(registry: Registry) -> None:
     registry.add_concept(Concept("caf\u00e9"))
     assert registry.concept("cafe\u0301") == Concept("caf\u00e9")
     with pytest.raises(AlreadyExists):
@@ -324,7 +324,7 @@ def test_patches_are_listed_by_concept_and_base(registry: Registry) -> None:
         ({"settings": {"rate": float("inf")}}, "JSON"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_before_any_byte_is_written(
+def test_what_cannot_be_stored_is_refused_before_any_byte_is_written(
     registry: Registry, wrong: dict[str, object], sentence: str
 ) -> None:
     right = {"id": digest_of("x"), "blob": b"x", "concept": "apple", "base": "small", "solver": "s", "kind": "k"}

@@ -68,7 +68,7 @@ def test_every_constraint_has_a_name() -> None:
         assert all(constraint.name for constraint in table.constraints), table.name
 
 
-def test_a_newer_schema_says_to_upgrade_the_program(anywhere: str | Path) -> None:
+def test_a_newer_schema_is_refused_with_the_advice_to_upgrade(anywhere: str | Path) -> None:
     set_revision(anywhere, "9999")
     with pytest.raises(RegistryVersionError, match="upgrade the program"):
         Registry.open(anywhere)

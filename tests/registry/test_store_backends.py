@@ -62,7 +62,7 @@ class TestS3(StoreContract):
     def files(self, bucket: str) -> Files:
         return open_files(f"{bucket}/{next(PREFIXES)}/store")
 
-    def test_a_bucket_that_is_not_there_is_said_plainly_and_not_made(self, bucket: str) -> None:
+    def test_a_missing_bucket_is_reported_plainly_and_not_made(self, bucket: str) -> None:
         files = open_files("s3://nobody-made-this-bucket/store")
         with pytest.raises(Unreachable, match="check the address"):
             files.write("a", [b"x"])
@@ -94,7 +94,7 @@ ACTS: dict[str, Callable[[Files], object]] = {
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("scheme", ["http", "ftp", "webhdfs"])
-def test_where_nobody_answers_nothing_is_taken_for_empty(scheme: str, act: str) -> None:
+def test_an_unreachable_server_is_not_taken_for_an_empty_one(scheme: str, act: str) -> None:
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -62,7 +62,7 @@ def test_any_names_and_shapes_come_back(shapes: dict[str, list[int]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_a_solver_makes_is_kept_in_parts_and_reads_back(base: Base, files: PatchFiles, dtype: torch.dtype) -> None:
+def test_a_solved_patch_is_stored_in_parts_and_reads_back(base: Base, files: PatchFiles, dtype: torch.dtype) -> None:
     name = base.projections()[0]
     for delta in (
         TextMap("text_encoder", torch.randn(64, 2).to(dtype), torch.randn(64, 2).to(dtype)),
@@ -94,7 +94,7 @@ def test_an_array_in_ten_patches_is_stored_once(files: PatchFiles) -> None:
     assert sum(blob.nbytes >= size for blob in blobs) == 1
 
 
-def test_what_is_no_patch_file_is_kept_whole(files: PatchFiles) -> None:
+def test_a_blob_that_is_no_patch_file_is_stored_whole(files: PatchFiles) -> None:
     file = patch_file("one")
     flipped = file[:-1] + bytes([file[-1] ^ 1])
     longer = file + b"\0"
@@ -106,7 +106,7 @@ def test_what_is_no_patch_file_is_kept_whole(files: PatchFiles) -> None:
         assert files.blobs.exists(digest(data))
 
 
-def test_a_file_under_another_id_is_kept_whole(files: PatchFiles) -> None:
+def test_a_file_under_another_id_is_stored_whole(files: PatchFiles) -> None:
     file = patch_file("one")
     files.put("0" * 64, file)
     assert files.blobs.exists(digest(file))
@@ -121,7 +121,7 @@ def test_a_registry_with_whole_files_keeps_working_and_keeps_them(registry: Regi
     assert list(registry.blobs.digests()) == [digest(file)]
 
 
-def test_a_registry_keeps_what_a_solver_makes_in_parts(registry: Registry) -> None:
+def test_a_registry_stores_solved_patches_in_parts(registry: Registry) -> None:
     record = keep(registry, patch_file("one"))
     assert registry.blobs.exists(record.id)
     assert not registry.blobs.exists(record.blob)
@@ -158,14 +158,14 @@ def test_adding_again_heals_a_lost_part(registry: Registry) -> None:
     assert registry.blob(record) == patch_file("one")
 
 
-def test_bytes_that_have_their_own_digest_for_an_id_are_kept(registry: Registry) -> None:
+def test_bytes_that_have_their_own_digest_for_an_id_are_stored(registry: Registry) -> None:
     record = add_patch(registry, "label")
     assert record.id == record.blob
     assert registry.blob(record) == b"label"
 
 
 @pytest.mark.parametrize("value", [{"b": [1, 2.5, "ä\u2028"], "a": {"y": None, "x": True}}, {}, {"\ud7ff": -0.0}])
-def test_the_two_spellings_of_canonical_json_are_one(value: Any) -> None:
+def test_both_writers_of_canonical_json_agree(value: Any) -> None:
     assert canonical_json(value) == canonical_json_of_bases(value)
 
 

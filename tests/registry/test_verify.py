@@ -243,14 +243,14 @@ def test_a_damaged_database_is_reported(full: Registry) -> None:
     assert "the database is damaged" in problems[0].found
 
 
-def test_a_concept_in_a_decomposed_spelling_is_the_concept(registry: Registry) -> None:
+def test_a_concept_in_decomposed_unicode_is_the_concept(registry: Registry) -> None:
     concept = Concept("cafe\u0301")
     registry.add_concept(Concept("caf\u00e9"))
     keep(registry, patch_file("one", concept=concept))
     assert verify(registry).problems == ()
 
 
-def test_verify_says_how_far_it_is(full: Registry) -> None:
+def test_verify_reports_progress(full: Registry) -> None:
     said: list[tuple[int, int]] = []
     verify(full, report=lambda step, of, text: said.append((step, of)))
     assert said == [(step, 42) for step in range(1, 43)]

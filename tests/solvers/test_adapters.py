@@ -74,7 +74,7 @@ def lay(delta: Delta, pipe: Any, base: Base) -> None:
 
 
 @pytest.mark.parametrize("make", [weights, factors])
-def test_what_was_trained_is_what_the_delta_says(base: Base, model: Denoiser, make: Make) -> None:
+def test_the_delta_holds_what_was_trained(base: Base, model: Denoiser, make: Make) -> None:
     """Linear layers and convolutions, with and without stride; float32 rounding in another order."""
     change = make(model, base)
     stir(change)

@@ -39,7 +39,7 @@ def test_the_files_shown_are_those_of_the_example() -> None:
     assert shown == {name: (ROOT / name).read_text("utf-8") for name in shown}
 
 
-def test_every_block_runs_and_prints_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_and_prints_what_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
     # A dataclass looks its module up, so the page is one.
     page = type(sys)("page")

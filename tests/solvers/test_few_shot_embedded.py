@@ -17,7 +17,7 @@ from overpaint.solvers.trained.few_shot import FewShot
 pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded base is not in this checkout")
 
 
-def test_the_preset_erases_an_object_and_keeps_others() -> None:
+def test_the_preset_erases_an_object_and_preserves_others() -> None:
     base = Base.open("emoji")
     delta = FewShot.preset("emoji").solve(EditProblem(base, Concept("pistol", "unsafe", ("gun", "handgun")))).delta
     pipe, judge = base.pipeline(), load_judge(base.path)

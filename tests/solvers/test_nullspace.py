@@ -85,7 +85,7 @@ def test_free_directions_are_orthonormal_and_weak() -> None:
     assert (moment @ free).norm() < 1e-2
 
 
-def test_no_free_direction_is_said_plainly(base: Base, tmp_path: Path) -> None:
+def test_no_free_direction_is_reported_plainly(base: Base, tmp_path: Path) -> None:
     pipe = tiny_pipeline(width=16)
     # An untrained layer norm makes every embedding orthogonal to the vector of ones; a trained one does not.
     torch.nn.init.normal_(pipe.text_encoder.final_layer_norm.bias)

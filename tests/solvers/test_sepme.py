@@ -86,7 +86,7 @@ def test_increments_trained_together_leave_each_others_prompts_alone(base: Base)
             assert (theirs @ down.T @ up.T).norm() < 1e-3 * (mine @ down.T @ up.T).norm()
 
 
-def test_joint_training_keeps_ones_own_increment(base: Base) -> None:
+def test_joint_training_preserves_its_own_increment(base: Base) -> None:
     """Increments do not disturb each other; the weights eta and the shared norm are what joint training adds."""
     problem = EditProblem(base, CAT, (DOG,))
     joint = SepME(**QUICK, joint=True).solve(problem).delta
@@ -133,7 +133,7 @@ def test_it_can_train_on_sentences(base: Base) -> None:
     assert phrases.solve(problem).delta != bare.solve(problem).delta
 
 
-def test_an_empty_null_space_is_said_plainly(tmp_path: Path) -> None:
+def test_an_empty_null_space_is_reported_plainly(tmp_path: Path) -> None:
     pipe = tiny_pipeline(width=16)
     # An untrained layer norm makes every embedding orthogonal to the vector of ones; a trained one does not.
     torch.nn.init.normal_(pipe.text_encoder.final_layer_norm.bias)

@@ -77,7 +77,7 @@ def test_values_are_checked_in_python_too(values: Mapping[str, Any]) -> None:
         Method(**values)
 
 
-def test_a_whole_number_is_taken_for_a_number_and_provenance_does_not_tell_them_apart() -> None:
+def test_a_whole_number_is_a_number_and_provenance_treats_both_alike() -> None:
     assert json.dumps(settings_of(Method(rate=1))) == json.dumps(settings_of(Method(rate=1.0)))
 
 
@@ -103,7 +103,7 @@ def test_a_preset_is_changed_by_what_is_set_beside_it() -> None:
     assert configure(Method, {}, preset="small") == Method.preset("small")
 
 
-def test_ranges_are_said_in_words() -> None:
+def test_ranges_are_described_in_words() -> None:
     assert {name: range_of(spec) for name, spec in settable(Method).items()} == {
         "rank": "between 1 and 64",
         "rate": "at least 0",
@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_what_to_lower(loss: float) 
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     ],
 )
-def test_memory_that_runs_out_says_what_to_lower(error: Exception) -> None:
+def test_memory_that_runs_out_names_the_setting_to_lower(error: Exception) -> None:
     with pytest.raises(OutOfMemory, match="lower batch"), within_memory("batch"):
         raise error
 

@@ -66,6 +66,6 @@ def test_the_anchor_is_where_a_concept_is_sent(base: Base) -> None:
     assert not torch.equal(to_dog.delta.tensors()["text_encoder/up"], to_nothing.delta.tensors()["text_encoder/up"])
 
 
-def test_a_concept_past_the_end_of_the_prompt_is_refused(base: Base) -> None:
+def test_a_concept_beyond_the_end_of_the_prompt_is_refused(base: Base) -> None:
     with pytest.raises(Exception, match="use a shorter name"):
         Separable().solve(EditProblem(base, Concept("cat dog fox car bus sun moon tree rose house person a of the in")))

@@ -30,7 +30,7 @@ def test_every_solver_of_the_table_inherits_the_contract(name: str) -> None:
     assert contract(name).solver is solver_class(name)
 
 
-def test_patches_of_all_solvers_lie_on_one_pipeline_in_any_order_and_lift_off(base_folder: Path) -> None:
+def test_patches_of_all_solvers_are_applied_to_one_pipeline_in_any_order_and_removed(base_folder: Path) -> None:
     base, concepts = Base.open(base_folder), ("cat", "dog", "fox", "car", "bus")
     known = tuple(Concept(name) for name in concepts)
     terms = [

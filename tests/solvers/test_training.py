@@ -55,7 +55,7 @@ def to(point: Point, goal: float) -> Callable[[torch.Generator], StepResult]:
     return lambda random: StepResult((point.at - goal).square().sum())
 
 
-def test_it_descends_and_tells_the_loss_of_every_step(base: Base) -> None:
+def test_it_descends_and_reports_the_loss_of_every_step(base: Base) -> None:
     point = Point(0.0, 5.0)
     found, told = run(base, TrainingTask(point, to(point, 2.0)), steps=400, lr=0.1)
     assert torch.allclose(point.at, torch.full((2,), 2.0), atol=1e-2)
@@ -77,7 +77,7 @@ def test_it_stops_when_enough_is_forgotten(base: Base) -> None:
     assert told[-1][2].endswith("12% left")
 
 
-def test_it_never_stops_early_unless_it_is_told_to(base: Base) -> None:
+def test_it_stops_early_only_where_that_is_set(base: Base) -> None:
     point = Point(1.0)
     found, _ = run(base, TrainingTask(point, lambda random: StepResult(point.at.sum(), left=-5.0)), steps=7)
     assert found["steps"] == 7
@@ -154,7 +154,9 @@ def test_seeds_and_streams_of_any_sign_and_size_have_generators() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
-def test_out_of_memory_says_what_to_lower(base: Base, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_out_of_memory_names_the_setting_to_lower(
+    base: Base, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     @dataclass(frozen=True)
     class Greedy(Settings):
         """Asks for too much."""
@@ -166,7 +168,7 @@ def test_out_of_memory_says_what_to_lower(base: Base, monkeypatch: pytest.Monkey
         Greedy(batch=3).solve(EditProblem(base, Concept("cat")))
 
 
-def test_a_base_with_several_doors_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_with_several_text_inputs_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Base, "text_inputs", ("text_encoder", "text_encoder_2"))
     with pytest.raises(Unsolvable, match=r"has 2 \(text_encoder, text_encoder_2\): use `separable`"):
         Settings().solve(EditProblem(base, Concept("cat")))

@@ -1,4 +1,4 @@
-"""Closed-form solvers on a base whose prompt enters by several doors: each is edited, and nothing else."""
+"""Closed-form solvers on a base whose prompt enters by several text inputs: each is edited, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "solver", [UCE(), UCE.preset("emoji"), RECE(), NullSpace(projections="kv"), NullSpace()], ids=repr
 )
-def test_every_door_is_edited(folder: Path, solver: Solver) -> None:
+def test_every_text_input_is_edited(folder: Path, solver: Solver) -> None:
     base = Base.open(folder)
     delta = solver.solve(EditProblem(base, CAT, (DOG,))).delta
     composed = compose(base, [Term("a", delta)])

@@ -66,7 +66,7 @@ def test_the_text_map_is_the_published_dense_formula_for_every_projection(base: 
         assert (ours - dense).norm() < 1e-10 * dense.norm()
 
 
-def test_an_anchor_is_where_the_concept_arrives(base: Base) -> None:
+def test_the_concept_is_moved_to_its_anchor(base: Base) -> None:
     encoder = TextEncoder.of(base)
     concept = Concept("cat", anchor="dog")
     edit, _ = UCE(ridge=1e-9).edit(last_tokens(EditProblem(base, concept)), [concept])
@@ -95,7 +95,7 @@ def test_the_joint_solution_is_not_the_sum_of_single_ones(base: Base) -> None:
     assert (change("cat") + change("fox") - joint).norm() > 0.01 * joint.norm()
 
 
-def test_what_is_kept_moves_less(base: Base) -> None:
+def test_preserved_prompts_move_less(base: Base) -> None:
     encoder = TextEncoder.of(base)
     sentence = encoder.hidden(["a dog in the room"])[0].double().T
     free, _ = UCE().edit(last_tokens(EditProblem(base, CAT)), [CAT])
@@ -103,7 +103,7 @@ def test_what_is_kept_moves_less(base: Base) -> None:
     assert (held(sentence) - sentence).norm() < 0.5 * (free(sentence) - sentence).norm()
 
 
-def test_nothing_to_erase_and_an_anchor_that_says_the_same_are_refused(base: Base) -> None:
+def test_nothing_to_erase_and_an_anchor_with_the_same_embeddings_are_refused(base: Base) -> None:
     with pytest.raises(Unsolvable, match="name at least one concept"):
         UCE().joint(EditProblem(base, CAT), [])
     with pytest.raises(Unsolvable, match="name another anchor"):

@@ -119,7 +119,7 @@ def test_a_concept_counts_the_same_however_many_sentences_it_is_asked_in(base: B
     assert keys.shape[1] > 3 * keys_and_values(encoder, base, few)[0].shape[1]
 
 
-def test_a_prompt_that_is_kept_moves_less(base: Base) -> None:
+def test_a_preserved_prompt_moves_less(base: Base) -> None:
     prompt, encoder = "the moon and a house of art", TextEncoder.of(base)
     keys = keys_of_prompts(encoder, [prompt])
 
@@ -166,7 +166,7 @@ def test_a_base_is_let_go_of_with_everything_that_was_computed_for_it(base_folde
     assert seen() is None
 
 
-def test_too_small_a_ridge_and_a_concept_that_says_nothing_are_refused(base: Base, tmp_path: Path) -> None:
+def test_too_small_a_ridge_and_a_concept_without_tokens_are_refused(base: Base, tmp_path: Path) -> None:
     tiny_pipeline(width=256, length=12).save_pretrained(tmp_path / "wide")
     with pytest.raises(Unsolvable, match="256 dimensions, so ridge=0 is too small"):
         Separable(ridge=0.0, vocabulary=1).solve(EditProblem(Base.open(tmp_path / "wide"), CAT))

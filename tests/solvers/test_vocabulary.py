@@ -59,7 +59,7 @@ def same(first: object, second: object) -> bool:
     )
 
 
-def test_every_word_is_heard_in_as_many_sentences_as_said(base: Base) -> None:
+def test_every_word_is_encoded_in_the_asked_number_of_sentences(base: Base) -> None:
     found = encoded(base, None)
     assert isinstance(found, tuple)
     assert [sentence.template for sentence in found] == list(neutral_sentences(base))
@@ -72,7 +72,7 @@ def test_every_word_is_heard_in_as_many_sentences_as_said(base: Base) -> None:
         torch.testing.assert_close(sentence.moment, keys @ keys.T, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_kept_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
+def test_a_stored_vocabulary_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
     told: Told = []
     first = encoded(base, tmp_path, report=lambda *what: told.append(what))
     assert [step for step, _, _ in told] == list(range(1, told[-1][1] + 1))
@@ -113,7 +113,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_said_and_computed_again(base: Base, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_reported_and_computed_again(base: Base, tmp_path: Path, damage: str) -> None:
     first, told = encoded(base, tmp_path), list[str]()
     file = only_file(tmp_path)
     DAMAGE[damage](file)
@@ -150,7 +150,7 @@ def test_another_encoder_has_another_vocabulary(base: Base, tmp_path: Path) -> N
     assert vocabulary_file(mine.identity, tmp_path) != vocabulary_file(theirs.identity, tmp_path)
 
 
-def test_the_doors_of_one_encoder_are_heard_together_and_kept_in_one_file(tmp_path: Path) -> None:
+def test_the_text_inputs_of_one_encoder_are_encoded_together_and_stored_in_one_file(tmp_path: Path) -> None:
     xl = tiny_xl_base(tmp_path / "xl")
     steps: list[int] = []
     problem = EditProblem(xl, Concept("cat"), cache=tmp_path / "cache", report=lambda step, *_: steps.append(step))

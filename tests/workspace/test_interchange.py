@@ -38,7 +38,7 @@ def spm(tmp_path: Path) -> Path:
     return tmp_path / "cat_last.safetensors"
 
 
-def test_an_imported_patch_is_laid_on_built_and_lifted_like_any_other(ready: Shell, spm: Path, tmp_path: Path) -> None:
+def test_an_imported_patch_is_added_built_and_removed_like_any_other(ready: Shell, spm: Path, tmp_path: Path) -> None:
     done = ready.succeeds("patch", "import", spm, "--base", "tiny", "--concept", "cat")
     assert "kohya LoRA (changes to weights, float32): matched 3 of 3 keys" in done.stderr
     assert "changes 1 tensors (unet attn2.to_k 1)" in done.stderr
@@ -59,7 +59,7 @@ def ready_base(shell: Shell) -> Path:
     return Path(json.loads(shell.succeeds("base", "list", "--json").stdout)[0]["source"])
 
 
-def test_importing_twice_keeps_one_patch(ready: Shell, spm: Path) -> None:
+def test_importing_twice_stores_one_patch(ready: Shell, spm: Path) -> None:
     one, two = (
         json.loads(ready.succeeds("patch", "import", spm, "--base", "tiny", "--concept", "cat", "--json").stdout)
         for _ in "12"

@@ -123,7 +123,7 @@ def test_a_pipeline_can_change_its_recipe_but_not_its_base(
         workspace.create_recipe("elsewhere", base="third").apply(pipe)
 
 
-def test_a_pipeline_that_nobody_has_any_more_is_freed(recipe: Recipe) -> None:
+def test_an_unreferenced_pipeline_is_freed(recipe: Recipe) -> None:
     pipe = recipe.pipeline(device="cpu")
     alive = weakref.ref(pipe)
     del pipe

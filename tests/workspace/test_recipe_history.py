@@ -72,7 +72,7 @@ def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, 
     assert [record.name for record in workspace.recipes()] == ["safe"]
 
 
-def test_a_build_that_is_not_what_the_history_says_is_noticed(
+def test_a_build_with_another_digest_than_the_history_is_noticed(
     workspace: Workspace, recipe: Recipe, tmp_path: Path
 ) -> None:
     told: list[str] = []
@@ -123,7 +123,7 @@ def test_a_deleted_recipe_comes_back_with_its_weights(workspace: Workspace, reci
     }
 
 
-def test_a_day_stays_when_the_strength_changes_and_goes_when_told_so(workspace: Workspace, recipe: Recipe) -> None:
+def test_an_expiry_stays_when_the_strength_changes_and_can_be_cleared(workspace: Workspace, recipe: Recipe) -> None:
     line = recipe.add("fox", until=date(2027, 1, 31))
     assert (line.action, line.until_after) == ("add", date(2027, 1, 31))
     assert recipe.add("fox", 2.0).until_after == date(2027, 1, 31)

@@ -40,7 +40,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def test_the_python_block_of_the_readme_does_what_it_says_also_twice(
+def test_the_python_block_of_the_readme_runs_twice_and_gives_the_weights_it_promises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -72,7 +72,7 @@ def test_restore_is_shown_by_digests(workspace: Workspace) -> None:
     assert recipe.digest() == workspace.base("tiny").fingerprint
 
 
-def test_solving_the_same_twice_keeps_one_patch(workspace: Workspace) -> None:
+def test_solving_the_same_twice_stores_one_patch(workspace: Workspace) -> None:
     assert workspace.solve("cat", base="tiny").id == workspace.solve("cat", base="tiny").id
     assert len(workspace.patches()) == 1
 
@@ -176,9 +176,7 @@ def test_digests_are_remembered_between_openings(
     assert calls == []
 
 
-def test_a_change_by_somebody_else_in_between_is_taken_into_account(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_concurrent_change_is_taken_into_account(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digests in the history are those of what the recipe really held."""
     recipe = workspace.create_recipe("safe", exist_ok=True)
     cat, dog = (workspace.solve(name, base="tiny") for name in ("cat", "dog"))
@@ -290,7 +288,7 @@ def test_settings_of_a_solver_are_keywords_checked_by_name(workspace: Workspace)
     assert "ridge" in next(each for each in workspace.solvers() if each.name == "uce").settings
 
 
-def test_public_objects_say_what_they_are(workspace: Workspace) -> None:
+def test_public_objects_have_a_useful_repr(workspace: Workspace) -> None:
     solved = workspace.solve("cat")
     recipe = workspace.create_recipe("<b>safe")
     recipe.add(solved)

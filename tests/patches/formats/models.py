@@ -29,7 +29,7 @@ def noise(shape: Iterable[int], seed: int, size: float = 0.05) -> Tensor:
 
 
 def text_maps(base: Base, directions: int = 3, seed: int = 0) -> list[TextMap]:
-    """A text map for every door of a base."""
+    """A text map for every text input of a base."""
     found = []
     for number, text_input in enumerate(base.text_inputs):
         columns = base.columns(text_input, base.projections(text_input)[0])
@@ -71,7 +71,7 @@ def dense(base: Base, names: Iterable[str], seed: int = 90) -> Dense:
 
 
 def some_terms(base: Base) -> list[Term]:
-    """Three patches: text maps at every door; thin factors on the U-Net's layers and some of the text encoders'; and again."""
+    """Three patches: text maps of every text input; thin factors of layers of U-Net and text encoders; and both again."""
     every = [name for name in layers(base) if name.startswith("unet/") or ".layers.0." in name or ".layers.1." in name]
     first, *others = text_maps(base)
     whole = sum((text_map for text_map in others), start=first)

@@ -217,7 +217,7 @@ def test_a_run_with_compression_is_resumed_too(workspace: Workspace) -> None:
         assert [outcome.before for outcome in workspace.carry_out(plan, device="cpu")] == [before]
 
 
-def test_the_commands_say_what_it_cost(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_commands_report_the_error_of_compression(workspace: Workspace, tmp_path: Path) -> None:
     shell = Shell(tmp_path / "registry")
     solved = json.loads(
         shell.ok("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "dense=true", "--json")

@@ -90,7 +90,7 @@ WORDS = st.text(st.characters(categories=("L", "N", "So"), exclude_characters="{
 @given(
     names=st.lists(WORDS, min_size=1, max_size=4, unique_by=str.casefold), kind=st.sampled_from(KINDS), data=st.data()
 )
-def test_json_and_yaml_say_the_same(
+def test_json_and_yaml_files_are_read_alike(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], kind: str, data: Any
 ) -> None:
     listed = [{"name": name, "kind": kind, "prompts": [f"a {{}} {data.draw(WORDS)}"]} for name in names]

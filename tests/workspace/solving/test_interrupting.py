@@ -104,13 +104,13 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_error_while_storing_is_what_is_heard_of() -> None:
+def test_an_error_while_storing_is_reported() -> None:
     with pytest.raises(OSError, match="full"), held_back():
         raise OSError("full")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_somebody_elses_way_with_ctrl_c_is_left_alone() -> None:
+def test_another_handler_of_ctrl_c_is_left_alone() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     try:

@@ -96,7 +96,7 @@ def test_a_bare_name_means_the_concept_that_is_known_by_it(workspace: Workspace,
     assert workspace.patch("sun").concept.synonyms == ("moon",)
 
 
-def test_a_universe_is_kept_briefly_and_read_back_whole(workspace: Workspace, file: Path) -> None:
+def test_a_universe_is_stored_compactly_and_read_back_whole(workspace: Workspace, file: Path) -> None:
     record = solved(workspace, file)[2].record
     assert record is not None
     manifest = workspace.patch(record.id).manifest
@@ -144,7 +144,9 @@ def test_a_known_concept_is_changed_only_when_asked(workspace: Workspace, file: 
     assert fakes.CALLS == []
     solved(workspace, file, update=True)
     assert workspace.registry.concept("cat").synonyms == ("fox",)
-    assert [patch.concept for patch in workspace.registry.search("fox").patches] == ["cat"], "a search knows the new words"
+    assert [patch.concept for patch in workspace.registry.search("fox").patches] == ["cat"], (
+        "a search knows the new words"
+    )
     assert verify(workspace.registry).problems == ()
 
 
@@ -178,7 +180,9 @@ def test_one_that_cannot_be_solved_does_not_stop_the_others(workspace: Workspace
 
 
 @pytest.mark.parametrize("at", ["cat", "dog", "sun"])
-def test_an_interrupted_run_keeps_what_it_told_and_goes_on_there(workspace: Workspace, file: Path, at: str) -> None:
+def test_an_interrupted_run_keeps_the_reported_patches_and_goes_on_there(
+    workspace: Workspace, file: Path, at: str
+) -> None:
     fakes.INTERRUPTED.add(at)
     told: list[SolveOutcome] = []
     plan = workspace.plan(file=file, base="tiny")
@@ -203,7 +207,7 @@ def test_two_runs_at_once_end_with_the_same_patches(workspace: Workspace, file: 
     assert len(workspace.patches()) == 3
 
 
-def test_progress_says_how_long_the_rest_takes(workspace: Workspace, file: Path) -> None:
+def test_progress_shows_the_time_left(workspace: Workspace, file: Path) -> None:
     told: list[tuple[int, int, str]] = []
     plan = workspace.plan(file=file, base="tiny")
     workspace.carry_out(plan, device="cpu", progress=lambda *step: told.append(step))
@@ -216,7 +220,7 @@ def test_progress_says_how_long_the_rest_takes(workspace: Workspace, file: Path)
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (3 * 3600 + 100, "3 h 2 min")]
 )
-def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> None:
+def test_durations_are_formatted_for_people(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
@@ -225,7 +229,7 @@ class TestCommand:
     def shell(self, workspace: Workspace, tmp_path: Path) -> Shell:
         return Shell(tmp_path / "registry")
 
-    def test_the_table_says_what_was_solved_when(self, shell: Shell, file: Path) -> None:
+    def test_the_table_shows_what_was_solved_when(self, shell: Shell, file: Path) -> None:
         rows = json.loads(shell.ok("solve", "--from", str(file), "--base", "tiny", "--json"))
         assert [(row["concept"], row["solved"]) for row in rows] == [("cat", "now"), ("dog", "now"), ("sun", "now")]
         result = shell.succeeds("solve", "--from", str(file), "--base", "tiny", "--json")
@@ -254,7 +258,7 @@ class TestCommand:
         assert fakes.CALLS == []
         assert len(workspace.concepts()) == 1
 
-    def test_what_failed_is_named_and_the_exit_code_says_so(self, shell: Shell, file: Path) -> None:
+    def test_failures_are_named_and_set_the_exit_code(self, shell: Shell, file: Path) -> None:
         fakes.UNSOLVABLE.add("dog")
         result = shell("solve", "--from", str(file), "--base", "tiny")
         assert result.exit_code == 1
@@ -295,7 +299,7 @@ class TestCommand:
         assert workspace.patches() == []
 
 
-def test_a_concepts_own_prompts_are_heard_by_the_default_solver(base: Base) -> None:
+def test_a_concepts_own_prompts_are_used_by_the_default_solver(base: Base) -> None:
     phrases = Concept("cat", prompts=("a cat in the house by the tree",))
     plain, own = (Separable().solve(EditProblem(base, concept)).delta for concept in (Concept("cat"), phrases))
     assert plain != own

@@ -41,7 +41,7 @@ def test_afterwards_everything_is_as_if_solved_together(
     assert verify(workspace.registry).problems == ()
 
 
-def test_it_is_one_revision_and_every_patch_lies_as_it_did(workspace: Workspace) -> None:
+def test_it_is_one_revision_and_keeps_strengths_and_expiry(workspace: Workspace) -> None:
     grown(workspace)
     recipe = workspace.create_recipe("safe", exist_ok=True)
     before, digest = recipe.record, recipe.digest()
@@ -130,7 +130,7 @@ def test_only_a_recipe_as_it_is_now_can_be_changed(workspace: Workspace) -> None
         workspace.recipe("safe@1").reseparate(device="cpu")
 
 
-def test_the_parts_of_one_universe_add_up_and_others_are_told_apart(workspace: Workspace) -> None:
+def test_patches_of_one_universe_add_up_and_others_are_distinguished(workspace: Workspace) -> None:
     grown(workspace)
     found = universes(workspace.registry, "safe")
     assert [(each.concepts, [patch.concept for patch in each.patches]) for each in found] == [
@@ -144,7 +144,7 @@ def test_the_parts_of_one_universe_add_up_and_others_are_told_apart(workspace: W
     assert compose(workspace.base("tiny"), workspace.recipe("safe").terms())
 
 
-def test_the_commands_say_what_is_mixed_and_mend_it(workspace: Workspace, tmp_path: Path) -> None:
+def test_the_commands_report_mixed_universes_and_mend_them(workspace: Workspace, tmp_path: Path) -> None:
     shell = Shell(tmp_path / "registry")
     shell.ok("solve", "cat", "--base", "tiny")
     assert "universes" not in shell.succeeds("patch", "add", "cat", "--recipe", "safe one").stderr
