@@ -59,7 +59,7 @@ def measure(folder: Path, gib: float, rounds: int) -> list[list[Any]]:
     write_random(source, gib)
     base = Base.open(source)
     digesting = timed(lambda: base.fingerprint)
-    base.keep_digests(cache)
+    base.save_digests(cache)
     # The first round warms the caches.
     found = [apart(source, cache, number) for number in range(rounds + 1)][1:]
     built, copied, peaks = (list(column) for column in zip(*found, strict=True))
@@ -89,7 +89,7 @@ def one_round(source: Path, cache: Path, number: int) -> list[float]:
     """Seconds of a build, seconds of `cp`, and by how many MiB the build raised this program's resident memory."""
     target = source.with_name("out.safetensors")
     base = Base.open(source)
-    base.recall_digests(cache)
+    base.load_digests(cache)
     torch.manual_seed(0)
     terms = [Term("a" * 64, TextMap("text_encoder", torch.randn(768, 1) / 768, torch.randn(768, 1) / 768))]
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)

@@ -71,7 +71,7 @@ class Curve(Scale):
         return self.solving.solved(Asked.parse(solver), concept, told(solver))[0]
 
     def context(self) -> EvalContext:
-        """The suite's surroundings: the first listed object stands for the others, which the suite chooses itself."""
+        """The suite's context: the first listed object stands for the others, which the suite chooses itself."""
         assert self.solving is not None
         held = (EvaluatedPatch(self.patch("separable", concept_of(listed()[0]))),)
         prompt_set, judge, image_generator = self.solving.prompt_set, self.solving.judge, self.solving.image_generator

@@ -83,7 +83,7 @@ def measure(folder: Path, architecture: str, patches: int) -> list[list[Any]]:
     """One row for each step."""
     base = random_base(folder / "base", architecture)
     _ = base.fingerprint
-    base.keep_digests(folder / "digests.json")
+    base.save_digests(folder / "digests.json")
     rows = []
     for what in STEPS:
         words = [sys.executable, "-m", "benchmarks.formats", "--step", str(folder), what, str(patches)]
@@ -96,7 +96,7 @@ def step(folder: Path, what: str, patches: int) -> list[Any]:
     """Seconds, sizes of file and patch, by how much resident memory rose, the bar for that, the largest relative
     error, and the part of values that differ."""
     base = Base.open(folder / "base")
-    base.recall_digests(folder / "digests.json")
+    base.load_digests(folder / "digests.json")
     kind = STEPS[what]
     file = folder / f"{kind}.safetensors"
     terms = [Term("a", every_layer(base))] if kind == "every" else list(some_terms(base, patches))

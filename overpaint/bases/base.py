@@ -149,8 +149,8 @@ class Base:
         """What changes when a weight file does, as the files were when they were opened."""
         return [[str(file), *self.containers[file].stamp] for file in sorted(self.containers)]
 
-    def keep_digests(self, cache: Path) -> None:
-        """Write the digests known so far to a file that `recall_digests` reads while the weight files are the same."""
+    def save_digests(self, cache: Path) -> None:
+        """Write the digests known so far to a file that `load_digests` reads while the weight files are the same."""
         content = {"stamp": self._stamps(), "digests": self._digests}
         text = json.dumps({**content, "check": _check(content)}).encode()
         with suppress(OSError):  # only time is lost: the digests are computed again
@@ -158,8 +158,8 @@ class Base:
             if same and not (cache.is_file() and cache.read_bytes() == text):
                 write_over(cache, text)
 
-    def recall_digests(self, cache: Path) -> None:
-        """Take digests from a file that `keep_digests` wrote, unless it is damaged or a weight file changed since."""
+    def load_digests(self, cache: Path) -> None:
+        """Take digests from a file that `save_digests` wrote, unless it is damaged or a weight file changed since."""
         try:
             kept = json.loads(cache.read_text("utf-8"))
             check = kept.pop("check")

@@ -130,7 +130,7 @@ def base_preserve(
     if prompts is not None:
         wanted = [line.strip() for line in _lines(prompts) if line.strip()]
         terminal.note(f"{workspace.preserve(name, wanted)} of {len(wanted)} are new")
-    records = workspace.registry.kept_prompts(name)
+    records = workspace.registry.preserved_prompts(name)
     rows = [[record.prompt, record.who, record.at] for record in records]
     show_table("Preserved prompts", ["prompt", "who", "since"], rows, as_json)
 

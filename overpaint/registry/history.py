@@ -166,7 +166,7 @@ def append_revisions(session: Session, recipe: models.RecipeRow, revisions: Iter
             changes=[_change_row(change.patch, change.before, change.after) for change in each.changes],
         )
         session.add(row)
-        queries.keep_reason(session, row)
+        queries.index_reason(session, row)
         recipe.revision = each.number
         entries.update({change.patch: change.after for change in each.changes})
     rows = _rows(session, recipe, entries)
@@ -264,7 +264,7 @@ def revise(
         revision.changes.append(_change_row(patch_id, before, after))
         _lay(session, recipe, patch_id, row, after)
     session.add(revision)
-    queries.keep_reason(session, revision)
+    queries.index_reason(session, revision)
     session.flush()
     return revision.number
 

@@ -30,7 +30,7 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def keep_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = ()) -> None:
+def index_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = ()) -> None:
     """Write what a search finds `patch` by."""
     known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
     row = known or models.PatchTextRow(patch_id=patch.id)
@@ -45,7 +45,7 @@ def of_patch(concept: Concept, kind: str, solver: str, base: str, base_id: int, 
     return _text(words, marks)
 
 
-def keep_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] = ()) -> None:
+def index_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] = ()) -> None:
     """Write what a search finds `recipe` by, beside the reasons in its history: its name, its base and its tags."""
     of_recipe = (models.RecipeTextRow.recipe_id == recipe.id) & (models.RecipeTextRow.revision == 0)
     known = session.scalar(select(models.RecipeTextRow).where(of_recipe))
@@ -54,7 +54,7 @@ def keep_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] 
     session.add(row)
 
 
-def keep_reason(session: Session, revision: models.RevisionRow) -> None:
+def index_reason(session: Session, revision: models.RevisionRow) -> None:
     """Write the reason that somebody gave for a revision, if any, for a search."""
     if revision.why:
         text = _text([revision.why], [])

@@ -118,7 +118,7 @@ def _check_words(concept: Concept) -> None:
 def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
     """What a search finds patches by has the words of their concept."""
     for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == concept.id)):
-        queries.keep_patch(session, patch, [tag.tag for tag in patch.tags])
+        queries.index_patch(session, patch, [tag.tag for tag in patch.tags])
 
 
 TRIES = 100
@@ -142,7 +142,7 @@ def _patch_record(
 
 def _shelved(session: Session, row: models.PatchRow) -> models.PatchRow:
     added(session, row)
-    queries.keep_patch(session, row)
+    queries.index_patch(session, row)
     return row
 
 
@@ -166,10 +166,10 @@ def _inherit(session: Session, base: models.BaseRow, heir: models.BaseRow) -> No
             session.add(models.PreservedPromptRow(base_id=heir.id, prompt=prompt.prompt, who=prompt.who, at=prompt.at))
     for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.base_id == base.id)).all():
         patch.base = heir
-        queries.keep_patch(session, patch, [tag.tag for tag in patch.tags])
+        queries.index_patch(session, patch, [tag.tag for tag in patch.tags])
     for recipe in session.scalars(select(models.RecipeRow).where(models.RecipeRow.base_id == base.id)).all():
         recipe.base = heir
-        queries.keep_recipe(session, recipe, [tag.tag for tag in recipe.tags])
+        queries.index_recipe(session, recipe, [tag.tag for tag in recipe.tags])
     session.flush()
 
 
@@ -204,7 +204,7 @@ def _created(session: Session, name: str, base: models.BaseRow) -> models.Recipe
     _refuse_taken(session, name)
     _refuse_revision(session, name)
     row = added(session, models.RecipeRow(name=checked_name(name, "recipe"), base=base))
-    queries.keep_recipe(session, row)
+    queries.index_recipe(session, row)
     return row
 
 
@@ -296,13 +296,13 @@ def _untag_recipe(session: Session, name: str, tag: str) -> TagRecord:
 def _rewrite_patch(session: Session, patch: models.PatchRow) -> None:
     session.flush()
     session.refresh(patch, ["tags"])
-    queries.keep_patch(session, patch, [each.tag for each in patch.tags])
+    queries.index_patch(session, patch, [each.tag for each in patch.tags])
 
 
 def _rewrite_recipe(session: Session, recipe: models.RecipeRow) -> None:
     session.flush()
     session.refresh(recipe, ["tags"])
-    queries.keep_recipe(session, recipe, [each.tag for each in recipe.tags])
+    queries.index_recipe(session, recipe, [each.tag for each in recipe.tags])
 
 
 def _on_patch(row: models.PatchTagRow) -> TagRecord:
@@ -1129,7 +1129,7 @@ class Registry:
 
     # Prompts to preserve
 
-    def keep_prompts(self, base: str, prompts: Iterable[str], *, who: str) -> int:
+    def preserve_prompts(self, base: str, prompts: Iterable[str], *, who: str) -> int:
         """Keep prompts on a base: all of them, or none; returns how many are new.
 
         Raises NotFound for an unknown base, OverpaintError for a prompt that is empty, too long, or does not print.
@@ -1160,7 +1160,7 @@ class Registry:
                 session.delete(kept[prompt])
         return len(leaving)
 
-    def kept_prompts(self, base: str) -> list[PreservedPromptRecord]:
+    def preserved_prompts(self, base: str) -> list[PreservedPromptRecord]:
         """The prompts that are kept on a base, in alphabetical order. Raises NotFound."""
         with self._database.reading() as session:
             preserved = _preserved_of(session, find(session, models.BaseRow, base))

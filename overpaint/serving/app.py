@@ -433,7 +433,7 @@ def recipes(server: Served, caller: Reader) -> list[schemas.RecipeSummary]:
             revision=each.revision,
             weights=each.digest,
             served=server.painter.serves(each.base),
-            patches=len(each.laid),
+            patches=len(each.entries),
         )
         for each in server.workspace.recipes()
     ]
@@ -453,7 +453,7 @@ def show(recipe: str, server: Served, caller: Reader) -> schemas.RecipeItem:
 
 def _shown(server: Server, name: str) -> schemas.RecipeItem:
     record = server.workspace.registry.recipe(name)
-    entries = {entry.patch: entry for entry in record.laid}
+    entries = {entry.patch: entry for entry in record.entries}
     return schemas.RecipeItem(
         recipe=record.name,
         base=record.base,

@@ -225,7 +225,7 @@ class Painter:
 
 def _expired(record: RecipeRecord) -> bool:
     today = datetime.now(timezone.utc).date()
-    return any(entry.until is not None and entry.until <= today for entry in record.laid)
+    return any(entry.until is not None and entry.until <= today for entry in record.entries)
 
 
 @dataclass(eq=False)

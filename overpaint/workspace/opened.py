@@ -238,9 +238,9 @@ class OpenRegistry:
         digests = (
             self.registry.folder / "cache" / "digests" / f"{sha256(str(base.path).encode()).hexdigest()[:32]}.json"
         )
-        base.recall_digests(digests)
+        base.load_digests(digests)
         base.digests(base.names, self.progress)
-        base.keep_digests(digests)
+        base.save_digests(digests)
         return base
 
     # Concepts and patches
@@ -268,9 +268,9 @@ class OpenRegistry:
         """The folder in which second moments of concepts are kept."""
         return self.registry.folder / "cache" / "moments"
 
-    def surroundings(self, base: str) -> SolveContext:
+    def solve_context(self, base: str) -> SolveContext:
         """What every solve on a base knows beside its request: all concepts, the prompts to preserve, the cache."""
-        preserved = tuple(each.prompt for each in self.registry.kept_prompts(base))
+        preserved = tuple(each.prompt for each in self.registry.preserved_prompts(base))
         return SolveContext(tuple(self.concepts()), preserved, self.vocabularies)
 
     def patch(self, key: str) -> Patch:

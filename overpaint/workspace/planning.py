@@ -263,7 +263,7 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     inputs = {key: value for key, value in recorded.items() if key not in ("universe", "vocabulary")}
     inputs["settings"] = _without_folder(recorded.get("settings", {}))
     if "compressed" in inputs:
-        inputs["compressed"] = [keep.as_json() for keep in keeps_of(manifest)]
+        inputs["compressed"] = [keep.as_json() for keep in truncations_of(manifest)]
     if "decoupled" in inputs:
         step = inputs["decoupled"]
         kept = {key: step[key] for key in ("rule", "keep", "after") if key in step}
@@ -307,7 +307,7 @@ def decoupled_of(manifest: Mapping[str, Any]) -> str:
     return str(step.get("rule", "")) if isinstance(step, dict) else ""
 
 
-def keeps_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
+def truncations_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
     """The compressions that a patch went through. Raises BadKeep for what this program cannot do again."""
     steps = manifest["solver"].get("compressed", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):

@@ -477,7 +477,7 @@ class Recipe:
         day = on or datetime.now(timezone.utc).date()
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            return dict.fromkeys(each.patch for each in before.laid if each.until is not None and each.until <= day)
+            return dict.fromkeys(each.patch for each in before.entries if each.until is not None and each.until <= day)
 
         return self._change(wanted, why or "expired", who)
 

@@ -25,9 +25,9 @@ from overpaint.workspace.planning import (
     decoupled_of,
     digest_of_manifest,
     digest_of_request,
-    keeps_of,
     manifest_of,
     plan_solves,
+    truncations_of,
     universe_digest,
     universe_of,
 )
@@ -123,7 +123,7 @@ def reseparate(
     record = opened.registry.recipe(recipe)
     if record.name != recipe:
         raise OverpaintError(f"{recipe!r} is as it was then and cannot be changed; re-separate {record.name!r} itself")
-    context = opened.surroundings(record.base)
+    context = opened.solve_context(record.base)
     stale, left = _stale(opened, recipe, context)
     if not stale:
         return Reseparated([], left, len(context.universe))
@@ -153,7 +153,9 @@ def _stale(
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
             settings, rule = as_texts(record.settings), decoupled_of(manifest)
-            order = SolveRequest(concept, record.solver, settings, record.seed, keeps_of(manifest), decoupled=rule)
+            order = SolveRequest(
+                concept, record.solver, settings, record.seed, truncations_of(manifest), decoupled=rule
+            )
             fingerprint = manifest["subject"]["fingerprint"]
             if digest_of_request(order, order.method(), around, fingerprint) != digest_of_manifest(manifest):
                 stale[record.id] = order

@@ -76,13 +76,13 @@ class Workspace(OpenRegistry):
         from overpaint.bases.loading import resolve_device
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
-        around = self.surroundings(base)
+        around = self.solve_context(base)
         preserved = PreservedPrompts(around.preserve_prompts, vocabulary, around.cache)
         prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=progress)
 
     def preserve(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
-        return self.registry.keep_prompts(base, prompts, who=current_user())
+        return self.registry.preserve_prompts(base, prompts, who=current_user())
 
     def add_concept(
         self,
@@ -175,7 +175,7 @@ class Workspace(OpenRegistry):
             decoupled=decoupling_rule(decoupled),
         )
         request.method()  # so that a setting that cannot be is refused before a base is opened
-        context = self.surroundings(base_name)
+        context = self.solve_context(base_name)
         made = make(request, self.base(base_name), context, resolve_device(device), progress)
         self.registry.ensure_concept(request.concept)
         return Solved(store(self.registry, made, base_name), made.diagnostics, made.seconds)
@@ -240,7 +240,7 @@ class Workspace(OpenRegistry):
         if file is not None:
             requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
         requests = completed(requests, self.concepts(), truncations(compress), decoupling_rule(decoupled))
-        context = self.surroundings(base_name)
+        context = self.solve_context(base_name)
         return plan_solves(self.registry, requests, context, base=base_name, update=update, again=force)
 
     def carry_out(
@@ -285,7 +285,7 @@ class Workspace(OpenRegistry):
         from overpaint.workspace.solving import store_patch
 
         record, rule = self.registry.patch(patch), decoupling_rule(rule)
-        where, context = resolve_device(device), self.surroundings(record.base)
+        where, context = resolve_device(device), self.solve_context(record.base)
         found = decoupled_patch(self.base(record.base), self.patch(record.id), rule, context, where, progress)
         return store_patch(self.registry, found.patch, record.base, found.diagnostics["seconds"]), found
 

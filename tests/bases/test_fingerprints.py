@@ -179,7 +179,7 @@ def test_digests_of_a_file_that_changed_meanwhile_are_not_remembered(base_folder
     opened = Base.open(tmp_path / "base")
     assert opened.fingerprint
     _overwritten(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
-    opened.keep_digests(tmp_path / "cache.json")
+    opened.save_digests(tmp_path / "cache.json")
     assert not (tmp_path / "cache.json").exists()
 
 

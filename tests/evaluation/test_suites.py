@@ -183,21 +183,21 @@ def test_scenes_catch_a_restore_that_is_off_by_one_bit(base: Base, one_bit_off: 
 
 
 def test_scenes_ask_about_a_concept_in_sentences_that_name_no_other_erased_one(base: Base) -> None:
-    surroundings = context(base, faithful)
-    for key in surroundings.erased():
-        others = [name for _, name in surroundings.erased() if name != key[1]]
-        asked = surroundings.prompts_alone(*key, 6)
+    eval_context = context(base, faithful)
+    for key in eval_context.erased():
+        others = [name for _, name in eval_context.erased() if name != key[1]]
+        asked = eval_context.prompts_alone(*key, 6)
         assert len(asked) == 6
         assert not [each.prompt for each in asked if set(others) & set(each.prompt.split())]
         assert all(each.shows[key[0]] == key[1] for each in asked)
 
 
 def test_every_patch_of_a_class_counts_for_what_a_sentence_names(base: Base) -> None:
-    surroundings = context(base, faithful)
-    first = surroundings.patches[0]
+    eval_context = context(base, faithful)
+    first = eval_context.patches[0]
     twin = replace(first.concept, synonyms=("wordofmine",))
     patch = replace(first.patch, manifest={**first.patch.manifest, "concept": twin.as_json()})
-    both = replace(surroundings, patches=(replace(first, patch=patch), *surroundings.patches))
+    both = replace(eval_context, patches=(replace(first, patch=patch), *eval_context.patches))
     assert both.names_erased(EvalPrompt("a wordofmine", 0, {}))
     assert not both.names_erased(EvalPrompt("a wordofmine", 0, {}), both.class_of(first.concept))
 

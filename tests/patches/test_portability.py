@@ -39,7 +39,7 @@ def test_a_build_needs_nothing_that_windows_lacks(
     found = inspect(built.path)
     assert found.sound
     assert found.facts["patched tensors"] == len(base.projections())
-    base.keep_digests(tmp_path / "cache/digests.json")
+    base.save_digests(tmp_path / "cache/digests.json")
     again = Base.open(base_folder)
-    again.recall_digests(tmp_path / "cache/digests.json")
+    again.load_digests(tmp_path / "cache/digests.json")
     assert again.fingerprint == base.fingerprint

@@ -51,12 +51,12 @@ def test_removing_one_name_of_a_base_leaves_its_patches_to_the_other(either: Reg
     either.tag("good", patches=[patch.id], who="tester")
     either.create_recipe("r", "small")
     lay(either, "r", patch.id, 1.0)
-    either.keep_prompts("small", ["a red house"], who="tester")
+    either.preserve_prompts("small", ["a red house"], who="tester")
     either.add_base("again", Path("/elsewhere"), "sd1", FINGERPRINT)
     either.remove_base("small")
     assert [base.name for base in either.bases()] == ["again"]
     assert (either.patch(patch.id).base, either.recipe("r").base) == ("again", "again")
-    assert [each.prompt for each in either.kept_prompts("again")] == ["a red house"]
+    assert [each.prompt for each in either.preserved_prompts("again")] == ["a red house"]
     assert [each.id for each in either.search("again", tag="good").patches] == [patch.id]
     assert row_problems(either) == []
 
@@ -75,13 +75,13 @@ def test_the_only_name_of_a_base_that_is_needed_stays(registry: Registry, need: 
 
 
 def test_a_base_that_nothing_needs_is_removed_with_its_prompts(either: Registry) -> None:
-    either.keep_prompts("small", ["a red house"], who="tester")
+    either.preserve_prompts("small", ["a red house"], who="tester")
     either.remove_base("small")
     assert either.bases() == []
     with pytest.raises(NotFound):
         either.remove_base("small")
     either.add_base("small", Path("/new"), "sd1", "0000")
-    assert either.kept_prompts("small") == []
+    assert either.preserved_prompts("small") == []
 
 
 def test_a_name_means_the_newest_patch_of_the_base_asked_for(registry: Registry) -> None:

@@ -23,13 +23,13 @@ def registry(location: str | Path) -> Registry:
 
 
 def prompts(registry: Registry, base: str = "small") -> list[str]:
-    return [kept.prompt for kept in registry.kept_prompts(base)]
+    return [kept.prompt for kept in registry.preserved_prompts(base)]
 
 
 def test_prompts_are_stored_once_in_alphabetical_order_with_who_asked(registry: Registry) -> None:
-    assert registry.keep_prompts("small", ["watermark", " a logo ", "watermark"], who="ann") == 2
-    assert registry.keep_prompts("small", ["a logo", "Zoë's mark"], who="bob") == 1
-    found = registry.kept_prompts("small")
+    assert registry.preserve_prompts("small", ["watermark", " a logo ", "watermark"], who="ann") == 2
+    assert registry.preserve_prompts("small", ["a logo", "Zoë's mark"], who="bob") == 1
+    found = registry.preserved_prompts("small")
     assert [(kept.prompt, kept.who) for kept in found] == [
         ("Zoë's mark", "bob"),
         ("a logo", "ann"),
@@ -39,7 +39,7 @@ def test_prompts_are_stored_once_in_alphabetical_order_with_who_asked(registry: 
 
 
 def test_prompts_are_forgotten_all_or_none(registry: Registry) -> None:
-    registry.keep_prompts("small", ["one", "two", "three"], who="ann")
+    registry.preserve_prompts("small", ["one", "two", "three"], who="ann")
     with pytest.raises(NotFound, match=r"'four' is not kept on 'small'; see `overpaint base preserve small`"):
         registry.forget_prompts("small", ["one", "four"])
     assert prompts(registry) == ["one", "three", "two"]
@@ -50,16 +50,16 @@ def test_prompts_are_forgotten_all_or_none(registry: Registry) -> None:
 
 def test_each_base_has_its_own_preserved_prompts(registry: Registry) -> None:
     registry.add_base("large", Path("/models/large"), "sdxl", "e" * 8)
-    registry.keep_prompts("small", ["one"], who="ann")
+    registry.preserve_prompts("small", ["one"], who="ann")
     assert prompts(registry, "large") == []
     with pytest.raises(NotFound, match="small"):
-        registry.keep_prompts("smal", ["one"], who="ann")
+        registry.preserve_prompts("smal", ["one"], who="ann")
 
 
 @pytest.mark.parametrize("bad", ["", "  ", "two\nlines", "a\x1bb", "x" * 1001])
 def test_a_prompt_that_is_none_is_refused_and_nothing_is_stored(registry: Registry, bad: str) -> None:
     with pytest.raises(OverpaintError):
-        registry.keep_prompts("small", ["good", bad], who="ann")
+        registry.preserve_prompts("small", ["good", bad], who="ann")
     assert prompts(registry) == []
 
 

@@ -97,11 +97,11 @@ def test_an_upgrade_writes_the_texts_that_this_program_writes(location: str | Pa
             session.delete(row)
         session.flush()
         for patch in session.scalars(select(models.PatchRow)):
-            queries.keep_patch(session, patch)
+            queries.index_patch(session, patch)
         for recipe in session.scalars(select(models.RecipeRow)):
-            queries.keep_recipe(session, recipe)
+            queries.index_recipe(session, recipe)
         for revision in session.scalars(select(models.RevisionRow)):
-            queries.keep_reason(session, revision)
+            queries.index_reason(session, revision)
     assert _texts(database) == written
     assert len(written) == 3 + 2 + 5
 

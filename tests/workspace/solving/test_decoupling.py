@@ -9,7 +9,6 @@ import pytest
 
 from overpaint.core.errors import OverpaintError
 from overpaint.workspace.workspace import Workspace
-
 from tests.shell import Shell
 
 DENSE = {"dense": "true"}
