@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dt
 from overpaint.core.atomic import write_over
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.executors import machine_name
 from overpaint.core.names import typed_path
 from overpaint.core.progress import Progress, silent
 
@@ -313,6 +314,37 @@ class Base:
         kind, config = self.pipeline_class, self.config_folder
         pipe = load_pipeline(kind, self.path, config, self.layout, self.absent_components, self.variant, dtype)
         return pipe.to(device)
+
+
+class BaseReference:
+    """A base by where it is and its fingerprint: what travels to another process, which opens it once."""
+
+    def __init__(self, base: Base) -> None:
+        self.source, self.fingerprint = base.source, base.fingerprint
+        self._opened: Base | None = base
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "fingerprint": self.fingerprint, "_opened": None}
+
+    def open(self) -> Base:
+        """The base. Raises OverpaintError where this machine has not the base, or another one at its place."""
+        if self._opened is None:
+            self._opened = _opened_here(self.source, self.fingerprint)
+        return self._opened
+
+
+@lru_cache(maxsize=2)
+def _opened_here(source: str, fingerprint: str) -> Base:
+    try:
+        base = Base.open(source)
+    except OverpaintError as error:
+        raise BrokenBase(f"the worker on {machine_name()} has not the base: {error}") from error
+    if base.fingerprint != fingerprint:
+        raise BrokenBase(
+            f"the worker on {machine_name()} has another base at {source}: fingerprint {base.fingerprint[:12]} instead of "
+            f"{fingerprint[:12]}; copy the base there, or name it by its id on the Hub"
+        )
+    return base
 
 
 def _check(content: Any) -> str:

@@ -340,6 +340,9 @@ offset_option = click.option(
 )
 recipe_option = click.option("--recipe", default="default", show_default=True, type=RECIPE, help="Name of the recipe.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+on_option = click.option(
+    "--on", default="", metavar="ray|ray://HOST:PORT", help="Share the work out on a Ray cluster; default: do it here."
+)
 
 
 exactly_option = click.option(

@@ -13,6 +13,7 @@ from overpaint.commands.common import (
     Terminal,
     device_option,
     json_option,
+    on_option,
     open_workspace,
     settings_of,
     short,
@@ -41,6 +42,7 @@ COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 @click.option("--guidance", type=float, help="Guidance scale; default: what the base likes.")
 @click.option("--batch", default=50, show_default=True, type=click.IntRange(1), help="Pictures drawn at once.")
 @device_option
+@on_option
 @json_option
 @click.pass_context
 def evaluate(
@@ -56,6 +58,7 @@ def evaluate(
     guidance: float | None,
     batch: int,
     device: str,
+    on: str,
     as_json: bool,
 ) -> None:
     """Judge a recipe, or one patch, by pictures.
@@ -83,6 +86,7 @@ def evaluate(
         guidance=guidance,
         batch=batch,
         device=device,
+        on=on,
     )
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)

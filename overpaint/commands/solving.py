@@ -20,6 +20,7 @@ from overpaint.commands.common import (
     digests_option,
     interruptible,
     json_option,
+    on_option,
     open_workspace,
     settings_of,
     show_table,
@@ -97,6 +98,7 @@ def _show_one(name: str, as_json: bool) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be solved.")
 @device_option
+@on_option
 @digests_option
 @json_option
 @click.pass_context
@@ -115,6 +117,7 @@ def solve(
     force: bool,
     dry_run: bool,
     device: str,
+    on: str,
     digests: bool,
     as_json: bool,
 ) -> None:
@@ -146,7 +149,7 @@ def solve(
             settings=chosen,
         )
         if not dry_run:
-            workspace.carry_out(plan, device=device, progress=terminal.progress, on_result=outcomes.append)
+            workspace.carry_out(plan, device=device, on=on, progress=terminal.progress, on_result=outcomes.append)
     if dry_run:
         _show_plan(plan, digests, as_json)
     else:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.atomic import replacing
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor, Piece, Resources
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.compose import Term, compose, composition_digest
@@ -180,9 +182,10 @@ class ImageGenerator:
         device: torch.device,
         report: Progress = silent,
         pipe: Any = None,
+        executor: Executor | None = None,
     ) -> None:
         self.base, self.sampler, self.image_cache, self.device = base, sampler, image_cache, device
-        self._report, self._pipe = report, pipe
+        self._report, self._pipe, self._executor = report, pipe, executor
         self._overlay: Overlay | None = None
         self._digests: dict[tuple[tuple[str, float], ...], str] = {(): base.fingerprint}
         self._seen: set[tuple[str, str, int]] = set()
@@ -209,10 +212,9 @@ class ImageGenerator:
         self._report_drawn(
             weights, [question for question, picture in zip(questions, stored, strict=True) if picture is not None]
         )
-        for start in range(0, len(missing), self.sampler.batch):
-            part = missing[start : start + self.sampler.batch]
+        parts = [missing[start : start + self.sampler.batch] for start in range(0, len(missing), self.sampler.batch)]
+        for part, pictures in self._drawn_parts(terms, questions, parts):
             asked = [questions[i] for i in part]
-            pictures = self._draw(terms, asked)
             self.image_cache.keep(weights, how, asked, pictures)
             for i, picture in zip(part, pictures, strict=True):
                 stored[i] = picture
@@ -239,6 +241,22 @@ class ImageGenerator:
         assert self.overlay is not None
         return self._pipe
 
+    def _drawn_parts(
+        self, terms: Sequence[Term], questions: Sequence[EvalPrompt], parts: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], list[Picture]]]:
+        """Every part of the questions with its pictures, here or where the executor has room; batches are the same."""
+        if self._executor is None:
+            for part in parts:
+                yield part, self._draw(terms, [questions[i] for i in part])
+            return
+        inputs = DrawInputs(BaseReference(self.base), tuple(terms), self.sampler, self.device.type)
+        pieces = [Piece(f"drawing {len(part)} pictures", draw_piece, ([questions[i] for i in part],)) for part in parts]
+        needs = Resources(gpus=float(self.device.type == "cuda"))
+        for result in self._executor.results(pieces, inputs, needs):
+            if result.error:
+                raise OverpaintError(f"pictures could not be drawn: {result.error}")
+            yield parts[result.index], result.value
+
     def _draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> list[Picture]:
         self.overlay.set(terms)
         started = time.monotonic()
@@ -255,3 +273,25 @@ class ImageGenerator:
         self._of = max(self._of, done)
         left = (self._of - done) * self._seconds / self._drawn if self._drawn else 0.0
         self._report(done, self._of, f"pictures, {left:.0f} s left" if left >= 1 else "pictures")
+
+
+@dataclass(frozen=True, eq=False)
+class DrawInputs:
+    """What all pieces of a drawing read: the base, the patches on it, how it is drawn and on what device."""
+
+    base: BaseReference
+    terms: tuple[Term, ...]
+    sampler: Sampler
+    device: str
+
+
+def draw_piece(inputs: DrawInputs, questions: Sequence[EvalPrompt], progress: Progress) -> list[Picture]:
+    """Draw one batch, in whichever process; its pipeline stays loaded for the next."""
+    painter = _generator(inputs.base.open(), inputs.device)
+    painter.sampler = inputs.sampler
+    return list(painter.draw(inputs.terms, questions))
+
+
+@lru_cache(maxsize=1)
+def _generator(base: Base, device: str) -> ImageGenerator:
+    return ImageGenerator(base, Sampler(), ImageCache(None), torch.device(device))

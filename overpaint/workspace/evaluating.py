@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
 from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor, open_executor
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid
@@ -74,7 +76,8 @@ def liked_guidance(base: Base) -> float:
 class EvaluationRequest:
     """How to evaluate: the suite and its settings, the judge (see `evaluation.judges`), a CSV file of one's own prompts.
 
-    `guidance` None is what the base likes. All seeds follow from `seed`.
+    `guidance` None is what the base likes. All seeds follow from `seed`. `on` says where pictures are drawn: here, or `ray`
+    or `ray://HOST:PORT`.
     """
 
     suite: str = "quick"
@@ -86,6 +89,7 @@ class EvaluationRequest:
     guidance: float | None = None
     batch: int = 50
     device: str = "auto"
+    on: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,10 @@ def evaluate(
         EvaluatedPatch(patch, strength, record.seconds, record.nbytes)
         for patch, (record, strength) in zip(patches, subject.entries, strict=True)
     ]
-    context = open_context(registry, opened.base(subject.base), evaluated, request, progress)
-    measurements = suite.run(context)
+    with closing(open_executor(request.on)) as executor:
+        drawing = executor if request.on else None
+        context = open_context(registry, opened.base(subject.base), evaluated, request, progress, executor=drawing)
+        measurements = suite.run(context)
     seconds = time.monotonic() - started
     record = registry.add_evaluation(
         recipe=subject.recipe,
@@ -171,6 +177,7 @@ def open_context(
     progress: Progress,
     *,
     fresh: bool = False,
+    executor: Executor | None = None,
 ) -> EvalContext:
     """What a suite works with, for patches on a base; with `fresh`, no picture that was drawn before is used.
 
@@ -187,7 +194,12 @@ def open_context(
         prompt_set=prompt_set,
         judge=open_judge(request.judge, base, prompt_set, device),
         image_generator=ImageGenerator(
-            base, sampler, ImageCache(None) if fresh else image_cache(registry), device, progress
+            base,
+            sampler,
+            ImageCache(None) if fresh else image_cache(registry),
+            device,
+            progress,
+            executor=executor,
         ),
         patches=tuple(evaluated),
         known=known,

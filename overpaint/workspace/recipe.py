@@ -359,17 +359,19 @@ class Recipe:
         guidance: float | None = None,
         batch: int = 50,
         device: str = "auto",
+        on: str = "",
         progress: Progress = silent,
     ) -> Evaluated:
         """Draw with this recipe, judge the pictures, and keep the numbers in the registry.
 
         `judge` is one of `overpaint.evaluation.judges`; empty is the base's own. `prompts` is a CSV file of prompts of your
         own. `guidance` None is what the base likes, `batch` how many pictures are drawn at once. All seeds follow from
-        `seed`. Raises NotFound for an unknown suite or judge, BlindJudge for a judge that recognises too little.
+        `seed`. `on` names a Ray cluster that draws (`ray`, `ray://HOST:PORT`); empty is this process. Raises NotFound for an
+        unknown suite or judge, BlindJudge for a judge that recognises too little.
         """
         from overpaint.workspace.evaluating import EvaluationRequest, evaluate
 
-        request = EvaluationRequest(suite, settings or {}, judge, prompts, seed, steps, guidance, batch, device)
+        request = EvaluationRequest(suite, settings or {}, judge, prompts, seed, steps, guidance, batch, device, on)
         return evaluate(self._opened, self.name, request, who=current_user(), progress=progress)
 
     def report(self, out: str | Path, *, device: str = "auto", progress: Progress = silent) -> Reported:

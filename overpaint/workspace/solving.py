@@ -8,17 +8,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from overpaint.bases.base import Base
-from overpaint.core.errors import OverpaintError
+from overpaint.bases.base import Base, BaseReference
+from overpaint.core.executors import Executor, InProcess, Piece, Resources, Result
 from overpaint.core.progress import Progress, silent
-from overpaint.patches.patch import Patch, make_patch
+from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
@@ -35,6 +35,28 @@ class Made:
     patch: Patch
     diagnostics: Mapping[str, Any]
     seconds: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes the patch travels as its file, whose digests are checked where it is read."""
+        return _made_of_file, (self.order, self.patch.blob, dict(self.diagnostics), self.seconds)
+
+
+def _made_of_file(order: SolveRequest, blob: bytes, diagnostics: Mapping[str, Any], seconds: float) -> Made:
+    return Made(order, read_patch(blob), diagnostics, seconds)
+
+
+@dataclass(frozen=True)
+class SolveInputs:
+    """What all pieces of a run read: the base, the concepts and prompts around, the device."""
+
+    base: BaseReference
+    around: SolveContext
+    device: str
+
+
+def solve_piece(inputs: SolveInputs, order: SolveRequest, progress: Progress) -> Made:
+    """Solve one order, in whichever process."""
+    return make(order, inputs.base.open(), inputs.around, torch.device(inputs.device), progress)
 
 
 def make(
@@ -132,41 +154,58 @@ def carry_out(
     open_base: Callable[[str], Base],
     device: torch.device,
     *,
+    executor: Executor | None = None,
     report: Progress = silent,
     on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
 ) -> list[SolveOutcome]:
     """Solve and store what a plan leaves open; the outcome of every task, in the plan's order.
 
-    `open_base` gives the plan's base by name, and is not asked when there is nothing to solve.
+    `open_base` gives the plan's base by name, and is not asked when there is nothing to solve. `executor` says where the
+    solvers run, this process by default; the registry is written here alone.
     The registry learns the plan's concepts in one transaction when the first patch is there to be stored: whatever stops
-    before that leaves nothing. A task whose solver gives up is reported and the others go on. `on_result` gets every outcome
-    when it is final; KeyboardInterrupt leaves reported patches stored, and nothing half done.
+    before that leaves nothing. Where a solver gives up, the others go on. `on_result` is called with every outcome when it is
+    final; KeyboardInterrupt leaves what it was called with stored, and nothing half done.
     """
-    outcomes: list[SolveOutcome] = []
-    base = open_base(plan.base.name) if plan.open else None
-    clock = Clock(len(plan.open))
-    learnt = False
-    for task in plan.tasks:
-        if task.done is not None:
-            outcomes.append(SolveOutcome(task, task.done, before=True, seconds=task.done.seconds))
-            on_result(outcomes[-1])
-            continue
-        assert base is not None, "a task is open in a plan without open tasks"
-        try:
-            progress = clock.reporter(task, report)
-            made = make(task.order, base, plan.around, device, progress)
-        except OverpaintError as error:
-            outcomes.append(SolveOutcome(task, None, error=str(error)))
-            on_result(outcomes[-1])
-        else:
-            with held_back():
-                if not learnt:
-                    _learn(registry, plan)
-                    learnt = True
-                outcomes.append(_stored(registry, plan, task, made))
-                on_result(outcomes[-1])
+    outcomes = {
+        index: SolveOutcome(task, task.done, before=True, seconds=task.done.seconds)
+        for index, task in enumerate(plan.tasks)
+        if task.done is not None
+    }
+    for outcome in outcomes.values():
+        on_result(outcome)
+    places = [index for index, task in enumerate(plan.tasks) if task.done is None]
+    if places:
+        inputs = SolveInputs(BaseReference(open_base(plan.base.name)), plan.around, device.type)
+        pieces = [
+            Piece(f"solving {plan.tasks[index].order.concept.name}", solve_piece, (plan.tasks[index].order,))
+            for index in places
+        ]
+        clock = Clock(len(places), report)
+        needs = Resources(gpus=float(device.type == "cuda"))
+        learnt = False
+        with closing(_results(executor or InProcess(), pieces, inputs, needs, clock)) as results:
+            for result in results:
+                index = places[result.index]
+                task = plan.tasks[index]
+                if result.error:
+                    outcomes[index] = SolveOutcome(task, None, error=result.error)
+                    on_result(outcomes[index])
+                    continue
+                with held_back():
+                    if not learnt:
+                        _learn(registry, plan)
+                        learnt = True
+                    outcomes[index] = _stored(registry, plan, task, result.value)
+                    on_result(outcomes[index])
+    return [outcomes[index] for index in range(len(plan.tasks))]
+
+
+def _results(
+    executor: Executor, pieces: Sequence[Piece], inputs: SolveInputs, needs: Resources, clock: Clock
+) -> Iterator[Result]:
+    for result in executor.results(pieces, inputs, needs, clock.progress):
+        yield result
         clock.tick()
-    return outcomes
 
 
 def _learn(registry: Registry, plan: SolvePlan) -> None:
@@ -182,8 +221,8 @@ def _stored(registry: Registry, plan: SolvePlan, task: PlannedSolve, made: Made)
 class Clock:
     """How far a run is, and how long the rest will take."""
 
-    def __init__(self, tasks: int) -> None:
-        self._tasks, self._done = tasks, 0
+    def __init__(self, tasks: int, report: Progress) -> None:
+        self._tasks, self._done, self._report = tasks, 0, report
         self._began: float | None = None
 
     def tick(self) -> None:
@@ -191,13 +230,10 @@ class Clock:
         self._done += 1
         self._began = self._began or time.monotonic()
 
-    def reporter(self, task: PlannedSolve, report: Progress) -> Progress:
-        """Where a solver reports its steps; passed on as steps of the run."""
-        name, step = task.order.concept.name, self._done + 1
-        report(step, self._tasks, f"solving {name}{self.left()}")
-        return lambda inner, of, text: report(
-            step, self._tasks, f"solving {name}: {text}{f' {inner}/{of}' if of > 1 else ''}{self.left()}"
-        )
+    def progress(self, step: int, of: int, text: str) -> None:
+        """Pass on a solver's steps as steps of the run."""
+        now = min(self._done + 1, self._tasks)
+        self._report(now, self._tasks, f"{text}{f' {step}/{of}' if of > 1 else ''}{self.left()}")
 
     def left(self) -> str:
         """The time left in words, once there is something to go by."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import replace
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -193,6 +194,7 @@ class Workspace(OpenRegistry):
         decoupled: str = "",
         update: bool = False,
         force: bool = False,
+        on: str = "",
         progress: Progress = silent,
         on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
         **settings: object,
@@ -200,7 +202,8 @@ class Workspace(OpenRegistry):
         """Solve concepts by name, and those of a file; what was solved before with equal inputs is not solved again.
 
         Each patch is stored before the next is begun, so a run that was interrupted goes on where it was. `update` takes
-        the file's description of a known concept, `force` solves everything again. Raises as `solve` before anything is
+        the file's description of a known concept, `force` solves everything again. `on` says where the solvers run: `ray` for
+        a Ray cluster on this machine, `ray://HOST:PORT` for another; empty is this process. Raises as `solve` before anything is
         solved; a solver that gives up on one concept is an outcome with an error.
         """
         plan = self.plan(
@@ -215,7 +218,7 @@ class Workspace(OpenRegistry):
             force=force,
             settings=settings,
         )
-        return self.carry_out(plan, device=device, progress=progress, on_result=on_result)
+        return self.carry_out(plan, device=device, on=on, progress=progress, on_result=on_result)
 
     def plan(
         self,
@@ -248,14 +251,25 @@ class Workspace(OpenRegistry):
         plan: SolvePlan,
         *,
         device: str = "auto",
+        on: str = "",
         progress: Progress = silent,
         on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
     ) -> list[SolveOutcome]:
         """Solve and store what a plan leaves open; see `solve_many`."""
         from overpaint.bases.loading import resolve_device
+        from overpaint.core.executors import open_executor
         from overpaint.workspace.solving import carry_out
 
-        return carry_out(self.registry, plan, self.base, resolve_device(device), report=progress, on_result=on_result)
+        with closing(open_executor(on)) as executor:
+            return carry_out(
+                self.registry,
+                plan,
+                self.base,
+                resolve_device(device),
+                executor=executor,
+                report=progress,
+                on_result=on_result,
+            )
 
     def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
         """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.

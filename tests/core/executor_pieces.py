@@ -1,0 +1,51 @@
+"""Pieces of work that tests send to workers: an importable module, as a cluster needs it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.progress import Progress
+
+
+def double(shared: int, number: int, progress: Progress) -> int:
+    return shared * number
+
+
+def refuse(shared: Any, progress: Progress) -> None:
+    raise OverpaintError("this piece is refused")
+
+
+def fail(shared: Any, progress: Progress) -> None:
+    raise KeyError("a fault of the piece")
+
+
+def worker_id(shared: float, progress: Progress) -> tuple[int, str]:
+    """The process that did it, and its node's id, after so many seconds."""
+    import ray
+
+    time.sleep(shared)
+    return os.getpid(), str(ray.get_runtime_context().get_node_id())
+
+
+def die_once(mark: str, progress: Progress) -> str:
+    """Kills its own process the first time that it is done."""
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os._exit(9)
+    return "done"
+
+
+def die(shared: Any, progress: Progress) -> None:
+    os._exit(9)
+
+
+def hungry(mark: str, progress: Progress) -> str:
+    """Has too little memory the first time."""
+    if not Path(mark).exists():
+        Path(mark).touch()
+        raise MemoryError("no room for 2 GiB")
+    return "done"

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import InProcess, Piece, Resources, open_executor
+
+from .executor_pieces import double, fail, refuse
+
+
+def test_pieces_in_this_process_come_one_after_the_other() -> None:
+    results = InProcess().results([Piece(str(i), double, (i,)) for i in range(3)], 10, Resources())
+    assert [(result.index, result.value) for result in results] == [(0, 0), (1, 10), (2, 20)]
+
+
+def test_a_refused_piece_is_a_result_and_the_others_go_on() -> None:
+    pieces = [Piece("refused", refuse), Piece("fine", double, (1,))]
+    results = list(InProcess().results(pieces, 1, Resources()))
+    assert [(result.value, result.error) for result in results] == [(None, "this piece is refused"), (1, "")]
+
+
+def test_a_fault_in_this_process_is_not_hidden() -> None:
+    with pytest.raises(KeyError):
+        list(InProcess().results([Piece("faulty", fail)], None, Resources()))
+
+
+def test_progress_names_the_piece_that_runs() -> None:
+    told: list[str] = []
+    list(
+        InProcess().results([Piece("solving cat", double, (1,))], 1, Resources(), lambda a, b, text: told.append(text))
+    )
+    assert told == ["solving cat"]
+
+
+def test_an_unknown_place_is_refused_in_a_sentence() -> None:
+    with pytest.raises(OverpaintError, match=r"work can run on ray or ray://HOST:PORT; got 'slurm'"):
+        open_executor("slurm")
+    assert isinstance(open_executor(), InProcess)

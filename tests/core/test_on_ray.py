@@ -1,0 +1,120 @@
+"""Work on a Ray cluster of two nodes on this machine, one of which is lost."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Piece, Resources, open_executor
+
+from .executor_pieces import die, die_once, double, fail, hungry, refuse, worker_id
+
+ray = pytest.importorskip("ray", reason="the package ray is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # what Ray warns of is not ours
+]
+LIGHT = Resources(cpus=1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes, of two cores and of one."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False},
+    )
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray does not wait for the processes that it has ended
+        del cluster
+        gc.collect()
+
+
+def on_cluster(pieces: list[Piece], shared: Any, needs: Resources = LIGHT) -> list[tuple[Any, str]]:
+    """Values and errors, in the order of the pieces."""
+    executor = open_executor("ray")
+    try:
+        results = sorted(executor.results(pieces, shared, needs), key=lambda result: result.index)
+        return [(result.value, result.error) for result in results]
+    finally:
+        executor.close()
+
+
+def test_every_piece_is_done_once_and_values_are_its_own(cluster: Any) -> None:
+    pieces = [Piece(f"piece {i}", double, (i,)) for i in range(40)]
+    assert on_cluster(pieces, 3) == [(3 * i, "") for i in range(40)]
+
+
+def test_pieces_are_spread_over_the_nodes(cluster: Any) -> None:
+    found = on_cluster([Piece("wait", worker_id)] * 6, 0.2)
+    assert len({value[0] for value, _ in found}) == 3
+    assert len({value[1] for value, _ in found}) == 2
+
+
+def test_refusals_and_faults_are_results_with_their_reason(cluster: Any) -> None:
+    refused, failed, fine = on_cluster([Piece("a", refuse), Piece("b", fail), Piece("c", double, (1,))], 1)
+    assert refused == (None, "this piece is refused")
+    assert failed[1].startswith("KeyError: 'a fault of the piece' (in fail, on ")
+    assert fine == (1, "")
+
+
+def test_a_killed_worker_loses_nothing(cluster: Any, tmp_path: Path) -> None:
+    assert on_cluster([Piece("dies once", die_once)], str(tmp_path / "mark")) == [("done", "")]
+
+
+def test_a_piece_that_kills_its_workers_is_reported(cluster: Any) -> None:
+    [(value, error)] = on_cluster([Piece("dies", die)], None)
+    assert value is None
+    assert error.startswith("lost its worker 3 times: ")
+
+
+def test_a_piece_without_memory_gets_twice_the_share(cluster: Any, tmp_path: Path) -> None:
+    assert on_cluster([Piece("hungry", hungry)], str(tmp_path / "mark")) == [("done", "")]
+
+
+def test_more_than_any_node_has_is_refused(cluster: Any) -> None:
+    with pytest.raises(OverpaintError, match="no node of the cluster can do this: a piece needs 64 CPU"):
+        on_cluster([Piece("large", double, (1,))], 1, Resources(cpus=64))
+
+
+def test_another_version_on_a_worker_is_refused_by_name(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overpaint.core.on_ray.__version__", "9.9")
+    with pytest.raises(OverpaintError, match=r"the worker on .+ has Overpaint .+ and this program 9\.9"):
+        on_cluster([Piece("any", double, (1,))], 1)
+
+
+def test_a_node_that_is_removed_in_the_middle_loses_nothing(cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    cluster.wait_for_nodes()
+    executor = open_executor("ray")
+    values = []
+    for result in executor.results([Piece(f"piece {i}", worker_id) for i in range(12)], 0.3, LIGHT):
+        values.append(result)
+        if len(values) == 3:
+            cluster.remove_node(node, allow_graceful=False)
+    executor.close()
+    assert sorted(result.index for result in values) == list(range(12))
+    assert not any(result.error for result in values)
+
+
+def test_no_cluster_at_an_address_is_one_sentence(cluster: Any) -> None:
+    ray.shutdown()
+    try:
+        with pytest.raises(OverpaintError, match=r"no Ray cluster can be used at 127\.0\.0\.1:1"):
+            open_executor("127.0.0.1:1")
+    finally:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
