@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -184,7 +185,7 @@ class _Run:
         try:
             kind, value = ray.get(reference)
         except (RayActorError, OutOfMemoryError) as error:
-            return self._again(waiting, "memory" in str(error).lower(), _first_line(error))
+            return self._again(waiting, isinstance(error, OutOfMemoryError), _first_line(error))
         if kind == MEMORY:
             _end(worker)  # what it holds may be what there is no room for
             return self._again(waiting, True, value)
@@ -231,7 +232,20 @@ def _room(needs: Resources) -> int:
     return room
 
 
+def _refuse_silent(address: str) -> None:
+    """Ray itself asks for minutes where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise OverpaintError(
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or name another"
+        ) from None
+
+
 def _connect(address: str) -> None:
+    if address:
+        _refuse_silent(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     asked: dict[str, Any] = {"address": address} if address else {}

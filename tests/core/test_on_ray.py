@@ -1,4 +1,5 @@
-"""Work on a Ray cluster of two nodes on this machine, one of which is lost."""
+"""Work on a Ray cluster of two nodes on this machine, one of which is lost; solving and drawing on it too, since a cluster
+takes long to start."""
 
 from __future__ import annotations
 
@@ -8,12 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import overpaint
+from overpaint.bases.base import Base, BaseReference
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Piece, Resources, open_executor
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
+from overpaint.evaluation.prompts import EvalPrompt
+from overpaint.testing.tiny import tiny_pipeline
 
-from .executor_pieces import die, die_once, double, fail, hungry, refuse, worker_id
+from .executor_pieces import die, die_once, double, fail, hungry, opens, refuse, worker_id
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed")
 pytestmark = [
@@ -111,10 +119,48 @@ def test_a_node_that_is_removed_in_the_middle_loses_nothing(cluster: Any) -> Non
     assert not any(result.error for result in values)
 
 
+def test_patches_solved_on_a_cluster_are_those_of_this_process(cluster: Any, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    ids = []
+    for place, on in (("here", ""), ("there", "ray")):
+        workspace = overpaint.open(tmp_path / place)
+        workspace.add_base("tiny", tmp_path / "base")
+        outcomes = workspace.solve_many(
+            ["cat", "dog"], base="tiny", solver="esd", steps=1, sampling_steps=1, batch=1, on=on
+        )
+        assert [outcome.error for outcome in outcomes] == ["", ""]
+        ids.append([outcome.record.id for outcome in outcomes if outcome.record])
+        assert [patch.concept for patch in workspace.patches()] == ["cat", "dog"]
+    assert ids[0] == ids[1]
+
+
+def test_a_worker_without_the_base_says_which_machine_lacks_it(cluster: Any, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    base = BaseReference(Base.open(tmp_path / "base"))
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    [(_, error)] = on_cluster([Piece("any", opens)], base)
+    assert error.startswith("the worker on ")
+    assert "has not the base: " in error
+
+
+def test_pictures_drawn_on_a_cluster_are_those_of_this_process(cluster: Any, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    base = Base.open(tmp_path / "base")
+    questions = [EvalPrompt("a cat", seed, {}) for seed in range(4)]
+    sampler = Sampler(steps=1, batch=2)
+    executor = open_executor("ray")
+    here, there = (
+        ImageGenerator(base, sampler, ImageCache(None), torch.device("cpu"), executor=each).draw([], questions)
+        for each in (None, executor)
+    )
+    executor.close()
+    assert np.array_equal(here, there)
+
+
 def test_no_cluster_at_an_address_is_one_sentence(cluster: Any) -> None:
     ray.shutdown()
     try:
-        with pytest.raises(OverpaintError, match=r"no Ray cluster can be used at 127\.0\.0\.1:1"):
+        with pytest.raises(OverpaintError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 "):
             open_executor("127.0.0.1:1")
     finally:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
