@@ -6,11 +6,13 @@ import inspect
 import re
 import string
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -66,16 +68,18 @@ def clip(width: int, projected: int = 0, length: int = LENGTH) -> Any:
     return kind(config)
 
 
-def vae(channels: int = 4) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels,
-        norm_num_groups=2,
-        sample_size=64,
-        shift_factor=0.0,
-    )
+VAE: dict[str, Any] = {
+    "block_out_channels": (4,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+    "norm_num_groups": 2,
+    "sample_size": 64,
+}
+
+
+def vae() -> Any:
+    return diffusers.AutoencoderKL(shift_factor=0.0, **VAE)
 
 
 def flow() -> Any:
@@ -108,19 +112,22 @@ def stable_diffusion_3() -> Any:
     )
 
 
+FLUX_BLOCKS: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (2, 2, 4),
+}
+"""What FLUX, Chroma and, with a few of its own, FLUX.2 have alike."""
+
+
 def flux() -> Any:
     return diffusers.FluxPipeline(
-        transformer=diffusers.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=16,
-            axes_dims_rope=(2, 2, 4),
-        ),
+        transformer=diffusers.FluxTransformer2DModel(pooled_projection_dim=16, **FLUX_BLOCKS),
         scheduler=flow(),
         vae=vae(),
         text_encoder=clip(16),
@@ -191,17 +198,7 @@ def causal(family: str, kind: str, width: int, layers: int = 3, **more: Any) -> 
 def chroma() -> Any:
     return diffusers.ChromaPipeline(
         transformer=diffusers.ChromaTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(2, 2, 4),
-            approximator_num_channels=8,
-            approximator_hidden_dim=16,
-            approximator_layers=1,
+            approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1, **FLUX_BLOCKS
         ),
         scheduler=flow(),
         vae=vae(),
@@ -210,8 +207,8 @@ def chroma() -> Any:
     )
 
 
-def pixart_transformer() -> Any:
-    return diffusers.PixArtTransformer2DModel(
+def pixart(kind: type[Any]) -> Any:
+    transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
@@ -223,16 +220,7 @@ def pixart_transformer() -> Any:
         caption_channels=32,
         use_additional_conditions=False,
     )
-
-
-def pixart_alpha() -> Any:
-    scheduler = diffusers.DPMSolverMultistepScheduler()
-    return diffusers.PixArtAlphaPipeline(sentencepiece(), t5(32), vae(), pixart_transformer(), scheduler)
-
-
-def pixart_sigma() -> Any:
-    scheduler = diffusers.DPMSolverMultistepScheduler()
-    return diffusers.PixArtSigmaPipeline(sentencepiece(), t5(32), vae(), pixart_transformer(), scheduler)
+    return kind(sentencepiece(), t5(32), vae(), transformer, diffusers.DPMSolverMultistepScheduler())
 
 
 def auraflow() -> Any:
@@ -476,38 +464,18 @@ def hunyuan_video() -> Any:
     )
 
 
-def flux2_transformer(width: int) -> Any:
-    return diffusers.Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=width,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-
-
-def flux2_vae() -> Any:
-    return diffusers.AutoencoderKLFlux2(
-        block_out_channels=(4,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-    )
+def flux2_transformer() -> Any:
+    own = {"attention_head_dim": 16, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4)}
+    return diffusers.Flux2Transformer2DModel(timestep_guidance_channels=16, **{**FLUX_BLOCKS, **own})
 
 
 def flux2_klein() -> Any:
     return diffusers.Flux2KleinPipeline(
         scheduler=flow(),
-        vae=flux2_vae(),
+        vae=diffusers.AutoencoderKLFlux2(**VAE),
         text_encoder=causal("Qwen3", "Qwen3ForCausalLM", 8, layers=28),
         tokenizer=byte_level(),
-        transformer=flux2_transformer(24),
+        transformer=flux2_transformer(),
         is_distilled=True,
     )
 
@@ -537,10 +505,10 @@ def flux2() -> Any:
     )
     return diffusers.Flux2Pipeline(
         scheduler=flow(),
-        vae=flux2_vae(),
+        vae=diffusers.AutoencoderKLFlux2(**VAE),
         text_encoder=transformers.Mistral3ForConditionalGeneration(config),
-        tokenizer=byte_level(),
-        transformer=flux2_transformer(24),
+        tokenizer=byte_level(SYSTEM_MESSAGE),
+        transformer=flux2_transformer(),
     )
 
 
@@ -550,8 +518,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "chroma": chroma,
     "qwen-image": qwen_image,
     "z-image": z_image,
-    "pixart-alpha": pixart_alpha,
-    "pixart-sigma": pixart_sigma,
+    "pixart-alpha": partial(pixart, diffusers.PixArtAlphaPipeline),
+    "pixart-sigma": partial(pixart, diffusers.PixArtSigmaPipeline),
     "sana": sana,
     "lumina2": lumina2,
     "auraflow": auraflow,
