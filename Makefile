@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-fast lint postgres clean
+.PHONY: venv demo test test-fast lint lower-bounds postgres clean
 
 venv: $(VENV)/.dev
 
@@ -34,6 +34,10 @@ test: lint
 # What changes in minutes of work: no server, no training, nothing drawn. Under a minute.
 test-fast: venv
 	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow"
+
+# The main job on the lowest versions of the light dependencies that pyproject.toml allows (from the package index).
+lower-bounds: venv
+	$(BIN)/python -m tools.lower_bounds
 
 # What the tests need to start a PostgreSQL server of their own; without it they skip what needs one.
 postgres:

@@ -7,15 +7,17 @@ solve, add, build, inspect, export, import, report, verify. Exit code 1 when som
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import venv
+from importlib.metadata import requires
 from pathlib import Path
 
 import tomllib
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "diffusers")
@@ -23,9 +25,19 @@ HEAVY = ("torch", "transformers", "diffusers")
 
 
 def lower_bounds(pyproject: Path) -> dict[str, str]:
-    """The lowest version that is allowed of each dependency, by name."""
+    """The lowest version that is allowed of each light dependency, by name; what the heavy ones that are here need, counts."""
     listed = tomllib.loads(pyproject.read_text("utf-8"))["project"]["dependencies"]
-    return dict(re.fullmatch(r"([\w-]+)>=([\w.]+)", each).groups() for each in listed)  # type: ignore[union-attr]
+    needed = [Requirement(each) for heavy in HEAVY for each in requires(heavy) or ()]
+    lowest: dict[str, Version] = {}
+    for each in [
+        *map(Requirement, listed),
+        *(each for each in needed if each.marker is None or each.marker.evaluate()),
+    ]:
+        for clause in each.specifier:
+            if clause.operator == ">=":
+                lowest[each.name] = max(Version(clause.version), lowest.get(each.name, Version("0")))
+    names = {Requirement(each).name for each in listed} - set(HEAVY)
+    return {name: str(lowest[name]) for name in sorted(names)}
 
 
 def environment(folder: Path, pins: list[str]) -> Path:
@@ -83,7 +95,7 @@ def main_job(folder: Path) -> None:
 
 
 def run(names: list[str]) -> int:
-    bounds = {name: low for name, low in lower_bounds(ROOT / "pyproject.toml").items() if name not in HEAVY}
+    bounds = lower_bounds(ROOT / "pyproject.toml")
     chosen = {name: bounds[name] for name in names or bounds}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -22,9 +22,6 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.core.safetensors_header import TensorEntry
 
-# Which files hold a base's weights, and what each of their tensors is called: a diffusers folder or a single file.
-
-
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
 

@@ -23,8 +23,6 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.safetensors_header import BadHeader, TensorEntry, header_length, read_header
 
-# Digests over canonical content (name, dtype, shape, little-endian bytes), never over a container file.
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`float16`, `bfloat16`, ...: the name in digests and manifests."""

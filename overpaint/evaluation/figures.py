@@ -13,9 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.reports.html import Chart
 
-# Pictures side by side, with words: a row per model, a column per prompt.
-
-
 MARGIN, GAP, PADDING = 28, 10, 16
 """Pixels around the sheet, between pictures, and between pictures and words."""
 LABEL_LIMIT = 220

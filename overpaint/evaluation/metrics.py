@@ -23,9 +23,6 @@ from numpy.typing import ArrayLike, NDArray
 from overpaint.bases.emoji.judge import JudgeNetwork
 from overpaint.core.errors import NotFound, OverpaintError
 
-# What the judge sees in generated pictures, and how sure a count of its verdicts can be.
-
-
 PICTURES_AT_ONCE = 256
 """Pictures judged at once."""
 Z95 = 1.959963984540054

@@ -24,8 +24,6 @@ from overpaint.patches.arithmetic import Original, ScratchBuffers, Target
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import identical
 
-# A loaded pipeline's parameters by canonical name.
-
 
 class BadPipeline(OverpaintError):
     """A pipeline that no patch can be applied to as it is now."""

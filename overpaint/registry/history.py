@@ -15,8 +15,6 @@ from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
 from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision
 
-# What a recipe held at any of its revisions, and what is different between two.
-
 
 def find_revision(session: Session, key: str) -> tuple[models.RecipeRow, int]:
     """The recipe and the revision that `key` means: NAME (as it is now), NAME@NUMBER or NAME@TAG.

@@ -26,9 +26,6 @@ from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
 
-# The rows of a registry, for the upkeep of all of them: every patch, and what contradicts itself.
-
-
 MANY = 1000
 """How many rows are fetched at a time."""
 

@@ -20,9 +20,6 @@ from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.reports.html import Chart, HeatMap, Line, PictureRow, Section, Table
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 
-# Kept results, looked up and spelled for a page.
-
-
 SHARES = re.compile(r"accuracy|share|UA|IRA|CRA|retention|probability|H_[co]")
 """Metrics that are shares and read best in percent."""
 

@@ -69,9 +69,6 @@ def _name(module: str, per_level: int, attended: set[int]) -> str | None:
     return f"{'input' if side == 'down' else 'output'}_blocks.{at}.{inner}"
 
 
-# The modules of a base, by the names that tools give them: looked up, never guessed from a key's look.
-
-
 UNET, TRANSFORMERS = "unet", ("transformer", "transformer_2")
 ENCODERS = ("text_encoder", "text_encoder_2")
 INNER = "text_model."
@@ -127,9 +124,6 @@ def lookup(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         if modules.setdefault(name, module) != module:
             unsure.add(name)
     return {name: module for name, module in modules.items() if name not in unsure}
-
-
-# How tools begin the names of layers, and what they wrap around them: one table for all dialects.
 
 
 WRAPPERS = re.compile(r"^(state_dict\.|module\.|_orig_mod\.)+|(?<=\.)(module|_orig_mod|base_model\.model)\.")

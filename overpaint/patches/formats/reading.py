@@ -190,9 +190,6 @@ def _nested(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# The factors of a LoRA as a patch keeps them: two matrices whose product is the change, with nothing left to multiply.
-
-
 Pair = tuple[Tensor, Tensor]
 """up (out x r) and down (r x in)."""
 

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from overpaint.bases.base import Base
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 
-# Which tensors a solver may train, by the names that papers give to parts of the models.
-
-
 KEYS_AND_VALUES = "keys-and-values"
 CROSS_ATTENTION = "cross-attention"
 ATTENTION = "attention"
