@@ -31,7 +31,7 @@ class BadBackup(OverpaintError):
 
 @dataclass(frozen=True)
 class Restored:
-    """What was restored: the schema of the backup, and where the database that was there is kept, if there was one."""
+    """What was restored: the schema of the backup, and where the database that was there before is now, if there was one."""
 
     revision: str
     kept: Path | None
@@ -52,7 +52,7 @@ def backup(location: str | Path, target: Path) -> int:
 
 
 def restore(location: str | Path, source: Path) -> Restored:
-    """Put the backup `source` in the place of the database of the registry at `location`, which is kept beside it.
+    """Put the backup `source` in the place of the database of the registry at `location`, which stays beside it.
 
     Other programs may be using the registry: they find either all of the old rows or all of the new ones. Raises
     BadBackup for a file that is damaged or no backup of a registry, RegistryVersionError for one that is newer than this

@@ -36,7 +36,7 @@ class RegistryVersionError(OverpaintError):
 
 
 def database_at(location: str | Path) -> Database:
-    """The database that a folder or a URL means, not opened yet. Raises OverpaintError for what is neither."""
+    """The database at a folder or a URL, not opened yet. Raises OverpaintError for anything else."""
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", str(location))
     if scheme is None or scheme[1] == "sqlite":
         return SqliteDatabase(locate(location))
@@ -122,7 +122,7 @@ LOCK_SECONDS = 20.0
 
 
 def locate(location: str | Path) -> Path:
-    """The database file that a folder or an sqlite:/// URL means. Raises OverpaintError for what is neither."""
+    """The database file at a folder or an sqlite:/// URL. Raises OverpaintError for anything else."""
     text = str(location)
     if text.startswith("sqlite:"):
         return _file(text.removeprefix(SQLITE))
@@ -178,7 +178,7 @@ class SqliteDatabase(Database):
             yield
 
     def back_up(self, revision: str) -> None:
-        """Beside the file, under a name that says from where the upgrade came; an earlier copy is kept too."""
+        """Beside the file, under a name that says from where the upgrade came; an earlier copy stays too."""
         copy_database(self.path, free_name(self.path.with_name(f"{self.path.name}.before-upgrade-from-{revision}")))
 
     def broken_reference(self, connection: Connection) -> str | None:

@@ -65,7 +65,7 @@ OF_POSTGRES = {
 
 
 class Damaged(OverpaintError):
-    """A database that something else than this program has changed."""
+    """A database that another program has changed."""
 
 
 @contextmanager

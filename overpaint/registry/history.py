@@ -114,7 +114,7 @@ def _tagged(session: Session, recipe: models.RecipeRow, mark: str) -> int:
 
 
 class HistoriesDiverged(OverpaintError):
-    """Two recipes of one name whose histories went different ways."""
+    """Two recipes of one name whose histories diverged."""
 
 
 MergeOutcome = Literal["new", "updated", "the same", "newer here"]
@@ -123,7 +123,7 @@ MergeOutcome = Literal["new", "updated", "the same", "newer here"]
 def compare_histories(
     name: str, ours: Sequence[object], fingerprint: str, theirs: Sequence[object], their_fingerprint: str
 ) -> Literal["updated", "the same", "newer here"]:
-    """What the revisions `theirs` are to `ours`, each with the fingerprint of its base.
+    """How the revisions `theirs` continue `ours` or the other way round, each with the fingerprint of its base.
 
     Raises HistoriesDiverged when neither continues the other.
     """
@@ -195,7 +195,7 @@ def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
 
 
 def change(session: Session, recipe: models.RecipeRow, wanted: Mapping[str, RecipeEntry | None], note: Note) -> int:
-    """Set patches of `recipe` to what `wanted` says, or take out those that are None; return the new revision's number.
+    """Set patches of `recipe` as in `wanted`, or remove those that are None; return the new revision's number.
 
     Raises NotFound for a patch that is not there or taking out what is not on the recipe, AlreadyExists when nothing would
     change for one of them, and OverpaintError when one was made for another base.

@@ -32,7 +32,7 @@ MANY = 1000
 
 @dataclass(frozen=True)
 class StoredPatch:
-    """What a row says of a patch's bytes; `concept` is a name, `fingerprint` that of the base."""
+    """What a row records about a patch's bytes; `concept` is a name, `fingerprint` that of the base."""
 
     id: str
     blob: str

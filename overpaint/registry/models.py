@@ -50,7 +50,7 @@ def now() -> datetime:
 
 
 class DamagedRow(Damaged):
-    """A row that was changed by something else than this program; `what` is wrong with it."""
+    """A row that another program changed; `what` is wrong with it."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -256,7 +256,7 @@ class PatchTagRow(Row):
 
 
 class PatchTextRow(Row):
-    """What a search of patches reads instead of the tables it was made from; `texts.py` says how. In order of arrival."""
+    """What a search of patches reads instead of the tables it was made from; see `queries.py`. Newest last."""
 
     __tablename__ = "patch_text"
     __table_args__ = (UniqueConstraint("patch_id"),)
@@ -359,7 +359,7 @@ class RevisionRow(Row):
 
 
 class RevisionPatchRow(Row):
-    """What one revision did to one patch. A strength of NULL: it did not lie there."""
+    """What one revision did to one patch. A strength of NULL: the recipe did not have it."""
 
     __tablename__ = "revision_patch"
 
@@ -421,7 +421,7 @@ class EvaluationResultRow(Row):
 
 
 class PreservedPromptRow(Row):
-    """A prompt that a base must go on understanding as it does."""
+    """A prompt to preserve in whatever is solved on a base."""
 
     __tablename__ = "kept_prompt"
 

@@ -31,7 +31,7 @@ def folded(text: str) -> str:
 
 
 def index_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = ()) -> None:
-    """Write what a search finds `patch` by."""
+    """Write the text by which a search finds `patch`."""
     known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
     row = known or models.PatchTextRow(patch_id=patch.id)
     row.text = of_patch(patch.concept.concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
@@ -46,7 +46,7 @@ def of_patch(concept: Concept, kind: str, solver: str, base: str, base_id: int, 
 
 
 def index_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] = ()) -> None:
-    """Write what a search finds `recipe` by, beside the reasons in its history: its name, its base and its tags."""
+    """Write the text by which a search finds `recipe`: its name, its base and its tags; reasons have rows of their own."""
     of_recipe = (models.RecipeTextRow.recipe_id == recipe.id) & (models.RecipeTextRow.revision == 0)
     known = session.scalar(select(models.RecipeTextRow).where(of_recipe))
     row = known or models.RecipeTextRow(recipe_id=recipe.id, revision=0)

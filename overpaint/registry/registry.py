@@ -79,8 +79,8 @@ class ConceptDiffers(AlreadyExists):
     """A concept that is known by another description."""
 
 
-def told_apart(pairs: Iterable[tuple[Concept, Concept]]) -> str:
-    """The sentences that refuse concepts by another description than the one that is kept: (kept, asked) of each."""
+def refusals(pairs: Iterable[tuple[Concept, Concept]]) -> str:
+    """For each pair (stored, asked) of descriptions of one concept, the sentence that refuses the second."""
     lines = [
         f"  {known.name}\n    kept here: {_described(known)}\n    asked for: {_described(wanted)}"
         for known, wanted in pairs
@@ -435,7 +435,7 @@ LONGEST_PROMPT = 1000
 
 @dataclass(frozen=True)
 class PreservedPromptRecord:
-    """A prompt to keep, and who asked for that, and when."""
+    """A prompt to preserve, who asked for that, and when."""
 
     prompt: str
     who: str
@@ -505,7 +505,7 @@ class Registry:
     # Bases
 
     def add_base(self, name: str, source: Path, layout: str, fingerprint: str) -> BaseRecord:
-        """Remember a base under `name`; `source` is kept as it is given. Raises AlreadyExists if the name is taken."""
+        """Remember a base under `name`; `source` is stored as given. Raises AlreadyExists if the name is taken."""
         with self._database.writing() as session:
             known = lookup(session, models.BaseRow, name)
             if known is not None:
@@ -519,7 +519,7 @@ class Registry:
             return BaseRecord.of(added(session, row))
 
     def bases(self) -> list[BaseRecord]:
-        """All bases, in the order they came."""
+        """All bases, in the order they were added."""
         with self._database.reading() as session:
             return [BaseRecord.of(row) for row in session.scalars(select(models.BaseRow).order_by(models.BaseRow.id))]
 
@@ -529,7 +529,7 @@ class Registry:
             return BaseRecord.of(find(session, models.BaseRow, name))
 
     def move_base(self, name: str, source: Path, fingerprint: str) -> BaseRecord:
-        """Remember that a base is at `source` now, where somebody found `fingerprint`.
+        """Record that a base is at `source` now, where its fingerprint was found to be `fingerprint`.
 
         Raises NotFound, OverpaintError when it is another base that was found there.
         """
@@ -563,7 +563,7 @@ class Registry:
     # Concepts
 
     def add_concept(self, concept: Concept) -> None:
-        """Remember a concept. Raises AlreadyExists if its name is taken, be it by an equal one."""
+        """Remember a concept. Raises AlreadyExists if its name is taken, even by an equal one."""
         self._keep_concept(concept, equal_is_fine=False)
 
     def ensure_concept(self, concept: Concept) -> None:
@@ -581,7 +581,7 @@ class Registry:
             known = {row.name: lookup(session, models.ConceptRow, row.name) for row in rows}
             pairs = [(there, row) for row in rows if (there := known[row.name]) and there.concept != row.concept]
             if pairs and not update:
-                raise ConceptDiffers(told_apart([(there.concept, row.concept) for there, row in pairs]))
+                raise ConceptDiffers(refusals([(there.concept, row.concept) for there, row in pairs]))
             for there, row in pairs:
                 _check_words(row.concept)
                 there.kind, there.definition = row.kind, row.definition
@@ -616,7 +616,7 @@ class Registry:
             session.delete(row)
 
     def concepts(self, *, limit: int | None = None, offset: int = 0) -> list[Concept]:
-        """All concepts, in the order they came, or `limit` of them after the first `offset`."""
+        """All concepts, in the order they were added, or `limit` of them after the first `offset`."""
         query = select(models.ConceptRow).order_by(models.ConceptRow.id).limit(limit).offset(offset)
         with self._database.reading() as session:
             return [row.concept for row in session.scalars(query)]
@@ -647,7 +647,7 @@ class Registry:
         seconds: float,
         solved_at: datetime | None = None,
     ) -> PatchRecord:
-        """Keep a patch: first its bytes, then the row that names them.
+        """Store a patch: first its bytes, then the row that names them.
 
         `solved_at` is when it was solved, now if None: of a concept's patches the one solved last is the newest, wherever
         that was. An id that is there already is returned as it was (and its bytes put back should they have been lost).

@@ -260,16 +260,16 @@ class OpenRegistry:
 
     @property
     def vocabularies(self) -> Path:
-        """The folder in which second moments of vocabularies are kept."""
+        """The folder in which second moments of vocabularies are cached."""
         return self.registry.folder / "cache" / "vocabulary"
 
     @property
     def moments(self) -> Path:
-        """The folder in which second moments of concepts are kept."""
+        """The folder in which second moments of concepts are cached."""
         return self.registry.folder / "cache" / "moments"
 
     def solve_context(self, base: str) -> SolveContext:
-        """What every solve on a base knows beside its request: all concepts, the prompts to preserve, the cache."""
+        """What a solve on a base reads beside its request: all concepts, the prompts to preserve, the cache."""
         preserved = tuple(each.prompt for each in self.registry.preserved_prompts(base))
         return SolveContext(tuple(self.concepts()), preserved, self.vocabularies)
 

@@ -20,7 +20,7 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.records import BaseRecord, PatchRecord
-from overpaint.registry.registry import ConceptDiffers, Registry, told_apart
+from overpaint.registry.registry import ConceptDiffers, Registry, refusals
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.patch_files import embedded_manifest
 
@@ -48,7 +48,7 @@ class Truncation:
 
     @classmethod
     def parse(cls, text: str) -> Truncation:
-        """`4` is a rank, `0.99` (and `1.0`) a share of energy. Raises BadKeep for anything else."""
+        """`4` is a rank, `0.99` (and `1.0`) a share of energy. Raises BadTruncation for anything else."""
         try:
             if text.strip().isdecimal():
                 return cls.from_json({"rank": int(text)})
@@ -60,7 +60,7 @@ class Truncation:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Truncation:
-        """What `as_json` gave; other keys are passed over. Raises BadKeep."""
+        """What `as_json` gave; other keys are passed over. Raises BadTruncation."""
         rank, energy = data.get("rank"), data.get("energy")
         if (type(rank) is int and rank >= 1 and energy is None) or (
             rank is None and isinstance(energy, float) and math.isfinite(energy) and 0 < energy <= 1
@@ -106,7 +106,7 @@ class SolveRequest:
 
 @dataclass(frozen=True)
 class SolveContext:
-    """What a solve reads beside its request: all concepts, prompts to preserve, and a folder for what is worth keeping.
+    """What a solve reads beside its request: all concepts, prompts to preserve, and a cache folder.
 
     Concepts and prompts decide what comes out, the folder only how fast.
     """
@@ -133,7 +133,7 @@ class SolveContext:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What counts for every concept that does not say otherwise. Settings are those of `solver`, and of no other."""
+    """Defaults for concepts that set nothing themselves. Settings are those of `solver` alone."""
 
     kind: str = "object"
     anchor: str = ""
@@ -148,13 +148,13 @@ class Defaults:
         settings: Mapping[str, str] | None = None,
         seed: int | None = None,
     ) -> SolveRequest:
-        """The order for a concept with what it says for itself."""
+        """The request for a concept, with its own settings before the defaults."""
         method = solver or self.solver
         inherited = self.settings if method == self.solver else {}
         return SolveRequest(concept, method, {**inherited, **(settings or {})}, self.seed if seed is None else seed)
 
     def overridden(self, solver: str | None, settings: Mapping[str, str], seed: int | None) -> Defaults:
-        """These defaults with what a command line says instead."""
+        """These defaults, with the values of a command line before them."""
         order = self.order(Concept("any"), solver, settings, seed)
         return Defaults(self.kind, self.anchor, order.solver, order.settings, order.seed)
 
@@ -162,7 +162,7 @@ class Defaults:
 def completed(
     orders: Iterable[SolveRequest], known: Iterable[Concept], keeps: tuple[Truncation, ...], decoupled: str = ""
 ) -> list[SolveRequest]:
-    """Orders with the descriptions that are known of concepts they only name, with decoupling and compressions."""
+    """Requests completed with the known descriptions of concepts that they only name, with decoupling and compressions."""
     by_name = {concept.name: concept for concept in known}
     return [
         replace(
@@ -182,7 +182,7 @@ _PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 
 
 def provenance(request: SolveRequest, method: Solver, context: SolveContext) -> dict[str, Any]:
-    """What a manifest says about how its patch was solved, before any compression.
+    """The entry `solver` of a manifest: how the patch was solved, before any compression.
 
     An input is recorded where the solver declares that it reads it: the universe without the request's own concept,
     preserved prompts, pictures by the digests of their files.
@@ -294,7 +294,7 @@ def _reads_universe(name: str, settings: bytes) -> bool:
 
 
 def decoupling_inputs(rule: str, context: SolveContext) -> dict[str, Any]:
-    """What a decoupling follows from beside the universe: the rule, and the prompts that are preserved."""
+    """The inputs of a decoupling beside the universe: the rule, and the prompts that are preserved."""
     from overpaint.solvers.problem import distinct_prompts
 
     prompts = distinct_prompts(context.preserve_prompts)
@@ -308,7 +308,7 @@ def decoupled_of(manifest: Mapping[str, Any]) -> str:
 
 
 def truncations_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
-    """The compressions that a patch went through. Raises BadKeep for what this program cannot do again."""
+    """The compressions that a patch went through. Raises BadTruncation for what this program cannot do again."""
     steps = manifest["solver"].get("compressed", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise BadTruncation("the patch's manifest does not say how it was compressed; solve its concept again")
@@ -316,7 +316,7 @@ def truncations_of(manifest: Mapping[str, Any]) -> tuple[Truncation, ...]:
 
 
 def manifest_of(registry: Registry, record: PatchRecord) -> Mapping[str, Any]:
-    """What a stored patch says about itself, without reading its arrays where they are kept apart.
+    """The manifest of a stored patch, without reading its arrays where they are stored apart.
 
     Raises BlobMissing or BlobCorrupt.
     """
@@ -396,7 +396,7 @@ def plan_solves(
     update: bool = False,
     again: bool = False,
 ) -> SolvePlan:
-    """What `orders` come down to. To the universe of `around`, what the registry knows, is added all that is ordered.
+    """The plan for `orders`: which are solved already, and the universe with all that is ordered added.
 
     An order whose inputs are those of a stored patch is done, unless `again`. Raises ConceptDiffers for concepts that are
     known by another description, unless `update`; NotFound and BadSetting for a base, a solver or settings that are none;
@@ -408,7 +408,7 @@ def plan_solves(
     new = tuple(concept for name, concept in wanted.items() if name not in known)
     changed = tuple(concept for name, concept in wanted.items() if name in known and known[name] != concept)
     if changed and not update:
-        raise ConceptDiffers(told_apart([(known[concept.name], concept) for concept in changed]))
+        raise ConceptDiffers(refusals([(known[concept.name], concept) for concept in changed]))
     around = replace(around, universe=tuple({**known, **wanted}.values()))
     _check_methods(orders)
     before = {} if again else solved_before(registry, base, orders)

@@ -51,7 +51,7 @@ def current_user() -> str:
 
 
 class Recipe:
-    """Reads and changes one recipe of a registry; what it holds is read anew each time.
+    """One recipe of a registry, to read and to change; its entries are read anew each time.
 
     The name may say a revision, as NAME@NUMBER or NAME@TAG: that can be read, composed and built, but not changed.
     """
@@ -175,7 +175,7 @@ class Recipe:
         )
 
     def checkout(self, revision: int | str, *, why: str = "", who: str = "") -> list[HistoryRecord]:
-        """Hold exactly what an earlier revision held, by number or tag; returns the lines of the new revision.
+        """Restore the patches of an earlier revision, by number or tag; returns the lines of the new revision.
 
         Raises NotFound for an unknown revision, AlreadyExists when the recipe holds the same now, LostPatch when a patch has
         to be added whose bytes are lost.
@@ -191,7 +191,7 @@ class Recipe:
         return self._record(lambda before: dict(then(before).patches), commit, why, who)
 
     def undo(self, *, why: str = "", who: str = "") -> list[HistoryRecord]:
-        """Take the newest change back, as a new revision (so undoing twice brings it back). Raises NotFound without any."""
+        """Revert the newest change, as a new revision (so undoing twice brings it back). Raises NotFound without any."""
         newest = self.record
         if newest.revision == 0:
             raise NotFound(f"recipe {self.name!r} was never changed, so there is nothing to undo")
@@ -362,7 +362,7 @@ class Recipe:
         on: str = "",
         progress: Progress = silent,
     ) -> Evaluated:
-        """Draw with this recipe, judge the pictures, and keep the numbers in the registry.
+        """Draw with this recipe, judge the pictures, and store the numbers in the registry.
 
         `judge` is one of `overpaint.evaluation.judges`; empty is the base's own. `prompts` is a CSV file of prompts of your
         own. `guidance` None is what the base likes, `batch` how many pictures are drawn at once. All seeds follow from
@@ -448,7 +448,7 @@ class Recipe:
         return Recipe(self._opened, name)
 
     def delete(self, *, why: str = "", who: str = "") -> None:
-        """Take this recipe off the lists. Its history stays, and `Workshop.undelete_recipe` brings it back."""
+        """Delete this recipe. Its history stays, and `Workspace.undelete_recipe` brings it back."""
         self._opened.registry.delete_recipe(self.name, why=why, who=who or current_user())
         self._opened.pipelines.release_all(self.name)
 
@@ -502,7 +502,7 @@ class Recipe:
         return {"recipe": self.name, "base_name": record.base, "patches": patches}
 
     def card(self) -> str:
-        """A model card for a build: what is erased, and what that is worth."""
+        """A model card for a build: what is erased, and how well, as measured."""
         from overpaint.workspace.report import model_card
 
         return model_card(self.name, self.record.base, self.base.fingerprint, self.patches())

@@ -194,7 +194,7 @@ def _command(name: str, run: EvaluationRecord) -> str:
 
 
 def model_card(name: str, base: str, fingerprint: str, entries: Sequence[tuple[PatchRecord, float]]) -> str:
-    """The card of a build, Markdown: what is erased in it, and what that is worth. No name can break its table."""
+    """The card of a build, Markdown: what is erased in it, and how well, as measured. No name can break its table."""
     return rendered("card.md.j2", name=name, base=base, fingerprint=fingerprint, entries=entries)
 
 

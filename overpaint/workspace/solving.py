@@ -29,7 +29,7 @@ from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A patch that is not stored yet, what its solver said about it, and the seconds that took."""
+    """A patch that is not stored yet, what its solver reported, and the seconds that took."""
 
     order: SolveRequest
     patch: Patch
@@ -89,12 +89,12 @@ def make(
 
 
 def store(registry: Registry, made: Made, base: str) -> PatchRecord:
-    """Keep a patch under the name of a base. Its concept must be known."""
+    """Store a patch of the base of that name. Its concept must be known."""
     return store_patch(registry, made.patch, base, made.seconds)
 
 
 def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> PatchRecord:
-    """Keep a patch with the row that its manifest asks for. Raises NotFound for a concept or a base that is not known."""
+    """Store a patch and the row that follows from its manifest. Raises NotFound for a concept or a base that is not known."""
     solver = patch.manifest["solver"]
     return registry.add_patch(
         id=patch.id,
@@ -111,7 +111,7 @@ def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Within the block, the first Ctrl-C is put off to its end; a second one does not wait.
+    """Within the block, the first Ctrl-C is deferred to its end; a second one is not.
 
     Where somebody else has decided what Ctrl-C does, or in a thread that it does not reach, nothing changes.
     """

@@ -113,7 +113,7 @@ class Workspace(OpenRegistry):
         anchor: str | None = None,
         prompts: Iterable[str] | None = None,
     ) -> Concept:
-        """Describe a concept otherwise; what is None stays. Patches that are there stay as they were solved.
+        """Change a concept's description; what is None stays, and so do patches that are stored.
 
         Raises NotFound for an unknown name, OverpaintError for a concept that is not valid.
         """
@@ -272,7 +272,7 @@ class Workspace(OpenRegistry):
             )
 
     def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
-        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `solving.compression`.
+        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `workspace.compression`.
 
         Raises NothingSmaller when it would not be smaller.
         """
