@@ -33,7 +33,7 @@ from tests.bases.tiny_transformers import PIPELINES, t5, tiny_transformer
 CAUGHT = sorted(layout.name for layout in layouts() if layout.is_caught)
 PROMPT = "a photo of a cat"
 SENTENCES = {"object": [["{}", ""], ["a photo of a {}", "a photo"]], "neutral": ["{}", "a photo of the {}"]}
-LENGTHS = {"cogvideox": 226, "flux2": 80, "hunyuan-video": 200, "lumina2": 160, "qwen-image": 128}
+LENGTHS = {"cogvideox": 226, "flux2": 96, "hunyuan-video": 200, "lumina2": 160, "qwen-image": 128}
 """Tokens of a prompt; longer where a long instruction stands before it, which tiny tokenizers split into many."""
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 CAT = Concept("cat", anchor="dog")
