@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-fast lint lower-bounds postgres clean
+.PHONY: venv demo test test-fast lint lower-bounds docs wheel-check postgres clean
 
 venv: $(VENV)/.dev
 
@@ -11,7 +11,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	@start=$$(date +%s); $(BIN)/python -m pip install -c constraints.txt -e . && \
+	  echo "installed in $$(($$(date +%s) - start)) s"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -38,6 +39,14 @@ test-fast: venv
 # The main job on the lowest versions of the light dependencies that pyproject.toml allows (from the package index).
 lower-bounds: venv
 	$(BIN)/python -m tools.lower_bounds
+
+# The docs site, in build/site; a warning is an error. `python -m mkdocs serve` shows it while you write.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Wheel and source archive, built, checked, installed in an environment of their own and used.
+wheel-check: venv
+	$(BIN)/python -m tools.release
 
 # What the tests need to start a PostgreSQL server of their own; without it they skip what needs one.
 postgres:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from overpaint import core
 from overpaint.commands.bases import base
 from overpaint.commands.certifying import certify, verify_certificate
 from overpaint.commands.checkpoints import build, demo, generate, inspect
@@ -23,7 +24,6 @@ from overpaint.commands.serving import serve, token
 from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve, solvers
 from overpaint.commands.upkeep import db, gc, init, verify
-from overpaint.core import __version__
 from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import printed
 
@@ -58,8 +58,16 @@ class _Commands(click.Group):
                 formatter.write_dl(rows)
 
 
+def _show_version(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
+    if asked:
+        click.echo(f"overpaint, version {core.__version__}")
+        ctx.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
 @click.option(
     "--registry",
     envvar="OVERPAINT_REGISTRY",

@@ -35,6 +35,11 @@ def base_add(ctx: click.Context, name: str, source: str | None) -> None:
     SOURCE is a diffusers folder, a single file (.safetensors, or .ckpt, of which only tensors are read), a model on the
     Hub as ORG/MODEL or ORG/MODEL@REVISION (remembered with its commit), or `emoji` for the embedded base. It defaults to
     NAME. One base may have several names.
+
+    \b
+    Example:
+      overpaint base add emoji
+      overpaint base add sd15 path/to/stable-diffusion-v1-5
     """
     with Terminal() as terminal:
         record = open_workspace(ctx, create=True, terminal=terminal).add_base(name, source or name)
@@ -46,7 +51,12 @@ def base_add(ctx: click.Context, name: str, source: str | None) -> None:
 @json_option
 @click.pass_context
 def base_list(ctx: click.Context, digests: bool, as_json: bool) -> None:
-    """List all bases."""
+    """List all bases.
+
+    \b
+    Example:
+      overpaint base list
+    """
     rows = [[b.name, b.layout, str(b.source), b.fingerprint] for b in open_workspace(ctx).bases()]
     columns = ["name", "layout", "source", "fingerprint"]
     show_table("Bases", columns, rows, as_json, digests=digests, asked=["fingerprint"])
@@ -61,6 +71,10 @@ def base_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> No
     """Show what a base holds and what reads the prompt.
 
     Other names of the same base are listed too.
+
+    \b
+    Example:
+      overpaint base show sd15
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -88,6 +102,10 @@ def base_move(ctx: click.Context, name: str, path: str) -> None:
     """Say where the files of a base are now.
 
     The base at NEWPATH must be the same, by its fingerprint.
+
+    \b
+    Example:
+      overpaint base move sd15 /models/stable-diffusion-v1-5
     """
     with Terminal() as terminal:
         record = open_workspace(ctx, terminal=terminal).move_base(name, path)
@@ -101,6 +119,10 @@ def base_remove(ctx: click.Context, name: str) -> None:
     """Remove a name of a base; its files stay.
 
     Refused while patches or recipes need the base, unless it has another name.
+
+    \b
+    Example:
+      overpaint base remove old-name
     """
     open_workspace(ctx).remove_base(name)
     click.echo(f"removed base {name}; its files are where they were")
@@ -122,6 +144,10 @@ def base_preserve(
 
     For what a base must go on understanding as it does, watermark prompts for example. Patches that are solved from now on
     preserve them, where their solver can; patches that are there already stay as they are.
+
+    \b
+    Example:
+      overpaint base preserve sd15 --prompts watermark.txt
     """
     workspace, terminal = open_workspace(ctx), Terminal()
     if remove or remove_all:
@@ -159,6 +185,10 @@ def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str) ->
 
     On a large text encoder that takes minutes on a GPU and hours without. The result is kept in the registry; a call that
     was interrupted goes on where it stopped.
+
+    \b
+    Example:
+      overpaint base prepare sdxl --device cuda
     """
     with Terminal() as terminal:
 

@@ -48,6 +48,10 @@ def build(ctx: click.Context, name: str, out: Path, form: Any, sign: Path | None
     """Build a recipe into a new checkpoint.
 
     OUT is a diffusers folder, or a single file whose name ends in .safetensors.
+
+    \b
+    Example:
+      overpaint build safe safe.safetensors
     """
     notices: list[str] = []
     with Terminal() as terminal:
@@ -85,7 +89,12 @@ def generate(
     guidance: float | None,
     device: str,
 ) -> None:
-    """Draw a prompt with a recipe applied."""
+    """Draw a prompt with a recipe applied.
+
+    \b
+    Example:
+      overpaint generate "a picture of a cat" --recipe safe --compare -o cat.png
+    """
     with Terminal() as terminal:
         wanted = open_workspace(ctx, terminal=terminal).recipe(recipe)
         require_parent(out)
@@ -121,6 +130,10 @@ def demo(out: Path | None, quick: bool) -> None:
 
     Erases seven concepts, puts two back, builds a checkpoint, judges everything and writes a report. The exit code is 1
     when a check does not hold.
+
+    \b
+    Example:
+      overpaint demo --quick -o a-first-look
     """
     from overpaint.workspace.demo import run
 
@@ -162,6 +175,11 @@ def inspect(ctx: click.Context, path: Path, explain: bool, base: str | None, dig
     Checks every digest; also describes bases and patch files. The exit code is 0 only when Overpaint built it and
     everything recorded is true. With --explain it is about any checkpoint: which of the registry's patches are in it, at
     which strengths, and how much of its difference from the base they leave unexplained.
+
+    \b
+    Example:
+      overpaint inspect safe.safetensors
+      overpaint inspect model.safetensors --explain --base sd15
     """
     if explain:
         _show_explanation(open_workspace(ctx), path, base, digests, as_json)

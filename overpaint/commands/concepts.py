@@ -34,7 +34,13 @@ def concept() -> None:
 def concept_add(
     ctx: click.Context, name: str, kind: str, synonyms: tuple[str, ...], anchor: str, prompts: tuple[str, ...]
 ) -> None:
-    """Describe a concept."""
+    """Describe a concept.
+
+    \b
+    Example:
+      overpaint concept add cat --synonym kitty --synonym feline
+      overpaint concept add "van gogh" --kind style
+    """
     workspace = open_workspace(ctx, create=True)
     added = workspace.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
     click.echo(f"concept {added.name} ({added.kind})")
@@ -46,7 +52,12 @@ def concept_add(
 @json_option
 @click.pass_context
 def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> None:
-    """List concepts, oldest first."""
+    """List concepts, oldest first.
+
+    \b
+    Example:
+      overpaint concept list
+    """
     registry = open_workspace(ctx).registry
     concepts = registry.concepts(limit=limit or None, offset=offset)
     rows = [[c.name, c.kind, ", ".join(c.synonyms), c.anchor] for c in concepts]
@@ -60,7 +71,12 @@ def concept_list(ctx: click.Context, limit: int, offset: int, as_json: bool) -> 
 @json_option
 @click.pass_context
 def concept_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> None:
-    """Show one concept and its patches."""
+    """Show one concept and its patches.
+
+    \b
+    Example:
+      overpaint concept show cat
+    """
     workspace = open_workspace(ctx)
     known = workspace.registry.concept(name)
     rows: list[list[Any]] = [

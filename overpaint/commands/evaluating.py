@@ -65,6 +65,11 @@ def evaluate(
 
     The numbers are kept in the registry. Intervals are 95% bootstrap intervals over prompts. A run that was interrupted
     goes on where it stopped when it is run again.
+
+    \b
+    Example:
+      overpaint evaluate safe
+      overpaint evaluate safe --suite generality --judge clip
     """
     from overpaint.evaluation.suites import SUITES
 
@@ -105,6 +110,10 @@ def report(ctx: click.Context, recipe: str, out: Path, device: str) -> None:
     """Write what was measured of a recipe as a page.
 
     The numbers and figures are written in files beside it.
+
+    \b
+    Example:
+      overpaint report safe -o safe.html
     """
     with Terminal() as terminal:
         wanted = open_workspace(ctx, terminal=terminal).recipe(recipe)
@@ -159,6 +168,10 @@ def crosstalk(
     """Show how much patches move other concepts.
 
     The effect is relative to that on the patch's own concept: 0 is none, 1 is as much.
+
+    \b
+    Example:
+      overpaint crosstalk --recipe safe --all --above 0.1
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)

@@ -61,7 +61,12 @@ def patch_list(
     digests: bool,
     as_json: bool,
 ) -> None:
-    """List patches, newest first."""
+    """List patches, newest first.
+
+    \b
+    Example:
+      overpaint patch list --base sd15 --limit 20
+    """
     registry = open_workspace(ctx).registry
     patches = registry.patches(
         concept=concept, base=base, solver=solver, tag=tag, limit=limit or None, offset=offset, newest_first=True
@@ -82,6 +87,10 @@ def patch_show(ctx: click.Context, patch_key: str, digests: bool, as_json: bool)
     """Show one patch and where it comes from.
 
     Its bytes are checked first.
+
+    \b
+    Example:
+      overpaint patch show cat
     """
     from overpaint.workspace.planning import manifest_of
 
@@ -170,6 +179,11 @@ def patch_add(
 
     A patch is named by its id, the beginning of one, or its concept: the newest patch of it for the recipe's base. All are
     added in one revision, or none. A patch that is there already gets the new strength, and the new day with --expires.
+
+    \b
+    Example:
+      overpaint patch add cat ink --recipe safe --why "request 12"
+      overpaint patch add ink --recipe safe --expires 2027-01-31
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -202,6 +216,10 @@ def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why:
     """Remove patches from a recipe; the concepts come back.
 
     All are removed in one revision, or none. The weights are composed again from the base.
+
+    \b
+    Example:
+      overpaint patch remove ink --recipe safe --why "licence signed"
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -227,12 +245,17 @@ def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why:
 def patch_decouple(
     ctx: click.Context, patches: tuple[str, ...], exactly: bool, device: str, digests: bool, as_json: bool
 ) -> None:
-    """Store, beside each PATCH, what it does to its own concept and to no other concept of the registry.
+    """Store a patch that leaves other concepts alone.
 
-    Whatever solved them, such patches can be summed: of its change to keys, values and the text encoder, each keeps what it does
-    to its own concept; the other concepts, the vocabulary and the preserved prompts stay where they are, in the least-squares
-    sense in which `separable` holds them. What does not act through the text is left out. The table says what share of its own
-    change is missing afterwards, and how far the concept that it moves most goes, relative to its own.
+    It is stored beside each PATCH, with what that does to its own concept and to no other concept of the registry. Whatever
+    solved them, such patches can be summed: of its change to keys, values and the text encoder, each keeps what it does to its
+    own concept; the other concepts, the vocabulary and the preserved prompts stay where they are, in the least-squares sense in
+    which `separable` holds them. What does not act through the text is left out. The table says what share of its own change is
+    missing afterwards, and how far the concept that it moves most goes, relative to its own.
+
+    \b
+    Example:
+      overpaint patch decouple cat
     """
     rows: list[list[Any]] = []
     with (
@@ -265,6 +288,10 @@ def patch_compress(ctx: click.Context, patches: tuple[str, ...], size: str, dige
 
     Of every tensor's change, the part that --to names is kept. The error is relative to the change of a tensor (Frobenius
     norm); the table has the largest, --json has all.
+
+    \b
+    Example:
+      overpaint patch compress cat --to 0.99
     """
     rows: list[list[Any]] = []
     with (

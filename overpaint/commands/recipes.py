@@ -42,7 +42,12 @@ def recipe() -> None:
 @json_option
 @click.pass_context
 def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
-    """List recipes."""
+    """List recipes.
+
+    \b
+    Example:
+      overpaint recipe list
+    """
     rows = [
         [r.name, r.base, len(r.entries), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
         + ([r.deleted_at] if deleted else [])
@@ -58,7 +63,13 @@ def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def recipe_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> None:
-    """Show the patches of a recipe, its base and revision."""
+    """Show the patches of a recipe, its base and revision.
+
+    \b
+    Example:
+      overpaint recipe show safe
+      overpaint recipe show safe@3
+    """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
         wanted = workspace.recipe(name)
@@ -94,7 +105,12 @@ def recipe_show(ctx: click.Context, name: str, digests: bool, as_json: bool) -> 
 @digests_option
 @click.pass_context
 def recipe_create(ctx: click.Context, name: str, base_name: str, digests: bool) -> None:
-    """Make an empty recipe."""
+    """Make an empty recipe.
+
+    \b
+    Example:
+      overpaint recipe create safe --base sd15
+    """
     _show_made(open_workspace(ctx).create_recipe(name, base=base_name).record, digests)
 
 
@@ -108,6 +124,10 @@ def recipe_copy(ctx: click.Context, source: str, name: str, why: str, digests: b
     """Make recipe NAME with the patches of SOURCE.
 
     SOURCE@REVISION takes those of an earlier revision.
+
+    \b
+    Example:
+      overpaint recipe copy safe@3 trial
     """
     _show_made(open_workspace(ctx).recipe(source).copy(name, why=why).record, digests)
 
@@ -120,6 +140,10 @@ def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
     """Take a recipe off the lists; `undelete` undoes it.
 
     Its name is free again; its history stays (`recipe log NAME --deleted`).
+
+    \b
+    Example:
+      overpaint recipe delete trial --why "not needed any more"
     """
     open_workspace(ctx).recipe(name).delete(why=why)
     click.echo(f"deleted {name}; `overpaint recipe undelete` brings it back")
@@ -131,7 +155,12 @@ def recipe_delete(ctx: click.Context, name: str, why: str) -> None:
 @digests_option
 @click.pass_context
 def recipe_undelete(ctx: click.Context, name: str, why: str, digests: bool) -> None:
-    """Bring back the recipe that was deleted last as NAME."""
+    """Bring back the recipe that was deleted last as NAME.
+
+    \b
+    Example:
+      overpaint recipe undelete trial
+    """
     _show_made(open_workspace(ctx).undelete_recipe(name, why=why).record, digests)
 
 
@@ -152,6 +181,10 @@ def recipe_checkout(ctx: click.Context, revision: str, why: str, digests: bool) 
     """Bring a recipe back to an earlier revision.
 
     The recipe then holds exactly what it held at NAME@REVISION, as a new revision.
+
+    \b
+    Example:
+      overpaint recipe checkout safe@3 --why "as audited"
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -172,6 +205,10 @@ def undo(ctx: click.Context, name: str, why: str, digests: bool) -> None:
     """Take back the newest change of a recipe.
 
     The recipe then holds what it held before, as a new revision; undoing twice brings the change back.
+
+    \b
+    Example:
+      overpaint undo safe
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -207,7 +244,12 @@ def _show_return(lines: list[HistoryRecord], then: RecipeRecord, digests: bool) 
 @json_option
 @click.pass_context
 def recipe_diff(ctx: click.Context, before: str, after: str, digests: bool, as_json: bool) -> None:
-    """Compare two recipes or revisions (NAME@REVISION)."""
+    """Compare two recipes or revisions (NAME@REVISION).
+
+    \b
+    Example:
+      overpaint recipe diff safe@3 safe
+    """
     rows = [
         [d.concept, d.patch, *_strength_and_day(d.before), *_strength_and_day(d.after)]
         for d in open_workspace(ctx).registry.diff(before, after)
@@ -223,7 +265,12 @@ def recipe_diff(ctx: click.Context, before: str, after: str, digests: bool, as_j
 @json_option
 @click.pass_context
 def recipe_log(ctx: click.Context, name: str, deleted: bool, digests: bool, as_json: bool) -> None:
-    """Show who changed a recipe, when and why."""
+    """Show who changed a recipe, when and why.
+
+    \b
+    Example:
+      overpaint recipe log safe
+    """
     lines = open_workspace(ctx).registry.log(name, deleted=deleted)
     columns = ["revision", "when", "who", "did", "concept", "strength", "until", "why", "weights"]
     if as_json:
@@ -255,6 +302,10 @@ def recipe_expired(
     """List the patches whose expiry date has come, or remove them.
 
     On all recipes, or on one. They stay there until somebody removes them, or `serve --enforce-expiry` does.
+
+    \b
+    Example:
+      overpaint recipe expired safe
     """
     workspace, day = open_workspace(ctx), on.date() if on else None
     expired = workspace.due(day, recipe=name)
@@ -292,6 +343,10 @@ def recipe_reseparate(ctx: click.Context, name: str, why: str, device: str, dige
     """Solve the patches of a recipe again for all concepts.
 
     Its closed-form patches are solved for all concepts that are known now, and replaced in one revision.
+
+    \b
+    Example:
+      overpaint recipe reseparate safe
     """
     with (
         Terminal() as terminal,

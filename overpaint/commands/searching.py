@@ -50,6 +50,10 @@ def search(
 
     Every word of TEXT is looked for in concepts, synonyms, anchors, kinds, solvers, bases, tags, names of recipes and the
     reasons in their history, also inside longer words. The newest come first, as many of each as --limit says.
+
+    \b
+    Example:
+      overpaint search pistol --solver separable
     """
     result = open_workspace(ctx).registry.search(
         " ".join(words), kind=kind, solver=solver, tag=tag, base=base, limit=limit or None, offset=offset
@@ -88,6 +92,10 @@ def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes
     """Tag patches and recipes.
 
     On a recipe the tag marks the present revision.
+
+    \b
+    Example:
+      overpaint tag add audited-2026-11 --recipe safe
     """
     from overpaint.workspace.recipe import current_user
 
@@ -102,7 +110,12 @@ def tag_add(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes
 @recipes_option
 @click.pass_context
 def tag_remove(ctx: click.Context, tag_name: str, patches: tuple[str, ...], recipes: tuple[str, ...]) -> None:
-    """Remove a tag from patches and recipes."""
+    """Remove a tag from patches and recipes.
+
+    \b
+    Example:
+      overpaint tag remove audited-2026-11 --recipe safe
+    """
     open_workspace(ctx).registry.untag(tag_name, patches=patches, recipes=recipes)
 
 
@@ -112,6 +125,12 @@ def tag_remove(ctx: click.Context, tag_name: str, patches: tuple[str, ...], reci
 @json_option
 @click.pass_context
 def tag_list(ctx: click.Context, tag_name: str | None, digests: bool, as_json: bool) -> None:
-    """List tags, or all that carries one."""
+    """List tags, or all that carries one.
+
+    \b
+    Example:
+      overpaint tag list
+      overpaint tag list audited-2026-11
+    """
     rows = [[t.tag, t.on, t.name, t.revision, t.who, t.at] for t in open_workspace(ctx).registry.tags(tag_name)]
     show_table("Tags", ["tag", "on", "name", "revision", "who", "when"], rows, as_json, digests=digests)

@@ -65,6 +65,10 @@ def serve(
 
     Speaks OpenAI's API for pictures, with recipes as models; /docs describes everything. A change of a recipe reaches every
     picture that is begun after it.
+
+    \b
+    Example:
+      overpaint serve --base sd15 --port 8000
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -111,6 +115,11 @@ def token_new(ctx: click.Context, owner: str, role: Any, recipes: tuple[str, ...
     """Make a token and print it, once.
 
     NAME is its owner, whom the history of a recipe names as the author of a change. The registry keeps a digest alone.
+
+    \b
+    Example:
+      overpaint token new anna --role change
+      overpaint token new kiosk --role generate --recipe safe
     """
     from overpaint.serving.tokens import TokenFile
 
@@ -124,7 +133,12 @@ def token_new(ctx: click.Context, owner: str, role: Any, recipes: tuple[str, ...
 @json_option
 @click.pass_context
 def token_list(ctx: click.Context, as_json: bool) -> None:
-    """List tokens: their ids, owners and roles."""
+    """List tokens: their ids, owners and roles.
+
+    \b
+    Example:
+      overpaint token list
+    """
     from overpaint.serving.tokens import TokenFile
 
     tokens = TokenFile(open_workspace(ctx).registry.folder).tokens()
@@ -136,7 +150,12 @@ def token_list(ctx: click.Context, as_json: bool) -> None:
 @click.argument("key", metavar="ID|NAME")
 @click.pass_context
 def token_revoke(ctx: click.Context, key: str) -> None:
-    """Revoke a token by its id, or all tokens of an owner."""
+    """Revoke a token by its id, or all tokens of an owner.
+
+    \b
+    Example:
+      overpaint token revoke anna
+    """
     from overpaint.serving.tokens import TokenFile
 
     for each in TokenFile(open_workspace(ctx).registry.folder).revoke(key):

@@ -78,6 +78,10 @@ def export_(
     """Write patches or recipes to one file to share.
 
     With everything they need, to a new FILE; without a name, everything is written.
+
+    \b
+    Example:
+      overpaint export --recipe safe -o safe.overpaint
     """
     sent = open_workspace(ctx).export(out, patches=patches, recipes=recipes, sign=key)
     click.echo(f"exported {_counted(sent)} to {out}: {sent.nbytes} bytes")
@@ -102,6 +106,10 @@ def import_(
     """Take patches and recipes from a shared file.
 
     FILE was written by `overpaint export`, or is a bare patch file. Name patches or recipes to take only those.
+
+    \b
+    Example:
+      overpaint import safe.overpaint --as "their safe"
     """
     with Terminal() as terminal:
         done = open_workspace(ctx, terminal=terminal).import_file(
@@ -138,6 +146,10 @@ def push(
     """Send patches or recipes to a folder or URL.
 
     DEST is a folder or a URL such as s3://bucket/path. Without a name, everything is sent.
+
+    \b
+    Example:
+      overpaint push s3://bucket/patches --recipe safe --sign my.key
     """
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
@@ -176,6 +188,10 @@ def pull(
     """Take patches and recipes from a folder or URL.
 
     SOURCE is a folder or a URL that was pushed to. Name patches or recipes to take only those.
+
+    \b
+    Example:
+      overpaint pull s3://bucket/patches --trust alice.key.pub
     """
     with Terminal() as terminal:
         done = open_workspace(ctx, terminal=terminal).pull(
@@ -203,6 +219,10 @@ def key_new(file: Path, for_checkpoints: bool) -> None:
     """Make a key pair, to sign what you share.
 
     The private key is in the new FILE, the public one in FILE.pub.
+
+    \b
+    Example:
+      overpaint key new my.key
     """
     from overpaint.registry.sharing.signing import key_id, new_key
 
@@ -312,6 +332,10 @@ def patch_import(
 
     FILE, or a folder, holds a LoRA, differences, or edited weights. What `overpaint export` wrote is taken by `overpaint
     import`.
+
+    \b
+    Example:
+      overpaint patch import esd.safetensors --base sd15 --concept "van gogh"
     """
     with Terminal() as terminal:
         done = open_workspace(ctx, terminal=terminal).import_patch(
@@ -353,6 +377,10 @@ def patch_export(
     """Write patches as a file for other tools.
 
     To share patches with other registries: `overpaint export`.
+
+    \b
+    Example:
+      overpaint patch export cat -o cat.safetensors
     """
     with Terminal() as terminal:
         done = open_workspace(ctx, terminal=terminal).export_patches(
@@ -385,6 +413,10 @@ def recipe_export(
     """Write a recipe as a file for other tools.
 
     To share it with other registries: `overpaint export --recipe`.
+
+    \b
+    Example:
+      overpaint recipe export safe --for comfyui -o safe.safetensors
     """
     with Terminal() as terminal:
         wanted = open_workspace(ctx, terminal=terminal).recipe(name)

@@ -38,6 +38,11 @@ def solvers(name: str | None, as_json: bool) -> None:
     """List solvers, or show the settings of one.
 
     Use a setting with `overpaint solve --set NAME=VALUE`, a preset with `--set preset=NAME`.
+
+    \b
+    Example:
+      overpaint solvers
+      overpaint solvers esd
     """
     if name is None:
         _show_all(as_json)
@@ -128,6 +133,11 @@ def solve(
 
     Concepts are named, or listed in a file with --from. A name the registry does not know becomes an object. What was
     solved before with equal inputs is not solved again, so a run that was interrupted goes on where it stopped.
+
+    \b
+    Example:
+      overpaint solve cat ink --base emoji
+      overpaint solve --from concepts.yaml --base sd15 --solver uce
     """
     if bool(concepts) == (file is not None):
         raise click.UsageError("name the concepts, or a file that lists them with --from")

@@ -13,7 +13,13 @@ from overpaint.commands.common import Terminal, digests_option, json_option, ope
 @click.option("--blobs", metavar="URL", help="Keep the bytes of patches there instead of in the registry's folder.")
 @click.pass_context
 def init(ctx: click.Context, blobs: str | None) -> None:
-    """Make a registry."""
+    """Make a registry.
+
+    \b
+    Example:
+      overpaint init
+      overpaint init --blobs s3://bucket/patches
+    """
     folder = open_workspace(ctx, create=True).registry.folder
     if blobs is not None:
         from overpaint.registry.store import place_store
@@ -30,6 +36,10 @@ def verify(ctx: click.Context, digests: bool, as_json: bool) -> None:
     """Check everything in the registry by its digests.
 
     Damaged blobs are moved to quarantine. The exit code is 1 if anything is wrong.
+
+    \b
+    Example:
+      overpaint verify
     """
     with Terminal() as terminal:
         verified = open_workspace(ctx, terminal=terminal).verify(progress=terminal.progress)
@@ -61,6 +71,10 @@ def gc(ctx: click.Context, dry_run: bool, grace: float, digests: bool, as_json: 
     """Remove blobs that no patch needs.
 
     Writers that were killed leave them. Quarantine is left alone.
+
+    \b
+    Example:
+      overpaint gc --dry-run
     """
     from overpaint.registry.gc import DAY, collect, plan
 
@@ -90,6 +104,10 @@ def db_upgrade(ctx: click.Context) -> None:
     """Bring an older registry to this program's schema.
 
     A copy of the database is kept beside it.
+
+    \b
+    Example:
+      overpaint db upgrade
     """
     from overpaint.registry.registry import Registry
 
@@ -103,6 +121,10 @@ def db_backup(ctx: click.Context, file: Path) -> None:
     """Copy the database to a new FILE, also while in use.
 
     The blobs beside it never change; copy them as files.
+
+    \b
+    Example:
+      overpaint db backup before-the-upgrade.db
     """
     from overpaint.registry.backup import backup
 
@@ -116,6 +138,10 @@ def db_restore(ctx: click.Context, file: Path) -> None:
     """Put a backup in the place of the database.
 
     The database that was there is kept beside it.
+
+    \b
+    Example:
+      overpaint db restore before-the-upgrade.db
     """
     from overpaint.registry.backup import restore
     from overpaint.registry.models import HEAD

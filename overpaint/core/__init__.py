@@ -2,4 +2,16 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, as installed: the newest tag of git, or what comes after it; looked up when somebody asks."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("overpaint")
+    except PackageNotFoundError:
+        return "0+unknown"  # a folder on the path that was never installed

@@ -61,6 +61,7 @@ class Concept:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Concept:
+        """The concept that a manifest or a row describes."""
         return cls(**{**data, "synonyms": tuple(data.get("synonyms", ())), "prompts": tuple(data.get("prompts", ()))})
 
 

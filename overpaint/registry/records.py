@@ -24,6 +24,7 @@ class BaseRecord:
 
     @classmethod
     def of(cls, row: models.BaseRow) -> BaseRecord:
+        """The record of a row of the database."""
         return cls(row.name, Path(row.source), row.layout, row.fingerprint, row.added_at)
 
 
@@ -46,6 +47,7 @@ class PatchRecord:
 
     @classmethod
     def of(cls, row: models.PatchRow) -> PatchRecord:
+        """The record of a row of the database."""
         return cls(
             id=row.id,
             concept=row.concept.name,
@@ -119,6 +121,7 @@ class HistoryRecord:
 
     @classmethod
     def of(cls, row: models.RevisionRow, change: models.RevisionPatchRow | None) -> HistoryRecord:
+        """The record of a row of the database."""
         line = change or models.RevisionPatchRow()
         return cls(
             recipe=row.recipe.name,
@@ -160,6 +163,7 @@ class PatchChange:
 
     @classmethod
     def of(cls, row: models.RevisionPatchRow) -> PatchChange:
+        """The record of a row of the database."""
         before, after = (
             None if strength is None else RecipeEntry(row.patch_id, strength, until)
             for strength, until in ((row.strength_before, row.until_before), (row.strength_after, row.until_after))
@@ -183,6 +187,7 @@ class Revision:
 
     @classmethod
     def of(cls, row: models.RevisionRow) -> Revision:
+        """The record of a row of the database."""
         return cls(
             number=row.number,
             action=cast(Action, row.action),

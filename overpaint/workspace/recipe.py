@@ -70,10 +70,12 @@ class Recipe:
 
     @property
     def record(self) -> RecipeRecord:
+        """What the registry has under this name now: base, patches with strengths, revision. Raises NotFound."""
         return self._opened.registry.recipe(self.name)
 
     @property
     def base(self) -> Base:
+        """The base, opened."""
         return self._opened.base(self.record.base)
 
     def terms(self) -> list[Term]:

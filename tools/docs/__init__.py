@@ -1,0 +1,1 @@
+"""What makes the docs site beside its pages: files of the repository as pages, commands as a reference, pictures."""
