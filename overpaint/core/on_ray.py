@@ -25,6 +25,8 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Piece, Resources, Result, machine_name
 from overpaint.core.progress import Progress, silent
 
+_ray: Any = ray
+"""Ray's functions without their types, which are there in part."""
 ATTEMPTS = 3
 """How often a piece is begun before it is reported as lost."""
 PATIENCE = 60.0
@@ -152,7 +154,7 @@ class _Run:
 
     def _hired(self, needs: Resources) -> Any:
         """A new worker. Raises OverpaintError where there is no room for one, or it runs another version."""
-        total = ray.cluster_resources()
+        total: dict[str, float] = _ray.cluster_resources()
         short = [
             f"{wanted:g} {name}"
             for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus), ("memory", needs.memory))
@@ -163,7 +165,7 @@ class _Run:
         options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_restarts": 0}
         if needs.memory:
             options["memory"] = needs.memory
-        worker = ray.remote(Worker).options(**options).remote()
+        worker = _ray.remote(Worker).options(**options).remote()
         try:
             version, machine = ray.get(worker.about.remote(), timeout=PATIENCE)
         except GetTimeoutError:
@@ -212,7 +214,7 @@ def _end(worker: Any) -> None:
 def _doubled(needs: Resources) -> Resources | None:
     """Twice the share, so that fewer run beside it; None where no node of the cluster has so much."""
     larger = Resources(2 * needs.cpus, min(1.0, 2 * needs.gpus), 2 * needs.memory)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in _ray.nodes() if node["Alive"]]
     fits = any(
         larger.cpus <= node.get("CPU", 0)
         and larger.gpus <= node.get("GPU", 0)
@@ -225,7 +227,7 @@ def _doubled(needs: Resources) -> Resources | None:
 def _room(needs: Resources) -> int:
     """How many workers the living nodes have room for."""
     room = 0
-    for node in ray.nodes():
+    for node in _ray.nodes():
         has = node["Resources"] if node["Alive"] else {}
         wanted = (("CPU", needs.cpus), ("GPU", needs.gpus), ("memory", needs.memory))
         room += int(min((has.get(name, 0) // amount for name, amount in wanted if amount), default=0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,7 +202,7 @@ def carry_out(
 
 def _results(
     executor: Executor, pieces: Sequence[Piece], inputs: SolveInputs, needs: Resources, clock: Clock
-) -> Iterator[Result]:
+) -> Generator[Result]:
     for result in executor.results(pieces, inputs, needs, clock.progress):
         yield result
         clock.tick()

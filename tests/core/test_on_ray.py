@@ -45,7 +45,7 @@ def cluster() -> Iterator[Any]:
     cluster.wait_for_nodes()
     yield cluster
     ray.shutdown()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray does not wait for the processes that it has ended
         del cluster

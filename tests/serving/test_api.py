@@ -211,7 +211,7 @@ def test_allowance_comes_back_with_time_and_is_shared_through_a_file(tmp_path: A
 
 
 def test_a_full_queue_answers_429_with_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, go, original = serve(queue=1), threading.Event(), drawing.generate
+    client, go, original = serve(queue=1), threading.Event(), drawing.generate  # type: ignore[attr-defined]
     began = threading.Event()
 
     def held(*args: Any) -> Any:

@@ -64,7 +64,7 @@ def test_two_hundred_requests_of_eight_clients_never_get_a_picture_of_another_re
     digests = {name: workspace.recipe(name).digest() for name in RECIPES}
     first = serve("generate")
     swaps: list[float] = []
-    first.server.metrics.swapped = swaps.append  # type: ignore[method-assign]
+    first.server.metrics.swapped = swaps.append  # type: ignore[method-assign, assignment]
     rng = random.Random(0)
     asked = [(rng.choice(list(RECIPES)), rng.choice(seeds)) for _ in range(200)]
 
@@ -173,7 +173,7 @@ def test_a_client_that_goes_away_leaves_no_picture_to_be_drawn(serve: Serve, mon
 
 def _leave(client: Client) -> None:
     """Ask for a picture of `dog`, and go before it is drawn."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"type": "http.request", "body": b'{"recipe": "dog", "prompt": "a", "steps": 1}', "more_body": False},
         {"type": "http.disconnect"},
     ]
@@ -181,7 +181,8 @@ def _leave(client: Client) -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/generate", "raw_path": b"/v1/generate", "query_string": b""}
 
     async def receive() -> dict[str, Any]:
-        return messages.pop(0) if messages else {"type": "http.disconnect"}
+        disconnect: dict[str, Any] = {"type": "http.disconnect"}
+        return messages.pop(0) if messages else disconnect
 
     async def send(message: Any) -> None:
         pass

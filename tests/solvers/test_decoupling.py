@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from overpaint.solvers.sentences import keys_and_values
 from overpaint.testing import tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
-ALL_OF_IT = {"rank": 99, "energy": 1.0, "reach": 1.0}
+ALL_OF_IT: dict[str, Any] = {"rank": 99, "energy": 1.0, "reach": 1.0}
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -57,7 +58,7 @@ def moved(base: Base, delta: Delta, keys: Tensor) -> float:
                 total += float((up.double() @ (down.double() @ keys)).square().sum())
             elif isinstance(part, Dense) and name in part.changes:
                 total += float((part.changes[name].double() @ keys).square().sum())
-    return total**0.5
+    return float(total**0.5)
 
 
 @settings(max_examples=40, deadline=None)

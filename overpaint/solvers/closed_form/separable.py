@@ -108,12 +108,13 @@ class Metric:
     def whitened(self, vectors: Tensor) -> Tensor:
         """`L^-1 N^T x` for x [d, n]."""
         inside = vectors if self.basis is None else self.basis.T @ vectors
-        return torch.linalg.solve_triangular(self.cholesky, inside, upper=False)
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky, inside, upper=False)
+        return white
 
     def directions(self, white: Tensor) -> Tensor:
         """`N L^-T y` for y [q, n]."""
-        found = torch.linalg.solve_triangular(self.cholesky.T, white, upper=True)
-        return found if self.basis is None else self.basis @ found
+        inside: Tensor = torch.linalg.solve_triangular(self.cholesky.T, white, upper=True)
+        return inside if self.basis is None else self.basis @ inside
 
 
 def fitted(
