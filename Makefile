@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-fast lint lower-bounds docs wheel-check postgres clean
+.PHONY: venv demo test test-fast lint lower-bounds docs wheel-check postgres oci-registry clean
 
 venv: $(VENV)/.dev
 
@@ -52,6 +52,11 @@ wheel-check: venv
 postgres:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends postgresql; }
+
+# What the tests need to start an OCI registry of their own; without it they skip what needs one.
+oci-registry:
+	@command -v docker-registry >/dev/null || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends docker-registry; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

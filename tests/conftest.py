@@ -21,14 +21,14 @@ SLOW_MODULES = """
     test_cli test_commands test_composition_benchmark test_compression test_containers test_converting test_crash
     test_crosstalk test_duplicate_weights test_esd test_evaluate_command test_exporting test_few_shot
     test_few_shot_embedded test_few_shot_lora test_fingerprints test_gc test_hub test_image_generator test_importing
-    test_interchange test_interrupting test_judges test_judging test_live test_live_recipes test_load_matrix
-    test_mace test_maintenance test_many test_model_folders test_nullspace test_patch_file test_pipelines
-    test_places test_postgres test_preserved_prompts test_processes test_push_pull test_rece test_recipe_history
-    test_recipe_report test_refusals test_registry test_report test_results_page test_sdd test_separable
-    test_separation test_sepme test_signing test_single_file test_solvers_benchmark test_spm test_store_backends
-    test_suites test_surgical test_tags test_text_encoders test_together test_torch_settings test_training
-    test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades test_using_with test_verify
-    test_vocabulary test_workspace
+    test_interchange test_interrupting test_judges test_judging test_live test_live_recipes test_load_matrix test_mace
+    test_maintenance test_many test_model_folders test_model_hub test_nullspace test_oci_registry test_patch_file
+    test_pipelines test_places test_postgres test_preserved_prompts test_processes test_push_pull test_rece
+    test_recipe_history test_recipe_report test_refusals test_registry test_report test_results_page test_sdd
+    test_separable test_separation test_sepme test_signing test_single_file test_solvers_benchmark test_spm
+    test_store_backends test_suites test_surgical test_tags test_teams test_text_encoders test_together
+    test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades
+    test_using_with test_verify test_vocabulary test_workspace
 """
 """Test modules that train, draw, start servers or kill processes: `make test-fast` leaves them out."""
 SLOW = frozenset(SLOW_MODULES.split())

@@ -272,11 +272,12 @@ class Named(click.types.StringParamType):
 
 
 def _recipe_names(registry: Registry, incomplete: str) -> Iterator[str]:
-    for record in registry.recipes():
-        yield record.name
-        if incomplete.startswith(f"{record.name}@"):
-            yield from (f"{record.name}@{tag}" for tag, _ in record.tags)
-            yield from (f"{record.name}@{number}" for number in range(record.revision + 1))
+    for name in registry.recipe_names():
+        yield name
+        if incomplete.startswith(f"{name}@"):
+            record = registry.recipe(name)
+            yield from (f"{name}@{tag}" for tag, _ in record.tags)
+            yield from (f"{name}@{number}" for number in range(record.revision + 1))
 
 
 def _patch_names(registry: Registry, incomplete: str) -> Iterator[str]:

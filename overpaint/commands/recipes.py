@@ -15,6 +15,8 @@ from overpaint.commands.common import (
     digests_option,
     interruptible,
     json_option,
+    limit_option,
+    offset_option,
     open_workspace,
     renamed,
     short,
@@ -39,22 +41,29 @@ def recipe() -> None:
 
 @recipe.command("list")
 @click.option("--deleted", is_flag=True, help="Those that were deleted.")
+@limit_option
+@offset_option
 @json_option
 @click.pass_context
-def recipe_list(ctx: click.Context, deleted: bool, as_json: bool) -> None:
+def recipe_list(ctx: click.Context, deleted: bool, limit: int, offset: int, as_json: bool) -> None:
     """List recipes.
+
+    Those that were made first come first.
 
     \b
     Example:
       overpaint recipe list
     """
+    records = open_workspace(ctx).registry.recipes(deleted=deleted, limit=limit or None, offset=offset)
     rows = [
         [r.name, r.base, len(r.entries), r.revision, ", ".join(f"{tag}@{number}" for tag, number in r.tags)]
         + ([r.deleted_at] if deleted else [])
-        for r in open_workspace(ctx).registry.recipes(deleted=deleted)
+        for r in records
     ]
     columns = ["recipe", "base", "patches", "revision", "tags", *(["deleted"] if deleted else [])]
     show_table("Deleted recipes" if deleted else "Recipes", columns, rows, as_json)
+    if limit and len(records) == limit:
+        Terminal().note("there may be more; see it with --offset, or all with --limit 0")
 
 
 @recipe.command("show")

@@ -20,6 +20,7 @@ from overpaint.commands.common import (
     short,
     show_table,
 )
+from overpaint.commands.sharing import at_registry, plain_http_option, show_listed
 from overpaint.core.concepts import KINDS
 
 
@@ -31,6 +32,8 @@ from overpaint.core.concepts import KINDS
 @click.option("--base", type=BASE, help="Only what is for this base.")
 @limit_option
 @offset_option
+@click.option("--remote", metavar="SOURCE", help="Look in a shared folder, URL or registry, and not in this registry.")
+@plain_http_option
 @digests_option
 @json_option
 @click.pass_context
@@ -43,18 +46,30 @@ def search(
     base: str | None,
     limit: int,
     offset: int,
+    remote: str | None,
+    plain_http: bool,
     digests: bool,
     as_json: bool,
 ) -> None:
     """Find patches and recipes by words.
 
     Every word of TEXT is looked for in concepts, synonyms, anchors, kinds, solvers, bases, tags, names of recipes and the
-    reasons in their history, also inside longer words. The newest come first, as many of each as --limit says.
+    reasons in their history, also inside longer words. The newest come first, as many of each as --limit says. With
+    --remote oci://HOST/NAME, all patches are found that the registry has for the bases here, or for --base.
 
     \b
     Example:
       overpaint search pistol --solver separable
     """
+    if remote is not None:
+        if kind or tag:
+            raise click.UsageError("--kind and --tag are kept here and not shared; leave them out with --remote")
+        with Terminal() as terminal:
+            workspace = open_workspace(ctx, terminal=terminal)
+            listed = workspace.browse(at_registry(remote, plain_http), base=base, referring=True, warn=terminal.note)
+        matching = [each for each in listed if each.mentions(" ".join(words)) and solver in (None, each.solver)]
+        show_listed(matching[offset:][: limit or None], digests, as_json)
+        return
     result = open_workspace(ctx).registry.search(
         " ".join(words), kind=kind, solver=solver, tag=tag, base=base, limit=limit or None, offset=offset
     )

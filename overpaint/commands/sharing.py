@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,7 @@ from overpaint.commands.recipes import recipe
 if TYPE_CHECKING:
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.formats.reading import Meaning
+    from overpaint.registry.sharing.browsing import Listed
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
 
@@ -45,6 +46,17 @@ sign_option = click.option("--sign", "key", type=click.Path(path_type=Path), met
 older_option = click.option(
     "--accept-older", is_flag=True, help="Go on although the place showed a newer list of a trusted key before."
 )
+
+plain_http_option = click.option(
+    "--plain-http", is_flag=True, help="Ask an OCI registry without TLS; one on this machine is asked so anyway."
+)
+
+
+def at_registry(location: str, plain_http: bool) -> str:
+    """The location, or the one that stands for a registry without TLS."""
+    if plain_http and not location.startswith("oci://"):
+        raise click.UsageError("--plain-http is for an OCI registry, oci://HOST/NAME")
+    return location.replace("oci://", "oci+http://", 1) if plain_http else location
 
 
 def receiving_options(command: Command) -> Command:
@@ -133,6 +145,9 @@ def import_(
     "--check", is_flag=True, help="Read again also the large blobs that a URL has already; mend what is damaged."
 )
 @older_option
+@click.option("--license", default="", metavar="ID", help="For the card of a repository on the Hub, such as mit.")
+@click.option("--overwrite", is_flag=True, help="Move a registry's tag also where it holds something else.")
+@plain_http_option
 @click.pass_context
 def push(
     ctx: click.Context,
@@ -142,10 +157,14 @@ def push(
     key: Path | None,
     check: bool,
     accept_older: bool,
+    license: str,
+    overwrite: bool,
+    plain_http: bool,
 ) -> None:
-    """Send patches or recipes to a folder or URL.
+    """Send patches or recipes to a folder, URL or registry.
 
-    DEST is a folder or a URL such as s3://bucket/path. Without a name, everything is sent.
+    DEST is a folder, a URL such as s3://bucket/path, a repository of an OCI registry, oci://HOST/NAME[:TAG], or one on the
+    Hugging Face Hub, hf://USER/REPO. Without a name, everything is sent.
 
     \b
     Example:
@@ -154,11 +173,14 @@ def push(
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
         sent = workspace.push(
-            destination,
+            at_registry(destination, plain_http),
             patches=patches,
             recipes=recipes,
             sign=key,
             check=check,
+            overwrite=overwrite,
+            license=license,
+            warn=terminal.note,
             accept_older=accept_older,
             progress=terminal.progress,
         )
@@ -172,6 +194,11 @@ def push(
 @patches_argument
 @receiving_options
 @older_option
+@plain_http_option
+@click.option(
+    "--list", "list_only", is_flag=True, help="Only show what is there, signed by whom, and what is new here."
+)
+@click.option("--dry-run", is_flag=True, help="Check all that a pull checks before it takes anything, and stop there.")
 @click.pass_context
 def pull(
     ctx: click.Context,
@@ -181,20 +208,38 @@ def pull(
     trust: tuple[str, ...],
     no_verify: bool,
     accept_older: bool,
+    plain_http: bool,
+    list_only: bool,
+    dry_run: bool,
     name: str | None,
     digests: bool,
     as_json: bool,
 ) -> None:
-    """Take patches and recipes from a folder or URL.
+    """Take patches and recipes from a folder, URL or registry.
 
-    SOURCE is a folder or a URL that was pushed to. Name patches or recipes to take only those.
+    SOURCE is a folder, a URL or a repository (oci://HOST/NAME, with :TAG or @DIGEST; hf://USER/REPO, with @REVISION) that was
+    pushed to. Name patches or recipes to take only those.
 
     \b
     Example:
       overpaint pull s3://bucket/patches --trust alice.key.pub
     """
     with Terminal() as terminal:
-        done = open_workspace(ctx, terminal=terminal).pull(
+        workspace, source = open_workspace(ctx, terminal=terminal), at_registry(source, plain_http)
+        if list_only or dry_run:
+            listed = workspace.browse(
+                source,
+                patches=patches,
+                recipes=recipes,
+                name=name,
+                trust=_trusted(trust, no_verify),
+                accept_older=accept_older,
+                strict=dry_run,
+                warn=terminal.note,
+            )
+            show_listed(listed, digests, as_json)
+            return
+        done = workspace.pull(
             source,
             patches=patches,
             recipes=recipes,
@@ -252,6 +297,20 @@ def _show_received(done: Received, digests: bool, as_json: bool, no_verify: bool
         terminal.note(
             f"{len(done.new)} of {len(done.new) + len(done.known)} patches were new; {done.nbytes} bytes were read"
         )
+
+
+def show_listed(listed: Sequence[Listed], digests: bool, as_json: bool) -> None:
+    """What a shared place has, and in one sentence what a pull of it would do."""
+    from overpaint.registry.sharing.browsing import would_change
+
+    rows = [
+        [e.what, e.name, e.id, e.base, e.solver, e.kind, e.nbytes, ", ".join(e.signed_by) or None, e.state]
+        for e in listed
+    ]
+    columns = ["what", "name", "id", "base", "solver", "kind", "bytes", "signed by", "state"]
+    show_table("There", columns, rows, as_json, digests=digests)
+    if not as_json:
+        Terminal().note(would_change(listed))
 
 
 FORMATS = ("kohya", "diffusers", "comfy-diff", "full")

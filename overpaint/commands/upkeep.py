@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from overpaint.commands.common import Terminal, digests_option, json_option, open_workspace, show_table
+from overpaint.commands.common import Terminal, digests_option, interruptible, json_option, open_workspace, show_table
 
 
 @click.command()
@@ -28,11 +28,15 @@ def init(ctx: click.Context, blobs: str | None) -> None:
     click.echo(f"registry at {folder}")
 
 
+resume_option = click.option("--resume", is_flag=True, help="Go on where one that was stopped left off.")
+
+
 @click.command()
+@resume_option
 @digests_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, digests: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, resume: bool, digests: bool, as_json: bool) -> None:
     """Check everything in the registry by its digests.
 
     Damaged blobs are moved to quarantine. The exit code is 1 if anything is wrong.
@@ -41,8 +45,8 @@ def verify(ctx: click.Context, digests: bool, as_json: bool) -> None:
     Example:
       overpaint verify
     """
-    with Terminal() as terminal:
-        verified = open_workspace(ctx, terminal=terminal).verify(progress=terminal.progress)
+    with Terminal() as terminal, interruptible(terminal, lambda: "`overpaint verify --resume` goes on from here"):
+        verified = open_workspace(ctx, terminal=terminal).verify(progress=terminal.progress, resume=resume)
     rows = [[p.part, p.patch, p.concept, p.tensor, p.found] for p in verified.problems]
     if rows or as_json:
         columns = ["part", "patch", "concept", "tensor", "problem"]
@@ -64,10 +68,11 @@ def verify(ctx: click.Context, digests: bool, as_json: bool) -> None:
     metavar="DAYS",
     help="Leave alone what was put less than so many days ago.",
 )
+@resume_option
 @digests_option
 @json_option
 @click.pass_context
-def gc(ctx: click.Context, dry_run: bool, grace: float, digests: bool, as_json: bool) -> None:
+def gc(ctx: click.Context, dry_run: bool, grace: float, resume: bool, digests: bool, as_json: bool) -> None:
     """Remove blobs that no patch needs.
 
     Writers that were killed leave them. Quarantine is left alone.
@@ -78,9 +83,10 @@ def gc(ctx: click.Context, dry_run: bool, grace: float, digests: bool, as_json: 
     """
     from overpaint.registry.gc import DAY, collect, plan
 
-    with Terminal() as terminal:
+    with Terminal() as terminal, interruptible(terminal, lambda: "`overpaint gc --resume` goes on from here"):
         registry = open_workspace(ctx, terminal=terminal).registry
-        planned = plan(registry, grace=grace * DAY)
+        planned = plan(registry, grace=grace * DAY, resume=resume, progress=terminal.progress)
+        terminal.clear()
         rows = [[blob.digest, blob.nbytes] for blob in planned.unneeded]
         rows += [[file.name, file.nbytes] for file in planned.leftovers]
         if rows or as_json:
@@ -89,7 +95,7 @@ def gc(ctx: click.Context, dry_run: bool, grace: float, digests: bool, as_json: 
         if dry_run:
             terminal.note(f"{len(rows)} would be removed, {planned.nbytes} bytes")
             return
-        done = collect(registry, planned, report=terminal.progress)
+        done = collect(registry, planned, progress=terminal.progress)
         terminal.note(f"{done.removed} removed, {done.nbytes} bytes; {done.spared} were put again meanwhile and stay")
 
 

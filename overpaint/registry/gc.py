@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.registry.integrity import StoredPatch, patch_rows
+from overpaint.registry.integrity import PAGE, StoredPatch, patch_rows
+from overpaint.registry.ledger import ledger
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
 
+LEDGER = "gc.partial"
+"""The file in a registry's folder by which a plan goes on where it was."""
 DAY = 86_400.0
 GRACE = 14 * DAY
 """Seconds that a blob may lie unneeded: longer than anybody's import takes."""
@@ -57,25 +60,32 @@ class Collected:
     spared: int
 
 
-def plan(registry: Registry, *, grace: float = GRACE) -> GarbagePlan:
+def plan(registry: Registry, *, grace: float = GRACE, resume: bool = False, progress: Progress = silent) -> GarbagePlan:
     """Find every blob that no patch needs and that was last put more than `grace` seconds ago. Nothing is removed.
 
-    Raises CannotTell when the manifest of a patch is missing or damaged, because then nobody knows its arrays.
+    With `resume`, manifests that a plan which was stopped has read are not read again. Raises CannotTell when the manifest
+    of a patch is missing or damaged, because then nobody knows its arrays.
     """
-    cutoff = time.time() - grace
-    blobs = list(registry.blobs.blobs())  # before the rows: what is put from now on is no part of the plan
-    rows = list(patch_rows(registry))
-    needed = set(needed_by(PatchFiles(registry.blobs), rows))
-    unneeded = [blob for blob in blobs if blob.digest not in needed]
-    leftovers = [each for each in registry.blobs.leftovers() if each.modified < time.time() - TEMPORARY_GRACE]
-    return GarbagePlan(
-        cutoff=cutoff,
-        patches=frozenset(row.id for row in rows),
-        needed=len(blobs) - len(unneeded),
-        young=sum(blob.modified >= cutoff for blob in unneeded),
-        unneeded=tuple(blob for blob in unneeded if blob.modified < cutoff),
-        leftovers=tuple(leftovers),
-    )
+    cutoff, files = time.time() - grace, PatchFiles(registry.blobs)
+    with ledger(registry.folder / LEDGER, resume=resume) as book:
+        done, of = book.totals()[0], registry.count_patches()
+        for step, row in enumerate(patch_rows(registry, book.last), done + 1):
+            progress(step, max(step, of), f"patch {row.id[:12]} ({row.concept})")
+            for digest in needed_by(files, [row]):
+                book.blob(digest)
+            book.patch(row.id)
+            if step % PAGE == 0:
+                book.save()
+        needed, young, unneeded = 0, 0, list[Blob]()
+        for blob in registry.blobs.blobs():
+            if book.has(blob.digest):
+                needed += 1
+            elif blob.modified >= cutoff:  # put since the plan was begun, at the latest
+                young += 1
+            else:
+                unneeded.append(blob)
+        leftovers = [each for each in registry.blobs.leftovers() if each.modified < time.time() - TEMPORARY_GRACE]
+        return GarbagePlan(cutoff, frozenset(book.patches()), needed, young, tuple(unneeded), tuple(leftovers))
 
 
 def needed_by(files: PatchFiles, rows: Iterable[StoredPatch]) -> Iterator[str]:
@@ -93,14 +103,14 @@ def needed_by(files: PatchFiles, rows: Iterable[StoredPatch]) -> Iterator[str]:
             raise _cannot_tell(row, "damaged") from error
 
 
-def collect(registry: Registry, planned: GarbagePlan, *, report: Progress = silent) -> Collected:
+def collect(registry: Registry, planned: GarbagePlan, *, progress: Progress = silent) -> Collected:
     """Remove what a plan names, except for what was put again or came to be needed since. May be killed at any moment."""
     for each in planned.leftovers:
         registry.blobs.files.remove(each.name)
     removed, nbytes, spared = len(planned.leftovers), sum(file.nbytes for file in planned.leftovers), 0
     waiting = list(reversed(planned.unneeded))
     while waiting:
-        report(len(planned.unneeded) - len(waiting), len(planned.unneeded), "collecting")
+        progress(len(planned.unneeded) - len(waiting), len(planned.unneeded), "collecting")
         with registry.without_writers():
             new = [row for row in patch_rows(registry) if row.id not in planned.patches]
             needed = set(needed_by(PatchFiles(registry.blobs), new))

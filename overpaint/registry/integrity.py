@@ -7,9 +7,11 @@ row is changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from sqlalchemy import select, type_coerce
@@ -20,12 +22,17 @@ from overpaint.core.progress import Progress, silent
 from overpaint.registry import models
 from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of
+from overpaint.registry.ledger import Ledger, ledger
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import EvaluationRecord, Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
 
+LEDGER = "verify.partial"
+"""The file in a registry's folder by which a pass goes on where it was."""
+PAGE = 200
+"""How many patches are read before that is written down."""
 MANY = 1000
 """How many rows are fetched at a time."""
 
@@ -43,8 +50,11 @@ class StoredPatch:
     fingerprint: str
 
 
-def patch_rows(registry: Registry) -> Iterator[StoredPatch]:
-    """Every patch of a registry, by id; all of one moment."""
+def patch_rows(registry: Registry, after: str = "") -> Iterator[StoredPatch]:
+    """Every patch of a registry whose id is greater than `after`, by id.
+
+    They are read a page at a time, each page of its own moment, so that no transaction is as long as a pass over all of them.
+    """
     patch = models.PatchRow
     query = (
         select(
@@ -59,10 +69,15 @@ def patch_rows(registry: Registry) -> Iterator[StoredPatch]:
         .join(models.ConceptRow, models.ConceptRow.id == patch.concept_id)
         .join(models.BaseRow, models.BaseRow.id == patch.base_id)
         .order_by(patch.id)
+        .limit(MANY)
     )
-    with registry.reading() as session:
-        for row in session.execute(query.execution_options(yield_per=MANY)):
-            yield StoredPatch(*row)
+    while True:
+        with registry.reading() as session:
+            page = [StoredPatch(*row) for row in session.execute(query.where(patch.id > after))]
+        yield from page
+        if len(page) < MANY:
+            return
+        after = page[-1].id
 
 
 def row_problems(registry: Registry) -> list[str]:
@@ -192,27 +207,34 @@ class Verified:
     problems: tuple[Problem, ...]
 
 
-def verify(registry: Registry, *, report: Progress = silent) -> Verified:
-    """Read every row, every patch and every blob of a registry, and compare each with its digest."""
+def verify(registry: Registry, *, resume: bool = False, progress: Progress = silent) -> Verified:
+    """Read every row, every patch and every blob of a registry, and compare each with its digest.
+
+    With `resume`, what a pass that was stopped has read is not read again; its problems are among those that are returned.
+    """
     problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
-    try:
-        rows = list(patch_rows(registry))
-    except Damaged:  # which is among the problems by now; the blobs can be read all the same
-        rows = []
-    check = _Check(PatchFiles(registry.blobs))
-    for step, row in enumerate(rows, 1):
-        report(step, len(rows), f"patch {row.id[:12]} ({row.concept})")
-        problems += check.patch(row)
-    problems += check.others()
-    return Verified(len(rows), len(check.sizes), sum(check.sizes.values()), tuple(problems))
+    with ledger(registry.folder / LEDGER, resume=resume) as book:
+        check = _Check(PatchFiles(registry.blobs), book)
+        with suppress(Damaged):  # which is among the problems by now; the blobs can be read all the same
+            done, of = book.totals()[0], registry.count_patches()
+            for step, row in enumerate(patch_rows(registry, book.last), done + 1):
+                progress(step, max(step, of), f"patch {row.id[:12]} ({row.concept})")
+                for problem in check.patch(row):
+                    book.note(json.dumps(astuple(problem)))
+                book.patch(row.id)
+                if step % PAGE == 0:
+                    book.save()
+        problems += [Problem(*json.loads(line)) for line in dict.fromkeys(book.notes())]
+        problems += check.others(progress)
+        return Verified(*book.totals(), tuple(problems))
 
 
 class _Check:
-    """One pass over a store; `sizes` are the bytes of every blob that was read."""
+    """One pass over a store, which writes every blob that it has read into a ledger."""
 
-    def __init__(self, files: PatchFiles) -> None:
+    def __init__(self, files: PatchFiles, book: Ledger) -> None:
         self.files = files
-        self.sizes: dict[str, int] = {}
+        self._book = book
 
     def patch(self, row: StoredPatch) -> Iterator[Problem]:
         """What is wrong with the bytes of one patch, or between them and its row."""
@@ -224,16 +246,20 @@ class _Check:
         if not whole and not parts:
             yield _problem(row, "manifest", None, self.files.blobs.missing(row.id))
 
-    def others(self) -> Iterator[Problem]:
-        """What is wrong with the blobs that no patch led to."""
-        for digest in self.files.blobs.digests():
-            if digest not in self.sizes:
+    def others(self, progress: Progress) -> list[Problem]:
+        """What is wrong with the blobs that no patch led to, by digest."""
+        problems = []
+        for number, blob in enumerate(self.files.blobs.blobs(), 1):
+            if not self._book.has(blob.digest):
+                progress(number, number, f"blob {blob.digest[:12]}")
                 try:
-                    self._read(digest)
+                    self._read(blob.digest)
                 except BlobCorrupt as error:
-                    yield Problem("blob", None, None, None, f"{error}; no patch that can be read names it")
+                    text = f"{error}; no patch that can be read names it"
+                    problems.append((blob.digest, Problem("blob", None, None, None, text)))
                 except BlobMissing:
                     pass  # it was collected as garbage meanwhile
+        return [problem for _, problem in sorted(problems, key=lambda each: each[0])]
 
     def _whole(self, row: StoredPatch) -> Iterator[Problem]:
         """A patch that is kept as one file."""
@@ -276,7 +302,7 @@ class _Check:
 
     def _read(self, digest: str) -> bytes:
         data = self.files.blobs.get(digest)
-        self.sizes[digest] = len(data)
+        self._book.blob(digest, len(data))
         return data
 
 

@@ -778,14 +778,20 @@ class Registry:
         with self._database.reading() as session:
             return lookup(session, models.RecipeRow, name) is not None
 
-    def recipes(self, *, deleted: bool = False) -> list[RecipeRecord]:
-        """All recipes in the order they were made, or those that were deleted."""
+    def recipes(self, *, deleted: bool = False, limit: int | None = None, offset: int = 0) -> list[RecipeRecord]:
+        """All recipes in the order they were made, or those that were deleted; `limit` and `offset` give a page."""
         gone = models.RecipeRow.deleted_at
         query = select(models.RecipeRow).where(gone.is_not(None) if deleted else gone.is_(None))
         together = (selectinload(models.RecipeRow.patches), selectinload(models.RecipeRow.tags))
+        query = query.options(*together).order_by(models.RecipeRow.id).limit(limit).offset(offset)
         with self._database.reading() as session:
-            rows = session.scalars(query.options(*together).order_by(models.RecipeRow.id)).all()
-            return records_now(session, rows)
+            return records_now(session, session.scalars(query).all())
+
+    def recipe_names(self) -> list[str]:
+        """The names of all recipes in the order they were made, without reading what is in them."""
+        living = select(models.RecipeRow.name).where(models.RecipeRow.deleted_at.is_(None))
+        with self._database.reading() as session:
+            return list(session.scalars(living.order_by(models.RecipeRow.id)))
 
     def recipe(self, key: str) -> RecipeRecord:
         """The recipe NAME as it is, or as it was at NAME@NUMBER or NAME@TAG. Raises NotFound."""

@@ -99,6 +99,6 @@ def pull_request(
         check=read_patch,
         vocabularies=vocabularies,
         check_vocabulary=read_vocabulary,
-        report=progress,
-        notice=warn,
+        progress=progress,
+        warn=warn,
     )

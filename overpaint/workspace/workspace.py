@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.formats.reading import Meaning
     from overpaint.registry.integrity import Verified
+    from overpaint.registry.sharing.browsing import Listed
+    from overpaint.registry.sharing.hub import Beside
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
     from overpaint.workspace.compression import Compressed
@@ -54,7 +56,9 @@ class Workspace(OpenRegistry):
     def __repr__(self) -> str:
         bases = ", ".join(record.name for record in self.bases()) or "none"
         counts = f"{self.registry.count_concepts()} concepts, {self.registry.count_patches()} patches"
-        return f"<Workspace {self.registry.folder}: bases {bases}; {counts}, {len(self.recipes())} recipes>"
+        return (
+            f"<Workspace {self.registry.folder}: bases {bases}; {counts}, {len(self.registry.recipe_names())} recipes>"
+        )
 
     def _repr_html_(self) -> str:
         rows = [[record.name, record.base, str(len(record.entries)), str(record.revision)] for record in self.recipes()]
@@ -345,9 +349,9 @@ class Workspace(OpenRegistry):
         (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
         return Recipe(self, name)
 
-    def recipes(self) -> list[RecipeRecord]:
-        """All recipes of the registry."""
-        return self.registry.recipes()
+    def recipes(self, *, limit: int | None = None, offset: int = 0) -> list[RecipeRecord]:
+        """All recipes of the registry, in the order they were made; `limit` and `offset` give a page."""
+        return self.registry.recipes(limit=limit, offset=offset)
 
     def undelete_recipe(self, name: str, *, why: str = "") -> Recipe:
         """Bring back the recipe of that name that was deleted last. Raises NotFound, or AlreadyExists."""
@@ -397,11 +401,14 @@ class Workspace(OpenRegistry):
 
     # Upkeep and sharing
 
-    def verify(self, *, progress: Progress = silent) -> Verified:
-        """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.integrity`."""
+    def verify(self, *, progress: Progress = silent, resume: bool = False) -> Verified:
+        """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.integrity`.
+
+        With `resume`, what was read by a call that was stopped is not read again.
+        """
         from overpaint.registry.integrity import verify
 
-        return verify(self.registry, report=progress)
+        return verify(self.registry, resume=resume, progress=progress)
 
     def export(
         self, file: str | Path, *, patches: Iterable[str] = (), recipes: Iterable[str] = (), sign: Path | None = None
@@ -428,25 +435,40 @@ class Workspace(OpenRegistry):
         check: bool = False,
         accept_older: bool = False,
         progress: Progress = silent,
+        overwrite: bool = False,
+        license: str = "",
+        warn: Callable[[str], None] = lambda text: None,
     ) -> Sent:
-        """Send patches and recipes, or everything, to a folder or a URL; `sign` is a key file.
+        """Send patches and recipes, or everything, to a folder, a URL, an OCI registry or the Hub; `sign` is a key file.
 
         What is there already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which
-        reads them all. Raises NotFound for unknown names, and Diverged when a recipe has another history there.
+        reads them all. `overwrite` moves a tag of an OCI registry away from what is no list of patches. To the Hub
+        go also a card, with `license` in it, and LoRA files where the patches can be exported so; `warn` says where not. Raises
+        NotFound for unknown names, and Diverged when a recipe has another history there.
         """
+        from overpaint.registry.sharing.hub import is_hub
+        from overpaint.registry.sharing.selection import Selection
         from overpaint.registry.sharing.sending import push
         from overpaint.registry.sharing.signing import load_signer
 
+        asked = Selection.by(patches, recipes)
+        beside: Beside = lambda entries: {}  # noqa: E731
+        if is_hub(destination):
+            from overpaint.workspace.model_hub import hub_files
+
+            beside = hub_files(self, str(destination), asked, license=license, progress=progress, warn=warn)
         return push(
             self.registry,
             destination,
-            patches=patches,
-            recipes=recipes,
+            patches=asked.patches,
+            recipes=asked.recipes,
             signer=None if sign is None else load_signer(Path(sign)),
             vocabularies=self.vocabularies,
             check=check,
+            overwrite=overwrite,
             accept_older=accept_older,
-            report=progress,
+            beside=beside,
+            progress=progress,
         )
 
     def pull(
@@ -483,6 +505,34 @@ class Workspace(OpenRegistry):
             warn=warn,
         )
         return pull(self.registry, source, request)
+
+    def browse(
+        self,
+        source: str | Path,
+        *,
+        patches: Iterable[str] = (),
+        recipes: Iterable[str] = (),
+        name: str | None = None,
+        trust: Iterable[str | Path] | None = None,
+        accept_older: bool = False,
+        base: str | None = None,
+        referring: bool = False,
+        strict: bool = False,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> list[Listed]:
+        """What a folder, URL, OCI registry or archive has, and what pulling it would change here; nothing is taken.
+
+        `base` leaves out what is for another base. `referring` also finds, in an OCI registry, the patches that other tags
+        list for the bases here. `strict` raises all that `pull` would raise before it takes anything; otherwise only what
+        contradicts itself or is not signed as `trust` asks is refused.
+        """
+        from overpaint.registry.sharing.browsing import browse
+        from overpaint.registry.sharing.ingest import PullRequest
+        from overpaint.registry.sharing.signing import load_keyring
+
+        trusted = None if trust is None else load_keyring(trust)
+        request = PullRequest(patches, recipes, trusted, name, accept_older, warn=warn)
+        return browse(self.registry, source, request, base=base, referring=referring, strict=strict)
 
     def import_file(
         self,

@@ -57,6 +57,43 @@ def test_what_no_patch_needs_is_removed_and_the_rest_is_not(registry: Registry) 
     assert [registry.blob(record) for record in registry.patches()[:3]] == files
 
 
+def test_a_plan_that_was_stopped_goes_on_and_spares_what_came_meanwhile(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        keep(registry, patch_file(str(number), {"unet/own": numbers(number, 4)}))
+    garbage = old_blob(registry, b"garbage")
+    seen: list[str] = []
+
+    def stop(step: int, of: int, text: str) -> None:
+        seen.append(text)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan(registry, progress=stop)
+    for number in range(8, 16):  # some of their ids are among those that were passed already
+        keep(registry, patch_file(str(number), {"unet/own": numbers(number, 4)}))
+    age_everything(registry)
+    read: list[str] = []
+    monkeypatch.setattr(PatchFiles, "manifest", counted(PatchFiles.manifest, read))
+    planned = plan(registry, resume=True)
+    assert not set(read) & {text.split()[1] for text in seen[:5]}
+    assert collect(registry, planned).removed == 1
+    assert not registry.blobs.exists(garbage)
+    assert verify(registry).problems == ()
+
+
+def counted(method: Any, into: list[str]) -> Any:
+    """The method, which also notes the beginning of the id that it is asked for."""
+
+    def asked(files: PatchFiles, id: str) -> Any:
+        into.append(id[:12])
+        return method(files, id)
+
+    return asked
+
+
 def test_a_plan_removes_nothing(registry: Registry) -> None:
     garbage = old_blob(registry, b"garbage")
     plan(registry)
@@ -151,7 +188,7 @@ def test_many_blobs_are_removed_a_little_at_a_time(registry: Registry, monkeypat
     planned = plan(registry)
     monkeypatch.setattr(gc, "HOLD", 0.0)
     said: list[int] = []
-    assert collect(registry, planned, report=lambda step, of, text: said.append(step)).removed == 5
+    assert collect(registry, planned, progress=lambda step, of, text: said.append(step)).removed == 5
     assert said == [0, 1, 2, 3, 4]
 
 

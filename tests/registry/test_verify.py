@@ -18,8 +18,8 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import PatchRecord, Registry
-from overpaint.registry.integrity import Problem, row_problems, verify
-from overpaint.registry.store import PatchFiles
+from overpaint.registry.integrity import LEDGER, Problem, row_problems, verify
+from overpaint.registry.store import BlobStore, PatchFiles
 
 from .contents import lay, stock
 from .patch_maker import keep, numbers, patch_file
@@ -252,8 +252,46 @@ def test_a_concept_in_decomposed_unicode_is_the_concept(registry: Registry) -> N
 
 def test_verify_reports_progress(full: Registry) -> None:
     said: list[tuple[int, int]] = []
-    verify(full, report=lambda step, of, text: said.append((step, of)))
+    verify(full, progress=lambda step, of, text: said.append((step, of)))
     assert said == [(step, 42) for step in range(1, 43)]
+
+
+def interrupted_at(stop: int) -> Callable[[int, int, str], None]:
+    """A progress callback that stops the work at a step, as Ctrl-C does."""
+
+    def progress(step: int, of: int, text: str) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_verification_that_was_stopped_goes_on_where_it_was(full: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, *_ = sorted(record.id for record in full.patches())
+    flip(path_of(full, damaged), 100)
+    with pytest.raises(KeyboardInterrupt):
+        verify(full, progress=interrupted_at(30))
+    assert (full.folder / LEDGER).exists()
+    read: list[str] = []
+    get = BlobStore.get
+    monkeypatch.setattr(BlobStore, "get", lambda store, digest: read.append(digest) or get(store, digest))
+    found = verify(full, resume=True)
+    assert len(read) < 14 * 5
+    assert (found.patches, {problem.patch for problem in found.problems}) == (42, {damaged})
+    assert not (full.folder / LEDGER).exists()
+    read.clear()
+    assert verify(full).patches == 42
+    assert len(read) > 41 * 5
+
+
+def test_two_verifications_at_a_time_do_not_meet(full: Registry) -> None:
+    within: list[int] = []
+
+    def another(step: int, of: int, text: str) -> None:
+        if step == 20:
+            within.append(len(verify(full).problems))
+
+    assert (verify(full, progress=another).problems, within) == ((), [0])
 
 
 def test_a_patch_without_any_bytes_is_reported(registry: Registry) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from overpaint.core.atomic import atomic_output, require_parent
-from overpaint.registry.sharing.layout import BadLayout
+from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.store import FileInfo
 from overpaint.registry.store.files import too_long
 
@@ -25,6 +25,8 @@ NAME = re.compile(r"oci-layout|index\.json|blobs/sha256/[0-9a-f]{64}")
 
 class ArchiveReader:
     """The files of an archive, read where they are in it; every header is read at once. Raises BadLayout."""
+
+    documents = "blobs/sha256"
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self.where = where
@@ -56,6 +58,8 @@ class ArchiveReader:
 
 class ArchiveWriter:
     """Writes files to an archive one after the other; the same files in the same order are the same bytes."""
+
+    documents = "blobs/sha256"
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self.where = where

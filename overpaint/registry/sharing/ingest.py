@@ -8,7 +8,7 @@ anybody would see.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,9 +23,17 @@ from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
-from overpaint.registry.sharing.layout import INDEX_LIMIT, PATCH, RECIPE, VOCABULARY, BadLayout, OciLayout
+from overpaint.registry.sharing.documents import (
+    INDEX_LIMIT,
+    PATCH,
+    RECIPE,
+    VOCABULARY,
+    BadLayout,
+    Descriptor,
+)
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.merge_history import merge_recipe, record_of
-from overpaint.registry.sharing.selection import PATCH_LIMIT, RecipeOffer, Selection, refuse_odd
+from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Untrusted
 from overpaint.registry.sharing.trust import Trust
 from overpaint.registry.sharing.vocabularies import take
@@ -89,14 +97,14 @@ def keep(
     row: Arrival,
     file_digest: str,
     base: str,
-    notice: Callable[[str], None],
+    warn: Callable[[str], None],
     solved_at: datetime | None = None,
 ) -> None:
     """Write the row of a patch, on the base of that name, whose bytes are in the store already."""
     try:
         registry.ensure_concept(row.concept)
     except AlreadyExists:
-        notice(
+        warn(
             f"the concept {row.concept.name!r} is known here with other synonyms or another anchor and stays as it is; "
             f"patch {row.id[:12]} keeps its own"
         )
@@ -149,8 +157,8 @@ class PullRequest:
     check: Callable[[bytes], object] = lambda file: None
     vocabularies: Path | None = None
     check_vocabulary: Callable[[Path], object] = lambda file: None
-    report: Progress = silent
-    notice: Callable[[str], None] = lambda text: None
+    progress: Progress = silent
+    warn: Callable[[str], None] = lambda text: None
 
 
 def pull(registry: Registry, source: str | Path, request: PullRequest) -> Received:
@@ -159,65 +167,101 @@ def pull(registry: Registry, source: str | Path, request: PullRequest) -> Receiv
     Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecipeRecord for what contradicts itself or
     its digest; MissingBase; Diverged when a recipe that is here has another history.
     """
+    return receive(registry, existing_layout(source), request, remember=True)
+
+
+def existing_layout(source: str | Path) -> OciLayout:
+    """The layout at a source. Raises NotFound where nothing was pushed, BadLayout where half of one is."""
     layout = OciLayout.at(source)
     if not layout.is_there():
         if layout.files.read("index.json", limit=INDEX_LIMIT) is not None:
             raise BadLayout(f"{layout.where} lacks the file oci-layout; it was not copied whole: copy it again")
-        raise NotFound(f"nothing was ever pushed to {layout.where}: it has no file oci-layout; check the address")
-    return receive(registry, layout, request, remember=True)
+        raise NotFound(f"nothing was ever pushed to {layout.where}, or no push was finished; check the address")
+    return layout
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What a layout has of what was asked for: every document read, every signature that was asked for checked."""
+
+    entries: Sequence[Descriptor]
+    trust: Trust | None
+    patches: Sequence[PatchOffer]
+    recipes: Sequence[RecipeOffer]
+
+    def bases(self, registry: Registry, name: str | None) -> dict[str, str]:
+        """The name here of each base by its fingerprint.
+
+        Raises MissingBase, and HistoriesDiverged when a recipe (as `name`) has another history here.
+        """
+        rows = [arrival(each.manifest).fingerprint for each in self.patches]
+        bases = bases_of(registry, [*rows, *(each.record.fingerprint for each in self.recipes)])
+        _refuse_diverged(registry, self.recipes, name)
+        return bases
+
+
+def read_offers(
+    registry: Registry,
+    layout: OciLayout,
+    entries: Sequence[Descriptor],
+    request: PullRequest,
+    *,
+    older: bool = False,
+    remember: bool = False,
+) -> Offers:
+    """Read the documents that are asked for. Raises what `pull` raises for them, and nothing about this registry.
+
+    `older` compares signed lists with what this registry saw of the place before, and `remember` writes down what it sees now.
+    """
+    selection = Selection.by(request.patches, request.recipes)
+    trust = None if request.trusted is None else Trust(layout, entries, request.trusted)
+    if trust is not None:
+        if older or remember:
+            trust.refuse_older(registry.folder, request.accept_older, remember=remember)
+        trust.refuse_removed(selection.asks_for, request.warn)
+        entries = trust.entries
+    patches, recipes = selection.of(layout, entries)
+    if not any(each.artifact_type in (PATCH, RECIPE, VOCABULARY) for each in entries):
+        request.warn(f"{layout.where} lists no patches and no recipes")
+    if request.name is not None and len(recipes) != 1:
+        raise OverpaintError(f"one recipe can be given another name, and this would take {len(recipes)}; name one")
+    if trust is not None:
+        for offer in patches:
+            trust.require(offer.document, f"patch {offer.manifest.id[:12]} ({offer.concept})")
+        for recipe in recipes:
+            trust.require(recipe.document, f"the recipe {recipe.record.name!r}")
+    return Offers(entries, trust, patches, recipes)
 
 
 def receive(registry: Registry, layout: OciLayout, request: PullRequest, *, remember: bool = False) -> Received:
     """See `pull`; whether to `remember` the counters of signed lists, which only a place that changes has."""
-    entries, selection = layout.entries(), Selection.by(request.patches, request.recipes)
-    trust = None if request.trusted is None else Trust(layout, entries, request.trusted)
-    if trust is not None:
-        if remember:
-            trust.refuse_older(registry.folder, request.accept_older)
-        trust.refuse_removed(selection.asks_for, request.notice)
-        entries = trust.entries
-    offers, recipe_offers = selection.of(layout, entries)
-    if not any(each.artifact_type in (PATCH, RECIPE, VOCABULARY) for each in entries):
-        request.notice(f"{layout.where} lists no patches and no recipes")
-    if request.name is not None and len(recipe_offers) != 1:
-        raise OverpaintError(
-            f"one recipe can be given another name, and this would take {len(recipe_offers)}; name one"
-        )
-    if trust is not None:
-        for offer in offers:
-            trust.require(offer.document, f"patch {offer.manifest.id[:12]} ({offer.concept})")
-        for recipe in recipe_offers:
-            trust.require(recipe.document, f"the recipe {recipe.record.name!r}")
-    rows = [arrival(each.manifest) for each in offers]
-    bases = bases_of(
-        registry, [*(each.fingerprint for each in rows), *(each.record.fingerprint for each in recipe_offers)]
-    )
-    _refuse_diverged(registry, recipe_offers, request.name)
-
+    found = read_offers(registry, layout, layout.entries(), request, remember=remember)
+    bases = found.bases(registry, request.name)
+    rows = [arrival(each.manifest) for each in found.patches]
     files, nbytes, new = PatchFiles(registry.blobs), 0, dict[str, str]()
     here = registry.whole_patches([row.id for row in rows])
-    for step, offer in enumerate(offers, 1):
+    for step, offer in enumerate(found.patches, 1):
         id = offer.manifest.id
-        request.report(step, len(offers), f"patch {id[:12]} ({offer.concept})")
+        request.progress(step, len(found.patches), f"patch {id[:12]} ({offer.concept})")
         if id not in here:
             file, read = _fetched(layout, files, offer.manifest)
             request.check(file)
             files.put(id, file)
             new[id], nbytes = hashlib.sha256(file).hexdigest(), nbytes + read
-    for row, offer in zip(rows, offers, strict=True):
+    for row, offer in zip(rows, found.patches, strict=True):
         if row.id in new:
-            keep(registry, row, new[row.id], bases[row.fingerprint], request.notice, offer.solved_at)
+            keep(registry, row, new[row.id], bases[row.fingerprint], request.warn, offer.solved_at)
     outcomes = [
         (
             request.name or each.record.name,
             merge_recipe(registry, each.record, bases[each.record.fingerprint], request.name),
         )
-        for each in recipe_offers
+        for each in found.recipes
     ]
     known = tuple(row.id for row in rows if row.id not in new)
-    if request.vocabularies and selection.everything:
+    if request.vocabularies and Selection.by(request.patches, request.recipes).everything:
         folder, check = request.vocabularies, request.check_vocabulary
-        nbytes += take(layout, entries, folder, check, trust, request.notice)
+        nbytes += take(layout, found.entries, folder, check, found.trust, request.warn)
     return Received(tuple(new), known, tuple(outcomes), nbytes, request.trusted is not None)
 
 
@@ -237,10 +281,9 @@ def bases_of(registry: Registry, fingerprints: Iterable[str]) -> dict[str, str]:
 
 def _refuse_diverged(registry: Registry, recipes: Iterable[RecipeOffer], name: str | None) -> None:
     """Before anything is taken; whoever changes a recipe meanwhile is noticed when it is merged."""
-    here = {each.name for each in registry.recipes()}
     for each in recipes:
         wanted = name or each.record.name
-        if wanted in here:
+        if registry.has_recipe(wanted):
             ours = record_of(registry, wanted)
             theirs = each.record
             compare_histories(wanted, ours.revisions, ours.fingerprint, theirs.revisions, theirs.fingerprint)
@@ -325,5 +368,5 @@ def _import_patch(registry: Registry, data: bytes, path: Path, request: PullRequ
         return Received((), (row.id,), (), 0, verified=False)
     request.check(data)
     files.put(row.id, data)
-    keep(registry, row, hashlib.sha256(data).hexdigest(), bases[row.fingerprint], request.notice)
+    keep(registry, row, hashlib.sha256(data).hexdigest(), bases[row.fingerprint], request.warn)
     return Received((row.id,), (), (), len(data), verified=False)

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     MANIFEST,
     NAME,
     PATCH,
@@ -16,13 +16,13 @@ from overpaint.registry.sharing.layout import (
     REF,
     BadLayout,
     Descriptor,
-    OciLayout,
     members_of,
     patch_document,
     read_document,
     recipe_document,
     record_document,
 )
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.merge_history import LIMIT as RECORD_LIMIT
 from overpaint.registry.sharing.merge_history import Record, read_record
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from overpaint.registry.history import compare_histories
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.archive import new_archive
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     COUNTER,
     CREATED,
     KEY,
@@ -29,7 +32,6 @@ from overpaint.registry.sharing.layout import (
     BadLayout,
     Descriptor,
     Document,
-    OciLayout,
     base_document,
     list_document,
     patch_document,
@@ -37,6 +39,8 @@ from overpaint.registry.sharing.layout import (
     record_document,
     signature_document,
 )
+from overpaint.registry.sharing.hub import Beside
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.merge_history import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
 from overpaint.registry.sharing.signing import Signer, Untrusted
@@ -48,6 +52,8 @@ from overpaint.registry.store.patch_files import Manifest, Parts, split
 
 # What the OCI image format allows for the name of a reference.
 REFERENCE = re.compile(r"[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*(/[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*)*")
+WORKERS = 8
+"""How many patches are sent at a time."""
 
 
 class NotShareable(OverpaintError):
@@ -76,29 +82,33 @@ def push(
     signer: Signer | None = None,
     vocabularies: Path | None = None,
     check: bool = False,
+    overwrite: bool = False,
     accept_older: bool = False,
-    report: Progress = silent,
+    beside: Beside = lambda entries: {},
+    progress: Progress = silent,
 ) -> Sent:
-    """Send patches and recipes, or everything when none are named, to a folder or a URL that `fsspec` knows.
+    """Send patches and recipes, or everything when none are named, to a folder, a URL, an OCI registry or the Hub.
 
     Everything is also the kept vocabularies of the folder `vocabularies`. A recipe brings every patch of its history. Raises
     NotFound for an unknown name, Diverged when a recipe of the same name has another history there, BlobMissing or
     BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds. What is there
-    already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which reads them all.
+    already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which reads them all. A tag
+    of an OCI registry that holds something else than patches is moved only with `overwrite`. `beside` gives what a commit on
+    the Hub has beside them.
 
     With a `signer`, all that its key has signed there is on its signed list. Raises Untrusted when the place shows an older
     list than this registry saw there, unless `accept_older`.
     """
     return send(
         registry,
-        OciLayout.at(destination, check=check),
+        OciLayout.at(destination, check=check, overwrite=overwrite, beside=beside),
         patches=patches,
         recipes=recipes,
         signer=signer,
         vocabularies=vocabularies,
         remember=True,
         accept_older=accept_older,
-        report=report,
+        progress=progress,
     )
 
 
@@ -116,8 +126,16 @@ def export(
     Raises AlreadyExists when the file is there, and what `push` raises; nothing is left behind then.
     """
     with new_archive(file) as archive:
+        layout = OciLayout(archive)
+        layout.begin()
         return send(
-            registry, OciLayout(archive), patches=patches, recipes=recipes, signer=signer, vocabularies=vocabularies
+            registry,
+            layout,
+            patches=patches,
+            recipes=recipes,
+            signer=signer,
+            vocabularies=vocabularies,
+            workers=1,  # the order of an archive's files decides its bytes
         )
 
 
@@ -131,16 +149,21 @@ def send(
     vocabularies: Path | None = None,
     remember: bool = False,
     accept_older: bool = False,
-    report: Progress = silent,
+    workers: int = WORKERS,
+    progress: Progress = silent,
 ) -> Sent:
-    """See `push`; whether to `remember` the counter of the signed list, which only a place that changes has."""
+    """See `push`; whether to `remember` the counter of the signed list, which only a place that changes has.
+
+    `workers` patches are sent at a time, and no more than those are in memory.
+    """
     asked = Selection.by(patches, recipes)
     found = registry.patches() if asked.everything else map(registry.patch, asked.patches)
     wanted = {record.id: record for record in found}
-    names = [each.name for each in registry.recipes()] if asked.everything else asked.recipes
+    names = registry.recipe_names() if asked.everything else asked.recipes
     records = [record_of(registry, name) for name in names]
     for each in records:
         wanted.update((id, registry.patch(id)) for id in each.patches if id not in wanted)
+    layout.is_there()  # refuses what is there and is no layout
     sender = _Sender(layout, signer)
     listed = layout.listed()
     if remember and signer is not None:
@@ -152,9 +175,7 @@ def send(
     with suppress(BadLayout):  # what is damaged there may be mended now, and is looked at again in the end
         sender.compare(records, listed)
     ordered = [wanted[id] for id in sorted(wanted)]
-    for step, record in enumerate(ordered, 1):
-        report(step, len(ordered), f"patch {record.id[:12]} ({record.concept})")
-        sender.patch(PatchFiles(registry.blobs), record)
+    sender.patches(PatchFiles(registry.blobs), ordered, workers, progress)
     for each in records:
         sender.recipe(each)
     for document, name, data in documents(vocabularies) if asked.everything and vocabularies else ():
@@ -174,8 +195,10 @@ class _Sender:
         self.written = self.nbytes = 0
         self._documents: dict[str, Document] = {}
         self._entries: list[Descriptor] = []
-        layout.begin()
-        self._count(layout.put(Descriptor.of(NOTHING, "").digest, len(NOTHING), [NOTHING]))
+        self._puts: dict[str, Future[None] | None] = {}
+        """By digest what is being put, and None for what was: many patches have one base, and some have arrays in common."""
+        self._lock = threading.Lock()
+        self._put(Descriptor.of(NOTHING, "").digest, len(NOTHING), [NOTHING])
 
     def compare(self, records: Iterable[Record], listed: Iterable[Descriptor]) -> set[str]:
         """The names of the recipes that are newer where they are sent. Raises Diverged."""
@@ -188,14 +211,30 @@ class _Sender:
                     newer.add(record.name)
         return newer
 
+    def patches(self, files: PatchFiles, records: Sequence[PatchRecord], workers: int, progress: Progress) -> None:
+        """Send patches, some at a time. The first that cannot be sent stops the rest."""
+        sending: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for step, record in enumerate(records, 1):
+                    progress(step, len(records), f"patch {record.id[:12]} ({record.concept})")
+                    sending.append(pool.submit(self.patch, files, record))
+                    if len(sending) >= 2 * workers:
+                        sending.popleft().result()
+                while sending:
+                    sending.popleft().result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
     def patch(self, files: PatchFiles, record: PatchRecord) -> None:
         """Send one patch: its arrays, its manifest, its document."""
         manifest, whole = _manifest(files, record)
         for array in manifest.arrays:
             # Read only when it is asked for, which it is not when it is there already.
             parts = (part for _ in (0,) for part in _array(files, array.name, array.digest, array.label, whole))
-            self._count(self.layout.put(array.digest, len(array.label) + array.nbytes, parts))
-        self._count(self.layout.put(manifest.id, len(manifest.raw), [manifest.raw]))
+            self._put(array.digest, len(array.label) + array.nbytes, parts)
+        self._put(manifest.id, len(manifest.raw), [manifest.raw])
         document = patch_document(manifest)
         self._base(manifest.content["subject"]["fingerprint"])
         self._documents[manifest.id] = document
@@ -205,9 +244,9 @@ class _Sender:
     def recipe(self, record: Record) -> None:
         """Send one recipe, whose patches have been sent."""
         self._base(record.fingerprint)
-        self._count(self.layout.put(record.digest, len(record.raw), [record.raw]))
+        self._put(record.digest, len(record.raw), [record.raw])
         of_record = record_document(record.raw, record.fingerprint)
-        self._count(self.layout.put_document(of_record))
+        self._put_document(of_record)
         marks = {NAME: record.name, REVISIONS: str(len(record.revisions))}
         if REFERENCE.fullmatch(record.name):
             marks[REF] = record.name
@@ -215,7 +254,7 @@ class _Sender:
 
     def vocabulary(self, document: Document, name: str, data: bytes) -> None:
         """Send a kept vocabulary."""
-        self._count(self.layout.put(Descriptor.of(data, "").digest, len(data), [data]))
+        self._put(Descriptor.of(data, "").digest, len(data), [data])
         self._entries += self._list(document, {NAME: name})
 
     def finish(self, records: Sequence[Record]) -> set[str]:
@@ -256,14 +295,14 @@ class _Sender:
 
     def _list(self, document: Document, marks: dict[str, str]) -> list[Descriptor]:
         """Send a document, and the signature over it; what the index shall list of both."""
-        self._count(self.layout.put_document(document))
+        self._put_document(document)
         described = document.descriptor
         entries = [Descriptor(described.media_type, described.digest, described.size, described.artifact_type, marks)]
         if self.signer is not None:
             seal = self.signer.seal(described.digest)
-            self._count(self.layout.put(Descriptor.of(seal, "").digest, len(seal), [seal]))
+            self._put(Descriptor.of(seal, "").digest, len(seal), [seal])
             signature = signature_document(seal, described)
-            self._count(self.layout.put_document(signature))
+            self._put_document(signature)
             where = signature.descriptor
             entries.append(
                 Descriptor(where.media_type, where.digest, where.size, SIGNATURE, {SUBJECT: described.digest})
@@ -271,11 +310,34 @@ class _Sender:
         return entries
 
     def _base(self, fingerprint: str) -> None:
-        self._count(self.layout.put_document(base_document(fingerprint)))
+        self._put_document(base_document(fingerprint))
 
-    def _count(self, nbytes: int) -> None:
-        self.written += nbytes > 0
-        self.nbytes += nbytes
+    def _put(self, digest: str, size: int, parts: Iterable[bytes | memoryview]) -> None:
+        self._once(digest, lambda: self.layout.put(digest, size, parts))
+
+    def _put_document(self, document: Document) -> None:
+        self._once(document.descriptor.digest, lambda: self.layout.put_document(document))
+
+    def _once(self, digest: str, put: Callable[[], int]) -> None:
+        """Put what was not put yet, and count it; wait if somebody else is just doing that."""
+        with self._lock:
+            ours = digest not in self._puts
+            putting = self._puts.setdefault(digest, Future())
+        if not ours:
+            if putting is not None:
+                putting.result()
+            return
+        assert putting is not None
+        try:
+            nbytes = put()
+        except BaseException as error:
+            putting.set_exception(error)
+            raise
+        with self._lock:
+            self._puts[digest] = None
+            self.written += nbytes > 0
+            self.nbytes += nbytes
+        putting.set_result(None)
 
 
 def _merged(before: Iterable[Descriptor], ours: Iterable[Descriptor]) -> Iterable[Descriptor]:

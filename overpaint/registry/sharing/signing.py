@@ -91,6 +91,15 @@ class Keyring:
         )
 
 
+def signer_of(seal: bytes, digest: str) -> bytes | None:
+    """The public key whose valid signature over the document of `digest` this is; None if it is not one."""
+    try:
+        key, signature = _parts(seal, f"the document {digest}")
+    except Untrusted:
+        return None
+    return key if _is_valid(key, signature, digest) else None
+
+
 def key_id(public: bytes) -> str:
     """What people call a key: the first 16 digits of the SHA-256 of its 32 bytes."""
     return hashlib.sha256(public).hexdigest()[:16]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     COUNTER,
     INDEX_LIMIT,
     KEY,
@@ -26,10 +26,10 @@ from overpaint.registry.sharing.layout import (
     SUBJECT,
     BadLayout,
     Descriptor,
-    OciLayout,
     members_of,
     read_document,
 )
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.selection import recipe_at
 from overpaint.registry.sharing.signing import Keyring, Untrusted, key_id
 from overpaint.registry.store.files import FolderFiles
@@ -105,15 +105,15 @@ class Trust:
         if document not in self._signed:
             self._keys.check(document, seals_of(self._layout, self.entries, document), what)
 
-    def refuse_older(self, folder: Path, accept: bool) -> None:
-        """Raise Untrusted if the registry in `folder` has seen newer lists in this place; remember these otherwise.
+    def refuse_older(self, folder: Path, accept: bool, *, remember: bool = True) -> None:
+        """Raise Untrusted if the registry in `folder` has seen newer lists in this place; `remember` these otherwise.
 
         What somebody did on purpose is `accept`ed, and remembered in place of what was seen.
         """
         counters = {key.hex(): 0 for key in self._keys.keys} | {each.key.hex(): each.counter for each in self.lists}
-        refuse_older(folder, self._layout.where, counters, accept)
+        refuse_older(folder, self._layout.where, counters, accept, remembered=remember)
 
-    def refuse_removed(self, is_asked_for: Callable[[Descriptor], bool], notice: Callable[[str], None]) -> None:
+    def refuse_removed(self, is_asked_for: Callable[[Descriptor], bool], warn: Callable[[str], None]) -> None:
         """Raise Untrusted for what a signed list names and the index does not; of what was not asked for, give notice.
 
         A recipe is not missed when one of the same name, signed too, has at least as many revisions: histories only grow.
@@ -134,7 +134,7 @@ class Trust:
                     )
         if unasked:
             more = f" and {len(unasked) - 3} more" if len(unasked) > 3 else ""
-            notice(
+            warn(
                 f"somebody removed {', '.join(unasked[:3])}{more} from the index of {self._layout.where}, although a trusted "
                 "key's list names it; it was not asked for"
             )
@@ -155,7 +155,9 @@ def _called(member: Descriptor) -> str:
     return f"{kind} {member.annotations.get(NAME, member.digest[:12])!r}"
 
 
-def refuse_older(folder: Path, where: str, counters: Mapping[str, int], accept: bool) -> None:
+def refuse_older(
+    folder: Path, where: str, counters: Mapping[str, int], accept: bool, *, remembered: bool = True
+) -> None:
     """Raise Untrusted when a key's counter is lower than one that the registry in `folder` saw in a place.
 
     `counters` are by the key's hexadecimal digits, 0 for a key that has no list there. Otherwise they are remembered.
@@ -169,7 +171,8 @@ def refuse_older(folder: Path, where: str, counters: Mapping[str, int], accept: 
                 "there: somebody put an older state in its place. Nothing was changed; ask the owner of the key, and if "
                 "the place was begun anew, go on with --accept-older"
             )
-    remember(folder, where, counters)
+    if remembered:
+        remember(folder, where, counters)
 
 
 def remember(folder: Path, where: str, counters: Mapping[str, int]) -> None:

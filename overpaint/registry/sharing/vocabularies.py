@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     NAME,
     VOCABULARY,
     BadLayout,
     Descriptor,
     Document,
-    OciLayout,
     read_document,
     vocabulary_document,
 )
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.trust import Trust
 from overpaint.registry.store import DIGEST
 
@@ -47,7 +47,7 @@ def take(
     folder: Path,
     check: Callable[[Path], object],
     trust: Trust | None,
-    notice: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> int:
     """Put the vocabularies that a layout lists and the folder lacks there; returns how many bytes were read.
 
@@ -63,7 +63,7 @@ def take(
                 trust.require(entry.digest, f"the vocabulary {name[:12]}")
             nbytes += _take(layout, entry, folder / f"{name}{SUFFIX}", check)
         except (OverpaintError, OSError) as error:
-            notice(f"the vocabulary {name[:12]} was left out, and is computed when it is needed: {error}")
+            warn(f"the vocabulary {name[:12]} was left out, and is computed when it is needed: {error}")
     return nbytes
 
 

@@ -39,6 +39,8 @@ class Files(ABC):
 
     where: str
     """The place, as a message calls it."""
+    documents = "blobs/sha256"
+    """The folder that the documents of a layout share with its blobs here."""
 
     @abstractmethod
     def read(self, name: str, *, limit: int | None = None) -> bytes | None:

@@ -13,8 +13,7 @@ import pytest
 import overpaint
 from overpaint.cli import main
 from overpaint.registry import Registry
-from overpaint.registry.sharing.ingest import PullRequest, pull
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     ARRAY,
     BASE,
     INDEX,
@@ -24,10 +23,11 @@ from overpaint.registry.sharing.layout import (
     SIGNATURE,
     BadLayout,
     Descriptor,
-    OciLayout,
     patch_document,
 )
-from overpaint.registry.sharing.layout import FINGERPRINT as FINGERPRINT_KEY
+from overpaint.registry.sharing.documents import FINGERPRINT as FINGERPRINT_KEY
+from overpaint.registry.sharing.ingest import PullRequest, pull
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.selection import PATCH_LIMIT, recipe_at
 from overpaint.registry.sharing.sending import push
 from overpaint.registry.store import open_files

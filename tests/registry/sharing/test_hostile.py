@@ -21,19 +21,19 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.integrity import verify
-from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     INDEX,
     MANIFEST,
     NAME,
     PATCH,
     RECIPE,
     Descriptor,
-    OciLayout,
     patch_document,
     recipe_document,
     record_document,
 )
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.merge_history import record_of
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import open_files

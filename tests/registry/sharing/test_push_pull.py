@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,9 +20,16 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.history import HistoriesDiverged
 from overpaint.registry.integrity import verify
+from overpaint.registry.sharing.documents import (
+    CREATED,
+    PATCH,
+    RECIPE,
+    BadLayout,
+    base_document,
+)
 from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import CREATED, PATCH, RECIPE, BadLayout, OciLayout, base_document
-from overpaint.registry.sharing.sending import export, push
+from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.sending import WORKERS, export, push
 from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
 from overpaint.registry.store.files import FolderFiles
 from overpaint.registry.store.patch_files import read_manifest
@@ -171,7 +179,7 @@ def test_a_concept_that_is_known_otherwise_stays_as_it_is_and_that_is_said(
     theirs.add_concept(Concept("apple", synonyms=("fruit",)))
     push(ours, place)
     said: list[str] = []
-    pull(theirs, place, PullRequest(notice=said.append))
+    pull(theirs, place, PullRequest(warn=said.append))
     assert theirs.concept("apple") == Concept("apple", synonyms=("fruit",))
     assert len(said) == 2
     assert "known here with other synonyms" in said[0]
@@ -308,7 +316,7 @@ def test_a_push_that_was_killed_is_finished_by_the_next(
     with pytest.raises(KeyboardInterrupt):
         push(ours, place)
     monkeypatch.undo()
-    with pytest.raises(BadLayout, match="never finished"):
+    with pytest.raises(NotFound, match="no push was finished"):
         pull(theirs, place, ALL)
     check_round_trip(ours, theirs, place)
 
@@ -462,3 +470,64 @@ def test_one_name_is_no_list_of_names(ours: Registry, theirs: Registry, place: s
         with pytest.raises(OverpaintError, match="lists of names"):
             pull(theirs, place, PullRequest(recipes=names))  # type: ignore[arg-type]
     assert pull(theirs, place, PullRequest(recipes=(each for each in ["safe"]))).recipes
+
+
+@pytest.mark.parametrize("full", ["blobs/", "oci-layout", "index.json"])
+def test_a_push_to_a_full_place_leaves_no_layout_behind(
+    ours: Registry, place: str, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    write = FolderFiles.write
+
+    def write_until_full(files: FolderFiles, name: str, chunks: Any, **rest: Any) -> None:
+        if name.startswith(full):
+            raise OverpaintError("no inodes are left")
+        write(files, name, chunks, **rest)
+
+    monkeypatch.setattr(FolderFiles, "write", write_until_full)
+    with pytest.raises(OverpaintError, match="no inodes are left"):
+        push(ours, place)
+    left = [path.name for path in Path(place).rglob("*") if path.is_file() and "blobs" not in path.parts]
+    assert left in ([], [".lock"])
+
+
+def test_many_patches_are_sent_at_a_time_and_few_are_in_memory(
+    ours: Registry, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        keep(ours, labelled(f"more {number}"), base="sd15")
+    at_work, most, lock, put = [0], [0], threading.Lock(), OciLayout.put
+
+    def counted(layout: OciLayout, *arguments: Any) -> int:
+        with lock:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+        time.sleep(0.002)
+        try:
+            return put(layout, *arguments)
+        finally:
+            with lock:
+                at_work[0] -= 1
+
+    monkeypatch.setattr(OciLayout, "put", counted)
+    assert len(push(ours, place).patches) == 63
+    assert 1 < most[0] <= WORKERS
+
+
+def test_the_first_patch_that_cannot_be_sent_stops_the_rest(
+    ours: Registry, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        keep(ours, labelled(f"more {number}"), base="sd15")
+    asked: list[str] = []
+
+    def refusing(layout: OciLayout, digest: str, *rest: Any) -> int:
+        asked.append(digest)
+        if len(asked) == 10:
+            raise OverpaintError("no more")
+        return 1
+
+    monkeypatch.setattr(OciLayout, "put", refusing)
+    with pytest.raises(OverpaintError, match="no more"):
+        push(ours, place)
+    assert len(asked) < 120
+    assert not Path(place, "index.json").exists()

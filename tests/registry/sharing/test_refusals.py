@@ -13,8 +13,8 @@ import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import BadLayout
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store.remote import Unreachable
 

@@ -20,8 +20,7 @@ from overpaint.core.digests import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.sharing.archive import ArchiveReader
-from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import (
+from overpaint.registry.sharing.documents import (
     NAME,
     PATCH,
     RECIPE,
@@ -29,9 +28,10 @@ from overpaint.registry.sharing.layout import (
     SIGNED_LIST,
     SUBJECT,
     Descriptor,
-    OciLayout,
     signature_document,
 )
+from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
+from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.sharing.signing import (
     BadKey,
@@ -254,7 +254,7 @@ def test_what_was_removed_from_the_index_is_noticed(theirs: Registry, signed: Pa
     refused(theirs, signed, asking("safe", keys=alice), "somebody removed it")
     refused(theirs, signed, PullRequest(recipes=["safe"]), "has no recipe 'safe'", NotFound)
     warned: list[str] = []
-    assert pull(theirs, signed, asking("weak", keys=alice, notice=warned.append)).recipes == (("weak", "new"),)
+    assert pull(theirs, signed, asking("weak", keys=alice, warn=warned.append)).recipes == (("weak", "new"),)
     assert "removed the recipe 'safe'" in warned[0]
 
 
@@ -268,7 +268,7 @@ def test_an_empty_index_is_noticed(ours: Registry, theirs: Registry, signed: Pat
     with pytest.raises(Untrusted, match=r"shows no list of key .* has seen list 1"):
         pull(theirs, signed, trusting(alice))
     warned: list[str] = []
-    pull(theirs, signed, PullRequest(notice=warned.append))
+    pull(theirs, signed, PullRequest(warn=warned.append))
     assert "lists no patches and no recipes" in warned[0]
     with pytest.raises(NotFound, match="has no recipe 'safe'"):
         pull(theirs, signed, asking("safe", keys=alice, accept_older=True))

@@ -1,0 +1,292 @@
+"""Patches and recipes in a registry that people already run: Debian's docker-registry."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.registry import Registry
+from overpaint.registry.integrity import verify
+from overpaint.registry.sharing import oci_registry
+from overpaint.registry.sharing.browsing import browse
+from overpaint.registry.sharing.documents import INDEX, MANIFEST, PATCH, BadLayout, base_document
+from overpaint.registry.sharing.ingest import PullRequest, pull
+from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.oci_registry import RegistryFiles
+from overpaint.registry.sharing.sending import push
+from overpaint.registry.sharing.signing import Untrusted, load_keyring, load_signer, new_key
+from overpaint.registry.store.remote import Unreachable
+
+from .conftest import FINGERPRINT, holdings, is_empty
+from .oci_server import log_in, password_auth, serving, token_auth
+from .oci_server import oci_registry as running
+
+ALL = PullRequest()
+NAMES = (f"team/patches-{number}" for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logins of whoever runs the tests are left out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DOCKER_CONFIG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture
+def place(host: str) -> str:
+    return f"oci://{host}/{next(NAMES)}"
+
+
+def get(place: str, rest: str) -> bytes:
+    """What the registry answers, asked without any of our code."""
+    host, _, name = place.removeprefix("oci://").partition("/")
+    request = urllib.request.Request(f"http://{host}/v2/{name}/{rest}", headers={"Accept": f"{INDEX}, {MANIFEST}"})
+    with urllib.request.urlopen(request) as answer:
+        return bytes(answer.read())
+
+
+def put(place: str, rest: str, data: bytes, media_type: str) -> None:
+    host, _, name = place.removeprefix("oci://").partition("/")
+    url = f"http://{host}/v2/{name}/{rest}"
+    request = urllib.request.Request(url, data, {"Content-Type": media_type}, method="PUT")
+    urllib.request.urlopen(request).close()
+
+
+def test_what_is_pushed_can_be_pulled_and_is_pushed_once(ours: Registry, theirs: Registry, place: str) -> None:
+    sent = push(ours, place)
+    assert (len(sent.patches), sent.recipes, sent.where) == (3, ("safe",), f"{place}:latest")
+    done = pull(theirs, place, ALL)
+    assert set(done.new) == set(sent.patches)
+    assert done.recipes == (("safe", "new"),)
+    assert holdings(theirs) == holdings(ours)
+    assert verify(theirs).problems == ()
+    tag = get(place, "manifests/latest")
+    again = push(ours, place)
+    assert (again.written, again.nbytes, get(place, "manifests/latest")) == (0, 0, tag)
+
+
+def test_a_patch_is_an_artifact_that_refers_to_its_base(ours: Registry, place: str) -> None:
+    sent = push(ours, place)
+    base = base_document(FINGERPRINT).descriptor.digest
+    assert (
+        json.loads(get(place, f"manifests/sha256:{base}"))["annotations"]["org.overpaint.base.fingerprint"]
+        == FINGERPRINT
+    )
+    # This registry has no referrers API, so the tag of the specification stands in for it.
+    listed = json.loads(get(place, f"manifests/sha256-{base}"))
+    assert listed["mediaType"] == INDEX
+    patches = [each for each in listed["manifests"] if each["artifactType"] == PATCH]
+    configs = {json.loads(get(place, f"manifests/{each['digest']}"))["config"]["digest"] for each in patches}
+    assert configs == {f"sha256:{id}" for id in sent.patches}
+    assert [each.digest for each in RegistryFiles(place).referrers(base)] == [
+        each["digest"].removeprefix("sha256:") for each in listed["manifests"]
+    ]
+
+
+def test_tags_of_one_repository_are_places_of_their_own(ours: Registry, theirs: Registry, place: str) -> None:
+    first, second, _ = (record.id for record in ours.patches())
+    push(ours, f"{place}:one", patches=[first])
+    push(ours, f"{place}:two", patches=[second])
+    assert pull(theirs, f"{place}:two", ALL).new == (second,)
+    with pytest.raises(NotFound, match=r"nothing was ever pushed to .*:three"):
+        pull(theirs, f"{place}:three", ALL)
+    base = base_document(FINGERPRINT).descriptor.digest
+    assert len(RegistryFiles(place).referrers(base)) == 2
+
+
+def test_a_digest_pins_what_is_pulled(ours: Registry, theirs: Registry, place: str) -> None:
+    first, second, _ = (record.id for record in ours.patches())
+    push(ours, place, patches=[first])
+    pinned = f"{place}@sha256:{hashlib.sha256(get(place, 'manifests/latest')).hexdigest()}"
+    push(ours, place, patches=[second])
+    assert pull(theirs, pinned, ALL).new == (first,)
+    with pytest.raises(OverpaintError, match="only a tag can be pushed to"):
+        push(ours, pinned)
+
+
+def test_one_patch_or_recipe_can_be_pulled_by_its_own_digest(
+    ours: Registry, theirs: Registry, place: str, tmp_path: Path
+) -> None:
+    new_key(tmp_path / "key")
+    push(ours, place, signer=load_signer(tmp_path / "key"))
+    entries = OciLayout.at(place).entries()
+    recipe = next(each for each in entries if each.annotations.get("org.overpaint.name") == "safe")
+    trusted = load_keyring([tmp_path / "key.pub"])
+    done = pull(theirs, f"{place}@sha256:{recipe.digest}", PullRequest(trusted=trusted))
+    assert (len(done.new), done.recipes) == (2, (("safe", "new"),))
+
+
+def test_signatures_and_signed_lists_hold_in_a_registry(
+    ours: Registry, theirs: Registry, place: str, tmp_path: Path
+) -> None:
+    new_key(tmp_path / "key")
+    new_key(tmp_path / "other")
+    push(ours, place, signer=load_signer(tmp_path / "key"))
+    with pytest.raises(Untrusted):
+        pull(theirs, place, PullRequest(trusted=load_keyring([tmp_path / "other.pub"])))
+    assert is_empty(theirs)
+    listing = json.loads(get(place, "manifests/latest"))
+    short = [each for each in listing["manifests"] if each.get("artifactType") != PATCH]
+    put(place, "manifests/latest", json.dumps({**listing, "manifests": short}).encode(), INDEX)
+    with pytest.raises(Untrusted, match="somebody removed it"):
+        pull(theirs, place, PullRequest(trusted=load_keyring([tmp_path / "key.pub"])))
+    assert is_empty(theirs)
+
+
+def test_a_long_list_is_kept_in_pages(
+    ours: Registry, theirs: Registry, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oci_registry, "PAGE_ENTRIES", 2)
+    push(ours, place)
+    assert len(json.loads(get(place, "manifests/latest"))["manifests"]) == 2
+    assert len(pull(theirs, place, ALL).new) == 3
+    assert holdings(theirs) == holdings(ours)
+
+
+def test_a_tag_that_moved_meanwhile_is_merged_and_not_overwritten(
+    ours: Registry, theirs: Registry, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (record.id for record in ours.patches())
+    push(ours, place, patches=[first])
+    list_referrers, moves = RegistryFiles._list_referrers, [second]
+
+    def moving(files: RegistryFiles) -> None:
+        list_referrers(files)
+        if moves:  # between reading the tag and moving it
+            push(ours, place, patches=[moves.pop()])
+
+    monkeypatch.setattr(RegistryFiles, "_list_referrers", moving)
+    push(ours, place, patches=[third])
+    assert set(pull(theirs, place, ALL).new) == {first, second, third}
+
+
+def test_a_tag_with_something_else_is_overwritten_only_when_asked(ours: Registry, theirs: Registry, place: str) -> None:
+    push(ours, f"{place}:other")
+    image = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}).encode()
+    put(place, "manifests/latest", image, INDEX)
+    for act in (lambda: push(ours, place), lambda: pull(theirs, place, ALL)):
+        with pytest.raises(BadLayout, match="holds something else than patches"):
+            act()
+    assert get(place, "manifests/latest") == image
+    push(ours, place, overwrite=True)
+    assert len(pull(theirs, place, ALL).new) == 3
+
+
+def test_a_damaged_blob_is_refused_and_mended_by_the_next_push(
+    ours: Registry, theirs: Registry, tmp_path: Path
+) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with running(folder) as host:
+        place = f"oci://{host}/patches"
+        id = push(ours, place).patches[0]
+        stored = folder / f"data/docker/registry/v2/blobs/sha256/{id[:2]}/{id}/data"
+        stored.write_bytes(stored.read_bytes()[:-1] + b"!")
+        with pytest.raises(BadLayout, match=rf"{id} .*is not what its digest says"):
+            pull(theirs, place, ALL)
+        assert is_empty(theirs)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "oci://localhost:5000",
+        "oci://localhost:5000/Upper",
+        "oci://ada:secret@localhost:5000/name",
+        "oci://localhost:5000/name:",
+        "oci://localhost:5000/name@sha256:12",
+    ],
+)
+def test_what_names_no_repository_is_refused(ours: Registry, place: str) -> None:
+    with pytest.raises(OverpaintError, match="names no repository") as caught:
+        push(ours, place)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_registry_that_does_not_answer_is_one_sentence(ours: Registry) -> None:
+    with pytest.raises(Unreachable, match="does not answer"):
+        push(ours, "oci://127.0.0.1:9/patches")
+
+
+def test_a_login_is_read_where_docker_keeps_it(
+    ours: Registry, theirs: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path, password_auth(tmp_path)) as host:
+        with pytest.raises(Unreachable, match=f"docker login {host}"):
+            push(ours, f"oci://{host}/patches")
+        log_in(tmp_path, host, password="wrong")
+        with pytest.raises(Unreachable, match="may not"):
+            push(ours, f"oci://{host}/patches")
+        log_in(tmp_path, host)
+        push(ours, f"oci://{host}/patches")
+        (tmp_path / ".docker").rename(tmp_path / "elsewhere")
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "elsewhere"))
+        assert len(pull(theirs, f"oci://{host}/patches", ALL).new) == 3
+
+
+def test_a_token_that_may_not_write_leaves_nothing(ours: Registry, theirs: Registry, tmp_path: Path) -> None:
+    with token_auth(tmp_path) as auth, running(tmp_path, auth) as host:
+        place = f"oci://{host}/patches"
+        log_in(tmp_path, host, user="reader")
+        with pytest.raises(Unreachable, match="may not write to"):
+            push(ours, place)
+        with pytest.raises(NotFound):
+            pull(theirs, place, ALL)
+        log_in(tmp_path, host)
+        assert push(ours, place).written > 0
+        log_in(tmp_path, host, user="reader")
+        assert len(pull(theirs, place, ALL).new) == 3
+
+
+class Referrers(BaseHTTPRequestHandler):
+    """A registry of version 1.1 as far as one list of two pages goes."""
+
+    def do_GET(self) -> None:
+        page = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [{"mediaType": MANIFEST, "size": 2}]}
+        page["manifests"][0]["digest"] = f"sha256:{('b' if 'after' in self.path else 'a') * 64}"  # type: ignore[index]
+        self.send_response(200)
+        if "referrers" in self.path and "after" not in self.path:
+            self.send_header("Link", f'<{self.path}?after=a>; rel="next"')
+        self.end_headers()
+        self.wfile.write(json.dumps(page).encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_all_pages_of_the_referrers_api_are_read() -> None:
+    with serving(Referrers) as address:
+        listed = RegistryFiles(f"oci://{address.removeprefix('http://')}/patches").referrers("c" * 64)
+    assert [each.digest[0] for each in listed] == ["a", "b"]
+
+
+def test_plain_http_is_for_this_machine_or_by_its_own_scheme() -> None:
+    asked = {
+        place: RegistryFiles(place)._root for place in ("oci://ghcr.io/a", "oci+http://ghcr.io/a", "oci://[::1]:5/a")
+    }
+    assert list(asked.values()) == ["https://ghcr.io/v2/", "http://ghcr.io/v2/", "http://[::1]:5/v2/"]
+
+
+def test_the_patches_of_a_base_are_found_under_every_tag(ours: Registry, theirs: Registry, place: str) -> None:
+    first, second, _ = (record.id for record in ours.patches())
+    push(ours, f"{place}:one", patches=[first])
+    push(ours, f"{place}:two", patches=[second])
+    listed = browse(theirs, place, ALL, base="mine", referring=True)
+    assert [each.id for each in listed] == sorted([first, second])
+    with pytest.raises(NotFound):
+        browse(theirs, place, ALL)
+    assert [each.id for each in browse(theirs, f"{place}:two", ALL)] == [second]
