@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -146,6 +147,34 @@ class Shard:
     def part(self, work: Iterable[Item]) -> list[Item]:
         """Every `of`-th item: neighbours, which cost about the same, go to different processes."""
         return list(work)[self.number :: self.of]
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds of the clock after which nothing new is begun; 0 is no end. Counts from when it is made."""
+
+    seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the time is over."""
+        return bool(self.seconds) and time.monotonic() - self.began >= self.seconds
+
+    def check(self) -> None:
+        """Raise BudgetSpent when the time is over."""
+        if self.is_spent:
+            raise BudgetSpent(f"{self.seconds:g} seconds are over; the same command goes on where this one stopped")
+
+
+NO_END = Budget()
+
+
+class BudgetSpent(OverpaintError):
+    """A benchmark's time is over; what it has done is kept."""
 
 
 def write(place: Path, content: bytes) -> None:

@@ -1,38 +1,53 @@
 """More and more concepts at once on the embedded base: H_c(N) of several solvers, by the code of the suite `scale`.
 
-The first N of the objects that the table of solvers lists are erased; kept are those that nobody was told of. `separable` and
-`sepme` are told of all that is listed, and their patches are those of `python -m benchmarks.solvers`, as are those of solvers
-that listen to nothing; `uce` works alone, and is also merged by task arithmetic and TIES and solved for all N at once.
-Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, and `--shard 0/2` and
-`--shard 1/2` share the solving and the drawing between two processes. `python -m benchmarks.solvers --page` writes the page.
+The first N of `--most` listed objects are erased; kept are those that nobody was told of. `separable` and `nullspace` are told
+of all that is listed, and so is what is decoupled (`esd+decoupled`); `sepme` is told of as many as its sums go to; every other
+solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. Solvers that train stop
+at 16 concepts. Of `separable`, each concept is also restored while all the others stay.
+
+Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, `--shard 0/2` and `--shard 1/2`
+share the solving and the drawing between two processes, and with `--budget` nothing is begun after so many seconds.
+`python -m benchmarks.solvers --page` writes the page.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.cells import Shard, write
+from benchmarks.cells import NO_END, Budget, BudgetSpent, Shard, write
 from benchmarks.protocol import concept_of, listed, universe
 from benchmarks.solvers import WORK, Asked
 from benchmarks.solvers import Bench as Solving
 from benchmarks.tables import arguments, save, show
+from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.context import EvalContext, EvaluatedPatch
+from overpaint.evaluation.context import EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.suites.scale import USE_UNIVERSE, Scale
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.suites.scale import Scale
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 
-COUNTS = (1, 2, 4, 8, 16, 24, 32, 100)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 100)
 """As far as there are listed objects."""
-SOLVERS = ("separable", "uce", "sepme", "esd")
+TRAINED = ("sepme", "esd", "ablation", "few_shot_lora")
+STRICT = "esd:variant=x-strict"
+"""ESD that trains the prompt's keys and values alone, so that decoupling leaves nothing out."""
+DECOUPLED = tuple(f"{name}+decoupled" for name in (*TRAINED[1:], STRICT))
+SOLVERS = ("separable", "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
+FAR, TRAINED_FAR = 100, 16
+"""The most concepts at once, of solvers in closed form and of those that train."""
 MERGED = ("uce",)
 """Solvers whose patches are also merged in other ways, and that also solve for all concepts at once."""
+LISTENING = ("separable", "nullspace")
+"""Solvers that are told of everything that is listed."""
+RESTORED = "separable, one restored"
 PLAIN = "plain sum"
 """How the suite calls patches that are laid side by side."""
 
@@ -44,12 +59,39 @@ class Curve(Scale):
     solving: Solving | None = field(default=None, compare=False)
     merges: bool = False
     """Whether patches are merged in other ways and all concepts solved for at once, instead of summed."""
+    budget: Budget = field(default=NO_END, compare=False)
+
+    @property
+    def far(self) -> int:
+        """The most concepts at once, for the solver whose turn it is."""
+        return min(self.most, TRAINED_FAR) if re.split("[:+]", self.solvers)[0] in TRAINED else self.most
 
     def _concepts(self, context: EvalContext) -> list[Concept]:
-        return [concept_of(name) for name in listed()[: self.most]]
+        return [concept_of(name) for name in listed(self.most)[: self.far]]
+
+    def _kept(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
+        # The same for every solver, however far it goes.
+        return super()._kept(context, [concept_of(name) for name in listed(self.most)])
 
     def _counts(self, most: int) -> list[int]:
         return [count for count in COUNTS if count <= most]
+
+    def run(self, context: EvalContext) -> list[Measurement]:
+        """What the suite measures; and of `separable`, what each concept is once it is restored while the others stay."""
+        rows = super().run(context)
+        return [*rows, *self._restored(context)] if self.solvers == "separable" else rows
+
+    def _restored(self, context: EvalContext) -> list[Measurement]:
+        concepts = self._concepts(context)
+        terms = self._solved(context, self.solvers, concepts)
+        each, before, after = max(1, self.pictures // len(concepts)), [], []
+        for place, concept in enumerate(concepts):
+            self.budget.check()
+            asked = context.prompts(*context.class_of(concept), each)
+            before.append(context.verdicts((), asked, OBJECT))
+            after.append(context.verdicts([*terms[:place], *terms[place + 1 :]], asked, OBJECT))
+        sides = Verdicts.joined(before), Verdicts.joined(after)
+        return context.preserved(f"{RESTORED}, N={len(concepts)}", *sides)
 
     def _merged(self, solvers: list[str]) -> list[str]:
         return solvers if self.merges else []
@@ -59,6 +101,7 @@ class Curve(Scale):
     ) -> Iterable[tuple[str, list[Term]]]:
         for label, terms in super()._compositions(context, solved, alone, concepts):
             if label.endswith(PLAIN) != self.merges:
+                self.budget.check()
                 yield label, terms
 
     def _solve(self, context: EvalContext, solver: str, concept: Concept, universe: tuple[Concept, ...]) -> Term:
@@ -68,19 +111,27 @@ class Curve(Scale):
     def patch(self, solver: str, concept: Concept) -> Patch:
         """The kept patch of a solver and a concept, or a new one."""
         assert self.solving is not None
-        return self.solving.solved(Asked.parse(solver), concept, told(solver))[0]
+        asked = Asked.parse(solver)
+        return self.solving.solved(asked, concept, told(asked.name, self.most), universe("separable", self.most))[0]
 
     def context(self) -> EvalContext:
         """The suite's context: the first listed object stands for the others, which the suite chooses itself."""
         assert self.solving is not None
-        held = (EvaluatedPatch(self.patch("separable", concept_of(listed()[0]))),)
+        held = (EvaluatedPatch(self.patch("separable", concept_of(listed(self.most)[0]))),)
         prompt_set, judge, image_generator = self.solving.prompt_set, self.solving.judge, self.solving.image_generator
         return EvalContext(self.solving.base, prompt_set, judge, image_generator, held, device=self.solving.device)
 
 
-def told(solver: str) -> tuple[Concept, ...]:
+def told(solver: str, most: int) -> tuple[Concept, ...]:
     """What a solver is told of on the curve."""
-    return universe(solver) if solver in USE_UNIVERSE else ()
+    if solver == "sepme":
+        return tuple(concept_of(name) for name in listed(most)[:TRAINED_FAR])
+    return universe(solver, most) if solver in LISTENING else ()
+
+
+def farthest() -> int:
+    """How many concepts can be listed so that a sixth of the catalogue, at least, is left that nobody is told of."""
+    return min(FAR, len(catalogue().objects) * 5 // 6)
 
 
 def parts(solvers: Sequence[str]) -> list[tuple[str, bool]]:
@@ -102,22 +153,27 @@ def curves(work: Path) -> dict[str, list[Measurement]]:
 def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict[str, str]:
     """Solve this shard's patches, then draw its curves, each kept when it is done; what was refused, and why."""
     refused: dict[str, str] = {}
-    for solver, name in shard.part((solver, name) for solver in solvers for name in listed()[: curve.most]):
+    wanted = [(solver, name) for solver in solvers for name in listed(curve.most)[: replace(curve, solvers=solver).far]]
+    for solver, name in shard.part(wanted):
+        curve.budget.check()
         try:
             curve.patch(solver, concept_of(name))
         except OverpaintError as error:
             refused[solver] = str(error)
     for solver, merges in shard.part(parts(solvers)):
-        settings = Asked.parse(solver).origin(())["settings"]
+        settings = Asked.parse(solver).settings
         drawn = curve.solving.drawn if curve.solving else ""
         about = {"most": curve.most, "pictures": curve.pictures, "drawn": drawn, "settings": settings}
         place = _place(work, solver, merges)
         if solver in refused or (place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about):
             continue
         one = replace(curve, solvers=solver, merges=merges)
+        curve.budget.check()
         print(f"drawing the curve of {solver}", file=sys.stderr, flush=True)
         try:
             rows = one.run(one.context())
+        except BudgetSpent:
+            raise
         except OverpaintError as error:
             refused[solver] = str(error)
             continue
@@ -140,22 +196,30 @@ def table(found: Mapping[str, Sequence[Measurement]]) -> list[list[str]]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--only", default=",".join(SOLVERS), help="solvers, with commas between")
-    parser.add_argument("--most", type=int, default=32, help="the most concepts at once")
+    parser.add_argument("--most", type=int, default=farthest(), help="the most concepts at once")
+    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
     parser.add_argument(
-        "--pictures", type=int, default=54, help="pictures of erased objects, and as many of kept ones, at every N"
+        "--pictures",
+        "--n",
+        type=int,
+        default=54,
+        help="pictures of erased objects, and as many of kept ones, at every N",
     )
     parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=WORK, help="patches, pictures and curves")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     solving = Solving(asked.work, asked.device, asked.steps)
-    curve = Curve(asked.most, "", "", asked.pictures, solving)
-    for solver, why in draw(curve, asked.work, asked.only.split(","), Shard.parse(asked.shard)).items():
-        print(f"{solver}: {why}", file=sys.stderr)
+    curve = Curve(asked.most, "", "", asked.pictures, solving, budget=Budget(asked.budget))
+    try:
+        for solver, why in draw(curve, asked.work, asked.only.split(","), Shard.parse(asked.shard)).items():
+            print(f"{solver}: {why}", file=sys.stderr)
+    except BudgetSpent as error:
+        print(error, file=sys.stderr)
     columns = ["way to compose", "H_c", "accuracy on erased", "accuracy on kept"]
     save(asked.json, show("Many concepts at once", columns, table(curves(asked.work))))
 

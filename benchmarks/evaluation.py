@@ -1,14 +1,16 @@
 """The published comparison: the suites on the embedded base, for every solver, as JSON and as `docs/results.md`.
 
 The registry, its patches and all pictures are kept in a folder (`--work`); a run that is interrupted, or asked for more, goes
-on where it was. `--only` and `--suites` narrow it down. Several processes may share a folder: with `--shard 0/2` and
-`--shard 1/2`, or with `--only` and `--no-page`, they write no page; `--pages` then writes it from what is there. In full it
-takes one to two hours on two cores, the greater part for the solvers that train.
+on where it was. `--only` and `--suites` narrow it down; a solver may have a setting (`separable:harden=2`) and be decoupled
+(`esd+decoupled`). Several processes may share a folder: with `--shard 0/2` and `--shard 1/2`, or with `--only` and `--no-page`,
+they write no page; `--pages` then writes it from what is there. `--n 100` asks for as many pictures as make 100 in every cell
+(50 in a step of the scenes), and with `--budget` nothing is begun after so many seconds.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,15 +21,17 @@ from typing import Any
 import click
 
 import overpaint
-from benchmarks.cells import Shard, write
-from benchmarks.protocol import tuned
+from benchmarks.cells import Budget, BudgetSpent, Shard, write
+from benchmarks.protocol import chosen
 from benchmarks.results_page import results_page
+from benchmarks.solvers import Asked
 from benchmarks.tables import arguments, save, show
+from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.registry.registry import EvaluationRecord
-from overpaint.solvers import SOLVERS, solver_class
-from overpaint.solvers.problem import configure, settings_of
+from overpaint.solvers import SOLVERS
+from overpaint.solvers.problem import settings_of
 from overpaint.workspace.evaluating import EvaluationRequest, evaluate
 from overpaint.workspace.recipe import current_user
 from overpaint.workspace.workspace import Workspace
@@ -35,12 +39,23 @@ from overpaint.workspace.workspace import Workspace
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 BASE = "emoji"
-SIX = ("cat", "car", "sun", "pistol", "rose", "ink")
-TWELVE = (*SIX, "bomb", "pizza", "robot", "boat", "skull", "neon")
-STYLES = {"ink": "flat", "neon": "flat"}
+INK, NEON = chosen(("ink", "neon"), catalogue().styles)
+TEN = chosen(("cat", "car", "sun", "pistol", "rose", "bomb", "pizza", "robot", "boat", "skull"), catalogue().objects)
+SIX, TWELVE = (*TEN[:5], INK), (*TEN[:5], INK, *TEN[5:], NEON)
+ALL_STYLES = catalogue().styles[:6]
+STYLES = {
+    name: next(s for s in ("flat", *catalogue().styles) if s in catalogue().styles and s != name)
+    for name in (INK, NEON)
+}
 """Concepts that are styles, with what they should become."""
-TWELVE_TOO = ("separable",)
-"""Solvers whose scenes are also played with twelve concepts."""
+RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES}
+"""What recipes hold, by the end of their names. That of all styles is for scenes in which objects stay."""
+SCENES_TOO = ("separable", "sepme")
+"""Solvers whose scenes are also played with twelve concepts, and with all styles."""
+AMONG_THEMSELVES = ("sepme",)
+"""Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
+VARIANTS = ("separable:harden=2",)
+"""Solvers that are attacked once more with another setting."""
 SUITES = ("quick", "generality", "grid", "scenes", "crosstalk", "probes", "cost")
 """What every solver goes through."""
 SCALED = ("separable", "uce", "rece", "nullspace")
@@ -56,23 +71,43 @@ FEWER: Mapping[str, Mapping[str, str]] = {
 """Settings of suites, so that all solvers fit into two hours; the numbers of pictures stand beside the results."""
 
 
-def main() -> None:
+def per_cell(n: int) -> dict[str, dict[str, str]]:
+    """Settings of suites with which every cell has `n` pictures: of erased and of other concepts; `n / 2` in steps of scenes."""
+    objects = sum(name not in STYLES for name in SIX)
+    each, others = str(-(-n // objects)), str(-(-n // (len(catalogue().objects) - objects)))
+    styles = str(-(-n // (len(catalogue().styles) - 1)))
+    more = {
+        "quick": {"erased": each, "objects": others, "styles": styles, "together": str(int(each) * len(SIX))},
+        "generality": {"erased": each, "synonyms": each, "others": others},
+        # A step erases three concepts or more, restores two or more, and three are regular.
+        "scenes": {"pictures": str(-(-n // 4)), "regular": "3"},
+        "probes": {"pictures": each, "inversion": "60", "revival": "40"},
+    }
+    return {suite: {**FEWER.get(suite, {}), **more.get(suite, {})} for suite in (*FEWER, *more)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is asked for and write the page."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "evaluation", help="registry and pictures")
-    parser.add_argument("--only", default=",".join(SOLVERS), help="solvers, with commas between")
+    parser.add_argument("--only", default=",".join((*SOLVERS, *VARIANTS)), help="solvers, with commas between")
     parser.add_argument("--suites", default=",".join(SUITES), help="suites, with commas between; scale is one more")
     parser.add_argument(
         "--shard", default="0/1", help="which part of the solvers is run here, such as 0/2; no page then"
     )
+    parser.add_argument("--n", type=int, default=0, help="pictures in every cell; 0: as few as two hours allow")
+    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
     parser.add_argument("--no-page", action="store_true", help="keep what was found and write no page")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps; the card takes 20")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pages", action="store_true", help="run nothing; write the results from what is there")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     workspace, shard = _shop(asked.work), Shard.parse(asked.shard)
     if not asked.pages:
-        _run(workspace, asked, shard)
+        try:
+            _run(workspace, asked, shard, Budget(asked.budget))
+        except BudgetSpent as error:
+            click.echo(str(error), err=True)
     records = _records(workspace)
     if asked.pages or not (asked.no_page or shard.of > 1):
         _write(records, _refused(asked.work))
@@ -86,37 +121,49 @@ def _shop(work: Path) -> Workspace:
         # Another process may have been faster.
         with suppress(AlreadyExists):
             workspace.add_base(BASE, "emoji")
-    for name in TWELVE:
-        kind = "style" if name in STYLES else "object"
+    for name in dict.fromkeys((*TWELVE, *ALL_STYLES)):
+        kind = "style" if name in catalogue().styles else "object"
         workspace.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
     return workspace
 
 
-def wanted(solver: str, count: int, suites: Sequence[str]) -> list[str]:
-    """The suites, of those asked for, that a solver's recipe of `count` concepts goes through."""
-    if count == len(TWELVE):
-        # Twelve are beyond what SepME can hold on Stable Diffusion; for the others, six say enough.
-        return [suite for suite in suites if suite == "scenes" and solver in TWELVE_TOO]
+def wanted(solver: str, recipe: str, suites: Sequence[str]) -> list[str]:
+    """The suites, of those asked for, that a solver's recipe (one of `RECIPES`) goes through."""
+    if recipe != "6":
+        # For the others, six say enough.
+        return [suite for suite in suites if suite == "scenes" and solver in SCENES_TOO]
+    if solver in VARIANTS:
+        return [suite for suite in suites if suite in ("quick", "probes")]
     own = (*SUITES, *(("scale",) if solver == SCALED[0] else ()))
     return [suite for suite in suites if suite in own]
 
 
-def _run(workspace: Workspace, asked: Namespace, shard: Shard) -> None:
+def recipe_name(solver: str, kind: str) -> str:
+    """What the recipe of a solver is called: `separable-6`, `separable-harden-2-6`."""
+    return f"{re.sub('[^a-z0-9_]+', '-', solver)}-{kind}"
+
+
+def _run(workspace: Workspace, asked: Namespace, shard: Shard, budget: Budget) -> None:
     """Solve and evaluate; what a solver or a suite refuses is kept with its reason and does not stop the rest."""
+    settings = per_cell(asked.n) if asked.n else FEWER
     for solver in shard.part(asked.only.split(",")):
-        for names in (SIX, TWELVE):
-            recipe = f"{solver}-{len(names)}"
-            suites = wanted(solver, len(names), asked.suites.split(","))
+        for kind, names in RECIPES.items():
+            recipe = recipe_name(solver, kind)
+            suites = wanted(solver, kind, asked.suites.split(","))
             reasons = []
             try:
                 if suites:
-                    _lay(workspace, recipe, solver, names, asked.device)
+                    _lay(workspace, recipe, solver, names, asked.device, budget)
+            except BudgetSpent:
+                raise
             except OverpaintError as error:
                 reasons, suites = [str(error)], []
             for suite in suites:
                 try:
-                    request = EvaluationRequest(suite, FEWER.get(suite, {}), steps=asked.steps, device=asked.device)
-                    _evaluate(workspace, recipe, request)
+                    request = EvaluationRequest(suite, settings.get(suite, {}), steps=asked.steps, device=asked.device)
+                    _evaluate(workspace, recipe, request, budget)
+                except BudgetSpent:
+                    raise
                 except OverpaintError as error:
                     reasons.append(f"{suite}: {error}")
             _keep_reasons(asked.work, recipe, reasons)
@@ -137,31 +184,40 @@ def _refused(work: Path) -> dict[str, str]:
     return {place.stem: place.read_text("utf-8") for place in sorted((work / "refused").glob("*.txt"))}
 
 
-def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str) -> None:
+def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str, budget: Budget) -> None:
     """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
     laid = workspace.create_recipe(recipe, base=BASE, exist_ok=True)
     there = {record.concept for record, _ in laid.patches()}
     for name in names:
         if name not in there:
+            budget.check()
             click.echo(f"{recipe}: solving {name}", err=True)
-            concept = next(concept for concept in workspace.concepts() if concept.name == name)
-            laid.add(_solved(workspace, concept, solver, device), why="the published comparison")
+            told = names if Asked.parse(solver).name in AMONG_THEMSELVES else TWELVE
+            laid.add(_solved(workspace, name, solver, device, told), why="the published comparison")
 
 
-def _solved(workspace: Workspace, concept: Concept, solver: str, device: str) -> str:
-    """The patch of a concept with today's settings, as it is or solved now."""
-    settings = tuned(solver)
-    same = settings_of(configure(solver_class(solver), settings))
-    for record in workspace.patches(concept=concept.name, solver=solver):
-        if record.settings == same:
-            return record.id
-    return workspace.solve(concept, base=BASE, solver=solver, settings=settings, device=device).id
+def _solved(workspace: Workspace, name: str, solver: str, device: str, told: Sequence[str]) -> str:
+    """The patch of a concept with today's settings among the concepts told of, as it is or solved now."""
+    asked = Asked.parse(solver)
+    (outcome,) = workspace.solve_many(
+        [name],
+        base=BASE,
+        solver=asked.name,
+        decoupled=asked.decoupled,
+        universe=told,
+        settings=settings_of(asked.solver),
+        device=device,
+    )
+    if outcome.record is None:
+        raise OverpaintError(outcome.error)
+    return outcome.record.id
 
 
-def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest) -> None:
+def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest, budget: Budget) -> None:
     """Run a suite unless the recipe, as it is, has its numbers."""
     if any(record.suite == request.suite for record in workspace.recipe(recipe).evaluations()):
         return
+    budget.check()
     click.echo(f"{recipe}: {request.suite}", err=True)
     evaluate(workspace, recipe, request, who=current_user(), progress=_progress)
     click.echo("", err=True)
@@ -173,7 +229,7 @@ def _progress(done: int, of: int, text: str) -> None:
 
 def _records(workspace: Workspace) -> list[EvaluationRecord]:
     """Of every recipe, solver by solver as the package lists them."""
-    order = [f"{solver}-{len(names)}" for names in (SIX, TWELVE) for solver in SOLVERS]
+    order = [recipe_name(solver, kind) for kind in RECIPES for solver in (*SOLVERS, *VARIANTS)]
     names = sorted((record.name for record in workspace.recipes()), key=lambda name: (_place(order, name), name))
     return [record for name in names for record in workspace.recipe(name).evaluations()]
 

@@ -1,5 +1,7 @@
 """What the table of solvers asks of the embedded base: which concepts are erased, who is listed, which sentences are drawn.
 
+Names come from the catalogue of whatever embedded base is there: those below where it has them, else others of it.
+
 Every solver is told of the same `listed()` objects and styles, if it listens at all; the other objects are in no universe and
 nobody is told of them. All questions follow from the concept and the counts alone. More of them begin with the same ones, so that
 a run that asks for more has the old answers already.
@@ -17,11 +19,29 @@ from overpaint.core.errors import NotFound
 from overpaint.evaluation.prompts import OBJECT, STYLE, CatalogueScene, EvalPrompt, object_scenes, style_scenes
 from overpaint.solvers import solver_class
 
-OBJECTS = ("cat", "car", "sun", "pistol", "rose", "bomb", "robot", "boat")
-STYLES = {"ink": "flat", "neon": "flat", "sepia": "flat"}
+ERASING, ERASING_STYLES = ("cat", "car", "sun", "pistol", "rose", "bomb", "robot", "boat"), ("ink", "neon", "sepia")
+"""Which objects and styles are erased, where the catalogue has them."""
+
+
+def chosen(wanted: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The names of `wanted` that are known, and as many of the others as are missing, spread over all of them."""
+    found = [name for name in wanted if name in known]
+    rest = [name for name in known if name not in found]
+    missing = min(len(wanted) - len(found), len(rest))
+    return (*found, *(rest[i * len(rest) // missing] for i in range(missing)))
+
+
+OBJECTS = chosen(ERASING, catalogue().objects)
+STYLES = {
+    name: "flat"
+    if "flat" in catalogue().styles and name != "flat"
+    else next(s for s in catalogue().styles if s != name)
+    for name in chosen(ERASING_STYLES, catalogue().styles)
+}
 """Styles that are erased, with what they should become."""
 PAIRS = {
-    f"{name} in {style} style": (name, style) for name, style in (("cat", "ink"), ("car", "neon"), ("rose", "sepia"))
+    f"{name} in {style} style": (name, style)
+    for name, style in zip((OBJECTS[0], OBJECTS[1], OBJECTS[4]), STYLES, strict=True)
 }
 """Objects that are erased in one style, and should stay in all others: they become the object in the style's anchor."""
 LISTED = 32
@@ -49,11 +69,18 @@ class Counts:
     others: int = 12
     styles: int = 4
 
+    @classmethod
+    def at_least(cls, n: int, name: str) -> Counts:
+        """As many as make `n` in every cell of the page, over the concepts of one kind (`name` is one of them)."""
+        kind = next(len(names) for names in (PAIRS, STYLES, OBJECTS) if name in names or names is OBJECTS)
+        each = -(-n // kind)
+        return cls(each, each, each)
 
-def listed() -> tuple[str, ...]:
+
+def listed(count: int = LISTED) -> tuple[str, ...]:
     """The objects that solvers are told of: the erased ones first, then others spread over the catalogue."""
     rest = [name for name in catalogue().objects if name not in OBJECTS]
-    wanted = LISTED - len(OBJECTS)
+    wanted = min(max(0, count - len(OBJECTS)), len(rest))
     return (*OBJECTS, *(rest[i * len(rest) // wanted] for i in range(wanted)))
 
 
@@ -81,11 +108,11 @@ def concept_of(name: str) -> Concept:
     raise NotFound(f"the embedded base knows nothing called {name!r}; choose from {known}")
 
 
-def universe(solver: str) -> tuple[Concept, ...]:
-    """What a solver is told of beside the concept that it erases."""
+def universe(solver: str, count: int = LISTED) -> tuple[Concept, ...]:
+    """What a solver is told of beside the concept that it erases: so many objects, and the styles."""
     if solver in HEARS_NOTHING:
         return ()
-    return tuple(concept_of(name) for name in (*listed(), *STYLES))
+    return tuple(concept_of(name) for name in (*listed(count), *STYLES))
 
 
 def tuned(solver: str) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Every solver on the embedded base: what is erased, what is kept, what it costs; the same prompts and seeds for all.
 
 Each concept is erased alone, by every solver in turn: `--solver uce --solver esd:steps=50`. A solver stands for itself
-with its preset `emoji`, where it has one; `NAME:preset=` takes the paper's values. What every (solver, concept) showed is kept
-in a file of the work folder at once, beside the patch and the pictures: a run that is killed, or asked for more pictures,
-goes on where it was, and `--shard 0/2` and `--shard 1/2` share the work between two processes. `--page` runs nothing and
-writes `docs/solvers.md` from what is there, with the curve of `python -m benchmarks.composition`, and the table in
+with its preset `emoji`, where it has one; `NAME:preset=` takes the paper's values, and `NAME+decoupled` takes out of the patch
+what it does to the listed concepts. `--n 100` asks for as many pictures as make 100 in every cell of the page. What every
+(solver, concept) showed is kept in a file of the work folder at once, beside the patch and the pictures: a run that is killed,
+or asked for more pictures, goes on where it was, `--shard 0/2` and `--shard 1/2` share the work between two processes, and with
+`--budget` nothing is begun after so many seconds. `--page` runs nothing and writes `docs/solvers.md` from what is there, with the
+curve of `python -m benchmarks.composition` and the claims of `python -m benchmarks.claims`, and the table in
 `docs/choosing-a-solver.md`.
 """
 
@@ -15,7 +17,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.cells import BASE, Cell, Cells, Costs, Patches, Shard, Verdict, write
+from benchmarks.cells import BASE, NO_END, Budget, BudgetSpent, Cell, Cells, Costs, Patches, Shard, Verdict, write
 from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
@@ -37,12 +39,15 @@ from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.solvers import SOLVERS, solver_class
+from overpaint.solvers.closed_form.decoupling import decoupled
 from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settings_of
 from overpaint.solvers.universe import prepare
 from overpaint.workspace.evaluating import versions
 
 ROOT = Path(__file__).parent.parent
 WORK, PAGE, CHOOSING = ROOT / "build" / "solvers", ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
+DECOUPLED = {"": "", "decoupled": "ridge", "exact": "exact"}
+"""What may stand behind a solver's name, and the rule by which its patches are decoupled then."""
 PAIRED = ("separable",)
 """Solvers that are also asked to erase an object in one style alone."""
 
@@ -54,19 +59,31 @@ class Asked:
     text: str
     name: str
     solver: Solver
+    decoupled: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Asked:
-        """`NAME` or `NAME:K=V,K=V`, on top of the preset `emoji` where there is one."""
-        name, _, rest = text.partition(":")
+        """`NAME` or `NAME:K=V,K=V`, on top of the preset `emoji` where there is one; and `+decoupled` or `+exact` behind it."""
+        plain, _, after = text.partition("+")
+        if after not in DECOUPLED:
+            raise OverpaintError(f"behind a solver stands +decoupled, +exact or nothing; got {text!r}")
+        name, _, rest = plain.partition(":")
         pairs = (pair.partition("=") for pair in rest.split(",") if pair)
         settings = tuned(name) | {key.strip(): value for key, _, value in pairs}
-        return cls(text, name, configure(solver_class(name), settings))
+        return cls(text, name, configure(solver_class(name), settings), DECOUPLED[after])
 
-    def origin(self, told: Sequence[Concept], seed: int = 0) -> dict[str, Any]:
-        """What a patch of this solver follows from beside its base and its concept."""
+    def origin(self, told: Sequence[Concept], seed: int = 0, *, apart: Sequence[Concept] = ()) -> dict[str, Any]:
+        """What a patch of this solver follows from beside its base and its concept; with what it is decoupled from."""
         listed = [concept.as_json() for concept in told]
-        return {"name": self.name, "settings": settings_of(self.solver), "seed": seed, "universe": listed}
+        found = {"name": self.name, "settings": settings_of(self.solver), "seed": seed, "universe": listed}
+        if not self.decoupled:
+            return found
+        return {**found, "decoupled": {"rule": self.decoupled, "universe": [concept.as_json() for concept in apart]}}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The solver's settings, and how its patches are decoupled."""
+        return settings_of(self.solver) | ({"decoupled": self.decoupled} if self.decoupled else {})
 
 
 class Bench:
@@ -81,8 +98,22 @@ class Bench:
         self.patches = Patches(work / "patches", self.base)
         self._ready = False
 
-    def solved(self, asked: Asked, concept: Concept, told: Sequence[Concept]) -> tuple[Patch, Costs]:
-        """The patch of a concept, kept or solved now."""
+    def solved(
+        self, asked: Asked, concept: Concept, told: Sequence[Concept], apart: Sequence[Concept] = ()
+    ) -> tuple[Patch, Costs]:
+        """The patch of a concept, kept or solved now; decoupled from `apart` where that was asked for."""
+        if asked.decoupled:
+            whole, costs = self.solved(replace(asked, decoupled=""), concept, told)
+
+            def separate() -> tuple[Solution, float, float]:
+                self._prepare()
+                started = time.perf_counter()
+                found = decoupled(
+                    EditProblem(self.base, concept, tuple(apart), device=self.device), whole.delta, asked.decoupled
+                )
+                return found, costs.seconds + time.perf_counter() - started, costs.megabytes
+
+            return self.patches.solved(concept, asked.origin(told, apart=apart), separate)
 
         def solve() -> tuple[Solution, float, float]:
             self._prepare()
@@ -138,9 +169,9 @@ def measured(context: Bench, solver: str, name: str, asked: Mapping[str, Sequenc
     if solver == BASE:
         return Cell(BASE, name, _kind(concept), {}, context.made(), context.verdicts((), asked))
     method = Asked.parse(solver)
-    settings = settings_of(method.solver)
+    settings = method.settings
     try:
-        patch, costs = context.solved(method, concept, universe(method.name))
+        patch, costs = context.solved(method, concept, universe(method.name), universe("separable"))
     except OverpaintError as error:
         return Cell(solver, name, _kind(concept), settings, context.made(), refused=str(error))
     verdicts = context.verdicts([Term(patch.id, patch.delta)], asked)
@@ -159,14 +190,20 @@ def jobs(solvers: Sequence[str], concepts: Sequence[str], pairs: Sequence[str]) 
     return found + [(solver, name) for solver in (BASE, *paired) for name in pairs if paired]
 
 
-def run(context: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: Counts) -> None:
-    """Measure what is missing, one cell after the other, each kept at once."""
+def run(
+    context: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: Counts | int, budget: Budget = NO_END
+) -> None:
+    """Measure what is missing, one cell after the other, each kept at once; so many pictures, or so many in every cell.
+
+    Raises BudgetSpent when there is more to do than time.
+    """
     for number, (solver, name) in enumerate(work, 1):
-        asked = questions(name, counts)
-        settings = {} if solver == BASE else settings_of(Asked.parse(solver).solver)
+        asked = questions(name, Counts.at_least(counts, name) if isinstance(counts, int) else counts)
+        settings = {} if solver == BASE else Asked.parse(solver).settings
         cell = cells.find(solver, name)
         if cell is not None and cell.answers(asked, settings, context.drawn):
             continue
+        budget.check()
         started = time.monotonic()
         cell = measured(context, solver, name, asked)
         cells.save(cell)
@@ -174,7 +211,7 @@ def run(context: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: C
         print(f"{number}/{len(work)} {solver}, {name}: {said}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--solver", action="append", metavar="NAME[:K=V,...]", help="may be repeated; all without it")
     parser.add_argument("--concepts", nargs="+", default=[*OBJECTS, *STYLES], help="objects and styles")
@@ -184,33 +221,38 @@ def main() -> None:
         "--others", type=int, default=Counts.others, help="pictures of listed objects, and as many of never listed ones"
     )
     parser.add_argument("--styles", type=int, default=Counts.styles, help="pictures of other styles")
+    parser.add_argument(
+        "--n", type=int, default=0, help="pictures in every cell of the page, instead of the three above"
+    )
+    parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
     parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=WORK, help="cells, patches and pictures")
     parser.add_argument("--page", action="store_true", help=f"run nothing; write {PAGE.name} from what is there")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     cells = Cells(chosen.work / "cells")
     if not chosen.page:
-        run(*_work(chosen, cells))
+        budget = Budget(chosen.budget)
+        work = Shard.parse(chosen.shard).part(jobs(chosen.solver or [*SOLVERS], chosen.concepts, chosen.pairs))
+        counts = chosen.n or Counts(chosen.own, chosen.others, chosen.styles)
+        try:
+            run(Bench(chosen.work, chosen.device, chosen.steps), cells, work, counts, budget)
+        except BudgetSpent as error:
+            print(error, file=sys.stderr)
     _write(chosen, cells)
-
-
-def _work(chosen: Namespace, cells: Cells) -> tuple[Bench, Cells, list[tuple[str, str]], Counts]:
-    work = jobs(chosen.solver or [*SOLVERS], chosen.concepts, chosen.pairs)
-    counts = Counts(chosen.own, chosen.others, chosen.styles)
-    return Bench(chosen.work, chosen.device, chosen.steps), cells, Shard.parse(chosen.shard).part(work), counts
 
 
 def _write(chosen: Namespace, cells: Cells) -> None:
     """The page where it was asked for, and a short table for whoever waits."""
     from benchmarks.choosing_page import filled, short_table
+    from benchmarks.claims import measured_claims
     from benchmarks.composition import curves
     from benchmarks.solvers_page import short_rows, solvers_page
 
     found = cells.all()
     if chosen.page:
-        write(PAGE, solvers_page(found, curves(chosen.work)).encode())
+        write(PAGE, solvers_page(found, curves(chosen.work), measured_claims(chosen.work)).encode())
         write(CHOOSING, filled(CHOOSING.read_text("utf-8"), short_table(found)).encode())
     columns, rows = short_rows(found)
     title = "Judged right, per cent: erased concepts (low is good), others (high is good)"

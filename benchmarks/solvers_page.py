@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.cells import BASE
@@ -11,7 +12,7 @@ from benchmarks.protocol import ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIR
 from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.context import ACCURACY
+from overpaint.evaluation.context import ACCURACY, SHARE
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.reports.html import Table
 from overpaint.evaluation.reports.sections import percent, plain
@@ -32,7 +33,11 @@ PAIR = """A pair is erased when the judge no longer finds both its object and it
 DASH = "—"
 
 
-def solvers_page(cells: Cells, curves: Mapping[str, Sequence[Measurement]]) -> str:
+def solvers_page(
+    cells: Cells,
+    curves: Mapping[str, Sequence[Measurement]],
+    claims: Mapping[str, Sequence[Measurement]] = MappingProxyType({}),
+) -> str:
     """The page, Markdown. Raises OverpaintError when nothing was measured, or the base not on the same pictures."""
     seen = [cell for cell in cells if cell.verdicts]
     if not seen:
@@ -50,9 +55,53 @@ def solvers_page(cells: Cells, curves: Mapping[str, Sequence[Measurement]]) -> s
     blocks += ["## Does it matter whether somebody listed a concept?", markdown(_listing(alone, base))]
     blocks += ["## What a patch costs", markdown(_costs(alone))]
     blocks += list(_composed(curves))
+    blocks += list(_claims(claims))
     refused = [f"- {cell.solver}, {cell.concept}: {cell.refused}" for cell in cells if cell.refused]
     blocks += ["## Refused", "\n".join(refused)] if refused else []
     return "\n\n".join([*blocks, _provenance(seen)]) + "\n"
+
+
+def _claims(claims: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
+    """What the abstracts of All but One and SepME promise; a row for each solver, and for each step."""
+    for prefix, heading, caption in CLAIMS:
+        every = [row for name, some in claims.items() if name.startswith(prefix) for row in some]
+        if not every:
+            continue
+        metrics = list(dict.fromkeys(row.metric for row in every))
+        by_subject: dict[str, dict[str, Measurement]] = {}
+        for row in every:
+            by_subject.setdefault(row.subject, {})[row.metric] = row
+        body = [
+            (subject, *(_levels(found.get(m)) if m.startswith("change") else _spelled(found.get(m)) for m in metrics))
+            for subject, found in by_subject.items()
+        ]
+        yield heading
+        yield markdown(Table(("", *metrics), tuple(body), caption))
+
+
+CLAIMS = (
+    (
+        "alternative",
+        "## Only the concept changes, and into what was chosen",
+        "Each concept is erased with an anchor (cat, dog; car, bicycle; pistol, banana; rose, sunflower). Changes are root mean "
+        "square differences of the same seeds, in grey levels; outside is what the base draws in its background's colour.",
+    ),
+    (
+        "increments",
+        "## Increments beside each other (SepME)",
+        "Objects are erased one after the other, each by an increment that is told of those before it, or of all from the start. "
+        "The null space promises that a later increment leaves an earlier name alone; what earlier ones do to a later name is in "
+        "the first column.",
+    ),
+)
+
+
+def _levels(row: Measurement | None) -> str:
+    """Grey levels with their interval and n."""
+    if row is None:
+        return DASH
+    low, high = ends(row)
+    return f"{row.value:.1f} ({low:.1f} to {high:.1f}, n={row.n})"
 
 
 def _place(concept: str) -> tuple[int, str]:
@@ -119,7 +168,9 @@ _SHOWN: tuple[tuple[Callable[[list[float]], float], ...], ...] = ((median,), (me
 
 def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     """H_c over N, and the two accuracies that it is made of."""
-    rows = [row for some in curves.values() for row in some if ", N=" in row.subject]
+    every = [row for some in curves.values() for row in some if ", N=" in row.subject]
+    restored = [row for row in every if ", one restored, N=" in row.subject]
+    rows = [row for row in every if row not in restored]
     if not rows:
         return
     yield "## Many concepts at once"
@@ -129,10 +180,10 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     numbers |= {key: doubted(row, numbers) for key, row in numbers.items() if row.metric == "H_c"}
     kept = next(row for some in curves.values() for row in some if row.subject == "base: kept")
     yield (
-        "The first N listed objects are erased at once; kept are objects that nobody was told of. `separable` and `sepme` are "
-        "told of all that is listed, the others work alone. A plain sum lays patches side by side as they are; task arithmetic "
-        "and TIES merge them, and `joint` is one solve "
-        f"for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
+        "The first N listed objects are erased at once; kept are objects that nobody was told of. `separable` and `nullspace` "
+        "are told of all that is listed, `sepme` of as many as its sums go to, the others work alone. A plain sum lays patches "
+        "side by side as they are; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
+        f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )
     for metric, output in (
         ("H_c", "H_c, the harmonic mean of what is erased and what is kept."),
@@ -141,6 +192,12 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     ):
         body = [(way, *(_spelled(numbers.get((f"{way}, N={n}", metric))) for n in counts)) for way in ways]
         yield markdown(Table(("way to compose", *(f"N={n}" for n in counts)), tuple(body), output))
+    for row in restored:
+        if row.metric == SHARE:
+            yield (
+                f"With {int(row.subject.rpartition('=')[2]) - 1} of {row.subject.rpartition('=')[2]} left in place, each of them "
+                f"restored in turn: {_spelled(row)} of the base's accuracy on it."
+            )
     spread = max(row.value for row in rows if row.metric == "order spread")
     yield f"Tensors that depend on the order in which patches are laid on: {plain(spread)}."
 

@@ -353,6 +353,14 @@ exactly_option = click.option(
 )
 
 
+universe_option = click.option(
+    "--universe",
+    multiple=True,
+    metavar="RECIPE|CONCEPT",
+    help="Preserve only these, or a recipe's, of all known concepts; may be repeated.",
+)
+
+
 def decouple_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--decouple, and --exactly beside it."""
     return click.option("--decouple", is_flag=True, help="Take out what a change does to other concepts.")(

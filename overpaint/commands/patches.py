@@ -27,6 +27,7 @@ from overpaint.commands.common import (
     recipe_option,
     show_change,
     show_table,
+    universe_option,
     why_option,
 )
 from overpaint.commands.evaluating import show_evaluations
@@ -238,12 +239,19 @@ def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why:
 @patch.command("decouple")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
 @exactly_option
+@universe_option
 @device_option
 @digests_option
 @json_option
 @click.pass_context
 def patch_decouple(
-    ctx: click.Context, patches: tuple[str, ...], exactly: bool, device: str, digests: bool, as_json: bool
+    ctx: click.Context,
+    patches: tuple[str, ...],
+    exactly: bool,
+    universe: tuple[str, ...],
+    device: str,
+    digests: bool,
+    as_json: bool,
 ) -> None:
     """Store a patch that leaves other concepts alone.
 
@@ -266,7 +274,7 @@ def patch_decouple(
         rule = decoupling(True, exactly)
         for step, key in enumerate(patches, 1):
             terminal.progress(step, len(patches), f"decoupling {key}")
-            record, found = workspace.decouple(key, rule, device=device)
+            record, found = workspace.decouple(key, rule, universe=universe, device=device)
             said = found.diagnostics
             shares = [said["residual"], said["others moved"]]
             spelt = shares if as_json else [f"{share:.1%}" for share in shares]

@@ -24,6 +24,7 @@ from overpaint.commands.common import (
     open_workspace,
     settings_of,
     show_table,
+    universe_option,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def _show_one(name: str, as_json: bool) -> None:
 @click.option("--seed", type=int, help="Default: 0, or what the file says.")
 @click.option("--compress", metavar="RANK|ENERGY", help="Keep so many directions of each tensor (4) or so much (0.99).")
 @decouple_options
+@universe_option
+@click.option("--harden", type=int, metavar="N", help="Rounds against what still calls a concept up (separable).")
 @click.option("--update", is_flag=True, help="Describe known concepts as the file does.")
 @click.option(
     "--force", cls=Renamed, old=["--again"], is_flag=True, help="Also solve what was solved before with equal inputs."
@@ -118,6 +121,8 @@ def solve(
     compress: str | None,
     decouple: bool,
     exactly: bool,
+    universe: tuple[str, ...],
+    harden: int | None,
     update: bool,
     force: bool,
     dry_run: bool,
@@ -141,7 +146,7 @@ def solve(
     """
     if bool(concepts) == (file is not None):
         raise click.UsageError("name the concepts, or a file that lists them with --from")
-    chosen = settings_of(settings)
+    chosen = settings_of(settings) | ({} if harden is None else {"harden": str(harden)})
     outcomes: list[SolveOutcome] = []
     plan: SolvePlan | None = None
     with Terminal() as terminal, interruptible(terminal, lambda: _stored(plan, outcomes)):
@@ -154,6 +159,7 @@ def solve(
             seed=seed,
             compress=compress,
             decoupled=decoupling(decouple, exactly),
+            universe=universe,
             update=update,
             force=force,
             settings=chosen,
@@ -177,6 +183,8 @@ def _show(outcomes: list[SolveOutcome], digests: bool, as_json: bool) -> None:
         show_table("Solved", columns, rows, as_json, digests=digests)
     if before := sum(outcome.before for outcome in outcomes):
         Terminal().note(f"{before} of {len(outcomes)} were solved before with equal inputs; --force solves them again")
+    for note in dict.fromkeys(outcome.diagnostics["note"] for outcome in outcomes if "note" in outcome.diagnostics):
+        Terminal().note(note)
     failed: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.error:

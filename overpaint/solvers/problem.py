@@ -45,12 +45,16 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: Sequence[str] = (),
+    *,
+    added_later: bool = False,
 ) -> Any:
     """A hyper-parameter: its default (true or false, a number or a text), what it means (units, source), its bounds.
 
-    `low` and `high` are inclusive; `choices` are all the texts that it may be.
+    `low` and `high` are inclusive; `choices` are all the texts that it may be. One that was `added_later` to a solver of which
+    there are patches is recorded only where it is not its default, so that the same patch keeps its id.
     """
-    return field(default=default, metadata={"about": about, "low": low, "high": high, "choices": tuple(choices)})
+    known = {"about": about, "low": low, "high": high, "choices": tuple(choices), "added_later": added_later}
+    return field(default=default, metadata=known)
 
 
 def configure(solver: type[S], settings: Mapping[str, str], preset: str = "") -> S:
@@ -70,8 +74,12 @@ def configure(solver: type[S], settings: Mapping[str, str], preset: str = "") ->
 
 
 def settings_of(solver: Any) -> dict[str, Any]:
-    """All hyper-parameters of a solver, as JSON."""
-    return dataclasses.asdict(solver)
+    """All hyper-parameters of a solver, as JSON; without those that were added later and have their default."""
+    silent = {name for name, spec in settable(solver).items() if spec.metadata.get("added_later")}
+    every = dataclasses.asdict(solver)
+    return {
+        name: value for name, value in every.items() if name not in silent or value != settable(solver)[name].default
+    }
 
 
 def settable(solver: Any) -> dict[str, Field[Any]]:

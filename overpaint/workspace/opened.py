@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -268,10 +268,29 @@ class OpenRegistry:
         """The folder in which second moments of concepts are cached."""
         return self.registry.folder / "cache" / "moments"
 
-    def solve_context(self, base: str) -> SolveContext:
-        """What a solve on a base reads beside its request: all concepts, the prompts to preserve, the cache."""
+    def solve_context(self, base: str, universe: Iterable[str] = ()) -> SolveContext:
+        """What a solve on a base reads beside its request: all concepts, the prompts to preserve, the cache.
+
+        With a `universe`, only those concepts that it names, and those of the recipes that it names. Raises NotFound.
+        """
         preserved = tuple(each.prompt for each in self.registry.preserved_prompts(base))
-        return SolveContext(tuple(self.concepts()), preserved, self.vocabularies)
+        named = tuple(universe)
+        concepts = (
+            {each.name: each for key in named for each in self._named(key)}.values() if named else self.concepts()
+        )
+        return SolveContext(tuple(concepts), preserved, self.vocabularies)
+
+    def _named(self, key: str) -> list[Concept]:
+        """The concepts of a recipe, or the concept of that name."""
+        if self.registry.has_recipe(key):
+            names = sorted({record.concept for record, _ in self.registry.patches_on(key)})
+            return [self.registry.concept(name) for name in names]
+        try:
+            return [self.registry.concept(key)]
+        except NotFound as error:
+            raise NotFound(
+                f"no recipe and no concept is called {key!r}; a universe is named by either ({error})"
+            ) from None
 
     def patch(self, key: str) -> Patch:
         """A stored patch by id, unique beginning of an id, or concept; its bytes and digests checked.

@@ -260,7 +260,7 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they are.
     """
     recorded = manifest["solver"]
-    inputs = {key: value for key, value in recorded.items() if key not in ("universe", "vocabulary")}
+    inputs = {key: value for key, value in recorded.items() if key not in ("universe", "vocabulary", "undisturbed")}
     inputs["settings"] = _without_folder(recorded.get("settings", {}))
     if "compressed" in inputs:
         inputs["compressed"] = [keep.as_json() for keep in truncations_of(manifest)]
@@ -395,8 +395,11 @@ def plan_solves(
     base: str,
     update: bool = False,
     again: bool = False,
+    known_concepts: Iterable[Concept] | None = None,
 ) -> SolvePlan:
     """The plan for `orders`: which are solved already, and the universe with all that is ordered added.
+
+    `known_concepts` are those of the registry, where the universe has not all of them.
 
     An order whose inputs are those of a stored patch is done, unless `again`. Raises ConceptDiffers for concepts that are
     known by another description, unless `update`; NotFound and BadSetting for a base, a solver or settings that are none;
@@ -404,12 +407,12 @@ def plan_solves(
     """
     orders, on = tuple(dict.fromkeys(orders)), registry.base(base)
     wanted = _concepts(orders)
-    known = {concept.name: concept for concept in around.universe}
+    known = {concept.name: concept for concept in (around.universe if known_concepts is None else known_concepts)}
     new = tuple(concept for name, concept in wanted.items() if name not in known)
     changed = tuple(concept for name, concept in wanted.items() if name in known and known[name] != concept)
     if changed and not update:
         raise ConceptDiffers(refusals([(known[concept.name], concept) for concept in changed]))
-    around = replace(around, universe=tuple({**known, **wanted}.values()))
+    around = replace(around, universe=tuple({**{each.name: each for each in around.universe}, **wanted}.values()))
     _check_methods(orders)
     before = {} if again else solved_before(registry, base, orders)
     named = {(record.concept, record.solver, record.seed) for record in before.values()}

@@ -154,6 +154,7 @@ class Workspace(OpenRegistry):
         device: str = "auto",
         compress: str | None = None,
         decoupled: str = "",
+        universe: Iterable[str] = (),
         progress: Progress = silent,
         **settings: object,
     ) -> Solved:
@@ -161,7 +162,8 @@ class Workspace(OpenRegistry):
 
         A name the registry does not know becomes an object of that name. Every other concept in the registry is the
         universe: preserved, so that patches compose. `decoupled` ("ridge" or "exact") takes out of the change what it does
-        to any of them, whatever the solver (see `decouple`). `compress` keeps a rank ("4") or a share of energy ("0.99") of
+        to any of them, whatever the solver (see `decouple`). With a `universe`, only the concepts that it names are it, and those
+        of the recipes that it names. `compress` keeps a rank ("4") or a share of energy ("0.99") of
         every tensor's change. Other keywords are settings of the solver (see `solvers`), or `settings=` a mapping of them.
 
         Raises NotFound for an unknown base or solver, BadSetting for a setting that the solver has not (the nearest name is
@@ -180,7 +182,7 @@ class Workspace(OpenRegistry):
             decoupled=decoupling_rule(decoupled),
         )
         request.method()  # so that a setting that cannot be is refused before a base is opened
-        context = self.solve_context(base_name)
+        context = self.solve_context(base_name, universe)
         made = make(request, self.base(base_name), context, resolve_device(device), progress)
         self.registry.ensure_concept(request.concept)
         return Solved(store(self.registry, made, base_name), made.diagnostics, made.seconds)
@@ -196,6 +198,7 @@ class Workspace(OpenRegistry):
         device: str = "auto",
         compress: str | None = None,
         decoupled: str = "",
+        universe: Iterable[str] = (),
         update: bool = False,
         force: bool = False,
         on: str = "",
@@ -218,6 +221,7 @@ class Workspace(OpenRegistry):
             seed=seed,
             compress=compress,
             decoupled=decoupled,
+            universe=universe,
             update=update,
             force=force,
             settings=settings,
@@ -234,6 +238,7 @@ class Workspace(OpenRegistry):
         seed: int | None = None,
         compress: str | None = None,
         decoupled: str = "",
+        universe: Iterable[str] = (),
         update: bool = False,
         force: bool = False,
         **settings: object,
@@ -247,8 +252,11 @@ class Workspace(OpenRegistry):
         if file is not None:
             requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
         requests = completed(requests, self.concepts(), truncations(compress), decoupling_rule(decoupled))
-        context = self.solve_context(base_name)
-        return plan_solves(self.registry, requests, context, base=base_name, update=update, again=force)
+        context = self.solve_context(base_name, universe)
+        known = self.concepts()
+        return plan_solves(
+            self.registry, requests, context, base=base_name, update=update, again=force, known_concepts=known
+        )
 
     def carry_out(
         self,
@@ -289,9 +297,16 @@ class Workspace(OpenRegistry):
         return store_patch(self.registry, smaller.patch, record.base, 0.0), smaller
 
     def decouple(
-        self, patch: str, rule: str = "ridge", *, device: str = "auto", progress: Progress = silent
+        self,
+        patch: str,
+        rule: str = "ridge",
+        *,
+        universe: Iterable[str] = (),
+        device: str = "auto",
+        progress: Progress = silent,
     ) -> tuple[PatchRecord, DecoupledPatch]:
-        """Store, beside a patch that is there, what it does to its own concept and to no other concept of the registry.
+        """Store, beside a patch that is there, what it does to its own concept and to no other concept of the registry, or of
+        the `universe`: names of concepts and recipes.
 
         `rule` "ridge" holds the other concepts, the vocabulary and the preserved prompts by least squares, as the solver
         `separable` does, so that decoupled patches can be summed; "exact" also leaves the bare names of the others exactly
@@ -303,7 +318,7 @@ class Workspace(OpenRegistry):
         from overpaint.workspace.solving import store_patch
 
         record, rule = self.registry.patch(patch), decoupling_rule(rule)
-        where, context = resolve_device(device), self.solve_context(record.base)
+        where, context = resolve_device(device), self.solve_context(record.base, universe)
         found = decoupled_patch(self.base(record.base), self.patch(record.id), rule, context, where, progress)
         return store_patch(self.registry, found.patch, record.base, found.diagnostics["seconds"]), found
 

@@ -13,11 +13,22 @@ from numpy.typing import NDArray
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.attacks import (
+    Genetics,
+    called_up,
+    completed,
+    inverted,
+    noised,
+    on_simplex,
+    redrawn,
+    revived,
+    searched,
+)
 from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import EvalPrompt, ListedPrompts
-from overpaint.evaluation.suites.probes import Probes, completed, inverted, noised, revived
+from overpaint.evaluation.suites.probes import Probes
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
@@ -79,6 +90,65 @@ def test_revival_trains_a_copy(image_generator: ImageGenerator) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_an_image_to_image_start_ends_where_the_picture_was_or_at_the_model(image_generator: ImageGenerator) -> None:
+    wanted = image_generator.draw((), ASKED)
+    patched = image_generator.draw(TERMS, ASKED)
+    near, far = (redrawn(image_generator, TERMS, wanted, ASKED, strength) for strength in (0.34, 1.0))
+    assert near.shape == far.shape == wanted.shape
+    assert not np.array_equal(near, far)
+    assert not np.array_equal(far, patched), "the picture is still in the last bit of noise"
+    assert np.array_equal(redrawn(image_generator, TERMS, wanted, ASKED, 0.34), near)
+
+
+def test_a_searched_prompt_is_words_before_the_prompt_and_lowers_the_loss(image_generator: ImageGenerator) -> None:
+    wanted = image_generator.draw((), ASKED)
+    image_generator.overlay.set(TERMS)
+    before = state(image_generator.pipe)
+    pictures, prompts = searched(image_generator, TERMS, wanted, ASKED, 2, 3, 0)
+    assert pictures.shape == wanted.shape
+    for prompt in prompts:
+        assert prompt.endswith(" a cat")
+        ids = image_generator.pipe.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert len(ids) == 4, "what was found is typed and read back as the same words"
+    assert searched(image_generator, TERMS, wanted, ASKED, 2, 3, 0)[1] == prompts
+    after = state(image_generator.pipe)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not image_generator.pipe.text_encoder.get_input_embeddings()._forward_hooks
+
+
+def test_a_prompt_that_calls_a_concept_up_comes_nearer_and_does_not_name_it(image_generator: ImageGenerator) -> None:
+    pairs = [("a cat", "a"), ("a photo of a cat", "a photo of")]
+    few, many = (
+        called_up(image_generator, TERMS, pairs, ("cat",), ASKED, 0, Genetics(4, 16, generations))
+        for generations in (1, 12)
+    )
+    assert "cat" not in many[1][0].split()
+    pipe = image_generator.pipe
+    image_generator.overlay.clear()
+
+    def far(prompt: str) -> float:
+        ids = pipe.tokenizer(
+            [prompt, *(side for pair in pairs for side in pair)],
+            padding="max_length",
+            max_length=16,
+            return_tensors="pt",
+        ).input_ids
+        with torch.no_grad():
+            own, *sides = pipe.text_encoder(ids)[0]
+        named, unnamed = torch.stack(sides[::2]), torch.stack(sides[1::2])
+        return float((own - unnamed.mean(0) - 3.0 * (named - unnamed).mean(0)).norm())
+
+    assert far(many[1][0]) <= far(few[1][0])
+
+
+def test_the_nearest_distribution_is_one(image_generator: ImageGenerator) -> None:
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 3
+    found = on_simplex(rows)
+    assert torch.allclose(found.sum(1), torch.ones(5), atol=1e-5)
+    assert bool((found >= 0).all())
+    assert torch.allclose(on_simplex(found), found, atol=1e-6), "a distribution is its own nearest"
+
+
 class Twin:
     """A judge that takes for the cat exactly the pictures that the base draws of it, and nothing else."""
 
@@ -106,7 +176,7 @@ def probed(base: Base, image_generator: ImageGenerator, delta: TextMap) -> list[
     held = (EvaluatedPatch(make_patch(base, concept, delta, {"name": "test"})),)
     judge = Twin(prompt_set, image_generator.draw((), prompt_set.prompts("object", "cat", 2)))
     found = EvalContext(base, prompt_set, judge, image_generator, held)
-    return Probes(pictures=2, clean=2, inversion=1, revival=1).run(found)
+    return Probes(pictures=2, clean=2, inversion=1, revival=1, search=2, words=2, restarts=2).run(found)
 
 
 def test_probes_catch_a_patch_that_erases_nothing(base: Base, image_generator: ImageGenerator) -> None:
@@ -124,7 +194,11 @@ def test_probes_report_each_attack_on_a_patch_that_works(base: Base, image_gener
     assert attacks == {
         "accuracy after 2 steps of the base",
         "accuracy with added noise",
+        "accuracy from pictures noised by 0.7",
         "accuracy of a learned word",
+        "accuracy of the best of 2 learned words",
+        "accuracy of the best of 2 searched prompts",
+        "accuracy of the best of 2 prompts without the name",
         "accuracy after training on other pictures",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from benchmarks import composition
-from benchmarks.cells import Costs, Shard
+from benchmarks.cells import Budget, BudgetSpent, Costs, Shard
 from benchmarks.composition import Curve, curves, draw, parts, table, told
 from benchmarks.protocol import listed, never_listed
 from benchmarks.solvers import Asked
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import SHARE
 from overpaint.evaluation.prompts import OBJECT, EmojiPrompts
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import Patch, make_patch
@@ -38,7 +40,9 @@ class Fake:
         self.image_generator = Script(base, self.prompt_set, faithful, {})
         self.solved_for: dict[tuple[str, str], int] = {}
 
-    def solved(self, asked: Asked, concept: Concept, known: Sequence[Concept]) -> tuple[Patch, Costs]:
+    def solved(
+        self, asked: Asked, concept: Concept, known: Sequence[Concept], apart: Sequence[Concept] = ()
+    ) -> tuple[Patch, Costs]:
         if asked.name == self.stops:
             raise KeyboardInterrupt
         if asked.name == self.refuses:
@@ -87,9 +91,36 @@ def test_kept_objects_are_those_that_are_never_listed(base: Base) -> None:
 
 
 def test_solvers_are_told_what_the_suite_tells_them() -> None:
-    assert told("uce") == told("esd") == ()
-    assert set(listed()) <= {concept.name for concept in told("separable")}
-    assert told("separable") == told("sepme")
+    assert told("uce", 32) == told("esd", 32) == ()
+    assert set(listed()) <= {concept.name for concept in told("separable", 32)}
+    assert told("separable", 32) == told("nullspace", 32)
+    assert [concept.name for concept in told("sepme", 32)] == [*listed()[: composition.TRAINED_FAR]]
+
+
+def test_solvers_that_train_stop_earlier_and_keep_the_same(base: Base) -> None:
+    whole = curve(Fake(base), most=32, pictures=40)
+    far = {solver: replace(whole, solvers=solver) for solver in ("separable", "esd", "esd+decoupled", "uce+decoupled")}
+    assert [len(each._concepts(each.context())) for each in far.values()] == [32, 16, 16, 32]
+    kept = [each._kept(each.context(), each._concepts(each.context())) for each in far.values()]
+    assert all(some == kept[0] for some in kept)
+
+
+def test_of_separable_each_concept_is_restored_while_the_others_stay(base: Base, tmp_path: Path) -> None:
+    draw(curve(Fake(base)), tmp_path, ["separable", "esd"], ALL)
+    found = curves(tmp_path)
+    restored = [row for row in found["separable"] if row.subject == f"{composition.RESTORED}, N=4"]
+    assert {row.metric: row.value for row in restored}[SHARE] == 1
+    assert not [row for row in found["esd"] if "restored" in row.subject]
+
+
+def test_a_budget_that_is_spent_begins_nothing(base: Base, tmp_path: Path) -> None:
+    spent = Budget(1.0, began=0.0)
+    fake = Fake(base)
+    with pytest.raises(BudgetSpent, match="goes on where this one stopped"):
+        draw(replace(curve(fake), budget=spent), tmp_path, ["separable"], ALL)
+    assert not fake.solved_for
+    draw(replace(curve(fake), budget=Budget(3600.0)), tmp_path, ["separable"], ALL)
+    assert [*curves(tmp_path)] == ["separable"]
 
 
 def test_a_killed_curve_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:

@@ -80,11 +80,25 @@ def test_every_solver_goes_through_every_suite() -> None:
 
     every = (*SUITES, "scale")
     for solver in SOLVERS:
-        assert set(SUITES) <= set(wanted(solver, 6, every))
-    assert [solver for solver in SOLVERS if "scale" in wanted(solver, 6, every)] == ["separable"]
-    assert wanted("separable", 12, every) == ["scenes"]
-    assert wanted("esd", 12, every) == []
-    assert wanted("esd", 6, ["quick"]) == ["quick"]
+        assert set(SUITES) <= set(wanted(solver, "6", every))
+    assert [solver for solver in SOLVERS if "scale" in wanted(solver, "6", every)] == ["separable"]
+    for recipe in ("12", "styles"):
+        assert wanted("separable", recipe, every) == wanted("sepme", recipe, every) == ["scenes"]
+        assert wanted("esd", recipe, every) == []
+    assert wanted("esd", "6", ["quick"]) == ["quick"]
+    assert wanted("separable:harden=2", "6", every) == ["quick", "probes"]
+
+
+@pytest.mark.parametrize("n", [40, 100])
+def test_every_cell_has_as_many_pictures_as_asked(n: int) -> None:
+    from benchmarks.evaluation import SIX, STYLES, per_cell
+    from overpaint.evaluation.suites import configured
+
+    objects = sum(name not in STYLES for name in SIX)
+    for suite, settings in per_cell(n).items():
+        configured(suite, settings)
+    assert int(per_cell(n)["probes"]["pictures"]) * objects >= n
+    assert int(per_cell(n)["scenes"]["pictures"]) * 2 >= n / 2
 
 
 def test_what_was_refused_is_on_the_page_of_another_run(tmp_path: Path) -> None:
@@ -116,16 +130,12 @@ def test_a_patch_of_other_settings_is_not_taken_for_todays(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks import evaluation
-    from overpaint.solvers import solver_class
-    from overpaint.solvers.problem import configure, settings_of
 
-    class Solved:
-        id = "solved now"
-
-    monkeypatch.setattr(workspace, "solve", lambda *given, **named: Solved)
     record = next(record for record in workspace.patches() if record.solver == "separable")
-    (concept,) = [concept for concept in workspace.concepts() if concept.name == record.concept]
-    assert evaluation._solved(workspace, concept, "esd", "cpu") == "solved now"
-    same = evaluation._solved(workspace, concept, "separable", "cpu")
-    kept = settings_of(configure(solver_class("separable"), {}))
-    assert (same == record.id) == (record.settings == kept)
+    monkeypatch.setattr(evaluation, "BASE", record.base)
+    names = [concept.name for concept in workspace.concepts()]
+    same = evaluation._solved(workspace, record.concept, "separable", "cpu", names)
+    hard = evaluation._solved(workspace, record.concept, "separable:harden=1", "cpu", names)
+    assert hard != same
+    assert evaluation._solved(workspace, record.concept, "separable", "cpu", names) == same
+    assert workspace.registry.patch(hard).settings["harden"] == 1

@@ -13,7 +13,7 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Dense, LowRank
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.trained.sepme import SepME, free_of, null_space
+from overpaint.solvers.trained.sepme import SepME, free_of, null_space, that_fit
 from overpaint.testing import SolverContract, tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
@@ -69,6 +69,50 @@ def test_the_room_that_is_left_is_reported(base: Base) -> None:
     assert found["null_space"] + found["rank_of_others"] == encoder.width
     assert found["capacity"] == (encoder.width - 1) // (encoder.length - 1)
     assert found["capacity_left"] < found["capacity"]
+
+
+def test_a_universe_larger_than_the_room_gives_way_to_the_nearest_and_says_so(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(width=64)
+    # An untrained layer norm makes every embedding orthogonal to the vector of ones; a trained one does not.
+    torch.nn.init.normal_(pipe.text_encoder.final_layer_norm.bias)
+    pipe.save_pretrained(tmp_path / "small")
+    base = Base.open(tmp_path / "small")
+    many = tuple(Concept(name) for name in ("dog", "fox", "car", "bus", "sun", "moon", "tree", "rose", "house"))
+    found = SepME(**QUICK).solve(EditProblem(base, CAT, many))
+    held = found.record["undisturbed"]
+    assert 0 < len(held) < len(many)
+    assert f"room for {len(held)} of 9" in found.diagnostics["note"]
+    assert found.diagnostics["null_space"] >= TextEncoder.of(base).length - 1
+    assert SepME(**QUICK).solve(EditProblem(base, CAT, many)).delta == found.delta
+    encoder = TextEncoder.of(base)
+    assert isinstance(found.delta, LowRank)
+    cat, *listed = (encoder.hidden([name])[0] for name in ("cat", *held))
+    for up, down in found.delta.factors.values():
+        for prompt in listed:
+            assert (prompt @ down.T @ up.T).norm() < 1e-3 * (cat @ down.T @ up.T).norm()
+
+
+def test_where_there_is_room_all_are_left_undisturbed(base: Base) -> None:
+    found = SepME(**QUICK).solve(EditProblem(base, CAT, (DOG, CAR)))
+    assert not found.record
+    assert "note" not in found.diagnostics
+
+
+def test_the_nearest_are_those_that_have_most_in_common() -> None:
+    rng = torch.Generator().manual_seed(0)
+    begin, own = torch.randn(1, 12, generator=rng), torch.randn(3, 12, generator=rng)
+    other, near = torch.randn(3, 3, 12, generator=rng), own + 0.3 * torch.randn(3, 12, generator=rng)
+    rows = [torch.cat([begin, each]) for each in (own, other[0], near, other[1], other[2])]
+    always = torch.cat([begin, torch.randn(3, 12, generator=rng)])[None]
+    chosen = that_fit(rows[0], always, torch.stack(rows[1:]))
+    assert chosen
+    assert 1 in chosen
+    assert len(chosen) < 4
+
+
+def test_the_preset_has_the_papers_settings_but_for_step_sizes_and_pictures() -> None:
+    preset = SepME.preset("emoji")
+    assert (preset.tolerance, preset.sentences, preset.tau) == (0.0, 0, 1e-4)
 
 
 def test_increments_trained_together_leave_each_others_prompts_alone(base: Base) -> None:

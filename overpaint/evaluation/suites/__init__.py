@@ -28,7 +28,10 @@ SUITES = {
         "overpaint.evaluation.suites.crosstalk:CrosstalkSuite",
         "what each patch does to every other concept",
     ),
-    "probes": ("overpaint.evaluation.suites.probes:Probes", "four ways to bring erased objects back, as they come out"),
+    "probes": (
+        "overpaint.evaluation.suites.probes:Probes",
+        "eight ways to bring erased objects back, as they come out",
+    ),
     "cost": ("overpaint.evaluation.suites.cost:Cost", "seconds, memory and bytes of every patch"),
 }
 """Every suite by name, with what it asks; listed without importing any of them."""

@@ -13,20 +13,19 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
 from overpaint.patches.compose import Term
 
-ERASED_PICTURES = 40
-"""Pictures of erased concepts, shared among them."""
-
 
 @dataclass(frozen=True)
 class Quick:
-    """How many pictures are judged: of each erased concept at most, of each other object, of each other style."""
+    """How many pictures are judged: of each erased concept at most, of each other object, of each other style; and of all
+    erased concepts together at most."""
 
     erased: int = 10
     objects: int = 1
     styles: int = 3
+    together: int = 40
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        each = max(1, min(self.erased, ERASED_PICTURES // len(context.patches)))
+        each = max(1, min(self.erased, self.together // len(context.patches)))
         erased = {key: context.prompts(*key, each) for key in context.erased()}
         others = {head: context.prompts_for_others(head, getattr(self, f"{head}s")) for head in (OBJECT, STYLE)}
         removed = context.patches[::2] if len(context.patches) > 1 else context.patches

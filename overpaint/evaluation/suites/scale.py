@@ -84,7 +84,7 @@ ORDERS = 3
 class Scale:
     """The most concepts, the solvers (commas between), their settings ("solver.name=value", semicolons between), pictures.
 
-    `pictures` is how many are judged of erased concepts and of kept ones, at every N.
+    `pictures` is how many are judged of erased concepts (at least) and of kept ones (at most), at every N.
     """
 
     most: int = 16
@@ -129,11 +129,11 @@ class Scale:
     def _kept(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
         erased = {context.class_of(concept)[1] for concept in concepts}
         names = [name for name in context.others(OBJECT) if name not in erased]
-        each = max(1, self.pictures // len(names))
+        each = -(-self.pictures // len(names))
         return [question for name in names for question in context.prompts(OBJECT, name, each)][: self.pictures]
 
     def _erased(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
-        each = max(1, self.pictures // len(concepts))
+        each = -(-self.pictures // len(concepts))
         return [q for concept in concepts for q in context.prompts(*context.class_of(concept), each)]
 
     def _solved(self, context: EvalContext, solver: str, concepts: list[Concept]) -> list[Term]:

@@ -190,6 +190,19 @@ def residual(edit: MapEdit, keys: Tensor, values: Tensor) -> float:
     return float((edit(keys) - values).norm() / (keys - values).norm())
 
 
+def revived(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> Tensor:
+    """The embeddings c' that reproduce keys c best through the edited projections: [d, m]."""
+    t = edit(torch.eye(len(g), dtype=g.dtype, device=g.device))
+    embeddings: Tensor = torch.linalg.solve(lam + t.T @ g @ t, t.T @ (g @ keys))
+    return embeddings
+
+
+def recovered(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> float:
+    """How much of the projections' output for the keys the best c' brings back: 1 is all, 0 nothing (weighted by G)."""
+    missed = edit(revived(edit, g, lam, keys)) - keys
+    return 1.0 - float(((missed * (g @ missed)).sum() / (keys * (g @ keys)).sum()).sqrt())
+
+
 def projection_weights(base: Base, text_input: str, device: torch.device) -> dict[str, Tensor]:
     """The matrices that read a text input, by canonical name: float64 [out, d], its own columns of each."""
     return {

@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from overpaint.patches.delta import TextMap
 from overpaint.solvers.closed_form.edits import (
@@ -29,7 +28,9 @@ from overpaint.solvers.closed_form.edits import (
     gram,
     least_squares,
     over_text_inputs,
+    recovered,
     residual,
+    revived,
     text_maps,
 )
 from overpaint.solvers.closed_form.separable import Separable
@@ -97,16 +98,3 @@ class RECE(Solver):
             change = change.then(least_squares(rewordings, values - rewordings, moment, self.rank)[0])
         after = {"recovered": recovered(change, g, lam, keys), "residual": residual(change, keys, values)}
         return change, {"recovered at the start": before, **after, "rank": change.up.shape[1]}
-
-
-def revived(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> Tensor:
-    """The embeddings c' that reproduce keys c best through the edited projections: [d, m]."""
-    t = edit(torch.eye(len(g), dtype=g.dtype, device=g.device))
-    embeddings: Tensor = torch.linalg.solve(lam + t.T @ g @ t, t.T @ (g @ keys))
-    return embeddings
-
-
-def recovered(edit: MapEdit, g: Tensor, lam: Tensor, keys: Tensor) -> float:
-    """How much of the projections' output for the keys the best c' brings back: 1 is all, 0 nothing (weighted by G)."""
-    missed = edit(revived(edit, g, lam, keys)) - keys
-    return 1.0 - float(((missed * (g @ missed)).sum() / (keys * (g @ keys)).sum()).sqrt())

@@ -9,6 +9,10 @@ which a prompt enters the base. That begin-of-text does not move at all is a con
 Preserving the rest leaves some of the concept: of the way from K_i to V_i, keys go the share alpha on average. Asking for
 `V_i' = K_i + (V_i - K_i) / alpha` instead moves the average all the way. That is the same problem with a farther target, so that
 terms still add up to the joint solution.
+
+`harden` adds rounds as in RECE (`rece.py`): the embeddings c' that reproduce K_i best through the edited projections become
+further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
+solution as nearly as c' of one concept is none of another's keys.
 """
 
 from __future__ import annotations
@@ -21,12 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Sum, TextMap
 from overpaint.patches.patch import uncovered_inputs
+from overpaint.solvers.closed_form.edits import MapEdit, gram, projection_weights, recovered, revived
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
 from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, universe, vocabulary_record
 
+ADVERSARIAL_RIDGE = 0.1
+"""Lambda of the search for c', over the mean eigenvalue of `sum_l W_l^T W_l`, as in RECE."""
 SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
@@ -48,6 +56,9 @@ class Separable(Solver):
     vocabulary: int = setting(
         0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
     )
+    harden: int = setting(
+        0, "rounds that erase what still calls the concept up, at most `rank` directions each", low=0, added_later=True
+    )
 
     def solve(self, problem: EditProblem) -> Solution:
         """A text map of at most `rank` directions for each text input of the base."""
@@ -68,7 +79,7 @@ class Separable(Solver):
                 preserved=preserved,
                 report=problem.report,
             )
-            up, down, about[text_input] = self._term(known, concept)
+            up, down, about[text_input] = self._term(known, concept, base, text_input)
             maps.append(TextMap(text_input, up, down))
         delta = maps[0] if len(maps) == 1 else Sum(tuple(maps))
         numbers = _together(about)
@@ -78,7 +89,9 @@ class Separable(Solver):
             vocabulary_record(base, problem.device, self.vocabulary),
         )
 
-    def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _term(
+        self, known: Universe, concept: Concept, base: Base, text_input: str
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable."""
         keys, values = known.keys[concept.name], known.values[concept.name]
         way = values - keys
@@ -89,7 +102,32 @@ class Separable(Solver):
             )
         reach = self.style_reach if concept.kind == "style" else self.reach
         up, down, about = fitted(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
+        if self.harden:
+            up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
+            about = {**about, **more}
         return up.float(), down.float().contiguous(), {**about, "condition": known.condition}
+
+    def _hardened(
+        self, known: Universe, edit: MapEdit, keys: Tensor, values: Tensor, reach: float, base: Base, text_input: str
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The term after the rounds of `harden`, and how much could be recovered of it before and after them."""
+        weights = projection_weights(base, text_input, torch.device("cpu"))
+        g = gram(weights.values(), len(keys)).to(keys.device)
+        lam = ADVERSARIAL_RIDGE * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype, device=g.device)
+        about: dict[str, Any] = {"recovered at the start": recovered(edit, g, lam, keys)}
+        moment = known.cholesky @ known.cholesky.T
+        every, goals = keys, values
+        for turn in range(1, self.harden + 1):
+            again = revived(edit, g, lam, keys)
+            if known.begin is not None:
+                again = again - torch.outer(known.begin, known.begin @ again)
+            every, goals = torch.cat([every, again], 1), torch.cat([goals, values], 1)
+            moment = moment + self.weight * again @ again.T
+            metric = Metric(torch.linalg.cholesky(moment))
+            rank = (1 + turn) * self.rank
+            up, down, found = fitted(metric, every, goals - every, rank, self.energy, reach, self.weight)
+            edit = MapEdit(up, down)
+        return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,5 +203,9 @@ def _together(about: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The numbers of several text inputs: the worst of each, and under `doors` each one's own."""
     if len(about) == 1:
         return next(iter(about.values()))
-    worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max}
-    return {**{key: of(one[key] for one in about.values()) for key, of in worst.items()}, "doors": dict(about)}
+    worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max, "recovered": max}
+    first = next(iter(about.values()))
+    return {
+        **{key: of(one[key] for one in about.values()) for key, of in worst.items() if key in first},
+        "doors": dict(about),
+    }

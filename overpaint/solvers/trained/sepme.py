@@ -13,6 +13,10 @@ prompts. As increments do not disturb each other's prompts, each can be trained 
 of the whole universe together (SRS-ME's dagger), `decouple=false` trains all cross-attention weights without a null space
 (its double dagger: G-CiRs alone; use the preset `whole`).
 
+Where the universe is larger than the room, the concepts whose names are nearest to the erased one's are left undisturbed, as many
+as leave one prompt's worth of directions free, and the patch says which (`undisturbed`): name those that matter instead with a
+smaller universe.
+
 Two settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
 many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name.
 """
@@ -22,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -204,16 +208,13 @@ class SepME(Solver):
                 "iterations": 60,
                 "beta": 0.02,
                 "batch": 8,
-                "tau": -0.01,
                 "guidance": 3.0,
-                "sentences": 24,
-                "tolerance": 0.05,
             },
             "whole": {"decouple": False, "lr": 1e-5},
         }
     )
 
-    revision = 2
+    revision = 3
 
     iterations: int = setting(1000, "most gradient steps", low=1)
     warm_up: int = setting(10, "steps before the stopping rule is asked", low=0)
@@ -277,15 +278,66 @@ class SepME(Solver):
             "seconds": time.perf_counter() - started,
         }
         return {
-            c.name: Solution(change.delta_of(c.name), {**_room(model.encoder, bases.get(c.name)), **found})
+            c.name: _with_note(
+                Solution(change.delta_of(c.name), {**_room(model.encoder, bases.get(c.name)), **found}),
+                c,
+                self._undisturbed(problem, model.encoder, c),
+                len({each.name for each in (problem.concept, *problem.others)}) - 1 if self.decouple else 0,
+            )
             for c in ordered
         }
 
     def _null_space(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> Tensor:
-        """What is free of the empty prompt, every other concept's bare name (as in the paper) and the kept prompts."""
-        others = {c.name: c for c in (problem.concept, *problem.others)}
-        names = [name for name in sorted(others) if name != concept.name]
-        return null_space(encoder, ["", *names, *problem.preserved_prompts(self.keep)], self.tolerance)[0]
+        """What is free of the empty prompt, of other concepts' bare names (as in the paper) and of the kept prompts."""
+        always = ["", *problem.preserved_prompts(self.keep)]
+        return null_space(encoder, [*always, *self._undisturbed(problem, encoder, concept)], self.tolerance)[0]
+
+    def _undisturbed(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> list[str]:
+        """The names of the other concepts for which there is room, sorted."""
+        names = sorted({c.name for c in (problem.concept, *problem.others)} - {concept.name})
+        if not self.decouple or not names:
+            return []
+        always = encoder.hidden(["", *problem.preserved_prompts(self.keep)])
+        chosen = that_fit(encoder.hidden([concept.name])[0], always, encoder.hidden(names), self.tolerance)
+        return [names[i] for i in chosen]
+
+
+def _with_note(solution: Solution, concept: Concept, undisturbed: Sequence[str], others: int) -> Solution:
+    """A solution that says which of the other concepts it leaves undisturbed, where there is no room for all."""
+    if len(undisturbed) == others:
+        return solution
+    note = (
+        f"{concept.name}: there is room for {len(undisturbed)} of {others} other concepts; the nearest are left undisturbed "
+        f"({', '.join(undisturbed) or 'none'}). Name those that matter with --universe, or use `separable`"
+    )
+    return replace(
+        solution, diagnostics={**solution.diagnostics, "note": note}, record={"undisturbed": list(undisturbed)}
+    )
+
+
+def that_fit(own: Tensor, always: Tensor, others: Tensor, tolerance: float = 0.0) -> list[int]:
+    """Which of `others` [n, length, d] can be left undisturbed beside `always` [m, length, d]: all, or the nearest to `own`
+    [length, d], so many that directions for one more prompt are free.
+
+    Nearest is what has most in common: `|K_j K^T| / (|K_j| |K|)` of the embeddings after begin-of-text.
+    """
+
+    def fits(chosen: Sequence[int]) -> bool:
+        free = free_of(torch.cat([always, others[list(chosen)]]), tolerance)[0].shape[1]
+        return free >= max(1, len(own) - 1)
+
+    every = list(range(len(others)))
+    if fits(every):
+        return every
+    begin = always[0, 0] / always[0, 0].norm()
+    mine, theirs = (rows - (rows @ begin)[..., None] * begin for rows in (own[1:], others[:, 1:]))
+    overlap = (theirs @ mine.T).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1).clamp_min(1e-30)
+    order = overlap.argsort(descending=True, stable=True).tolist()
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(order[:middle]) else (low, middle - 1)
+    return sorted(order[:low])
 
 
 def null_space(encoder: TextEncoder, prompts: Sequence[str], tolerance: float = 0.0) -> tuple[Tensor, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.core.errors import OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
 
@@ -61,3 +61,19 @@ def test_the_commands_say_what_it_cost(workspace: Workspace, tmp_path: Path) -> 
     shown = {line["what"]: line["value"] for line in json.loads(shell.ok("patch", "show", row["patch"], "--json"))}
     assert solved["patch"] in shown["decoupled from"]
     assert "give both" in shell("solve", "dog", "--base", "tiny", "--exactly").stderr
+
+
+def test_a_universe_is_named_by_recipes_and_concepts(workspace: Workspace) -> None:
+    for name in ("dog", "car", "cat", "sun"):
+        workspace.add_concept(name)
+    workspace.create_recipe("two").add_all(
+        [workspace.solve(name, solver="counting", device="cpu").id for name in ("dog", "car")]
+    )
+    solved = workspace.solve("cat", solver="counting", universe=["two"], device="cpu")
+    manifest = workspace.patch(solved.id).manifest["solver"]
+    assert [each["name"] for each in manifest["universe"]] == ["car", "dog"]
+    outcomes = workspace.solve_many(["cat", "moon"], solver="counting", universe=["sun"], device="cpu")
+    listed = [workspace.patch(o.record.id).manifest["solver"]["universe"] for o in outcomes if o.record is not None]
+    assert [[each["name"] for each in some] for some in listed] == [["moon", "sun"], ["cat", "sun"]]
+    with pytest.raises(NotFound, match="no recipe and no concept"):
+        workspace.solve("cat", solver="counting", universe=["nobody"])
