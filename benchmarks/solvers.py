@@ -89,8 +89,8 @@ class Asked:
 class Bench:
     """The base with its judge, a studio that remembers pictures, and the patches that were solved before."""
 
-    def __init__(self, work: Path, device: str, steps: int) -> None:
-        self.base, self.device = Base.open("emoji"), resolve_device(device)
+    def __init__(self, work: Path, device: str, steps: int, base: str = "emoji") -> None:
+        self.base, self.device = Base.open(base), resolve_device(device)
         self.prompt_set = EmojiPrompts()
         self.judge: Judge = open_judge("", self.base, self.prompt_set, self.device)
         sampler = Sampler(steps=steps, guidance=float(self.base.extras.get("guidance", 4.0)))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import all as everything
+from benchmarks import until
 from benchmarks.cells import BASE, Budget, BudgetSpent, Cell, Verdict
 from benchmarks.claims import ALTERNATIVES, change_in, measured_claims, object_region, pairs, run
 from benchmarks.protocol import SEEN, Counts, chosen, questions
 from benchmarks.solvers import Asked
 from benchmarks.solvers_page import solvers_page
+from benchmarks.until import Stop
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
@@ -111,3 +113,10 @@ def test_a_solver_may_be_decoupled_and_says_from_what() -> None:
     assert "decoupled" not in Asked.parse("uce").origin(())
     with pytest.raises(OverpaintError, match=r"\+decoupled, \+exact or nothing"):
         Asked.parse("uce+wholly")
+
+
+@pytest.mark.parametrize("solver", until.SOLVERS)
+def test_every_solver_that_trains_may_stop_by_what_is_left(solver: str) -> None:
+    preset, early = (Asked.parse(Stop(solver, value).text).settings for value in (1.0, 0.1))
+    assert (early["until"], early["steps"]) == (0.1, round(4 * preset["steps"]))
+    assert early["lr"] == preset["lr"]

@@ -35,7 +35,9 @@ class FewShot(Training):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "steps": 7,
+                "steps": 28,
+                "until": 0.05,
+                "momentum": 0.5,
                 "lr": 1e-3,
                 "batch": 8,
                 "pictures": 8,
