@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=100, help="pictures in every cell")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
     parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=ROOT / "build", help="what is kept")
     parser.add_argument("--page", action="store_true", help="run nothing; write the pages from what is there")

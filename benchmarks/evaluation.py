@@ -52,6 +52,8 @@ RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES}
 """What recipes hold, by the end of their names. That of all styles is for scenes in which objects stay."""
 SCENES_TOO = ("separable", "sepme")
 """Solvers whose scenes are also played with twelve concepts, and with all styles."""
+IN_FULL = ("separable", "sepme", "esd", "ablation")
+"""Solvers whose scenes are played with as many pictures as `--n` asks for; of the others, the few of a short run would do."""
 AMONG_THEMSELVES = ("sepme",)
 """Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
 VARIANTS = ("separable:harden=2",)
@@ -150,6 +152,7 @@ def _run(workspace: Workspace, asked: Namespace, shard: Shard, budget: Budget) -
         for kind, names in RECIPES.items():
             recipe = recipe_name(solver, kind)
             suites = wanted(solver, kind, asked.suites.split(","))
+            suites = [suite for suite in suites if not (suite == "scenes" and asked.n and solver not in IN_FULL)]
             reasons = []
             try:
                 if suites:
