@@ -267,10 +267,11 @@ def called_up(
 
 
 def _whole_words(pipe: Any) -> list[int]:
-    """Tokens that are whole words: typed after one another with spaces between, they are read back as themselves."""
-    known: dict[str, int] = pipe.tokenizer.get_vocab()
-    found = (number for token, number in sorted(known.items()) if token.endswith("</w>") and token[:-4].isascii())
-    return [number for number in found if pipe.tokenizer.convert_ids_to_tokens(number)[:-4].isalpha()]
+    """Tokens of letters that end a word, and are read back as themselves where they are typed."""
+    ending = {token: number for token, number in pipe.tokenizer.get_vocab().items() if token.endswith("</w>")}
+    words = sorted(word for token in ending if (word := token[:-4]).isascii() and word.isalpha())
+    read = pipe.tokenizer(words, add_special_tokens=False).input_ids
+    return [ending[f"{word}</w>"] for word, ids in zip(words, read, strict=True) if ids == [ending[f"{word}</w>"]]]
 
 
 def _typed(pipe: Any, tokens: Sequence[int]) -> str:
