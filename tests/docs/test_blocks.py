@@ -66,6 +66,7 @@ ELSEWHERE = {
     "docs/solving-many.md": "tests/workspace/solving/test_docs.py",
     "docs/using-with.md": "tests/patches/formats/test_using_with.py",
     "docs/sharing.md": "tests/registry/sharing/test_documents.py",
+    "docs/teams.md": "tests/registry/test_teams.py",
 }
 """Pages whose blocks are held by the tests of what they are about."""
 

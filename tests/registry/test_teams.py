@@ -18,7 +18,7 @@ from overpaint.cli import main
 from .postgres_server import USER, Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "teams.md"
-BLOCK = re.compile(r"```sh (\w+)( fails)?\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```sh\n# (administrator|owner|ada|bob)(: this is refused)?\n(.*?)```", re.DOTALL)
 
 
 class Person:
