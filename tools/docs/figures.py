@@ -46,7 +46,7 @@ def moved_words() -> Any:
         axes.plot(*place, "o", color=THEIRS if gone else OURS)
         axes.annotate(name, place, textcoords="offset points", xytext=(7, 5), color=INK)
     axes.plot(*anchor[:, 0], "s", color=GREY)
-    axes.annotate("nothing (the anchor)", anchor[:, 0], textcoords="offset points", xytext=(-20, -18), color=INK)
+    axes.annotate("nothing (the anchor)", anchor[:, 0], textcoords="offset points", xytext=(-20, -34), color=INK)
     axes.set_aspect("equal")
     axes.margins(0.18)
     axes.set_axis_off()

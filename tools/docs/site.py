@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -25,6 +26,21 @@ FENCE = re.compile(r"^( *```\w+) +([^\n`]+)$", re.MULTILINE)
 CODE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".yaml": "yaml", ".json": "json", ".ipynb": "json"}
 FRONT = "README.md"
+GENERATED = ("index.md", "reference/commands.md", "decisions/index.md", "repository/")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leave out of the navigation what this copy has no page for."""
+
+    def written(item: Any) -> Any:
+        if isinstance(item, str):
+            return item if item.startswith(GENERATED) or (ROOT / "docs" / item).is_file() else None
+        if isinstance(item, list):
+            return [each for each in map(written, item) if each]
+        return {title: found for title, each in item.items() if (found := written(each))}
+
+    config.nav = written(config.nav)
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
