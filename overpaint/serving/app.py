@@ -16,9 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import torch
@@ -47,6 +45,7 @@ from overpaint.serving import schemas
 from overpaint.serving.drawing import Drawn, OtherBase, Painter, PictureQueue, QueueFull, Stopping, Wanted
 from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany
 from overpaint.serving.metrics import Metrics
+from overpaint.serving.options import ServeOptions
 from overpaint.serving.tokens import Role, Token, TokenFile
 from overpaint.workspace.opened import LostPatch
 from overpaint.workspace.recipe import Recipe, current_user
@@ -60,27 +59,6 @@ log = logging.getLogger("overpaint.serving")
 EXPIRY_SECONDS = 60.0
 """How often a server that enforces expiry looks at recipes that nobody draws with."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a server runs. `rate` is pictures in a minute for each token, 0 for any number; `queue`, how many may wait in a worker.
-
-    `max_body` is in bytes. Without `tokens`, whoever reaches the port may do everything, and only a local name of the host is
-    answered to. `shared` is a folder in which several workers count together.
-    """
-
-    registry: str
-    base: str | None = None
-    device: str = "auto"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    tokens: bool = True
-    enforce_expiry: bool = False
-    rate: int = 600
-    queue: int = 64
-    max_steps: int = 100
-    max_body: int = 64 << 10
-    shared: Path | None = None
 
 
 class Forbidden(OverpaintError):
@@ -136,7 +114,7 @@ class Server:
         self.base_name = self.workspace.base_name(options.base)
         self.tokens = TokenFile(self.workspace.registry.folder)
         shared = options.shared
-        self.limiter = RateLimiter(options.rate, None if shared is None else shared / "rates.db")
+        self.limiter = RateLimiter(options.rate, None if shared is None else shared / "rates.sqlite3")
         self.metrics = Metrics()
         self.painter = Painter(
             self.workspace,

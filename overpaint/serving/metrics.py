@@ -9,8 +9,8 @@ from pathlib import Path
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Where prometheus_client has workers write, when this variable is set before it is imported; `running` sets it."""
+from overpaint.serving.options import METRICS_FOLDER
+
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
@@ -44,8 +44,8 @@ class Metrics:
         """Everything in Prometheus's text format, and its media type."""
         self._waiting.set(waiting)
         registry = self._registry
-        if FOLDER in os.environ:
-            _forget_dead(Path(os.environ[FOLDER]))
+        if METRICS_FOLDER in os.environ:
+            _forget_dead(Path(os.environ[METRICS_FOLDER]))
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -16,18 +16,26 @@ from uvicorn.supervisors import Multiprocess
 
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.serving.app import ServeOptions, create_app
-from overpaint.serving.metrics import FOLDER
+from overpaint.serving.options import METRICS_FOLDER, ServeOptions
 from overpaint.serving.tokens import TokenFile
 from overpaint.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from overpaint.bases.base import Base
 
 STOP_SECONDS = 60
 """How long pictures that are being drawn may take when the server is told to stop."""
-HANGING_SECONDS = 60
+HANGING_SECONDS = 30
 """A worker that does not answer for so long is started again. Loading PyTorch can hold one up for many seconds."""
+
+
+def _application(options: ServeOptions, on_base: Callable[[Base], None] | None) -> FastAPI:
+    """What a worker makes once it answers its supervisor: loading PyTorch takes long on a busy machine."""
+    from overpaint.serving.app import create_app
+
+    return create_app(options, on_base)
 
 
 def check(options: ServeOptions, host: str, progress: Progress = silent) -> None:
@@ -67,9 +75,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="overpaint-serve-") as folder:
         if workers > 1:
             options = replace(options, shared=Path(folder))
-            os.environ[FOLDER] = folder
+            os.environ[METRICS_FOLDER] = folder
         config = uvicorn.Config(
-            partial(create_app, options, on_base),
+            partial(_application, options, on_base),
             factory=True,
             host=host,
             port=port,
