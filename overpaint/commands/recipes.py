@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,6 +31,7 @@ from overpaint.commands.evaluating import show_evaluations
 
 if TYPE_CHECKING:
     from overpaint.registry.records import HistoryRecord, RecipeEntry, RecipeRecord
+    from overpaint.workspace.recipe_file import RecipePlan
 
 
 @click.group()
@@ -328,6 +331,75 @@ def recipe_expired(
 
 
 recipe.add_command(renamed(recipe_expired, "due"))
+
+
+@recipe.command("apply")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only show the plan.")
+@click.option("--check", is_flag=True, help="Only show the plan; exit with 1 unless there is nothing to do.")
+@click.option("--update", is_flag=True, help="Describe known concepts as the file does.")
+@why_option
+@device_option
+@digests_option
+@json_option
+@click.pass_context
+def recipe_apply(
+    ctx: click.Context,
+    file: Path,
+    dry_run: bool,
+    check: bool,
+    update: bool,
+    why: str,
+    device: str,
+    digests: bool,
+    as_json: bool,
+) -> None:
+    """Make a recipe as a YAML file says.
+
+    Shows the plan, solves the patches that are missing, and changes the recipe in one revision. Applying a file again
+    changes nothing.
+    """
+    with (
+        Terminal() as terminal,
+        interruptible(terminal, lambda: "the recipe is as it was; give the same command again"),
+    ):
+        workspace = open_workspace(ctx, terminal=terminal)
+        plan = workspace.plan_recipe(file, update=update)
+        _show_recipe_plan(plan, digests, as_json)
+        if not dry_run and not check and not plan.is_done:
+            applied = workspace.apply_recipe(plan, why=why, device=device, progress=terminal.progress)
+            terminal.clear()
+            weights = applied.lines[-1].digest_after if applied.lines else workspace.recipe(plan.recipe).record.digest
+            if not as_json:
+                shown = weights if digests else short(weights)
+                click.echo(f"recipe {plan.recipe}: {len(applied.solved)} solved, weights {shown or 'unknown'}")
+    if check and not plan.is_done:
+        sys.exit(1)
+
+
+def _show_recipe_plan(plan: RecipePlan, digests: bool, as_json: bool) -> None:
+    """One row for each patch: what is done, and with which patch; none where it is solved first."""
+    rows = [
+        [
+            each.action if each.record or each.action == "remove" else "solve and add",
+            each.concept,
+            each.record and each.record.id,
+            each.asked and each.asked.strength,
+            each.asked and _text(each.asked.expires),
+        ]
+        for each in plan.entries
+    ]
+    columns = ["action", "concept", "patch", "strength", "until"]
+    if as_json:
+        listed = [dict(zip(columns, row, strict=True)) for row in rows]
+        show_json(
+            {"recipe": plan.recipe, "base": plan.base, "new": plan.is_new, "done": plan.is_done, "patches": listed}
+        )
+        return
+    title = f"{'New recipe' if plan.is_new else 'Recipe'} {plan.recipe} on {plan.base}"
+    show_table(title, columns, rows, False, digests=digests)
+    if plan.is_done:
+        click.echo("nothing to do")
 
 
 def _strength_and_day(entry: RecipeEntry | None) -> list[Any]:

@@ -25,6 +25,7 @@ from overpaint.commands.common import (
 )
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe
+from overpaint.core.atomic import atomic_output
 
 if TYPE_CHECKING:
     from overpaint.patches.formats.exporting import Exported
@@ -457,11 +458,13 @@ def patch_export(
 
 @recipe.command("export")
 @click.argument("name", metavar="RECIPE", type=RECIPE)
+@click.option("--as-file", is_flag=True, help="Write what the recipe says, as YAML for `recipe apply`.")
 @export_options
 @click.pass_context
 def recipe_export(
     ctx: click.Context,
     name: str,
+    as_file: bool,
     out: Path,
     format: str | None,
     for_: str | None,
@@ -479,6 +482,12 @@ def recipe_export(
     """
     with Terminal() as terminal:
         wanted = open_workspace(ctx, terminal=terminal).recipe(name)
+        if as_file:
+            text = wanted.as_file()
+            with atomic_output(out) as scratch:
+                scratch.write_text(text, "utf-8")
+            click.echo(str(out))
+            return
         done = wanted.export(out, format, for_=for_, dtype=dtype, truncate=truncate, progress=terminal.progress)
     _show_exported(done, as_json)
 

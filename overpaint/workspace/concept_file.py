@@ -315,13 +315,8 @@ def read_concepts(
     Raises NotFound for a file that is not there, BadConceptFile for one that is not as it should be, and NotFound or
     BadSetting for a solver or settings that cannot go before its defaults.
     """
-    try:
-        root = parse(path.read_bytes())
-    except BadText as error:
-        raise BadConceptFile(f"{path}, {error}") from error
-    except OSError as error:
-        raise NotFound(f"{path} cannot be read ({error.strerror}); name a YAML or JSON file of concepts") from error
-    reading = _Concepts(path)
+    root = read_nodes(path, "concepts")
+    reading = ConceptReader(path)
     listed = reading.head(root)
     if not reading.mistakes:
         reading.defaults = reading.defaults.overridden(solver, settings or {}, seed)
@@ -332,7 +327,17 @@ def read_concepts(
     return orders
 
 
-class _Concepts(NodeReader):
+def read_nodes(path: Path, what: str) -> Node | None:
+    """The nodes of a file of `what`. Raises NotFound for one that cannot be read, BadConceptFile for what is not such YAML."""
+    try:
+        return parse(path.read_bytes())
+    except BadText as error:
+        raise BadConceptFile(f"{path}, {error}") from error
+    except OSError as error:
+        raise NotFound(f"{path} cannot be read ({error.strerror}); name a YAML or JSON file of {what}") from error
+
+
+class ConceptReader(NodeReader):
     """A pass over a file of concepts."""
 
     def __init__(self, path: Path) -> None:
@@ -369,10 +374,10 @@ class _Concepts(NodeReader):
         kind, anchor = self.kind(values.get("kind")), self.word(values.get("anchor"), "the anchor", may_be_empty=True)
         return Defaults(kind or Defaults.kind, anchor or "", chosen.solver, chosen.settings, chosen.seed)
 
-    def concept(self, node: Node) -> SolveRequest | None:
-        """The order of one entry; None where it has a mistake."""
+    def concept(self, node: Node, others: tuple[str, ...] = ()) -> SolveRequest | None:
+        """The order of one entry, which may have `others` of keys that somebody else reads; None where it has a mistake."""
         before = len(self.mistakes)
-        values = {"name": node} if isinstance(node, Text) else self.pairs(node, CONCEPT_KEYS, "a concept")
+        values = {"name": node} if isinstance(node, Text) else self.pairs(node, (*CONCEPT_KEYS, *others), "a concept")
         if "name" not in values:
             if len(self.mistakes) == before:
                 self.wrong(node.at, "this concept has no name; add `name: ...`")

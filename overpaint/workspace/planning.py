@@ -277,6 +277,15 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     return _digest_of_inputs(manifest["subject"]["fingerprint"], manifest["concept"], inputs, universe)
 
 
+def same_but_for_universe(manifest: Mapping[str, Any], request: SolveRequest, method: Solver) -> bool:
+    """Whether a patch was solved as a request asks, whatever else was known or preserved then."""
+    others = ("universe", "vocabulary", "keep")
+    recorded = {key: value for key, value in manifest["solver"].items() if key not in others}
+    recorded["settings"] = _without_folder(recorded.get("settings", {}))
+    asked = {key: value for key, value in _inputs(request, method, SolveContext()).items() if key not in others}
+    return bool(manifest["concept"] == request.concept.as_json()) and canonical_json(recorded) == canonical_json(asked)
+
+
 def _digest_of_inputs(fingerprint: str, concept: Mapping[str, Any], inputs: Mapping[str, Any], universe: str) -> str:
     return hashlib.sha256(canonical_json([fingerprint, concept, inputs, universe])).hexdigest()
 

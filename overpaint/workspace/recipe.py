@@ -163,6 +163,19 @@ class Recipe:
         patches = list(patches)
         return self._change(lambda before: dict.fromkeys(self._id_here(each) for each in patches), why, who)
 
+    def hold(self, entries: Iterable[RecipeEntry], *, why: str = "", who: str = "") -> list[HistoryRecord]:
+        """Hold exactly these entries (full patch ids), in one revision; returns its lines, none where it is so already.
+
+        Raises NotFound, WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
+        """
+        asked = {entry.patch: entry for entry in entries}
+
+        def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
+            held = {entry.patch: entry for entry in before.laid}
+            return {id: asked.get(id) for id in (*held, *asked) if held.get(id) != asked.get(id)}
+
+        return self._change(wanted, why, who)
+
     def replace(self, new: Mapping[str, str], *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Replace patches in one revision, keeping strength and expiry; `new` maps old id to new id.
 
@@ -463,6 +476,12 @@ class Recipe:
         self._opened.registry.untag(tag, recipes=[self.record.name])
 
     # Reading
+
+    def as_file(self) -> str:
+        """This recipe as a file that `Workspace.apply_recipe` takes (YAML)."""
+        from overpaint.workspace.recipe_file import written
+
+        return written(self._opened, self.name)
 
     def log(self) -> list[HistoryRecord]:
         """Every change, oldest first."""

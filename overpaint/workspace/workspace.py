@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from overpaint.workspace.compression import Compressed
     from overpaint.workspace.decoupling import DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
+    from overpaint.workspace.recipe_file import AppliedRecipe, RecipePlan
     from overpaint.workspace.solving import SolveOutcome, SolverInfo
 
 
@@ -363,6 +364,36 @@ class Workspace(OpenRegistry):
         wanted = self.base_name(base)
         (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
         return Recipe(self, name)
+
+    def plan_recipe(self, file: str | Path, *, update: bool = False) -> RecipePlan:
+        """What makes a recipe as a file says (see `overpaint.workspace.recipe_file`); nothing is stored or solved.
+
+        `update` takes the file's description of a known concept. Raises NotFound for an unknown file, base or patch,
+        BadConceptFile for a file with mistakes, AlreadyExists for a recipe that is on another base, ConceptDiffers.
+        """
+        from overpaint.workspace.recipe_file import plan_recipe, read_recipe
+
+        return plan_recipe(self, read_recipe(Path(file)), update=update)
+
+    def apply_recipe(
+        self,
+        plan: RecipePlan | str | Path,
+        *,
+        why: str = "",
+        who: str = "",
+        device: str = "auto",
+        progress: Progress = silent,
+        on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
+    ) -> AppliedRecipe:
+        """Make a recipe as a file (or the plan of one) says: solve what is missing, then change it in one revision.
+
+        Applying it again changes nothing. Raises as `plan_recipe`, and OverpaintError when something cannot be solved; the
+        recipe is then as it was.
+        """
+        from overpaint.workspace.recipe_file import RecipePlan, apply_plan
+
+        todo = plan if isinstance(plan, RecipePlan) else self.plan_recipe(plan)
+        return apply_plan(self, todo, why=why, who=who, device=device, progress=progress, on_result=on_result)
 
     def recipes(self, *, limit: int | None = None, offset: int = 0) -> list[RecipeRecord]:
         """All recipes of the registry, in the order they were made; `limit` and `offset` give a page."""
