@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import schemathesis
 import torch
@@ -26,13 +26,15 @@ from benchmarks.tables import arguments, save, show
 from overpaint.serving.app import create_app
 from overpaint.serving.options import ServeOptions
 from overpaint.serving.tokens import TokenFile
+from overpaint.workspace.workspace import Workspace
 
 CONCEPTS = ("cat", "dog", "fox", "tiger", "lion", "wolf")
 
 
 def malformed(http: TestClient, headers: dict[str, str], count: int) -> Iterator[tuple[str, Any]]:
     """`count` requests or some more, half of them malformed, and their answers: (method and path, answer)."""
-    schema = schemathesis.openapi.from_dict(http.app.openapi())  # type: ignore[attr-defined]
+    app: Any = http.app
+    schema = schemathesis.openapi.from_dict(app.openapi())
     operations = [each.ok() for each in schema.get_all_operations()]
     each_gets = -(-count // (2 * len(operations)))
     for operation in operations:
@@ -63,7 +65,7 @@ def malformed(http: TestClient, headers: dict[str, str], count: int) -> Iterator
             yield from answers
 
 
-def registry(folder: Path) -> overpaint.workspace.workspace.Workspace:  # type: ignore[name-defined]
+def registry(folder: Path) -> Workspace:
     """A registry with the embedded base and ten recipes on it."""
     workspace = overpaint.open(folder)
     workspace.add_base("emoji", "emoji")
@@ -108,10 +110,10 @@ def main() -> None:
     save(asked.json, *tables)
 
 
-def _pictures(http: TestClient, headers: dict[str, str], workspace: Any, asked: Any) -> dict[str, Any]:
+def _pictures(http: TestClient, headers: dict[str, str], workspace: Workspace, asked: Any) -> dict[str, Any]:
     digests = {record.name: workspace.recipe(record.name).digest() for record in workspace.recipes()}
-    watch = Stopwatch()
-    http.app.state.server.painter._meter = watch  # type: ignore[attr-defined]
+    watch, app = Stopwatch(), cast(Any, http.app)
+    app.state.server.painter._meter = watch
     rng = random.Random(1)
     wanted = [rng.choice(list(digests)) for _ in range(asked.pictures)]
 

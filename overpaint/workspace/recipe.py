@@ -171,7 +171,7 @@ class Recipe:
         asked = {entry.patch: entry for entry in entries}
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            held = {entry.patch: entry for entry in before.laid}
+            held = {entry.patch: entry for entry in before.entries}
             return {id: asked.get(id) for id in (*held, *asked) if held.get(id) != asked.get(id)}
 
         return self._change(wanted, why, who)

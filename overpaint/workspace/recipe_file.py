@@ -130,7 +130,7 @@ def read_recipe(path: Path) -> RecipeFile:
     reader = _RecipeReader(path)
     found = reader.recipe(read_nodes(path, "recipe"))
     if reader.mistakes or found is None:
-        raise BadConceptFile(reader.told(str(path)))
+        raise BadConceptFile(reader.message(str(path)))
     return found
 
 
@@ -223,7 +223,7 @@ def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False)
             raise AlreadyExists(
                 f"the recipe {record.name!r} is there already, on base {record.base!r} and not on {base.name!r}"
             )
-        held = {entry.patch: entry for entry in record.laid}
+        held = {entry.patch: entry for entry in record.entries}
     finder = _Finder(workspace, base.name, held)
     planned = [finder.planned(entry) for entry in file.entries]
     named = [entry.record.id for entry in planned if entry.record is not None]
@@ -232,7 +232,7 @@ def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False)
     gone = [registry.patch(id) for id in held if id not in named]
     removed = [PlannedEntry("remove", record.concept, record, None) for record in gone]
     requests = [entry.asked.request for entry in planned if entry.record is None and entry.asked is not None]
-    context = workspace.surroundings(base.name)
+    context = workspace.solve_context(base.name)
     solve = plan_solves(
         registry, [each for each in requests if each is not None], context, base=base.name, update=update
     )
@@ -320,12 +320,12 @@ def written(opened: OpenRegistry, name: str) -> str:
     """A recipe as such a file: patches by id, and how each was solved where another registry could do it again."""
     record = opened.registry.recipe(name)
     entries = []
-    for patch, laid in sorted(opened.registry.patches_on(name), key=lambda item: item[0].concept):
+    for patch, held in sorted(opened.registry.patches_on(name), key=lambda item: item[0].concept):
         entry = {"patch": patch.id, **_described(opened.registry, patch)}
-        if laid.strength != 1.0:
-            entry["strength"] = laid.strength
-        if laid.until is not None:
-            entry["expires"] = laid.until
+        if held.strength != 1.0:
+            entry["strength"] = held.strength
+        if held.until is not None:
+            entry["expires"] = held.until
         entries.append(entry)
     content = {"recipe": record.name, "base": record.base, "patches": entries}
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 16)
