@@ -153,7 +153,7 @@ def test_what_cannot_be_done_leaves_the_recipe_as_it_was(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for text, kind, sentence in (
-        ("recipe: safe\nbase: tyni\npatches: [dog]", NotFound, "did you mean 'tiny'"),
+        ("recipe: safe\nbase: tyni\npatches: [dog]", NotFound, "there is 'tiny'"),
         ("recipe: safe\nbase: tiny\npatches: [{patch: 3f9a12bc}]", NotFound, "3f9a12bc"),
     ):
         with pytest.raises(kind, match=sentence):
