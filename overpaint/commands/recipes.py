@@ -358,6 +358,10 @@ def recipe_apply(
 
     Shows the plan, solves the patches that are missing, and changes the recipe in one revision. Applying a file again
     changes nothing.
+
+    \b
+    Example:
+      overpaint recipe apply safe.yaml --dry-run
     """
     with (
         Terminal() as terminal,
