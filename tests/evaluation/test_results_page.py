@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks.results_page import results_page
+from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import EmojiPrompts
 from overpaint.evaluation.reports.sections import published
 from overpaint.registry.registry import EvaluationRecord
@@ -126,16 +129,25 @@ def test_results_of_another_day_give_way_to_todays(
     assert "## Provenance" in (tmp_path / "results.md").read_text("utf-8")
 
 
-def test_a_patch_of_other_settings_is_not_taken_for_todays(
+def test_a_patch_is_asked_for_with_todays_settings_among_those_told_of(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks import evaluation
 
-    record = next(record for record in workspace.patches() if record.solver == "separable")
-    monkeypatch.setattr(evaluation, "BASE", record.base)
-    names = [concept.name for concept in workspace.concepts()]
-    same = evaluation._solved(workspace, record.concept, "separable", "cpu", names)
-    hard = evaluation._solved(workspace, record.concept, "separable:harden=1", "cpu", names)
-    assert hard != same
-    assert evaluation._solved(workspace, record.concept, "separable", "cpu", names) == same
-    assert workspace.registry.patch(hard).settings["harden"] == 1
+    asked: list[tuple[list[str], dict[str, Any]]] = []
+    outcome = SimpleNamespace(record=SimpleNamespace(id="solved"), error="")
+
+    def solve_many(names: list[str], **given: Any) -> list[Any]:
+        asked.append((names, given))
+        return [outcome]
+
+    monkeypatch.setattr(workspace, "solve_many", solve_many)
+    assert evaluation._solved(workspace, "cat", "separable:harden=2", "cpu", ("cat", "dog")) == "solved"
+    assert evaluation._solved(workspace, "cat", "esd+decoupled", "cpu", ("cat",)) == "solved"
+    (names, hard), (_, apart) = asked
+    assert (names, hard["solver"], hard["settings"]["harden"], hard["decoupled"]) == (["cat"], "separable", 2, "")
+    assert hard["universe"] == ("cat", "dog")
+    assert (apart["solver"], apart["decoupled"]) == ("esd", "ridge")
+    outcome.record, outcome.error = None, "no room"
+    with pytest.raises(OverpaintError, match="no room"):
+        evaluation._solved(workspace, "cat", "sepme", "cpu", ("cat",))
