@@ -225,7 +225,7 @@ class Workspace(OpenRegistry):
             universe=universe,
             update=update,
             force=force,
-            settings=settings,
+            settings=setting_texts(settings),
         )
         return self.carry_out(plan, device=device, on=on, progress=progress, on_result=on_result)
 

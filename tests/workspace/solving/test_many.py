@@ -303,3 +303,9 @@ def test_a_concepts_own_prompts_are_used_by_the_default_solver(base: Base) -> No
     phrases = Concept("cat", prompts=("a cat in the house by the tree",))
     plain, own = (Separable().solve(EditProblem(base, concept)).delta for concept in (Concept("cat"), phrases))
     assert plain != own
+
+
+def test_settings_are_keywords_or_a_mapping_of_them(workspace: Workspace) -> None:
+    by_keyword = workspace.solve_many(["cat"], base="tiny", solver="counting", device="cpu", size=0.5)
+    by_mapping = workspace.solve_many(["cat"], base="tiny", solver="counting", device="cpu", settings={"size": 0.5})
+    assert [outcome.before for outcome in (*by_keyword, *by_mapping)] == [False, True]
