@@ -20,6 +20,13 @@ from .postgres_server import USER, Server
 PAGE = Path(__file__).parents[2] / "docs" / "teams.md"
 BLOCK = re.compile(r"```sh\n# (administrator|owner|ada|bob)(: this is refused)?\n(.*?)```", re.DOTALL)
 
+EMPTIED = """
+    DROP SCHEMA public CASCADE;
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO public
+"""
+"""What leaves a database as `createdb` makes it."""
+
 
 class Person:
     """Runs the lines of a page: `overpaint` within this process, other programs as they are."""
@@ -80,7 +87,7 @@ def test_the_page_for_teams_works_as_it_stands(
             if line.startswith("aws s3 sync ./blobs-backup"):  # all is lost
                 restoring += 1
                 fsspec.filesystem("s3").rm(f"{bucket}/registry", recursive=True)
-                server.run("DROP SCHEMA public CASCADE; CREATE SCHEMA public", database="overpaint")
+                server.run(EMPTIED, database="overpaint")
             code, output = person.run(line)
             assert (code != 0) == refused, f"{who}: {line}\n{output}"
             assert not refused or "read-only for this user" in output, output

@@ -274,7 +274,12 @@ def test_a_verification_that_was_stopped_goes_on_where_it_was(full: Registry, mo
     assert (full.folder / LEDGER).exists()
     read: list[str] = []
     get = BlobStore.get
-    monkeypatch.setattr(BlobStore, "get", lambda store, digest: read.append(digest) or get(store, digest))
+
+    def counted(store: BlobStore, digest: str) -> bytes:
+        read.append(digest)
+        return get(store, digest)
+
+    monkeypatch.setattr(BlobStore, "get", counted)
     found = verify(full, resume=True)
     assert len(read) < 14 * 5
     assert (found.patches, {problem.patch for problem in found.problems}) == (42, {damaged})

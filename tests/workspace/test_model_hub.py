@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 import overpaint
 from overpaint.patches.compose import Term, compose

@@ -303,7 +303,7 @@ class _Client:
         try:
             from oras.container import Container  # type: ignore[import-untyped]
             from oras.provider import Registry  # type: ignore[import-untyped]
-            from requests.adapters import HTTPAdapter  # type: ignore[import-untyped]
+            from requests.adapters import HTTPAdapter
             from urllib3.util import Retry
         except ImportError:
             raise OverpaintError("oci:// needs the package oras; run `pip install 'overpaint[oci]'`") from None
