@@ -34,35 +34,38 @@ CONCEPTS = ("cat", "dog", "fox", "tiger", "lion", "wolf")
 def malformed(http: TestClient, headers: dict[str, str], count: int) -> Iterator[tuple[str, Any]]:
     """`count` requests or some more, half of them malformed, and their answers: (method and path, answer)."""
     app: Any = http.app
-    schema = schemathesis.openapi.from_dict(app.openapi())
-    operations = [each.ok() for each in schema.get_all_operations()]
-    each_gets = -(-count // (2 * len(operations)))
+    operations = [each.ok() for each in schemathesis.openapi.from_dict(app.openapi()).get_all_operations()]
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            answers: list[tuple[str, Any]] = []
-
-            # Nothing is shrunk and nothing kept: a failure is the caller's to see.
-            @seed(0)
-            @settings(
-                max_examples=each_gets,
-                deadline=None,
-                database=None,
-                phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
+            yield from _asked(
+                http, headers, operation.as_strategy(generation_mode=mode), -(-count // (2 * len(operations)))
             )
-            @given(operation.as_strategy(generation_mode=mode))
-            def ask(case: Any, answers: list[tuple[str, Any]] = answers) -> None:
-                how = case.as_transport_kwargs(base_url="http://testserver")
-                how["headers"] = {**dict(how.get("headers") or {}), **headers}
-                how["content"] = how.pop("data", None)
-                known = {"method", "url", "params", "headers", "content", "json"}
-                answer = http.request(
-                    **{name: value for name, value in how.items() if name in known and value is not None}
-                )
-                answers.append((f"{case.method} {case.formatted_path}", answer))
 
-            ask()
-            yield from answers
+
+def _asked(http: TestClient, headers: dict[str, str], cases: Any, count: int) -> list[tuple[str, Any]]:
+    """The answers to `count` requests of one kind, the same ones each time."""
+    answers: list[tuple[str, Any]] = []
+
+    # Nothing is shrunk and nothing kept: a failure is the caller's to see.
+    @seed(0)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def ask(case: Any) -> None:
+        how = dict(case.as_transport_kwargs(base_url="http://testserver"))
+        how["headers"] = {**dict(how.get("headers") or {}), **headers}
+        how["content"] = how.pop("data", None)
+        known = ("method", "url", "params", "headers", "content", "json")
+        answer = http.request(**{name: how[name] for name in known if how.get(name) is not None})
+        answers.append((f"{case.method} {case.formatted_path}", answer))
+
+    ask()
+    return answers
 
 
 def registry(folder: Path) -> Workspace:
