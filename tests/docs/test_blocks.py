@@ -56,7 +56,7 @@ RUN = {
     "docs/install.md": Run(1),
     "docs/tutorials/monday-friday.md": Run(8),
     "docs/tutorials/safe-checkpoint.md": Run(6, sd15),
-    "docs/tutorials/compare-erasers.md": Run(4, my_model),
+    "docs/tutorials/compare-erasers.md": Run(3, my_model),
     "docs/tutorials/team-registry.md": Run(7, otherwise={"s3://overpaint": "{bucket}"}),
 }
 ELSEWHERE = {
@@ -180,7 +180,9 @@ def test_the_example_runs(
     exec(compile(script.read_text("utf-8"), str(script), "exec"), vars(module))
     few = {
         "monday_friday": {"steps": 2},
-        "compare_erasers": {"steps": 8, "settings": {"erased": "2", "objects": "0", "styles": "0"}},
+        "compare_erasers": {"steps": 10, "settings": {"erased": "2", "objects": "1", "styles": "1"}},
     }
+    if hasattr(module, "SOLVERS"):
+        module.SOLVERS = module.SOLVERS[:1]  # what the others leave is not what is tested here
     module.main(folder / "first", **few.get(script.stem, {}))
     assert "Traceback" not in capsys.readouterr().out
