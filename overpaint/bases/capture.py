@@ -125,10 +125,9 @@ class CapturingPipeline:
         denoiser = getattr(pipe, component)
         projections = {name: denoiser.get_submodule(path) for name, (_, _, path) in places.items()}
         norms = _norms(base, denoiser, component)
-        extent = signature_default(type(pipe), "max_sequence_length")
         arguments = {**base.layout.arguments, "num_inference_steps": 1}
-        if extent is not None:
-            arguments["max_sequence_length"] = int(base.extras.get("prompt_length", extent))
+        if (length := prompt_length(base, type(pipe))) is not None:
+            arguments["max_sequence_length"] = length
         found = cls(base, pipe, denoiser, projections, encoders, norms, arguments)
         found._install()
         return found
@@ -332,6 +331,12 @@ def signature_default(kind: type, argument: str) -> Any:
     """The default of an argument of a pipeline's call, None where it has no such argument."""
     found = inspect.signature(kind.__call__).parameters.get(argument)
     return None if found is None else found.default
+
+
+def prompt_length(base: Base, kind: type) -> int | None:
+    """Tokens that a pipeline of a base reads of a prompt: the base's own setting, else its default; None without a limit."""
+    extent = signature_default(kind, "max_sequence_length")
+    return None if extent is None else int(base.extras.get("prompt_length", extent))
 
 
 def layer_count(encoder: nn.Module) -> int:
@@ -733,18 +738,22 @@ class PipelineTextInput:
         caught = self.source.of(prompts)
         return [caught[prompt][self.name].embeddings for prompt in prompts]
 
-    def keys_and_values(self, pairs: Sequence[tuple[str, str]], padding: float) -> tuple[Tensor, Tensor]:
+    def keys_and_values(
+        self, pairs: Sequence[tuple[str, str]], padding: float, *, own: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Weighted embeddings of both prompts of each pair, where the first differs from the second: float64 [d, m] each.
 
         Token by token: what is before the first difference, what is behind the last one, what is between them, and padding,
         which weighs as much as `padding` tokens at most. A prompt weighs 1. Where tokens depend on later ones, it differs
-        everywhere; so does one that is paired with itself.
+        everywhere; so does one that is paired with itself. Without its `own`, what is between the first and the last
+        difference is left out, and a prompt that has nothing else, too.
         """
         caught = self.source.of([prompt for pair in pairs for prompt in pair])
-        keys, values = [], []
+        nothing = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
+        keys, values = [nothing], [nothing]
         for prompt, other in pairs:
             a, b = caught[prompt][self.name], caught[other][self.name]
-            rows = self._lined_up(a, b, padding)
+            rows = self._lined_up(a, b, padding, own)
             roots = torch.tensor([weight for _, _, weight in rows], dtype=torch.float64).sqrt()[:, None].to(self.device)
             keys.append(a.embeddings[[row for row, _, _ in rows]].double() * roots)
             values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
@@ -759,33 +768,35 @@ class PipelineTextInput:
         rows = [row for a, b in pairs for row in _last_rows(caught[a][self.name], caught[b][self.name])]
         return torch.stack([k for k, _ in rows], 1).double(), torch.stack([v for _, v in rows], 1).double()
 
-    def _lined_up(self, a: CaughtPrompt, b: CaughtPrompt, padding: float) -> list[tuple[int, int, float]]:
+    def _lined_up(self, a: CaughtPrompt, b: CaughtPrompt, padding: float, own: bool) -> list[tuple[int, int, float]]:
         """Rows of two prompts that answer each other, with weights that make 1 together; segments weigh the same."""
         if self.is_pooled:
             return [(0, 0, 1.0)]
         others = {segment.call: segment for segment in b.segments}
         found = []
         for segment in a.segments:
-            if rows := self._lined_up_in(segment, others.get(segment.call), a is b, padding):
+            if rows := self._lined_up_in(segment, others.get(segment.call), a is b, padding, own):
                 total = sum(weight for _, _, weight in rows)
                 found.append([(row, other, weight / total) for row, other, weight in rows])
-        if not found:
+        if not found and own:
             raise PromptTooLong(
                 f"two prompts that differ past the end of what {self.name} reads are the same to it; use shorter ones"
             )
         return [(row, other, weight / len(found)) for rows in found for row, other, weight in rows]
 
     def _lined_up_in(
-        self, one: Segment, other: Segment | None, whole: bool, padding: float
+        self, one: Segment, other: Segment | None, whole: bool, padding: float, own: bool
     ) -> list[tuple[int, int, float]]:
         if other is None:
             return []
         before = _common_prefix(one.ids, other.ids)
         start = before if self._is_causal(one.call) and not whole else 0
+        end = len(one.ids) - _common_suffix(one.ids, other.ids, before)
+        chosen = {i: row for i, row in one.rows.items() if i >= start and (own or not before <= i < end)}
         rows = [
             (row, other.rows[target], 1.0)
-            for index, row in one.rows.items()
-            if index >= start and (target := _counterpart(index, one.ids, other.ids, before)) in other.rows
+            for index, row in chosen.items()
+            if (target := _counterpart(index, one.ids, other.ids, before)) in other.rows
         ]
         share = min(padding, one.padded) / max(1, len(one.padding))
         if other.padding:

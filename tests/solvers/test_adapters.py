@@ -24,17 +24,17 @@ from overpaint.solvers.trained.adapters import (
     layers,
     modules_by_parameter,
 )
-from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.denoiser import Conditioning, Denoiser
 
 Make = Callable[[Denoiser, Base], Adapter]
 
 
 def weights(model: Denoiser, base: Base) -> Adapter:
-    return DenseAdapter(model.pipe, base, layers(base, "unet/*"))
+    return DenseAdapter(model.pipe, base, layers(base))
 
 
 def factors(model: Denoiser, base: Base) -> Adapter:
-    return LowRankAdapter(model.pipe, base, layers(base, "unet/*"), 2, torch.Generator().manual_seed(0))
+    return LowRankAdapter(model.pipe, base, layers(base), 2, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def stir(change: Adapter, seed: int = 1) -> None:
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
 
 
-def asked(model: Denoiser, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def asked(model: Denoiser, batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
     random = torch.Generator().manual_seed(2)
     x = torch.randn((batch, *model.shape), generator=random)
-    return x, torch.tensor([900, 3])[:batch], model.encoder.hidden(["a cat", "a photo of a dog"][:batch])
+    return x, torch.tensor([900, 3])[:batch], model.hidden(["a cat", "a photo of a dog"][:batch])
 
 
 @torch.no_grad()
@@ -111,13 +111,15 @@ def test_adapters_change_nothing_before_they_are_trained(base: Base, model: Deno
 
 
 def test_a_text_map_in_training_is_the_text_map_that_comes_out(base: Base, model: Denoiser) -> None:
-    projection = TextMapAdapter("text_encoder", model.encoder.width, 3, torch.Generator().manual_seed(0), model.device)
+    projection = TextMapAdapter(
+        "text_encoder", model.inputs["text_encoder"].width, 3, torch.Generator().manual_seed(0), model.device
+    )
     stir(projection)
     x, t, text = asked(model)
-    found = model(x, t, projection(text))
+    found = model(x, t, text.map(projection))
     assert torch.allclose(projection.size(), (projection.parameters[0] @ projection.parameters[1].T).square().sum())
     with projection.off():
-        assert torch.equal(projection(text), text)
+        assert torch.equal(projection(text.sequence), text.sequence)
     lay(projection.delta(), model.pipe, base)
     expected = model(x, t, text)
     assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
@@ -127,14 +129,16 @@ def test_changes_of_several_kinds_train_as_one(base: Base, model: Denoiser) -> N
     random = torch.Generator().manual_seed(0)
     names = encoder_layer_tensors(base, feed_forward=1, attention=0)
     thin = LowRankAdapter(model.pipe, base, [name for name in names if name.endswith("weight")], 1, random)
-    both = AdapterStack(thin, TextMapAdapter("text_encoder", model.encoder.width, 1, random, model.device))
+    both = AdapterStack(
+        thin, TextMapAdapter("text_encoder", model.inputs["text_encoder"].width, 1, random, model.device)
+    )
     stir(both)
     assert len(both.parameters) == 6
     delta = both.delta()
     assert isinstance(delta, Sum)
     assert [part.kind for part in delta.parts] == ["text-map", "low-rank"]
     with both.off(), torch.no_grad():
-        assert torch.equal(model.encode(["a cat"]), model.encoder.hidden(["a cat"]))
+        assert torch.equal(model.encode(["a cat"]).sequence, model.hidden(["a cat"]).sequence)
 
 
 @pytest.mark.parametrize("make", [weights, factors])

@@ -13,8 +13,9 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.solvers.problem import EditProblem
-from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import BadPictures, drawn, from_folder
+from overpaint.solvers.trained.trajectories import Trajectories
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def random(seed: int = 0) -> torch.Generator:
 
 
 def trajectories(model: Denoiser, **changes: Any) -> Trajectories:
-    return Trajectories(model, model.encoder.hidden(["a cat", "a dog"]), **{"guidance": 3.0, "steps": 5, **changes})
+    return Trajectories(model, model.hidden(["a cat", "a dog"]), **{"guidance": 3.0, "steps": 5, **changes})
 
 
 def test_partial_denoising_is_what_the_pipeline_does(model: Denoiser) -> None:

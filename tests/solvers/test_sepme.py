@@ -34,7 +34,7 @@ class TestContractOfTheWhole(SolverContract):
 
 def test_the_null_space_is_orthogonal_to_every_listed_prompt(base: Base) -> None:
     encoder = TextEncoder.of(base)
-    basis, rank = null_space(encoder, ["", "dog", "car"])
+    basis, rank = null_space(encoder.hidden(["", "dog", "car"]))
     stacked = encoder.hidden(["", "dog", "car"]).reshape(-1, encoder.width)
     assert basis.shape == (encoder.width, encoder.width - rank)
     assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
@@ -162,8 +162,8 @@ def test_it_stops_when_the_average_falls_to_tau(base: Base) -> None:
 def test_a_tolerance_leaves_room_where_the_numerical_null_space_is_small(base: Base) -> None:
     encoder = TextEncoder.of(base)
     many = ["", "dog", "car", "fox", "bus", "sun"]
-    exact, rank = null_space(encoder, many)
-    wider, used = null_space(encoder, many, tolerance=0.1)
+    exact, rank = null_space(encoder.hidden(many))
+    wider, used = null_space(encoder.hidden(many), tolerance=0.1)
     assert used < rank
     assert wider.shape[1] > exact.shape[1]
     begin = encoder.hidden([""])[0, 0]

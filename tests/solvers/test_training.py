@@ -168,7 +168,7 @@ def test_out_of_memory_names_the_setting_to_lower(
         Greedy(batch=3).solve(EditProblem(base, Concept("cat")))
 
 
-def test_a_base_with_several_text_inputs_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Base, "text_inputs", ("text_encoder", "text_encoder_2"))
-    with pytest.raises(Unsolvable, match=r"has 2 \(text_encoder, text_encoder_2\): use `separable`"):
+def test_a_base_that_a_solver_does_not_serve_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "layouts", ("flux",))
+    with pytest.raises(Unsolvable, match=r"of the layouts flux; this is a stable-diffusion base: use `separable`"):
         Settings().solve(EditProblem(base, Concept("cat")))

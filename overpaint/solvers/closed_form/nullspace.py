@@ -60,7 +60,9 @@ class NullSpace(Solver):
     is_closed_form = True
     revision = 2
 
-    projections: str = setting("v", "what is edited: values, or keys and values", choices=("v", "kv"))
+    projections: str = setting(
+        "v", "what is edited: values (and pooled embeddings), or keys as well", choices=("v", "kv")
+    )
     threshold: float = setting(
         0.1, "directions in which the retained keys are weaker than this share of the average are free", low=1e-12
     )
@@ -96,7 +98,7 @@ class NullSpace(Solver):
             )
         edited = edit.weights()
         values_alone = self._edits_values(edited)
-        weights = [weight.cpu() for name, weight in edited.items() if ".to_v." in name or not values_alone]
+        weights = [weight.cpu() for name, weight in edited.items() if not (values_alone and _is_key(name))]
         g = gram(weights, edit.encoder.width).to(edit.problem.device)
         moment, share = self._moment(self._retained(edit), keys, moves, g)
         free = free_directions(moment, self.threshold)
@@ -110,7 +112,7 @@ class NullSpace(Solver):
         return change, {**numbers, "residual": residual(change, keys, keys + moves)}
 
     def _edits_values(self, names: Iterable[str]) -> bool:
-        """Whether value projections alone are edited; where no projection is one for keys or values, all are."""
+        """Whether all but key projections are edited; where no projection is one for keys or values, it is a text map."""
         return self.projections == "v" and any(".to_v." in name for name in names)
 
     def _retained(self, edit: TextEdit) -> Tensor:
@@ -191,13 +193,18 @@ def _prompt_keys(encoder: AnyTextEncoder, prompts: Sequence[str], positions: str
     return torch.stack([rows[position] for rows, position in zip(hidden, last, strict=True)], 1)
 
 
+def _is_key(name: str) -> bool:
+    """Whether a projection makes keys, which are not edited where values alone are."""
+    return ".to_k." in name
+
+
 def _on_values(problem: EditProblem, edits: dict[str, MapEdit]) -> LowRank:
     """The edits of all text inputs as factors of the value projections."""
     ups: dict[str, list[Tensor]] = {}
     downs: dict[str, list[Tensor]] = {}
     for text_input, edit in edits.items():
         for name, weight in projection_weights(problem.base, text_input, edit.up.device).items():
-            if ".to_v." in name:
+            if not _is_key(name):
                 down = edit.up.new_zeros(edit.up.shape[1], problem.base.places[name].shape[1])
                 down[:, problem.base.columns(text_input, name)] = edit.down.T
                 ups.setdefault(name, []).append(weight @ edit.up)

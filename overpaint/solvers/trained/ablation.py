@@ -65,7 +65,7 @@ class Ablation(Training):
         """A dense change of the part."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, anchor = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
+        named, anchor = (model.hidden(side) for side in zip(*pairs, strict=True))
         found = drawn(
             model, problem, [prompt for _, prompt in pairs], self.pictures, self.sampling_steps, self.guidance
         )

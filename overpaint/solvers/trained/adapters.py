@@ -7,6 +7,7 @@ while, which saves a second copy of the models for the teacher.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,35 +19,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
+from overpaint.bases.layout import PENULTIMATE
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 
 KEYS_AND_VALUES = "keys-and-values"
 CROSS_ATTENTION = "cross-attention"
 ATTENTION = "attention"
 UNET = "unet"
+"""Names that papers give to parts of a denoiser; on a diffusion transformer, to what does the same there."""
 
-_LAYERS = "text_encoder/text_model.encoder.layers."
 _PATTERNS = {
-    CROSS_ATTENTION: ("unet/*.attn2.*",),
-    ATTENTION: ("unet/*.attn1.*", "unet/*.attn2.*"),
-    UNET: ("unet/*",),
+    KEYS_AND_VALUES: ("transformer/*.add_[kv]_proj.*",),
+    CROSS_ATTENTION: ("unet/*.attn2.*", "transformer/*.add_[qkv]_proj.*", "transformer/*.to_add_out.*"),
+    ATTENTION: ("unet/*.attn1.*", "unet/*.attn2.*", "transformer/*.attn.*", "transformer/*.attn2.*"),
+    UNET: ("unet/*", "transformer/*.weight", "transformer/*.bias"),
 }
+_BLOCKS = ("unet/*.attentions.*", "transformer/*transformer_blocks.*")
+_LAYER = re.compile(r"[^/]+/(?:text_model\.encoder\.layers|encoder\.block)\.([0-9]+)\.")
+_FEED_FORWARD = (".mlp.", ".DenseReluDense.")
+_SELF_ATTENTION = (".self_attn.", ".SelfAttention.")
+"""How CLIP and T5 number their layers, and call what is in them."""
 
 
 def tensors(base: Base, part: str) -> list[str]:
-    """Canonical names of a part's tensors, biases included, sorted."""
-    if part == KEYS_AND_VALUES:
-        return base.projections()
-    return [name for name in base.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS[part])]
+    """Canonical names of a part's tensors, biases included, sorted; all projections that read a prompt are in each part."""
+    return sorted({*base.projections(), *_fitting(base, _PATTERNS[part])})
 
 
-def layers(base: Base, pattern: str) -> list[str]:
-    """The weights of all linear layers and convolutions (norms have none) whose names fit a pattern, sorted."""
-    return [
-        name
-        for name in fnmatch.filter(base.names, pattern)
-        if name.endswith(".weight") and len(base.places[name].shape) > 1
-    ]
+def layers(base: Base) -> list[str]:
+    """The weights of all linear layers and convolutions of the denoiser (norms have none), sorted."""
+    return _matrices(base, _PATTERNS[UNET])
+
+
+def block_layers(base: Base) -> list[str]:
+    """The same of its transformer blocks, and all projections that read a prompt, sorted."""
+    return sorted({*base.projections(), *_matrices(base, _BLOCKS)})
 
 
 def with_biases(base: Base, weights: list[str]) -> list[str]:
@@ -55,17 +62,46 @@ def with_biases(base: Base, weights: list[str]) -> list[str]:
     return sorted([*weights, *(name for name in beside if name in base.places)])
 
 
-def encoder_layers(base: Base) -> int:
-    """How many layers a base's text encoder has."""
-    return 1 + max(int(found[1]) for name in base.names if (found := re.match(f"{_LAYERS}([0-9]+)[.]", name)))
+def encoder_layer_tensors(base: Base, *, feed_forward: int | None, attention: int) -> list[str]:
+    """The feed-forward tensors of the last so many layers (None: all) of each text encoder, and the attention's, sorted.
+
+    Layers that no prompt passes on its way to the denoiser do not count: where only what stands before the last one is read.
+    """
+    found = []
+    for component in base.layout.encoders(base.names):
+        numbered = _encoder_layers(base, component)
+        for count, kinds in ((feed_forward, _FEED_FORWARD), (attention, _SELF_ATTENTION)):
+            last = numbered if count is None else numbered[max(0, len(numbered) - count) :]
+            found += [name for layer in last for name in layer if any(kind in name for kind in kinds)]
+    return sorted(name for name in found if "relative_attention_bias" not in name)
 
 
-def encoder_layer_tensors(base: Base, *, feed_forward: int, attention: int) -> list[str]:
-    """The feed-forward tensors of the text encoder's last so many layers, and the attention's of its last so many, sorted."""
-    count = encoder_layers(base)
-    wanted = [f"{_LAYERS}{count - 1 - i}.mlp.*" for i in range(min(feed_forward, count))]
-    wanted += [f"{_LAYERS}{count - 1 - i}.self_attn.*" for i in range(min(attention, count))]
-    return sorted(name for pattern in wanted for name in fnmatch.filter(base.names, pattern))
+def _encoder_layers(base: Base, component: str) -> list[list[str]]:
+    """The tensors of each layer of a text encoder, but for a last one that is not read."""
+    found: dict[int, list[str]] = {}
+    for name in base.names:
+        if name.startswith(f"{component}/") and (match := _LAYER.match(name)):
+            found.setdefault(int(match[1]), []).append(name)
+    outputs = {each.output for each in base.layout.text_inputs.values() if each.encoder == component}
+    return [found[number] for number in sorted(found)][: -1 if outputs == {PENULTIMATE} else None]
+
+
+def _fitting(base: Base, patterns: Iterable[str]) -> list[str]:
+    return [name for name in base.names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _matrices(base: Base, patterns: Iterable[str]) -> list[str]:
+    found = _fitting(base, patterns)
+    return [name for name in found if name.endswith(".weight") and len(base.places[name].shape) > 1]
+
+
+def text_columns(base: Base, name: str) -> slice | None:
+    """The input columns of a tensor that read a prompt, where others read something else; None where it is all or nothing."""
+    own = [base.columns(each, name) for each in base.text_inputs if name in base.projections(each)]
+    if not own:
+        return None
+    columns = slice(min(each.start for each in own), max(each.stop for each in own))
+    return None if columns == slice(0, base.places[name].shape[-1]) else columns
 
 
 class Adapter(Protocol):
@@ -98,6 +134,13 @@ def held(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> Iterat
             parameter.data = before
 
 
+def _within(columns: slice, values: Tensor) -> Tensor:
+    """Zeros but for some columns: what reads the size of a picture beside a prompt, in the same matrix, is not trained."""
+    found = torch.zeros_like(values)
+    found[:, columns] = values[:, columns]
+    return found
+
+
 class DenseAdapter:
     """Weights trained in place, by canonical name; their change is dense."""
 
@@ -106,6 +149,9 @@ class DenseAdapter:
         self._live = {
             name: getattr(modules[name], name.rpartition(".")[2]).requires_grad_(True) for name in sorted(names)
         }
+        for name, parameter in self._live.items():
+            if columns := text_columns(base, name):
+                parameter.register_hook(functools.partial(_within, columns))
         self._before = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     @property
@@ -150,8 +196,13 @@ class LowRankAdapter(_Beside):
             out, inner = module.weight.shape[0], module.weight[0].numel()
             down = torch.empty(min(rank, out, inner), inner)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=random)
+            columns = text_columns(base, name)
+            if columns:
+                down = _within(columns, down)
             up = torch.zeros(out, len(down))
             pair = nn.Parameter(up.to(module.weight.device)), nn.Parameter(down.to(module.weight.device))
+            if columns:
+                pair[1].register_hook(functools.partial(_within, columns))
             self._factors[name] = pair
             module.register_forward_hook(self._hook(*pair))
 

@@ -31,8 +31,9 @@ from overpaint.solvers.trained.adapters import (
     tensors,
     with_biases,
 )
-from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
+from overpaint.solvers.trained.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class ESD(Training):
 
     def touches(self, base: Base) -> Sequence[str]:
         if self.variant == "u":
-            return with_biases(base, [name for name in layers(base, "unet/*") if ".attn2." not in name])
+            crossing = tensors(base, CROSS_ATTENTION)
+            return with_biases(base, [name for name in layers(base) if name not in crossing])
         return tensors(base, CROSS_ATTENTION if self.variant == "x" else KEYS_AND_VALUES)
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the variant's tensors."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, unnamed = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
+        named, unnamed = (model.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
         states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
 

@@ -22,10 +22,18 @@ from torch import nn
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
-from overpaint.solvers.trained.adapters import DenseAdapter, encoder_layer_tensors, encoder_layers
+from overpaint.solvers.trained.adapters import DenseAdapter, encoder_layer_tensors
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import Pictures, gathered
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    base_texts,
+    concept_remaining,
+    generator,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class FewShot(Training):
         return bool(self.images) and not self.zero_shot
 
     def touches(self, base: Base) -> Sequence[str]:
-        return encoder_layer_tensors(base, feed_forward=encoder_layers(base), attention=1)
+        return encoder_layer_tensors(base, feed_forward=None, attention=1)
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the text encoder."""
@@ -79,9 +87,7 @@ class FewShot(Training):
             guess = model(x, t, model.encode(prompts))
             left = None
             if self.watches:
-                left = concept_remaining(
-                    guess, model, change, x, t, model.encoder.hidden(prompts), model.encoder.hidden(without)
-                )
+                left = concept_remaining(guess, model, change, x, t, *base_texts(model, change, prompts, without))
             return StepResult(-F.mse_loss(guess, goal), left, (x, t))
 
         return TrainingTask(change, loss, adam, facts={"images": list(found.digests)})

@@ -3,8 +3,8 @@
 The paper adapts the last layers of the text encoder and its projection, `P' = P + A B^T`, to a few pictures of the concept,
 with a weighted loss of a textual-inversion term and of prompts to retain; its weights and hyper-parameters are not published.
 Ours is `min - a E |eps - eps_theta(z_t, t, f(y))|^2 + b mean |f(r) - f0(r)|^2 + c |A B^T|^2`, over sentences y that name the
-concept and prompts r that do not; f is what the U-Net reads, f0 that of the base. Stable Diffusion has no projection
-between text encoder and cross-attention, so P is the identity, and `A B^T` a text map: the delta is low-rank throughout.
+concept and prompts r that do not; f is what the denoiser reads, f0 that of the base. No base has a projection that belongs to
+the text encoder alone, so P is the identity, and `A B^T` a text map at each text input: the delta is low-rank throughout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.adapters import AdapterStack, LowRankAdapter, TextMapAdapter, encoder_layer_tensors
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.pictures import gathered
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    base_texts,
+    concept_remaining,
+    generator,
+)
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,24 @@ class FewShotLoRA(Training):
         return self.retain > 0
 
     def touches(self, base: Base) -> Sequence[str]:
-        return [*self._matrices(base), *base.projections("text_encoder")]
+        return [*self._matrices(base), *base.projections()]
 
     def _matrices(self, base: Base) -> list[str]:
         found = encoder_layer_tensors(base, feed_forward=self.layers, attention=self.layers)
         return [name for name in found if name.endswith(".weight")]
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
-        """Low-rank factors in the text encoder, and a text map for the projection."""
+        """Low-rank factors in the text encoders, and a text map for each text input."""
         random = generator(problem.seed, BEFORE)
         layers = LowRankAdapter(model.pipe, problem.base, self._matrices(problem.base), self.rank, random)
-        projection = TextMapAdapter("text_encoder", model.encoder.width, self.rank, random, model.device)
-        change = AdapterStack(layers, projection)
+        projections = {
+            name: TextMapAdapter(name, place.width, self.rank, random, model.device)
+            for name, place in model.inputs.items()
+        }
+        change = AdapterStack(layers, *projections.values())
         pairs = training_prompts(problem, model.encoder, self.sentences)
         kept = retained_prompts(problem, model.encoder, self.retained)
-        meant = model.encoder.hidden(kept)
+        meant = model.hidden(kept)
         preserved = len(problem.preserved_prompts())
         found = gathered(
             model,
@@ -105,15 +116,14 @@ class FewShotLoRA(Training):
             also = [0, *torch.randint(len(kept), (self.retain_batch,), generator=random).tolist()]
             if preserved:
                 also += (1 + torch.randperm(preserved, generator=random)[: self.retain_batch]).tolist()
-            said = projection(model.encode([*prompts, *(kept[i] for i in also)]))
+            said = model.mapped(model.encode([*prompts, *(kept[i] for i in also)]), projections)
             guess = model(x, t, said[: self.batch])
-            drift = F.mse_loss(said[self.batch :], meant[also])
-            total = self.retain * drift - self.forget * F.mse_loss(guess, goal) + self.shrink * projection.size()
+            drift = said[self.batch :].drift(meant[also])
+            size = torch.stack([projection.size() for projection in projections.values()]).sum()
+            total = self.retain * drift - self.forget * F.mse_loss(guess, goal) + self.shrink * size
             left = None
             if self.watches:
-                left = concept_remaining(
-                    guess, model, change, x, t, model.encoder.hidden(prompts), model.encoder.hidden(without)
-                )
+                left = concept_remaining(guess, model, change, x, t, *base_texts(model, change, prompts, without))
             return StepResult(total, left)
 
         return TrainingTask(change, loss, facts={"images": list(found.digests), "retained": len(kept)})

@@ -11,12 +11,15 @@ Three steps, all on the projections W0 that read the prompt:
 3. *Closed-form fusion*: `min |W E - (W0 T + u v^T) E|^2 + mu |W P - W0 T P|^2` over the concept's embeddings E and what is
    preserved, P: `v` becomes `v E E^T (E E^T + mu P P^T)^-1`, so that the direction acts on the concept alone.
 
+The first step alone (`steps=0`) is a text map for every text input, and serves every base.
+
 A patch holds one concept; what the paper fuses over concepts at once is here a sum of patches, each of which preserves the
 others. The paper's prior, of image captions, is the tokenizer's vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,18 +28,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from overpaint.bases.capture import PipelineTextInput
+from overpaint.bases.layout import Layout
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.patches.delta import Delta, LowRank
-from overpaint.solvers.closed_form.edits import ALL, KeyChoice, MapEdit, TextEdit, least_squares
-from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import phrasings, spread
+from overpaint.solvers.closed_form.edits import (
+    ALL,
+    Diagnostics,
+    KeyChoice,
+    MapEdit,
+    TextEdit,
+    least_squares,
+    over_text_inputs,
+    text_maps,
+)
+from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, setting
+from overpaint.solvers.sentences import PADDING, phrasings, spread
 from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parameter
-from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 from overpaint.solvers.trained.pictures import gathered
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator
 from overpaint.solvers.universe import vocabulary_record
 
 TEXT_INPUT = "text_encoder"
+ATTENDED = ("stable-diffusion",)
+"""Layouts in which attention to each token of the prompt can be looked at as the paper does."""
+CHOICE = KeyChoice(ALL, in_sentences=True)
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,7 @@ class MACE(Training):
 
     revision = 2
 
-    steps: int = setting(50, "gradient steps", low=1)
+    steps: int = setting(50, "gradient steps; 0: the closed-form refinement alone, at every text input", low=0)
     lr: float = setting(1e-5, "Adam's learning rate; the paper has 1e-4 for people and styles", low=0.0)
     guidance: float = setting(7.5, "guidance scale of the pictures that the base draws", low=0.0)
     sentences: int = setting(8, "sentences that name the concept, to draw and to train on", low=1)
@@ -61,6 +78,46 @@ class MACE(Training):
     rank: int = setting(0, "most directions of the refinement to keep; 0: all", low=0)
     mu: float = setting(1e-4, "weight of what is preserved in the fusion", low=0.0)
     keep: str = setting("", "further prompts to preserve, separated by ;")
+
+    def supports(self, layout: Layout) -> str | None:
+        reason = unserved(layout, ATTENDED) if self.steps else None
+        return reason and f"{reason}, or steps=0, with which only the refinement of `mace` is solved for"
+
+    def solve(self, problem: EditProblem) -> Solution:
+        """The refinement and the trained directions, fused; with `steps` 0, the refinement of every text input alone."""
+        if self.steps:
+            return super().solve(problem)
+        started = time.perf_counter()
+        edits, numbers = over_text_inputs(problem, CHOICE, self._refinement)
+        record = vocabulary_record(problem.base, problem.device) if self.prior else {}
+        return Solution(text_maps(edits), {**numbers, "seconds": time.perf_counter() - started}, record)
+
+    def _refinement(self, edit: TextEdit) -> tuple[MapEdit, Diagnostics]:
+        """What other words and padding took in of the concept, sent where it would be without; what is pooled took in all."""
+        chosen = spread(phrasings(edit.problem.base, edit.problem.concept), self.sentences)
+        encoder = edit.encoder
+        if isinstance(encoder, PipelineTextInput):
+            pairs = [(each.prompt, each.replacement) for each in chosen]
+            keys, values = (side / len(pairs) ** 0.5 for side in encoder.keys_and_values(pairs, PADDING, own=False))
+        elif encoder.is_pooled:
+            sides = [each.prompt for each in chosen], [each.replacement for each in chosen]
+            keys, values = (encoder.hidden(side)[:, 0].double().T / len(chosen) ** 0.5 for side in sides)
+        else:
+            concept = _ConceptEmbeddings.of(encoder, edit.problem, self.sentences)
+            keys, values = concept.others, concept.instead
+        if not keys.shape[1]:
+            raise Unsolvable(
+                f"no word and no padding follows {edit.problem.concept.name!r} in what {edit.text_input} reads, so there is "
+                "nothing to refine; use `separable`"
+            )
+        moment, eye = self._preserved(edit)
+        change, condition = least_squares(keys, values - keys, moment + eye, self.rank)
+        return change, {"refined directions": change.up.shape[1], "condition": condition}
+
+    def _preserved(self, edit: TextEdit) -> tuple[Tensor, Tensor]:
+        """The second moment of what is preserved, and the ridge, float64 [d, d] each."""
+        moment = edit.preserved([edit.problem.concept], edit.problem.preserved_prompts(self.keep), self.prior)
+        return moment, self.ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A text map (the refinement) and one direction for every projection that reads the prompt."""
@@ -74,13 +131,12 @@ class MACE(Training):
             steps=self.sampling_steps,
             guidance=self.guidance,
         )
-        edit = TextEdit(problem.within(0, self.steps), TEXT_INPUT, model.encoder, KeyChoice(ALL, in_sentences=True))
-        moment = edit.preserved([problem.concept], problem.preserved_prompts(self.keep), self.prior)
-        eye = self.ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        edit = TextEdit(problem.within(0, self.steps), TEXT_INPUT, model.encoder, CHOICE)
+        moment, eye = self._preserved(edit)
         refined, condition = least_squares(concept.others, concept.instead - concept.others, moment + eye, self.rank)
         change = _Fused(model.pipe, problem, refined, concept.fusion(self.mu * moment, eye))
         attention = _Attention(model.pipe.unet)
-        hidden = model.encoder.hidden(concept.prompts)
+        hidden = model.hidden(concept.prompts)
         tokens = concept.tokens(self.padding, model.encoder.length, model.device)
         likely = _importance(model.levels)
 
@@ -184,7 +240,7 @@ class _Attention:
             if path.endswith("attn2"):
                 module.set_processor(self)
 
-    def paid(self, model: Denoiser, x: Tensor, t: Tensor, text: Tensor, tokens: Tensor) -> list[Tensor]:
+    def paid(self, model: Denoiser, x: Tensor, t: Tensor, text: Conditioning, tokens: Tensor) -> list[Tensor]:
         """By layer, the attention that each place pays to each prompt's `tokens`, averaged over heads: [n, places]."""
         self._seen.clear()
         model(x, t, text)

@@ -25,7 +25,7 @@ class BadPictures(OverpaintError):
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Latents [n, c, h, w] as the U-Net knows them, and the SHA-256 of every file they were made of."""
+    """Latents [n, c, h, w] as the denoiser knows them, and the SHA-256 of every file they were made of."""
 
     latents: Tensor
     digests: tuple[str, ...] = ()
@@ -64,9 +64,7 @@ def from_folder(model: Denoiser, folder: str, least: int, random: torch.Generato
     pixels = torch.stack([_fitted(model, file, file.read_bytes()) for file in files.values()])
     mirrored = torch.rand(len(pixels), generator=random) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
-    vae, parts = model.pipe.vae, []
-    for some in pixels.split(TOGETHER):
-        parts.append(vae.encode(some.to(model.device)).latent_dist.sample(random) * vae.config.scaling_factor)
+    parts = [model.encoded(some, random) for some in pixels.split(TOGETHER)]
     return Pictures(torch.cat(parts), tuple(files))
 
 
@@ -79,15 +77,9 @@ def drawn(
     for start in range(0, count, TOGETHER):
         problem.report(0, count, f"drawing {start} of {count} pictures")
         numbers = range(start, min(start + TOGETHER, count))
-        found.append(
-            model.pipe(
-                [prompts[n % len(prompts)] for n in numbers],
-                num_inference_steps=min(steps, model.levels - 1),
-                guidance_scale=guidance,
-                generator=[generator(problem.seed, BEFORE - 1 - n) for n in numbers],
-                output_type="latent",
-            ).images
-        )
+        named = [prompts[n % len(prompts)] for n in numbers]
+        generators = [generator(problem.seed, BEFORE - 1 - n) for n in numbers]
+        found.append(model.drawn(named, steps, guidance, generators))
     return Pictures(torch.cat(found))
 
 
@@ -104,17 +96,16 @@ def picture_files(folder: str) -> dict[str, Path]:
 
 def _fitted(model: Denoiser, file: Path, content: bytes) -> Tensor:
     """The middle of a picture in the base's size: float32 [3, h, w] in [-1, 1]."""
-    _, height, width = model.shape
-    factor = model.pipe.vae_scale_factor
+    height, width = model.pixels
     try:
         with warnings.catch_warnings():
             # Pillow only warns of a small file that would unpack to gigabytes.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-            picture = ImageOps.fit(upright.convert("RGB"), (width * factor, height * factor), Image.Resampling.BICUBIC)
+            picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise BadPictures(f"{file} is no picture that can be read ({error}); take it out of the folder") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadPictures(f"{file} is too large a picture ({error}); make it smaller") from error
-    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height * factor, width * factor, 3)
+    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
     return raw.permute(2, 0, 1).float() / 127.5 - 1

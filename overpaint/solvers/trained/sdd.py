@@ -20,8 +20,9 @@ from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, MovingAverage, tensors
-from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
+from overpaint.solvers.trained.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SDD(Training):
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         teacher = MovingAverage(change.parameters, self.ema)
         pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, unnamed = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
+        named, unnamed = (model.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps, teacher.held)
         states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
 

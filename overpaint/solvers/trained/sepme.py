@@ -5,7 +5,8 @@
 layers, on noised latents of pictures that the base makes of each concept, with `eta_i = max_k |L_k| / |L_i|` (eq. 35); stop
 when the momentum average of the weighted sum falls to tau (eq. 37).
 
-*Weight decoupling*: the increment of every cross-attention key and value projection is `w (beta S)^T` with S a
+*Weight decoupling*: the increment of every cross-attention key and value projection (of every projection that reads a
+prompt, on other bases) is `w (beta S)^T` with S a
 basis of the null space of all other concepts' prompt embeddings (all positions), the empty prompt's and the kept
 prompts' (watermarks, say), and w zero at the start (eq. 22 to 26). Prompts in that stack are therefore not disturbed at all;
 nothing is promised for other sentences, and the null space of a text width d is used up after about d / (length - 1)
@@ -34,13 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.layout import Layout
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
 from overpaint.solvers.sentences import phrasings, spread
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
-from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 
 # G-CiRs, the training half of SepME: make what a concept's prompt adds uncorrelated with what it added before.
 #
@@ -49,22 +50,14 @@ from overpaint.solvers.trained.denoiser import Denoiser
 
 
 @torch.no_grad()
-def pictures_of(pipe: Any, problem: EditProblem, concept: Concept, settings: SepME) -> Tensor:
+def pictures_of(model: Denoiser, problem: EditProblem, concept: Concept, settings: SepME) -> Tensor:
     """Latents of what the base makes of a concept's bare name, [n, c, h, w]."""
     problem.report(0, settings.iterations, f"generating pictures of {concept.name}")
     found = []
     for start in range(0, settings.pictures, 8):
         seeds = range(start, min(start + 8, settings.pictures))
         generators = [torch.Generator().manual_seed(problem.seed * 100_003 + s) for s in seeds]
-        found.append(
-            pipe(
-                [concept.name] * len(generators),
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                generator=generators,
-                output_type="latent",
-            ).images
-        )
+        found.append(model.drawn([concept.name] * len(generators), settings.steps, settings.guidance, generators))
     return torch.cat(found)
 
 
@@ -79,8 +72,8 @@ def descend(
     """Train the change in place; the weighted sum of the correlations at every step."""
     optimiser = torch.optim.Adam(change.parameters, lr=settings.lr)
     prompts = {c.name: _trained(problem.base, c, settings) for c in concepts}
-    texts = {name: model.encoder.hidden(asked) for name, asked in prompts.items()}
-    empty = model.encoder.hidden([""]).expand(settings.batch, -1, -1)
+    texts = {name: model.hidden(asked) for name, asked in prompts.items()}
+    empty = model.unconditional.expand(settings.batch)
     # A generator each: what one concept is trained on does not depend on which others are.
     random = {c.name: torch.Generator().manual_seed(problem.seed) for c in concepts}
     mean = 0.0
@@ -111,14 +104,14 @@ def descend(
 
 
 def _drawn(
-    model: Denoiser, latents: Tensor, text: Tensor, random: torch.Generator, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised latents x_t [n, c, h, w], their timesteps [n] and a prompt's embeddings for each [n, length, d]."""
+    model: Denoiser, latents: Tensor, text: Conditioning, random: torch.Generator, batch: int
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Noised latents x_t [n, c, h, w], their timesteps [n] and a prompt's embeddings for each."""
     chosen = torch.randint(len(latents), (batch,), generator=random)
-    t = torch.randint(model.levels, (batch,), generator=random).to(latents.device)
+    t = model.time(torch.randint(model.levels, (batch,), generator=random))
     noise = torch.randn((batch, *latents.shape[1:]), generator=random).to(latents)
     asked = text[torch.randint(len(text), (batch,), generator=random)] if len(text) > 1 else text
-    return model.pipe.scheduler.add_noise(latents[chosen], noise, t), t, asked.expand(batch, -1, -1)
+    return model.add_noise(latents[chosen], noise, t), t, asked.expand(batch)
 
 
 def _trained(base: Base, concept: Concept, settings: SepME) -> list[str]:
@@ -126,31 +119,72 @@ def _trained(base: Base, concept: Concept, settings: SepME) -> list[str]:
     return [each.prompt for each in spread(phrasings(base, concept), settings.sentences)] or [concept.name]
 
 
-def _representation(model: Denoiser, x: Tensor, t: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+def _representation(model: Denoiser, x: Tensor, t: Tensor, text: Conditioning, empty: Conditioning) -> Tensor:
     with_concept, without = model.both(x, t, text, empty)
     return with_concept - without
 
 
-class Increments:
-    """Adds `sum_k x (w_k (beta S_k)^T)^T` to the output of every key and value projection; the weights stay as they are."""
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What reads the sequence of a conditioning, or its pooled embeddings: tensors by name, and their columns that do."""
 
-    def __init__(self, pipe: Any, base: Base, bases: Mapping[str, Tensor], beta: float) -> None:
-        modules, names = modules_by_parameter(pipe, base), base.projections()
-        self.scaled = {concept: beta * basis.T for concept, basis in bases.items()}
+    name: str
+    projections: tuple[str, ...]
+    columns: slice
+
+    def of(self, text: Conditioning) -> Tensor:
+        """The embeddings of prompts, [n, length, d]."""
+        return text.sequence if text.pooled is None or self.name == SEQUENCE else text.pooled[:, None]
+
+
+SEQUENCE, POOLED = "sequence", "pooled"
+
+
+def _readings(model: Denoiser) -> list[_Reading]:
+    """The sequence, which text encoders share as it is read, and the pooled embeddings where there are some."""
+    found = []
+    for is_pooled in (False, True):
+        places = {name: place.columns for name, place in model.inputs.items() if place.is_pooled == is_pooled}
+        if places:
+            columns = slice(min(each.start for each in places.values()), max(each.stop for each in places.values()))
+            names = sorted({name for each in places for name in model.base.projections(each)})
+            found.append(_Reading(POOLED if is_pooled else SEQUENCE, tuple(names), columns))
+    return found
+
+
+class Increments:
+    """Adds `sum_k x (w_k (beta S_k)^T)^T` to the output of every projection that reads a prompt; the weights stay as they are.
+
+    `bases` has S_k by concept, for each of the `readings`.
+    """
+
+    def __init__(
+        self, model: Denoiser, readings: Sequence[_Reading], bases: Mapping[str, Sequence[Tensor]], beta: float
+    ) -> None:
+        self._places, modules = model.base.places, modules_by_parameter(model.pipe, model.base)
+        self._reading = {name: number for number, each in enumerate(readings) for name in each.projections}
+        self._columns = [each.columns for each in readings]
+        self.scaled = {concept: [beta * basis.T for basis in own] for concept, own in bases.items()}
         self.active = True
-        self.w: dict[str, dict[str, nn.Parameter]] = {}
-        for concept, scaled in self.scaled.items():
-            outs = {name: base.places[name].shape[0] for name in names}
-            self.w[concept] = {
-                name: nn.Parameter(torch.zeros(out, len(scaled), device=scaled.device)) for name, out in outs.items()
+        self.w: dict[str, dict[str, nn.Parameter]] = {
+            concept: {
+                name: nn.Parameter(
+                    torch.zeros(self._places[name].shape[0], len(scaled[number]), device=scaled[number].device)
+                )
+                for name, number in sorted(self._reading.items())
             }
-        for name in names:
+            for concept, scaled in self.scaled.items()
+        }
+        for name in self._reading:
             modules[name].register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
+        number = self._reading[name]
+
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            read = inputs[0][..., self._columns[number]]
             for concept, scaled in self.scaled.items() if self.active else ():
-                output = output + (inputs[0] @ scaled.T) @ self.w[concept][name].T
+                output = output + (read @ scaled[number].T) @ self.w[concept][name].T
             return output
 
         return add
@@ -162,7 +196,9 @@ class Increments:
     def norm(self) -> Tensor:
         """The L1 norm of the whole increment, averaged over layers."""
         names = next(iter(self.w.values()))
-        whole = (sum(self.w[c][name] @ scaled for c, scaled in self.scaled.items()) for name in names)
+        whole = (
+            sum(self.w[c][name] @ scaled[self._reading[name]] for c, scaled in self.scaled.items()) for name in names
+        )
         return torch.stack([torch.as_tensor(increment).abs().sum() for increment in whole]).mean()
 
     @contextmanager
@@ -175,7 +211,17 @@ class Increments:
             self.active = True
 
     def delta_of(self, concept: str) -> Delta:
-        return LowRank({name: (w.detach(), self.scaled[concept]) for name, w in self.w[concept].items()})
+        return LowRank({name: (w.detach(), self._down(concept, name)) for name, w in self.w[concept].items()})
+
+    def _down(self, concept: str, name: str) -> Tensor:
+        """`(beta S)^T` over all input columns of a tensor."""
+        number = self._reading[name]
+        scaled, width = self.scaled[concept][number], self._places[name].shape[-1]
+        if scaled.shape[1] == width:
+            return scaled
+        down = scaled.new_zeros(len(scaled), width)
+        down[:, self._columns[number]] = scaled
+        return down
 
 
 class Whole:
@@ -243,13 +289,16 @@ class SepME(Solver):
     def uses_preserved_prompts(self) -> bool:
         return self.decouple
 
+    def supports(self, layout: Layout) -> str | None:
+        return unserved(layout)
+
     def touches(self, base: Base) -> Sequence[str]:
         return base.projections() if self.decouple else tensors(base, CROSS_ATTENTION)
 
     def solve(self, problem: EditProblem) -> Solution:
-        """Low-rank on `attn2.to_k` and `attn2.to_v`, one down factor for all; dense on all of `attn2` without decoupling.
+        """Low-rank on every projection that reads the prompt; dense on all of cross-attention without decoupling.
 
-        Raises Unsolvable when no null space is left, or a base has more than one text input; Diverged; OutOfMemory.
+        Raises Unsolvable when no null space is left, or for a base that it does not support; TrainingDiverged; OutOfMemory.
         """
         concepts = (problem.concept, *(problem.others if self.joint else ()))
         return self.together(problem, concepts)[problem.concept.name]
@@ -263,10 +312,16 @@ class SepME(Solver):
         ordered = sorted(concepts, key=lambda concept: concept.name)
         with within_memory(f"batch ({self.batch}) or pictures ({self.pictures})"):
             model = Denoiser.of(problem)
-            bases = {c.name: self._null_space(problem, model.encoder, c) for c in ordered} if self.decouple else {}
-            pictures = {c.name: pictures_of(model.pipe, problem, c, self) for c in ordered}
+            readings = _readings(model)
+            undisturbed = {c.name: self._undisturbed(problem, model, c) for c in ordered}
+            bases = (
+                {name: self._null_spaces(problem, model, others, readings) for name, others in undisturbed.items()}
+                if self.decouple
+                else {}
+            )
+            pictures = {c.name: pictures_of(model, problem, c, self) for c in ordered}
             change = (
-                Increments(model.pipe, problem.base, bases, self.beta)
+                Increments(model, readings, bases, self.beta)
                 if self.decouple
                 else Whole(model.pipe, problem.base, self.touches(problem.base))
             )
@@ -279,26 +334,31 @@ class SepME(Solver):
         }
         return {
             c.name: _with_note(
-                Solution(change.delta_of(c.name), {**_room(model.encoder, bases.get(c.name)), **found}),
+                Solution(change.delta_of(c.name), {**_room(model, readings, bases.get(c.name, ())), **found}),
                 c,
-                self._undisturbed(problem, model.encoder, c),
+                undisturbed[c.name],
                 len({each.name for each in (problem.concept, *problem.others)}) - 1 if self.decouple else 0,
             )
             for c in ordered
         }
 
-    def _null_space(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> Tensor:
+    def _null_spaces(
+        self, problem: EditProblem, model: Denoiser, undisturbed: Sequence[str], readings: Sequence[_Reading]
+    ) -> list[Tensor]:
         """What is free of the empty prompt, of other concepts' bare names (as in the paper) and of the kept prompts."""
-        always = ["", *problem.preserved_prompts(self.keep)]
-        return null_space(encoder, [*always, *self._undisturbed(problem, encoder, concept)], self.tolerance)[0]
+        text = model.hidden(["", *problem.preserved_prompts(self.keep), *undisturbed])
+        return [null_space(each.of(text), self.tolerance)[0].to(model.device) for each in readings]
 
-    def _undisturbed(self, problem: EditProblem, encoder: TextEncoder, concept: Concept) -> list[str]:
+    def _undisturbed(self, problem: EditProblem, model: Denoiser, concept: Concept) -> list[str]:
         """The names of the other concepts for which there is room, sorted."""
         names = sorted({c.name for c in (problem.concept, *problem.others)} - {concept.name})
         if not self.decouple or not names:
             return []
-        always = encoder.hidden(["", *problem.preserved_prompts(self.keep)])
-        chosen = that_fit(encoder.hidden([concept.name])[0], always, encoder.hidden(names), self.tolerance)
+        own, always, others = (
+            model.hidden(prompts).sequence
+            for prompts in ([concept.name], ["", *problem.preserved_prompts(self.keep)], names)
+        )
+        chosen = that_fit(own[0], always, others, self.tolerance)
         return [names[i] for i in chosen]
 
 
@@ -340,49 +400,59 @@ def that_fit(own: Tensor, always: Tensor, others: Tensor, tolerance: float = 0.0
     return sorted(order[:low])
 
 
-def null_space(encoder: TextEncoder, prompts: Sequence[str], tolerance: float = 0.0) -> tuple[Tensor, int]:
-    """An orthonormal basis S, float32 [d, d - r], of the directions that no embedding of `prompts` has; and the rank r.
+def null_space(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
+    """An orthonormal basis S, float32 [d, d - r], of the directions that no embedding of `hidden` [n, length, d] has; and r.
 
     Raises Unsolvable when the prompts fill the whole width.
     """
-    basis, rank = free_of(encoder.hidden(prompts), tolerance)
-    if rank >= encoder.width:
+    basis, rank = free_of(hidden, tolerance)
+    count, length, width = hidden.shape
+    if rank >= width:
         raise Unsolvable(
-            f"the {len(prompts)} prompts to leave undisturbed span all {encoder.width} text directions, so SepME has no null "
-            f"space left (about {encoder.length - 1} directions each); name fewer concepts, raise tolerance, or use `separable`"
+            f"the {count} prompts to leave undisturbed span all {width} text directions, so SepME has no null "
+            f"space left (about {max(1, length - 1)} directions each); name fewer concepts, raise tolerance, or use `separable`"
         )
-    return basis.to(encoder.model.device), rank
+    return basis, rank
 
 
 def free_of(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
     """An orthonormal basis, float32 [d, d - r], of the directions that no embedding of `hidden` [n, length, d] has; and r.
 
     By singular value decomposition in float64 with NumPy's rank rule; the paper eliminates symbolically, which takes
-    minutes to hours. Directions below `tolerance` times the strongest count as unused. The first embedding of each prompt is
-    begin-of-text, the same in all.
+    minutes to hours. Directions below `tolerance` times the strongest count as unused. Where prompts begin with the same
+    embedding, as they do for CLIP, that is one direction, which is always used.
     """
     hidden = hidden.double().cpu()
-    width = hidden.shape[-1]
-    # Begin-of-text is larger than all else: it would set the scale of the tolerance.
-    begin = hidden[0, 0] / hidden[0, 0].norm()
-    rest = hidden[:, 1:].reshape(-1, width)
-    rest = rest - (rest @ begin)[:, None] * begin
+    width, precision = hidden.shape[-1], torch.finfo(torch.float32).eps
+    begin, rest = hidden[0, :1], hidden.reshape(-1, width)
+    shared = hidden.shape[1] > 1 and bool((hidden[:, 0] - begin).norm(dim=1).max() <= 1e-4 * begin.norm())
+    if shared:
+        # Begin-of-text is larger than all else: it would set the scale of the tolerance.
+        begin = begin / begin.norm()
+        rest = hidden[:, 1:].reshape(-1, width)
+        rest = rest - (rest @ begin[0])[:, None] * begin
     _, size, right = torch.linalg.svd(rest, full_matrices=False)
     # Embeddings come out of a float32 encoder: what is below its rounding is noise, not a direction.
-    noise = max(rest.shape) * torch.finfo(torch.float32).eps
-    used = torch.cat([begin[None], right[: int((size > size[0] * max(noise, tolerance)).sum())]])
+    noise = max(rest.shape) * precision
+    used = right[: int((size > size[0] * max(noise, tolerance)).sum())]
+    if shared:
+        used = torch.cat([begin, used])
     rank = len(used)
     return torch.linalg.qr(used.T, mode="complete").Q[:, rank:].float().contiguous(), rank
 
 
-def _room(encoder: TextEncoder, basis: Tensor | None) -> dict[str, int]:
+def _room(model: Denoiser, readings: Sequence[_Reading], bases: Sequence[Tensor]) -> dict[str, int]:
     """How much of the text width is used, and how many prompts' worth of directions the width has and has left."""
-    if basis is None:
-        return {}
-    each = encoder.length - 1
-    return {
-        "null_space": basis.shape[1],
-        "rank_of_others": encoder.width - basis.shape[1],
-        "capacity": (encoder.width - 1) // each,
-        "capacity_left": basis.shape[1] // each,
-    }
+    found: dict[str, int] = {}
+    for reading, basis in zip(readings, bases, strict=False):
+        if reading.name == POOLED:
+            found["pooled null_space"] = basis.shape[1]
+            continue
+        each, width = model.unconditional.sequence.shape[1] - 1, len(basis)
+        found |= {
+            "null_space": basis.shape[1],
+            "rank_of_others": width - basis.shape[1],
+            "capacity": (width - 1) // each,
+            "capacity_left": basis.shape[1] // each,
+        }
+    return found

@@ -27,9 +27,10 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import retained_prompts, training_prompts
-from overpaint.solvers.trained.adapters import LowRankAdapter, layers
-from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.adapters import LowRankAdapter, block_layers
+from overpaint.solvers.trained.denoiser import Conditioning, Denoiser
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
+from overpaint.solvers.trained.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,23 @@ class SPM(Training):
         return self.anchored == "prompts"
 
     def touches(self, base: Base) -> Sequence[str]:
-        return layers(base, "unet/*.attentions.*")
+        return block_layers(base)
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A low-rank change of the transformer blocks."""
         random = generator(problem.seed, BEFORE)
         change = LowRankAdapter(model.pipe, problem.base, self.touches(problem.base), self.rank, random)
         pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, surrogate = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
+        named, surrogate = (model.hidden(side) for side in zip(*pairs, strict=True))
         states = Trajectories(model, named, self.guidance, self.sampling_steps)
         states = states.with_bank(self.bank, random, problem.report)
         anchors = self._anchors(model, problem)
 
         def loss(random: torch.Generator) -> StepResult:
             x, t, which = states.draw(random, self.batch)
-            others = anchors(named[which].repeat(self.anchors, 1, 1), random)
+            others = anchors(named[which].repeat(self.anchors), random)
             many, times = x.repeat(1 + self.anchors, 1, 1, 1), t.repeat(1 + self.anchors)
-            texts = torch.cat([named[which], others])
+            texts = Conditioning.cat(named[which], others)
             with torch.no_grad(), change.off():
                 with_it, still = (before := model(many, times, texts))[: len(x)], before[len(x) :]
                 instead = model(x, t, surrogate[which])
@@ -100,11 +101,13 @@ class SPM(Training):
 
         return TrainingTask(change, loss, torch.optim.AdamW, self._rate)
 
-    def _anchors(self, model: Denoiser, problem: EditProblem) -> Callable[[Tensor, torch.Generator], Tensor]:
+    def _anchors(
+        self, model: Denoiser, problem: EditProblem
+    ) -> Callable[[Conditioning, torch.Generator], Conditioning]:
         """What draws one embedding to anchor for each of the concept's."""
         if self.anchored == "noise":
-            return noise_like
-        texts = model.encoder.hidden(retained_prompts(problem, model.encoder, 512))
+            return lambda like, random: like.map(lambda part: noise_like(part, random))
+        texts = model.hidden(retained_prompts(problem, model.encoder, 512))
         return lambda like, random: texts[torch.randint(len(texts), (len(like),), generator=random).to(texts.device)]
 
     def _rate(self, step: int) -> float:

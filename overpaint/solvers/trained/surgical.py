@@ -21,8 +21,9 @@ from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, UNET, DenseAdapter, tensors
-from overpaint.solvers.trained.denoiser import Denoiser, Trajectories
+from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
+from overpaint.solvers.trained.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Surgical(Training):
         """A dense change of the part."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, instead = (model.encoder.hidden(side) for side in zip(*pairs, strict=True))
-        empty = model.encoder.hidden([""]).expand(self.batch, -1, -1)
+        named, instead = (model.hidden(side) for side in zip(*pairs, strict=True))
+        empty = model.unconditional.expand(self.batch)
         states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
         states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
 

@@ -13,15 +13,16 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from overpaint.solvers.problem import EditProblem, Solution, Solver, finite, setting, within_memory
+from overpaint.bases.layout import Layout
+from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
 from overpaint.solvers.trained.adapters import Adapter, MovingAverage
-from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.denoiser import TRAINABLE, Conditioning, Denoiser, unserved
 
 BEFORE = -1
 """The stream of random numbers that is used up before the first step; pictures are drawn from those below it."""
@@ -62,6 +63,9 @@ class TrainingTask:
 class Training(Solver):
     """The settings that every training solver has; each solver puts its paper's values in their place."""
 
+    layouts: ClassVar[tuple[str, ...]] = TRAINABLE
+    """The layouts of bases that it can train on."""
+
     steps: int = setting(1000, "most gradient steps", low=1)
     lr: float = setting(1e-5, "learning rate", low=0.0)
     batch: int = setting(1, "noised latents per step", low=1)
@@ -77,19 +81,24 @@ class Training(Solver):
         "fp32", "arithmetic of the models; what is trained is fp32 in any case", choices=("fp32", "bf16")
     )
     checkpoint: bool = setting(
-        False, "compute the U-Net's activations again for the gradients: less memory, about a third more time"
+        False, "compute the denoiser's activations again for the gradients: less memory, about a third more time"
     )
 
     def solve(self, problem: EditProblem) -> Solution:
         """Train on a copy of the base's models. Raises TrainingDiverged, OutOfMemory, Unsolvable, PromptTooLong, BadPictures."""
         started = time.perf_counter()
         with within_memory(f"batch (it is {self.batch}), or set checkpoint=true or precision=bf16"):
+            if reason := self.supports(problem.base.layout):
+                raise Unsolvable(reason)
             model = Denoiser.of(problem, precision=self.precision, checkpoint=self.checkpoint)
             task = self.task(model, problem)
             prompts = problem.preserved_prompts()
             history = descend(task, self, problem, Preservation(model, task.change, prompts) if prompts else None)
             delta = task.change.delta()
         return Solution(delta, {**task.facts, **history, "seconds": time.perf_counter() - started}, task.record)
+
+    def supports(self, layout: Layout) -> str | None:
+        return unserved(layout, self.layouts)
 
     @abstractmethod
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
@@ -171,14 +180,21 @@ def share_left(found: Tensor, named: Tensor, unnamed: Tensor) -> float:
 
 
 @torch.no_grad()
+def base_texts(model: Denoiser, change: Adapter, *sides: Sequence[str]) -> list[Conditioning]:
+    """What the denoiser of the base reads of prompts, for solvers that train text encoders."""
+    with change.off():
+        return [model.hidden(prompts) for prompts in sides]
+
+
+@torch.no_grad()
 def concept_remaining(
     found: Tensor,
     model: Denoiser,
     change: Adapter,
     x: Tensor,
     t: Tensor,
-    named: Tensor,
-    unnamed: Tensor,
+    named: Conditioning,
+    unnamed: Conditioning,
     own: Tensor | None = None,
 ) -> float:
     """`share_left` for solvers that have no use for the base's own predictions: they are made here, in one pass.
