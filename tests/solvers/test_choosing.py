@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.choosing_page import BEGIN, END, filled
+from overpaint.bases.layout import layouts
 from overpaint.cli import main
 from overpaint.core.errors import OverpaintError
 from overpaint.solvers import SOLVERS, solver_class
@@ -30,6 +31,22 @@ def test_the_settings_that_it_recommends_exist(solver: str, value: str) -> None:
     name, _, chosen = value.partition("=")
     assert value in PAGE
     configure(solver_class(solver), {name: chosen})
+
+
+def test_the_table_of_bases_says_what_the_solvers_declare() -> None:
+    table = PAGE.partition("## Which solver serves which base")[2].partition("## ")[0]
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line
+    )
+    named = [match[1] for cell in header[1:-1] if (match := re.match("`(.*?)`", cell))]
+    others = [layout for layout in layouts() if layout.name not in named]
+    assert {re.findall("`(.*?)`", row[0])[0] for row in rows} == set(SOLVERS)
+    for first, *cells in rows:
+        name, *settings = re.findall("`(.*?)`", first)
+        solver = configure(solver_class(name), dict(each.split("=") for each in settings))
+        served = {layout.name: solver.supports(layout) is None for layout in layouts()}
+        assert [cell == "yes" for cell in cells[:-1]] == [served[layout] for layout in named]
+        assert {served[layout.name] for layout in others} == {cells[-1] == "yes"}
 
 
 def test_the_commands_that_it_shows_exist() -> None:
