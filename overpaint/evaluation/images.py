@@ -126,7 +126,7 @@ class ImageCache:
         """For each question its picture, uint8 [h, w, 3], or None where there is no sound one."""
         if self.folder is None or not (self.folder / weights).is_dir():
             return [None] * len(questions)
-        return [self._read(self._place(weights, sampler, each)) for each in questions]
+        return [self._read(self.place(weights, sampler, each)) for each in questions]
 
     def keep(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Picture]) -> None:
         """Keep one picture for each question; a file is there whole or not at all."""
@@ -139,12 +139,13 @@ class ImageCache:
                 text.add_text("seed", str(question.seed))
                 text.add_text("sampler", sampler)
                 text.add_text("sha256", _digest(picture))
-                with replacing(self._place(weights, sampler, question)) as scratch:
+                with replacing(self.place(weights, sampler, question)) as scratch:
                     Image.fromarray(picture).save(scratch, "PNG", pnginfo=text)
         except OSError:
             pass
 
-    def _place(self, weights: str, sampler: str, question: EvalPrompt) -> Path:
+    def place(self, weights: str, sampler: str, question: EvalPrompt) -> Path:
+        """The file of a picture, which is there once it is kept."""
         assert self.folder is not None
         meant = canonical_json([sampler, question.prompt, question.seed])
         return self.folder / weights / f"{hashlib.sha256(meant).hexdigest()}.png"

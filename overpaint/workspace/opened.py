@@ -78,6 +78,16 @@ class LivePipelines:
             delattr(pipe, ATTRIBUTE)
             self._forget(overlay)
 
+    def restore(self, pipe: Any) -> None:
+        """Give a pipeline the base's weights back and let go of it; one that carries nothing is left as it is.
+
+        Raises ForeignChange where somebody else changed what it carries; it is let go of nevertheless.
+        """
+        overlay: Overlay | None = getattr(pipe, ATTRIBUTE, None)
+        self.release(pipe)
+        if overlay is not None:
+            overlay.close()
+
     def release_all(self, recipe: str) -> None:
         """No pipeline follows `recipe` any more."""
         self._overlays.pop(recipe, None)

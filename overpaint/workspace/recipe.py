@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.display import html_table
-from overpaint.core.errors import NotFound
+from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from overpaint.workspace.evaluating import Evaluated
     from overpaint.workspace.report import Reported
     from overpaint.workspace.reseparation import Reseparated
+    from overpaint.workspace.widget import RecipeWidget
 
 
 TRIES = 20
@@ -163,18 +164,39 @@ class Recipe:
         patches = list(patches)
         return self._change(lambda before: dict.fromkeys(self._id_here(each) for each in patches), why, who)
 
-    def hold(self, entries: Iterable[RecipeEntry], *, why: str = "", who: str = "") -> list[HistoryRecord]:
+    def hold(
+        self, entries: Iterable[RecipeEntry], *, revision: int | None = None, why: str = "", who: str = ""
+    ) -> list[HistoryRecord]:
         """Hold exactly these entries (full patch ids), in one revision; returns its lines, none where it is so already.
 
-        Raises NotFound, WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
+        `revision` is the one that the caller saw: raises StaleRevision when there is another by now. Raises NotFound,
+        WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
         """
         asked = {entry.patch: entry for entry in entries}
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
+            if revision is not None and before.revision != revision:
+                raise StaleRevision(
+                    f"the recipe {self.name!r} is at revision {before.revision} by now, and this change was made from "
+                    f"{revision}; look at what changed and try again"
+                )
             held = {entry.patch: entry for entry in before.entries}
             return {id: asked.get(id) for id in (*held, *asked) if held.get(id) != asked.get(id)}
 
         return self._change(wanted, why, who)
+
+    def set_patches(
+        self, strengths: Mapping[str, float], *, revision: int | None = None, why: str = "", who: str = ""
+    ) -> list[HistoryRecord]:
+        """`hold` these patches (strengths by id, or as `add` names patches); expiries that are there stay.
+
+        `revision` is the one that the caller saw, or that of this moment. Raises StaleRevision when there is another by now.
+        """
+        record = self.record
+        expiries = {each.patch: each.until for each in record.entries}
+        wanted = {self._id(each, record.base): strength for each, strength in strengths.items()}
+        entries = [RecipeEntry(patch_id, strength, expiries.get(patch_id)) for patch_id, strength in wanted.items()]
+        return self.hold(entries, revision=record.revision if revision is None else revision, why=why, who=who)
 
     def replace(self, new: Mapping[str, str], *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Replace patches in one revision, keeping strength and expiry; `new` maps old id to new id.
@@ -320,6 +342,36 @@ class Recipe:
         follows = record.name if self._opened.registry.has_recipe(self.name) else None
         self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._term)
         return pipe
+
+    def applied(self, pipe: Any) -> AppliedRecipe:
+        """`apply` as a handle: closing it, or the end of its `with` block, gives the pipeline the base's weights back."""
+        return AppliedRecipe(self._opened, self.apply(pipe))
+
+    def widget(
+        self,
+        prompts: str | Iterable[str] = "a photo of a cat",
+        *,
+        seed: int = 0,
+        steps: int = 20,
+        guidance: float | None = None,
+        device: str = "auto",
+    ) -> RecipeWidget:
+        """Switches and strengths beside pictures, for a notebook: base and recipe, drawn anew after every switch.
+
+        The recipe itself stays as it is until `widget.save(why=...)`. `guidance` None is what the base likes. Raises
+        OverpaintError without anywidget, the extra `overpaint[notebook]`.
+        """
+        try:
+            from overpaint.workspace.widget import RecipeWidget
+        except ModuleNotFoundError as error:
+            raise OverpaintError(f"a widget needs anywidget ({error}): pip install 'overpaint[notebook]'") from error
+        asked = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+
+        def keep(strengths: Mapping[str, float], revision: int, why: str) -> list[HistoryRecord]:
+            return self.set_patches(strengths, revision=revision, why=why)
+
+        how: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "device": device}
+        return RecipeWidget(self._opened, self.record, self.patches(), keep, asked, **how)
 
     def refresh(self) -> None:
         """Bring the pipelines that follow this recipe to what it holds now, whoever changed it. Raises CannotFollow."""
@@ -527,3 +579,23 @@ class Recipe:
         from overpaint.workspace.report import model_card
 
         return model_card(self.name, self.record.base, self.base.fingerprint, self.patches())
+
+
+class AppliedRecipe:
+    """A pipeline with a recipe applied, until it is closed; a context manager. It follows the recipe as after `apply`."""
+
+    def __init__(self, opened: OpenRegistry, pipe: Any) -> None:
+        self._opened, self.pipe = opened, pipe
+
+    def close(self) -> None:
+        """Give the base's weights back, bit for bit, and follow the recipe no more. Closing twice is closing once.
+
+        Raises ForeignChange where somebody else changed the weights; the pipeline is let go of nevertheless.
+        """
+        self._opened.pipelines.restore(self.pipe)
+
+    def __enter__(self) -> AppliedRecipe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
