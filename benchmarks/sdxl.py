@@ -5,38 +5,32 @@ A diffusers folder of Stable Diffusion XL's shapes in half precision (6.9 GB), w
 and its highest resident memory less that of an interpreter that imported torch and did nothing; what importing all the
 libraries takes of it stands beside.
 
-The tokenizer knows letters and `--vocabulary` words, where the published ones know some 40,000: hearing those on two cores
+The tokenizer knows letters and `--vocabulary` words, where the published ones know some 40,000: encoding those on two cores
 takes a day. A piece of the vocabulary, which is what decides about memory, is whole from 256 words on. `--scale` narrows the
 U-Net and takes layers from the text encoders, which are no narrower then: with `--scale 0.1 --vocabulary 256` whole pieces
-are heard in minutes.
+are encoded in minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from benchmarks import tables
 from benchmarks.build import GIB, resident
-from benchmarks.checkpoints import write_single_file
+from benchmarks.full_size import write_base
 from overpaint.workspace.workspace import Workspace
 
 BAR_MEMORY = 1024.0
-STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
 STEPS: dict[str, Callable[[Workspace, Path], object]] = {
     "add, with the fingerprint": lambda workspace, folder: workspace.add_base("xl", folder / "base"),
     "solve separable, one concept": lambda workspace, folder: workspace.solve("cat", base="xl"),
@@ -60,7 +54,7 @@ def main() -> None:
         print(json.dumps(one(chosen.step[0], Path(chosen.step[1]))))
         return
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="overpaint-benchmark-") as folder:
-        sizes = write_base(Path(folder) / "base", chosen.scale, chosen.vocabulary)
+        sizes = write_base(Path(folder) / "base", "XL", chosen.scale, chosen.vocabulary)
         bare = idle_torch()
         rows: list[list[Any]] = [["base, GiB", sum(sizes.values()) / GIB, None, None]]
         for step in STEPS:
@@ -106,100 +100,6 @@ def one(step: str, folder: Path) -> tuple[float, float, float]:
     imported, started = resident("VmRSS"), time.perf_counter()
     STEPS[step](workspace, folder)
     return time.perf_counter() - started, imported, resident("VmHWM")
-
-
-def write_base(folder: Path, scale: float, words: int) -> dict[str, int]:
-    """A diffusers folder of random weights; returns the bytes of each component."""
-    from diffusers import DDIMScheduler
-
-    generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(1 << 24, generator=generator) / 50).half()
-
-    def value(shapes: dict[str, tuple[int, ...]], key: str) -> Tensor:
-        count = torch.Size(shapes[key]).numel()
-        start = int(torch.randint(1 << 20, (1,), generator=generator))
-        return torch.cat([values[start:]] * (count // (len(values) - start) + 1))[:count].reshape(shapes[key])
-
-    sizes, index = {}, {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.42.0"}
-    for name, model in list(models(scale)):
-        shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-        file = folder / name / f"{STEMS.get(name, 'diffusion_pytorch_model')}.safetensors"
-        file.parent.mkdir(parents=True)
-        described = [(key, torch.float16, shape) for key, shape in shapes.items()]
-        write_single_file(file, described, lambda key, shapes=shapes: value(shapes, key))  # type: ignore[misc]
-        model.config.save_pretrained(file.parent) if name in STEMS else model.save_config(file.parent)
-        sizes[name] = file.stat().st_size
-        index[name] = ["transformers" if name in STEMS else "diffusers", type(model).__name__]  # type: ignore[assignment]
-    for name in ("tokenizer", "tokenizer_2"):
-        speller(words).save_pretrained(folder / name)
-        index[name] = ["transformers", "CLIPTokenizer"]  # type: ignore[assignment]
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]  # type: ignore[assignment]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return sizes
-
-
-def models(scale: float) -> Iterator[tuple[str, Any]]:
-    """The components, without storage."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    width = max(32, round(320 * math.sqrt(scale) / 32) * 32)
-    text_encoder = {
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "bos_token_id": 52,
-        "eos_token_id": 53,
-        "pad_token_id": 53,
-    }
-    first = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
-    second = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
-    layers = {name: max(2, round(count * scale)) for name, count in (("first", 12), ("second", 32))}
-    with torch.device("meta"):
-        yield "text_encoder", CLIPTextModel(CLIPTextConfig(num_hidden_layers=layers["first"], **first, **text_encoder))
-        yield (
-            "text_encoder_2",
-            CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=layers["second"], **second, **text_encoder)),
-        )
-        yield (
-            "unet",
-            UNet2DConditionModel(
-                sample_size=128,
-                block_out_channels=(width, 2 * width, 4 * width),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                layers_per_block=2,
-                transformer_layers_per_block=(1, 2, 10),
-                attention_head_dim=(5, 10, 20),
-                cross_attention_dim=2048,
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            ),
-        )
-        yield (
-            "vae",
-            AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-            ),
-        )
-
-
-def speller(words: int) -> Any:
-    """A tokenizer that spells everything, but for so many words of three letters."""
-    from transformers import CLIPTokenizer
-
-    alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    known = ["".join(word) for word in itertools.islice(itertools.product(alphabet, repeat=3), words)]
-    pairs = list(dict.fromkeys((word[0], word[1]) for word in known))
-    merges = [*pairs, *((word[:2], f"{word[2]}</w>") for word in known)]
-    tokens += ["".join(pair) for pair in merges]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,8 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     Of compressions counts what they were asked to keep, not what came of it; of pictures what they show, not where they are.
     """
     recorded = manifest["solver"]
-    inputs = {key: value for key, value in recorded.items() if key not in ("universe", "vocabulary", "undisturbed")}
+    not_inputs = ("universe", "vocabulary", "undisturbed", "backend")
+    inputs = {key: value for key, value in recorded.items() if key not in not_inputs}
     inputs["settings"] = _without_folder(recorded.get("settings", {}))
     if "compressed" in inputs:
         inputs["compressed"] = [keep.as_json() for keep in truncations_of(manifest)]

@@ -76,7 +76,10 @@ def make(
     started = time.perf_counter()
     solution = method.solve(problem)
     seconds = time.perf_counter() - started
-    patch = make_patch(base, order.concept, solution.delta, {**provenance(order, method, around), **solution.record})
+    # Another backend sums in another order, so its patch has other bits and an id of its own.
+    backend = {} if device.type == "cpu" else {"backend": device.type}
+    recorded = {**provenance(order, method, around), **solution.record, **backend}
+    patch = make_patch(base, order.concept, solution.delta, recorded)
     errors: dict[str, float] = {}
     if order.decoupled:
         separate = decoupled_patch(base, patch, order.decoupled, around, device, report)
