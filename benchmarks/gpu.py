@@ -35,6 +35,7 @@ from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay
 from overpaint.workspace.workspace import Workspace
 
+FAMILIES = ("1.5", "XL", "FLUX.1")
 COLUMNS = ("part", "base", "step", "seconds", "memory, MiB", "note")
 TRAINED: dict[str, dict[str, object]] = {
     "esd": {"steps": 50},
@@ -55,6 +56,7 @@ class Bench:
     device: torch.device
     is_small: bool
     ends: float
+    families: Sequence[str]
     rows: list[Sequence[Any]] = field(default_factory=list)
     failed: bool = False
     _workspaces: dict[str, Workspace] = field(default_factory=dict)
@@ -99,13 +101,16 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="narrow models, so that a CPU ends within minutes")
     parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later than this")
     parser.add_argument("--only", action="append", choices=list(PARTS), help="one part; can be repeated")
+    parser.add_argument("--base", action="append", choices=FAMILIES, help="one family of bases; can be repeated")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here; try --device cpu --small")
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="overpaint-benchmark-") as folder:
-        bench = Bench(Path(folder), device, chosen.small, time.monotonic() + 60 * chosen.minutes)
+        bench = Bench(
+            Path(folder), device, chosen.small, time.monotonic() + 60 * chosen.minutes, chosen.base or FAMILIES
+        )
         for name in chosen.only or PARTS:
             attempt(bench, name)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -144,7 +149,7 @@ def tests(bench: Bench) -> None:
 def separable(bench: Bench) -> None:
     """The vocabulary, then 1, 100 and 1,000 concepts with all their encoding, on each family."""
     concepts = words_of_three(1000)
-    for family in FAMILIES:
+    for family in bench.families:
         workspace = bench.workspace(family)
         device = bench.device.type
         words = 48 if bench.is_small else 1024 if family == "FLUX.1" else 4096
@@ -210,7 +215,7 @@ def trained(bench: Bench) -> None:
 
 def swapping(bench: Bench) -> None:
     """Adding and removing 1 and 1,000 patches beside a copy of the touched tensors, and diffusers' load and fuse."""
-    for family in FAMILIES:
+    for family in bench.families:
         for dtype in (torch.float16, torch.bfloat16):
             _swap(bench, family, dtype)
 
@@ -309,7 +314,6 @@ def fuse(denoiser: Any, state: dict[str, Tensor]) -> None:
         denoiser.fuse_lora()
 
 
-FAMILIES = ("1.5", "XL", "FLUX.1")
 PARTS: dict[str, Callable[[Bench], None]] = {
     "tests": tests,
     "agreement": agreement,
