@@ -44,6 +44,13 @@ TRAINED: dict[str, dict[str, object]] = {
     "sepme": {"iterations": 50, "pictures": 4},
 }
 """Solvers that train, with as many gradient steps as are timed."""
+QUICK: dict[str, dict[str, object]] = {
+    "esd": {"steps": 2, "sampling_steps": 2},
+    "few_shot": {"steps": 2, "sampling_steps": 2, "pictures": 1, "batch": 1},
+    "few_shot_lora": {"steps": 2, "sampling_steps": 2, "pictures": 1, "batch": 1, "retained": 4, "retain_batch": 2},
+    "sepme": {"iterations": 2, "steps": 2, "pictures": 1},
+}
+"""The same as little work as there can be."""
 AGREEMENT = 1e-3
 """How far, as a part of itself, a change solved on the GPU may be from the CPU's: key moments are summed in another order."""
 
@@ -201,9 +208,7 @@ def trained(bench: Bench) -> None:
         if time.monotonic() > bench.ends:
             bench.note("trained", "1.5", solver, "left out: the time is over")
             continue
-        small = {name: 2 if name in ("steps", "iterations", "pictures") else value for name, value in settings.items()}
-        chosen = {**small, "sampling_steps": 2} if bench.is_small and solver == "esd" else settings
-        chosen = small if bench.is_small and solver != "esd" else chosen
+        chosen = QUICK[solver] if bench.is_small else settings
         said = ", ".join(f"{value} {name}" for name, value in chosen.items())
         bench.time(
             "trained",
