@@ -36,7 +36,8 @@ CONCEPTS = ("cat", "dog", "fox", "tiger", "lion", "wolf")
 def malformed(http: TestClient, headers: dict[str, str], count: int) -> Iterator[tuple[str, Any]]:
     """At least `count` requests, about half of them malformed, and their answers: (method and path, answer)."""
     app: Any = http.app
-    operations = [each.ok() for each in schemathesis.openapi.from_dict(app.openapi()).get_all_operations()]
+    found: Any = schemathesis.openapi.from_dict(app.openapi()).get_all_operations()
+    operations = [each.ok() for each in found]
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             yield from _asked(http, headers, operation.as_strategy(generation_mode=mode), -(-count // len(operations)))

@@ -88,7 +88,7 @@ def _defaults() -> dict[str, Any]:
     return raw
 
 
-def training_prompts(problem: EditProblem, encoder: TextEncoder, count: int) -> list[tuple[str, str]]:
+def training_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) -> list[tuple[str, str]]:
     """Prompts that name the concept, each with the prompt that should replace it.
 
     The concept's own prompts and, with `count` 0, its bare words, as most papers have it; else that many sentences, spread
@@ -102,7 +102,7 @@ def training_prompts(problem: EditProblem, encoder: TextEncoder, count: int) -> 
     return [(each.prompt, each.replacement) for each in (*own, *(spread(plain, count) if count else plain))]
 
 
-def retained_prompts(problem: EditProblem, encoder: TextEncoder, count: int) -> list[str]:
+def retained_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) -> list[str]:
     """The empty prompt, the prompts that the problem preserves, and `count` more in which the concept does not occur.
 
     Half of these name the other concepts of the universe, as far as there are any; the rest, words of the tokenizer's

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 import pytest
@@ -178,7 +179,7 @@ def test_the_example_runs(
     module = ModuleType(script.stem)
     monkeypatch.setitem(sys.modules, script.stem, module)
     exec(compile(script.read_text("utf-8"), str(script), "exec"), vars(module))
-    few = {
+    few: dict[str, dict[str, Any]] = {
         "monday_friday": {"steps": 2},
         "compare_erasers": {"steps": 10, "settings": {"erased": "2", "objects": "1", "styles": "1"}},
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, TextMap
 from overpaint.solvers.problem import EditProblem
@@ -45,8 +46,8 @@ def test_attention_in_the_open_draws_the_same_and_sums_to_one(base: Base) -> Non
     plain, open_ = (Denoiser.of(EditProblem(base, CAT)) for _ in range(2))
     watched = _Attention(open_.pipe.unet)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t, text = torch.tensor([1, 500]), plain.encoder.hidden(["a cat", "a dog"])
-    everything = torch.ones(2, text.shape[1], dtype=torch.bool)
+    t, text = torch.tensor([1, 500]), plain.hidden(["a cat", "a dog"])
+    everything = torch.ones(2, text.sequence.shape[1], dtype=torch.bool)
     with torch.no_grad():
         # The order of sums in attention differs.
         assert torch.allclose(open_(x, t, text), plain(x, t, text), atol=1e-5)
@@ -58,6 +59,7 @@ def test_attention_in_the_open_draws_the_same_and_sums_to_one(base: Base) -> Non
 def test_the_refinement_asks_about_what_follows_the_concept(base: Base) -> None:
     problem = EditProblem(base, Concept("cat", anchor="dog"))
     model = Denoiser.of(problem)
+    assert isinstance(model.encoder, TextEncoder)
     concept = _ConceptEmbeddings.of(model.encoder, problem, 4)
     start, end = concept.spans[-1]
     rows = model.encoder.hidden([concept.prompts[-1]])[0].double()
@@ -69,7 +71,7 @@ def test_the_refinement_asks_about_what_follows_the_concept(base: Base) -> None:
 
 def test_fusion_is_the_identity_on_the_concept_where_nothing_is_preserved(base: Base) -> None:
     problem = EditProblem(base, CAT)
-    concept = _ConceptEmbeddings.of(Denoiser.of(problem).encoder, problem, 2)
+    concept = _ConceptEmbeddings.of(TextEncoder.of(base), problem, 2)
     d = len(concept.own)
     share = concept.fusion(torch.zeros(d, d, dtype=torch.float64), 1e-9 * torch.eye(d, dtype=torch.float64))
     assert torch.allclose(share @ concept.own, concept.own, atol=1e-3)

@@ -289,7 +289,7 @@ def test_a_transformer_that_also_reads_a_picture_is_refused(opened: Callable[[st
 
 def test_a_pipeline_that_edits_pictures_is_trained_as_its_family_draws(tmp_path: Path) -> None:
     pipe = tiny_transformer(SD3)
-    editing = diffusers.StableDiffusion3Img2ImgPipeline(**pipe.components)
+    editing: Any = diffusers.StableDiffusion3Img2ImgPipeline(**pipe.components)
     editing.save_pretrained(tmp_path / "editing")
     model = Denoiser.of(EditProblem(Base.open(tmp_path / "editing"), CAT))
     assert type(model.pipe).__name__ == "StableDiffusion3Pipeline"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_a_studio_draws_the_same_bytes_again_and_the_bases_when_all_is_off(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     studio, strengths = Studio(workspace, tmp_path), dict(workspace.recipe("safe").record.patches)
-    how = {"steps": 2, "guidance": studio.guidance("tiny")}
+    how: dict[str, Any] = {"steps": 2, "guidance": studio.guidance("tiny")}
     base, patched = studio.draw("tiny", {}, PROMPT, 0, **how), studio.draw("tiny", strengths, PROMPT, 0, **how)
     assert (base.weights, patched.weights) == (workspace.base("tiny").fingerprint, workspace.recipe("safe").digest())
     assert not np.array_equal(base.pixels, patched.pixels)

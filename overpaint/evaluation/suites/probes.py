@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,8 +108,8 @@ class Probes:
         yield (
             f"accuracy of the best of {self.restarts} learned words",
             [
-                lambda seed=seed: inverted(
-                    image_generator, terms, wanted, questions, self.inversion, seed, anew=seed != seeds[0]
+                partial(
+                    inverted, image_generator, terms, wanted, questions, self.inversion, seed, anew=seed != seeds[0]
                 )
                 for seed in seeds
             ],
@@ -115,14 +117,14 @@ class Probes:
         yield (
             f"accuracy of the best of {self.restarts} searched prompts",
             [
-                lambda seed=seed: searched(image_generator, terms, wanted, questions, self.words, self.search, seed)[0]
+                partial(_pictures, searched, image_generator, terms, wanted, questions, self.words, self.search, seed)
                 for seed in seeds
             ],
         )
         yield (
             f"accuracy of the best of {self.restarts} prompts without the name",
             [
-                lambda seed=seed: called_up(image_generator, terms, pairs, concept.words, questions, seed)[0]
+                partial(_pictures, called_up, image_generator, terms, pairs, concept.words, questions, seed)
                 for seed in seeds
             ],
         )
@@ -145,3 +147,8 @@ class Probes:
         names = context.judge.heads[OBJECT]
         likely = context.judge.probabilities(pictures, OBJECT)
         return np.asarray(likely.argmax(1) == names.index(name), np.float64)
+
+
+def _pictures(attack: Callable[..., tuple[NDArray[np.uint8], Any]], *arguments: object) -> NDArray[np.uint8]:
+    """The pictures of an attack that also says with which prompts it drew them."""
+    return attack(*arguments)[0]

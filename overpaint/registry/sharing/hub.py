@@ -131,7 +131,11 @@ class HubFiles:
 
     def _download(self, name: str) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
 
         url = hf_hub_url(self._repo, name, revision=self._commit_read().oid, endpoint=self._api.endpoint)
         with self._plain():

@@ -257,10 +257,10 @@ class Denoiser(ABC):
                 torch.tensor(each, device=self.device).view(1, -1, 1, 1)
                 for each in (config.latents_mean, config.latents_std)
             )
-            return (found - mean) * config.scaling_factor / deviation
-        if shift := getattr(config, "shift_factor", None):
-            found = found - shift
-        return found * config.scaling_factor
+            scale: Tensor = config.scaling_factor / deviation
+            return (found - mean) * scale
+        shift, factor = float(getattr(config, "shift_factor", None) or 0), float(config.scaling_factor)
+        return (found - shift if shift else found) * factor
 
     def drawn(
         self, prompts: Sequence[str], steps: int, guidance: float, generators: Sequence[torch.Generator]

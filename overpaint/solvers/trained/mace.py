@@ -121,6 +121,7 @@ class MACE(Training):
 
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A text map (the refinement) and one direction for every projection that reads the prompt."""
+        assert isinstance(model.encoder, TextEncoder)  # `supports` takes no other base
         concept = _ConceptEmbeddings.of(model.encoder, problem, self.sentences)
         drawn = gathered(
             model,

@@ -180,10 +180,12 @@ def share_left(found: Tensor, named: Tensor, unnamed: Tensor) -> float:
 
 
 @torch.no_grad()
-def base_texts(model: Denoiser, change: Adapter, *sides: Sequence[str]) -> list[Conditioning]:
+def base_texts(
+    model: Denoiser, change: Adapter, named: Sequence[str], unnamed: Sequence[str]
+) -> tuple[Conditioning, Conditioning]:
     """What the denoiser of the base reads of prompts, for solvers that train text encoders."""
     with change.off():
-        return [model.hidden(prompts) for prompts in sides]
+        return model.hidden(named), model.hidden(unnamed)
 
 
 @torch.no_grad()

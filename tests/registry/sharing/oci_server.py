@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -103,7 +104,7 @@ def token_auth(folder: Path) -> Iterator[str]:
             kind, target, actions = scope.split(":")
             allowed = [each for each in actions.split(",") if user == USER or each == "pull"]
             access.append({"type": kind, "name": target, "actions": allowed})
-        claims = {"iss": ISSUER, "aud": SERVICE, "sub": user, "access": access, "jti": "1"}
+        claims: dict[str, Any] = {"iss": ISSUER, "aud": SERVICE, "sub": user, "access": access, "jti": "1"}
         claims.update({"iat": int(time.time()) - 10, "nbf": int(time.time()) - 10, "exp": int(time.time()) + 600})
         parts = [{"typ": "JWT", "alg": "RS256", "x5c": [chain]}, claims]
         signed = ".".join(_base64url(json.dumps(part).encode()) for part in parts)
