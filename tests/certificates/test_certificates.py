@@ -211,8 +211,11 @@ def test_every_field_of_the_envelope_is_checked(certified: Certified, folder: Pa
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda line: json.dumps(json.loads(line), indent=1).replace("\n", "").encode() + b"\n", "canonical spelling"),
-        (lambda line: line.replace(b'{"dsse', b'{"mediaType":"x","dsse', 1), "canonical spelling"),
+        (
+            lambda line: json.dumps(json.loads(line), indent=1).replace("\n", "").encode() + b"\n",
+            "not in canonical form",
+        ),
+        (lambda line: line.replace(b'{"dsse', b'{"mediaType":"x","dsse', 1), "not in canonical form"),
         (lambda line: line[:-1], "does not end|cannot be read"),
         (lambda line: line[: len(line) // 2] + b"\n", "cannot be read"),
         (lambda line: b"\n" + line, "cannot be read"),

@@ -103,7 +103,7 @@ def test_adding_again_changes_the_strength(small: Base) -> None:
 def test_a_patch_that_is_not_there_cannot_be_removed(small: Base) -> None:
     overlay = Overlay(small_pipeline(), small)
     overlay.add(a_text_map())
-    with pytest.raises(NotFound, match="does not lie"):
+    with pytest.raises(NotFound, match="is not on this pipeline"):
         overlay.remove("b")
     assert overlay.terms == (a_text_map(),)
 

@@ -188,7 +188,7 @@ def _manifest(**changes: Any) -> bytes:
         (b" " * (9 << 20), "at most 8388608 bytes"),
         (_manifest()[:-1] + b',"arrays":{}}', "lists no arrays"),
         (_manifest() + b" ", "canonical"),
-        (_manifest()[:-1] + b',"x":NaN}', "JSON cannot say"),
+        (_manifest()[:-1] + b',"x":NaN}', "JSON cannot express"),
         (canonical_json({"arrays": {"x" * 1001: {}}}), "1 to 1000 characters"),
         (canonical_json({"arrays": {"a\nb": {}}}), "characters that print"),
         (canonical_json({"arrays": {"": {}}}), "1 to 1000 characters"),
