@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-fast lint lower-bounds docs wheel-check postgres oci-registry clean
+.PHONY: venv demo test test-fast lint lower-bounds docs wheel-check postgres oci-registry chromium clean
 
 venv: $(VENV)/.dev
 
@@ -57,6 +57,11 @@ postgres:
 oci-registry:
 	@command -v docker-registry >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends docker-registry; }
+
+# The browser in which the tests look at the page; without it they skip what needs one.
+chromium:
+	@command -v chromium >/dev/null || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends chromium; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

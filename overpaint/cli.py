@@ -17,6 +17,7 @@ from overpaint.commands.checkpoints import build, demo, generate, inspect
 from overpaint.commands.common import default_registry
 from overpaint.commands.concepts import concept
 from overpaint.commands.evaluating import crosstalk, evaluate, report
+from overpaint.commands.pages import ui
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe, undo
 from overpaint.commands.searching import search, tag
@@ -30,7 +31,7 @@ from overpaint.core.urls import printed
 SECTIONS = {
     "Begin": [init, base, concept, demo],
     "Erase and restore": [solve, solvers, patch, recipe, undo],
-    "Use": [generate, build, inspect],
+    "Use": [generate, ui, build, inspect],
     "Serve": [serve, token],
     "Measure": [evaluate, report, crosstalk],
     "Find": [search, tag],

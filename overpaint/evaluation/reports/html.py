@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
@@ -220,15 +220,15 @@ def render(report: Report) -> str:
 
 def rendered(template: str, **values: object) -> str:
     """A template of `templates/` with these values, each escaped."""
-    text: str = _environment().get_template(template).render(values)
+    text: str = templates().get_template(template).render(values)
     return text
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
+def templates(*packages: str) -> Environment:
+    """The templates of some packages, and behind them those of this one, whose macros they may use; what they show is escaped."""
+    loader = ChoiceLoader([PackageLoader(package) for package in (*packages, __package__)])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["paragraphs"] = lambda text: [part for part in re.split(r"\n\s*\n", text.strip()) if part]
     environment.filters["markdown"] = _escaped_markdown
     return environment

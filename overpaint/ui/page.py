@@ -1,0 +1,669 @@
+"""The page itself: its controls, and what each of them does.
+
+Every visitor has switches of their own; the loaded base, the registry and the files that are made are shared. What a handler
+returns becomes the new values of the controls that its event names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeVar, cast
+
+import gradio as gr
+
+from overpaint.core.concepts import KINDS, Concept
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.progress import Progress
+from overpaint.core.urls import printed
+from overpaint.evaluation.suites import SUITES
+from overpaint.patches.formats.readers import READERS
+from overpaint.registry.records import HistoryRecord, PatchRecord
+from overpaint.ui import views
+from overpaint.ui.switches import Switches
+from overpaint.ui.views import Column, Sheet
+from overpaint.workspace.recipe import current_user
+from overpaint.workspace.studio import Studio
+from overpaint.workspace.workspace import Workspace
+
+ROWS = 24
+"""Patches shown at once; a filter finds the others."""
+LIMIT = 200
+"""Pictures of one sheet."""
+SHOW_AFTER = 0.15
+"""Seconds after which a sheet that is drawn is shown again with the pictures that are done by then."""
+SMALL_BASE = 100 << 20
+"""Bytes of weights up to which a base draws so fast that pictures follow every switch by themselves."""
+STEP = 0.05
+"""Of the sliders. A strength between two steps stays as it is until its slider is moved."""
+ONE_FILE, FOLDER = "Checkpoint, one .safetensors file", "Checkpoint, a diffusers folder (.zip)"
+FORMATS = [ONE_FILE, FOLDER, *(f"LoRA for {name}" for name in READERS)]
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class Stopped(OverpaintError):
+    """Work that its visitor stopped."""
+
+
+def in_a_sentence(handler: Handler) -> Handler:
+    """A handler whose OverpaintError the page shows as a sentence, without secrets."""
+
+    def shown(error: OverpaintError) -> gr.Error:
+        return gr.Error(printed(str(error)), duration=None, print_exception=False)
+
+    @functools.wraps(handler)
+    def call(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except OverpaintError as error:
+            raise shown(error) from error
+
+    @functools.wraps(handler)
+    def each(*values: Any) -> Iterator[Any]:
+        try:
+            yield from handler(*values)
+        except OverpaintError as error:
+            raise shown(error) from error
+
+    return cast(Handler, each if inspect.isgeneratorfunction(handler) else call)
+
+
+class Page:
+    """The page over one registry. `folder` is where files are made that visitors download; Gradio must be let serve it."""
+
+    def __init__(self, workspace: Workspace, studio: Studio, folder: Path) -> None:
+        self.workspace, self.studio, self.folder = workspace, studio, folder
+        self._stopped: set[int] = set()
+        with gr.Blocks(title="Overpaint", analytics_enabled=False, fill_width=True) as self.blocks:
+            gr.HTML(views.title(str(workspace.registry.folder)), elem_classes="op")
+            self._head()
+            with gr.Tabs():
+                with gr.Tab("Compare"):
+                    self._compare_tab()
+                with gr.Tab("History"):
+                    self._history_tab()
+                with gr.Tab("Cross-talk"):
+                    self._crosstalk_tab()
+                with gr.Tab("Erase"):
+                    self._erase_tab()
+                with gr.Tab("Download"):
+                    self._download_tab()
+                with gr.Tab("Report"):
+                    self._report_tab()
+            self._wire()
+
+    # What is on the page
+
+    def _head(self) -> None:
+        self.switches, self.listed, self.turn = gr.State(None), gr.State(0), gr.State(0)
+        with gr.Row(elem_classes="op-line"):
+            self.recipe = gr.Dropdown([], label="Recipe", scale=3, elem_id="recipe", interactive=True)
+            self.reload = gr.Button("Reload", scale=0, min_width=110)
+        self.status = gr.HTML("", elem_classes="op", elem_id="status")
+
+    def _compare_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                words = "concept, solver or id"
+                self.filter = gr.Textbox(label="Show only", max_lines=1, placeholder=words, render=False)
+                self._rows()
+                with gr.Row(elem_classes="op-line"):
+                    self.all_off = gr.Button("All off (the base)", size="sm", min_width=120)
+                    self.all_on = gr.Button("All on", size="sm", min_width=120)
+                with gr.Accordion("Other patches", open=False):
+                    self.filter.render()
+                    self.attempt = gr.Dropdown([], value=None, label="Try another patch of this base", interactive=True)
+                with gr.Accordion("Keep these switches in the recipe", open=False):
+                    self.save_why = gr.Textbox(label="Why", max_lines=1)
+                    self.save = gr.Button("Make the next revision", variant="primary")
+            with gr.Column(scale=3, min_width=300):
+                self.prompts = gr.Textbox(
+                    "a photo of a cat", label="Prompts, one per line", lines=1, max_lines=12, elem_id="prompts"
+                )
+                with gr.Row(elem_classes="op-line"):
+                    self.follow = gr.Checkbox(True, label="Draw after every switch", container=False, min_width=200)
+                    self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+                with gr.Accordion("Seeds, steps and other recipes", open=False):
+                    self.others = gr.Dropdown(
+                        [],
+                        label="Other recipes beside it",
+                        multiselect=True,
+                        allow_custom_value=True,
+                        info="by name, or NAME@REVISION",
+                    )
+                    with gr.Row():
+                        self.seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=110)
+                        self.count = gr.Number(1, label="Seeds", precision=0, minimum=1, maximum=16, min_width=110)
+                        self.steps = gr.Number(20, label="Steps", precision=0, minimum=1, maximum=1000, min_width=110)
+                        self.guidance = gr.Number(0, label="Guidance, 0: its own", minimum=0, min_width=110)
+                self.sheet = gr.HTML("", elem_classes="op", elem_id="sheet")
+
+    def _rows(self) -> None:
+        with gr.Column(elem_classes="op-rows", elem_id="patches"):
+
+            @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")
+            def rows(switches: Switches | None, text: str | None) -> None:
+                found = switches.matching(text or "") if switches else []
+                for row in found[:ROWS]:
+                    self._row(row.patch, row.on, row.strength, row.saved is None)
+                if switches is None or not switches.rows:
+                    gr.HTML(views.note_html("No patch is in this recipe yet."), elem_classes="op")
+                elif len(found) > ROWS or not found:
+                    text = f"{min(ROWS, len(found))} of {len(switches.rows)} patches; find the others by a word"
+                    gr.HTML(views.note_html(text), elem_classes="op")
+
+    def _row(self, patch: PatchRecord, on: bool, strength: float, tried: bool) -> None:
+        about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if tried else ''}"
+        with gr.Row(elem_classes="op-switch"):
+            switch = gr.Checkbox(
+                on, label=patch.concept, info=about, container=False, min_width=130, scale=2, interactive=True
+            )
+            slider = gr.Slider(
+                min(0.0, strength),
+                max(2.0, strength),
+                strength,
+                step=STEP,
+                label=f"Strength of {patch.concept}",
+                container=False,
+                min_width=150,
+                scale=3,
+                interactive=True,
+            )
+
+        def switched(switches: Switches, on: bool, follow: bool, turn: int) -> Any:
+            return turn + 1 if switches.switch(patch.id, on=on) and follow else gr.skip()
+
+        def turned(switches: Switches, strength: float, follow: bool, turn: int) -> Any:
+            is_moved = abs(switches.rows[patch.id].strength - strength) > STEP / 2
+            return turn + 1 if is_moved and switches.switch(patch.id, strength=strength) and follow else gr.skip()
+
+        common: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+        switch.input(switched, [self.switches, switch, self.follow, self.turn], self.turn, **common)
+        slider.change(turned, [self.switches, slider, self.follow, self.turn], self.turn, **common)
+
+    def _history_tab(self) -> None:
+        with gr.Row(elem_classes="op-line"):
+            self.history_why = gr.Textbox(label="Why", max_lines=1, scale=3, min_width=240)
+            self.undo = gr.Button("Undo the newest change", scale=1, min_width=160)
+        with gr.Row(elem_classes="op-line"):
+            self.revision = gr.Dropdown([], label="Earlier revision", scale=3, min_width=240, interactive=True)
+            self.restore = gr.Button("Restore it", scale=1, min_width=160)
+        self.history = gr.HTML("", elem_classes="op", elem_id="history")
+        with gr.Accordion("New recipe", open=False):
+            with gr.Row():
+                self.new_name = gr.Textbox(label="Name", max_lines=1)
+                self.new_base = gr.Dropdown([], label="Base", interactive=True)
+            self.create = gr.Button("Make an empty recipe")
+
+    def _crosstalk_tab(self) -> None:
+        with gr.Row(elem_classes="op-line"):
+            self.everything = gr.Checkbox(label="Also the registry's concepts without a patch here", container=False)
+            self.measure = gr.Button("Measure", variant="primary", scale=0, min_width=160)
+        self.heat = gr.HTML("", elem_classes="op", elem_id="crosstalk")
+
+    def _erase_tab(self) -> None:
+        solvers = [(f"{each.name}: {each.about}", each.name) for each in self.workspace.solvers()]
+        with gr.Row():
+            self.concept = gr.Textbox(label="Concept", max_lines=1)
+            self.kind = gr.Dropdown(list(KINDS), value=KINDS[0], label="Kind")
+        with gr.Row():
+            self.synonyms = gr.Textbox(label="Synonyms", max_lines=1, placeholder="kitty, feline")
+            self.anchor = gr.Textbox(label="What it becomes", max_lines=1, placeholder="nothing")
+        self.solver = gr.Dropdown(solvers, value="separable", label="Solver")
+        with gr.Accordion("Settings", open=False), gr.Row():
+            self.settings = gr.Textbox(label="Settings, NAME=VALUE, one per line", lines=2)
+            self.solve_seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        with gr.Row(elem_classes="op-line"):
+            self.add = gr.Checkbox(True, label="Add it to the recipe", container=False)
+            self.add_why = gr.Textbox(label="Why", max_lines=1)
+        with gr.Row():
+            self.solve = gr.Button("Solve", variant="primary")
+            self.stop = gr.Button("Stop")
+        self.solved = gr.HTML("", elem_classes="op", elem_id="solved")
+
+    def _download_tab(self) -> None:
+        with gr.Row(elem_classes="op-line"):
+            self.format = gr.Dropdown(FORMATS, value=ONE_FILE, label="What", scale=3)
+            self.build = gr.Button("Build", variant="primary", scale=1, min_width=160)
+        self.built = gr.HTML(
+            views.note_html("The recipe as it is in the registry is built; keep your switches in it first."),
+            elem_classes="op",
+            elem_id="built",
+        )
+
+    def _report_tab(self) -> None:
+        with gr.Row(elem_classes="op-line"):
+            self.suite = gr.Dropdown(sorted(SUITES), value="quick", label="Suite", scale=2)
+            self.suite_settings = gr.Textbox(label="Settings, NAME=VALUE, one per line", max_lines=3, scale=2)
+            self.evaluate = gr.Button("Evaluate", scale=1, min_width=130)
+            self.report = gr.Button("Show the report", variant="primary", scale=1, min_width=160)
+        self.reported = gr.HTML("", elem_classes="op", elem_id="report")
+
+    def _wire(self) -> None:
+        private: dict[str, Any] = {"api_visibility": "private"}
+        opened = [
+            *(self.switches, self.listed, self.status, self.history, self.revision, self.others, self.attempt),
+            *(self.turn, self.follow),
+        ]
+        at = [self.switches, self.listed, self.turn]
+        chosen = [self.recipe, self.listed, self.turn]
+        gr.on(
+            [self.blocks.load, self.reload.click], self.begin, chosen, [self.recipe, self.new_base, *opened], **private
+        )
+        self.recipe.input(self.open, chosen, opened, **private)
+        self.create.click(
+            self.make_recipe, [self.new_name, self.new_base], [self.recipe, self.new_name], **private
+        ).success(self.open, chosen, opened, **private)
+        drawn: dict[str, Any] = {
+            "fn": self.draw_sheet,
+            "inputs": [
+                *(self.switches, self.prompts, self.seed, self.count, self.steps, self.guidance, self.others),
+                self.follow,
+            ],
+            "outputs": self.sheet,
+            "trigger_mode": "always_last",
+            "show_progress": "hidden",
+            "concurrency_limit": 8,
+            **private,
+        }
+        gr.on([self.draw.click, self.turn.change], **drawn)
+        switched = [self.switches, self.listed, self.turn]
+        for button, on in ((self.all_off, False), (self.all_on, True)):
+            button.click(functools.partial(self.switch_all, on), at, switched, **private)
+        self.attempt.input(self.try_patch, [*at, self.attempt], [*switched, self.attempt], **private)
+        self.save.click(self.save_switches, [*at, self.save_why], [*opened, self.save_why], **private)
+        self.undo.click(self.undo_change, [*at, self.history_why], [*opened, self.history_why], **private)
+        self.restore.click(
+            self.restore_revision, [*at, self.revision, self.history_why], [*opened, self.history_why], **private
+        )
+        self.measure.click(self.measure_crosstalk, [self.switches, self.everything], self.heat, **private)
+        self.solve.click(
+            self.solve_concept,
+            [
+                *(self.switches, self.concept, self.kind, self.synonyms, self.anchor, self.solver, self.settings),
+                *(self.solve_seed, self.add, self.add_why),
+            ],
+            self.solved,
+            **private,
+        ).success(self.open, chosen, opened, **private)
+        self.stop.click(self.stop_solving, [self.switches], None, **private)
+        self.build.click(self.build_file, [self.switches, self.format], self.built, **private)
+        self.evaluate.click(
+            self.evaluate_recipe, [self.switches, self.suite, self.suite_settings], self.reported, **private
+        )
+        self.report.click(self.show_report, [self.switches], self.reported, **private)
+
+    # What the controls do
+
+    @in_a_sentence
+    def begin(self, name: str | None, listed: int, turn: int) -> tuple[Any, ...]:
+        """The recipes and bases there are now, and the recipe that was open, or else the first, opened."""
+        names, bases = [each.name for each in self.workspace.recipes()], [b.name for b in self.workspace.bases()]
+        name = next((each for each in (name, "default", *names) if each in names), None)
+        opened = [*self.open(name, listed, turn)]
+        if not bases:
+            hint = "No base is known yet. Add one, then reload: overpaint base add NAME FOLDER-OR-FILE (or emoji emoji)"
+            opened[2] = views.note_html(hint)
+        elif name is None:
+            opened[2] = views.note_html("There is no recipe yet; make one in the tab History.")
+        first = bases[0] if bases else None
+        return gr.Dropdown(names, value=name), gr.Dropdown(bases, value=first), *opened
+
+    @in_a_sentence
+    def make_recipe(self, name: str, base: str) -> tuple[Any, str]:
+        """An empty recipe, which is opened."""
+        if not name.strip() or not base:
+            raise OverpaintError("a recipe needs a name and a base; fill in both")
+        made = self.workspace.create_recipe(name.strip(), base=base)
+        return gr.Dropdown([each.name for each in self.workspace.recipes()], value=made.name), ""
+
+    @in_a_sentence
+    def open(self, name: str | None, listed: int, turn: int) -> tuple[Any, ...]:
+        """A recipe as it is now: its switches, its history, and what it can be compared with."""
+        if not name:
+            return tuple(gr.skip() for _ in range(9))
+        recipe = self.workspace.recipe(name)
+        record, patches, lines = recipe.record, recipe.patches(), recipe.log()
+        switches = Switches(record, patches)
+        digest = record.digest or (self.workspace.registry.base(record.base).fingerprint if not patches else "")
+        numbers = sorted(
+            {line.revision for line in lines} - {record.revision} | ({0} if lines else set()), reverse=True
+        )
+        revisions = [(_revision_label(number, lines), number) for number in numbers]
+        recipes = [each.name for each in self.workspace.recipes() if each.base == record.base]
+        beside = [each for each in recipes if each != name] + [f"{name}@{number}" for number in numbers]
+        more = [each for each in self.workspace.patches(base=record.base) if each.id not in switches.rows]
+        base = self.workspace.base(record.base)
+        is_small = sum(place.entry.size for place in base.places.values()) <= SMALL_BASE
+        return (
+            switches,
+            listed + 1,
+            views.status_html(record, [patch.concept for patch, _ in patches], digest),
+            views.history_html(record, lines),
+            gr.Dropdown(revisions, value=revisions[0][1] if revisions else None),
+            gr.Dropdown(beside),
+            gr.Dropdown([(f"{p.concept} ({p.solver}, {p.id[:12]})", p.id) for p in more], value=None),
+            turn + 1 if is_small else gr.skip(),
+            is_small,
+        )
+
+    def _reopened(self, switches: Switches, listed: int, turn: int) -> tuple[Any, ...]:
+        return (*self.open(switches.recipe, listed, turn), "")
+
+    @in_a_sentence
+    def draw_sheet(
+        self,
+        switches: Switches | None,
+        prompts: str,
+        seed: float,
+        count: float,
+        steps: float,
+        guidance: float,
+        others: list[str],
+        follow: bool,
+    ) -> Iterator[str]:
+        """Base, switches and other recipes side by side, one picture after the other.
+
+        Ends early where the switches change meanwhile and pictures follow them.
+        """
+        if switches is None:
+            raise OverpaintError("choose a recipe first")
+        asked = [
+            (line.strip(), int(seed or 0) + i)
+            for line in prompts.splitlines()
+            if line.strip()
+            for i in range(int(count or 1))
+        ]
+        columns = [Column("base", {}), Column(switches.label, switches.strengths), *self._columns(switches, others)]
+        if not asked or len(asked) * len(columns) > LIMIT:
+            raise OverpaintError(
+                f"{len(asked)} prompts and seeds in {len(columns)} columns; draw at least one picture, at most {LIMIT}"
+            )
+        fingerprint = self.workspace.registry.base(switches.base).fingerprint
+        guidance = guidance or self.studio.guidance(switches.base)
+        sheet, version, shown = Sheet(columns, asked), switches.version, monotonic()
+        for row, (prompt, number) in enumerate(asked):
+            for place, column in enumerate(columns):
+                if column.error:
+                    continue
+                if follow and switches.version != version:
+                    return
+                try:
+                    picture = self.studio.draw(
+                        switches.base, column.strengths, prompt, number, steps=int(steps or 20), guidance=guidance
+                    )
+                except OverpaintError as error:
+                    column.error = printed(str(error))
+                    continue
+                column.weights = picture.weights
+                sheet.pictures[row, place] = picture
+                is_last = (row, place) == (len(asked) - 1, len(columns) - 1)
+                if monotonic() - shown > SHOW_AFTER and not is_last:
+                    yield sheet.html(fingerprint)
+                    shown = monotonic()
+        yield sheet.html(fingerprint)
+
+    def _columns(self, switches: Switches, others: list[str]) -> Iterator[Column]:
+        for name in others or []:
+            try:
+                record = self.workspace.recipe(name).record
+            except NotFound as error:
+                yield Column(name, {}, error=str(error))
+                continue
+            problem = "" if record.base == switches.base else f"is on the base {record.base}, not {switches.base}"
+            yield Column(name, dict(record.patches), error=problem)
+
+    def switch_all(self, on: bool, switches: Switches | None, listed: int, turn: int) -> tuple[Any, Any, Any]:
+        """Everything on, or the base; the pictures follow."""
+        if switches is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        switches.switch_all(on)
+        return switches, listed + 1, turn + 1
+
+    @in_a_sentence
+    def try_patch(
+        self, switches: Switches | None, listed: int, turn: int, patch: str | None
+    ) -> tuple[Any, Any, Any, Any]:
+        """A patch that the recipe does not have, switched on for this visitor."""
+        if switches is None or not patch:
+            return gr.skip(), gr.skip(), gr.skip(), None
+        switches.try_patch(self.workspace.registry.patch(patch))
+        return switches, listed + 1, turn + 1, None
+
+    @in_a_sentence
+    def save_switches(
+        self, switches: Switches | None, listed: int, turn: int, why: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """The switches as the recipe's next revision, unless somebody changed the recipe meanwhile."""
+        switches = _chosen(switches)
+        recipe = self.workspace.recipe(switches.recipe)
+        lines = recipe.set_patches(switches.strengths, revision=switches.revision, why=why, who=_who(request))
+        gr.Info(
+            f"revision {lines[0].revision} of {switches.recipe}" if lines else "the recipe has these patches already"
+        )
+        return self._reopened(switches, listed, turn)
+
+    @in_a_sentence
+    def undo_change(
+        self, switches: Switches | None, listed: int, turn: int, why: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """The newest change taken back, as a new revision."""
+        switches = _chosen(switches)
+        lines = self.workspace.recipe(switches.recipe).undo(why=why, who=_who(request))
+        gr.Info(f"undone; this is revision {lines[0].revision}")
+        return self._reopened(switches, listed, turn)
+
+    @in_a_sentence
+    def restore_revision(
+        self, switches: Switches | None, listed: int, turn: int, revision: int | None, why: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """What an earlier revision held, as a new revision."""
+        switches = _chosen(switches)
+        if revision is None:
+            raise OverpaintError("choose the revision to restore")
+        lines = self.workspace.recipe(switches.recipe).checkout(revision, why=why, who=_who(request))
+        gr.Info(f"restored {switches.recipe}@{revision}; this is revision {lines[0].revision}")
+        return self._reopened(switches, listed, turn)
+
+    @in_a_sentence
+    def measure_crosstalk(
+        self,
+        switches: Switches | None,
+        everything: bool,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  # how Gradio hands it in
+    ) -> str:
+        """What each patch of the recipe does to the other concepts."""
+        progress(0, desc="measuring")
+        with self.studio.lock:
+            return views.crosstalk_html(self.workspace.crosstalk(_chosen(switches).recipe, everything=everything))
+
+    @in_a_sentence
+    def solve_concept(
+        self,
+        switches: Switches | None,
+        name: str,
+        kind: str,
+        synonyms: str,
+        anchor: str,
+        solver: str,
+        settings: str,
+        seed: float,
+        add: bool,
+        why: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> str:
+        """A patch for a concept on the recipe's base, stored and, if asked for, added to the recipe."""
+        switches = _chosen(switches)
+        words = tuple(word.strip() for word in synonyms.split(",") if word.strip())
+        concept = self._concept(name.strip(), kind, words, anchor.strip())
+        self._stopped.discard(id(switches))
+        progress(0, desc="waiting for the base")
+        with self.studio.lock:
+            solved = self.workspace.solve(
+                concept,
+                base=switches.base,
+                solver=solver,
+                seed=int(seed or 0),
+                settings=_settings(settings),
+                progress=self._reporting(progress, switches),
+            )
+        done = f"{solved.record.concept}: patch {solved.id[:12]}, {solved.nbytes:,} bytes, {solved.seconds:.1f} s"
+        if add:
+            recipe = self.workspace.recipe(switches.recipe)
+            line = recipe.add(solved, why=why, who=_who(request), exist_ok=True)
+            done += f"; in {switches.recipe} since revision {line.revision}"
+        return views.note_html(done)
+
+    def _concept(self, name: str, kind: str, synonyms: tuple[str, ...], anchor: str) -> Concept:
+        """A known concept by its name alone, or a new one as described. Raises where a known one is described otherwise."""
+        described = Concept(name, kind, synonyms, anchor)
+        known = self.workspace.known_or_new(described.name)
+        if described in (known, Concept(name)):
+            return known
+        if name in {each.name for each in self.workspace.concepts()}:
+            raise OverpaintError(
+                f"{name!r} is known already, with another description; leave kind and words as they are"
+            )
+        return described
+
+    def _reporting(self, progress: gr.Progress, switches: Switches) -> Progress:
+        def report(step: int, of: int, text: str) -> None:
+            if id(switches) in self._stopped:
+                raise Stopped("stopped; nothing was stored")
+            progress((step, of), desc=text)
+
+        return report
+
+    def stop_solving(self, switches: Switches | None) -> None:
+        """The visitor's solve ends at its next step."""
+        self._stopped.add(id(switches))
+
+    @in_a_sentence
+    def build_file(
+        self,
+        switches: Switches | None,
+        format: str,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[str]:
+        """The recipe as a checkpoint or a LoRA, as a link."""
+        recipe = self.workspace.recipe(_chosen(switches).recipe)
+        name = f"{recipe.record.name}-{recipe.record.revision}"
+        notes: list[str] = []
+        yield views.note_html("building")
+        progress(0, desc="composing")
+        with self.studio.lock:
+            place = self._new_folder("build")
+            if format in (ONE_FILE, FOLDER):
+                out = place / (f"{name}.safetensors" if format == ONE_FILE else name)
+                built = recipe.build(
+                    out, format="single-file" if format == ONE_FILE else "diffusers", warn=notes.append
+                )
+                title = f"Weights {built.digest}"
+            else:
+                out = place / f"{name}.safetensors"
+                exported = recipe.export(out, for_=format.removeprefix("LoRA for "))
+                title = f"{exported.format}: {exported.sentence()}; {exported.readers_sentence()}"
+            if out.is_dir():
+                out = Path(shutil.make_archive(str(out), "zip", out))
+        yield views.files_html(title, [out], "; ".join(notes))
+
+    @in_a_sentence
+    def evaluate_recipe(
+        self,
+        switches: Switches | None,
+        suite: str,
+        settings: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> str:
+        """The recipe judged by pictures; the numbers stay in the registry."""
+        switches = _chosen(switches)
+        self._stopped.discard(id(switches))
+        with self.studio.lock:
+            done = self.workspace.recipe(switches.recipe).evaluate(
+                suite, settings=_settings(settings), progress=self._reporting(progress, switches)
+            )
+        return views.note_html(f"{len(done.record.results)} numbers by {done.record.judge}; now show the report")
+
+    @in_a_sentence
+    def show_report(
+        self,
+        switches: Switches | None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> str:
+        """What was measured of the recipe, as a page within the page and as files."""
+        switches = _chosen(switches)
+        self._stopped.discard(id(switches))
+        with self.studio.lock:
+            out = self._new_folder("report") / f"{switches.recipe}.html"
+            done = self.workspace.recipe(switches.recipe).report(out, progress=self._reporting(progress, switches))
+        links = views.files_html("The report and what is beside it", done.files, "; ".join(done.notices))
+        return links + views.report_html(out.read_text("utf-8"))
+
+    def _new_folder(self, what: str) -> Path:
+        """A folder for files to download, made under the lock. Older ones for the same purpose go: checkpoints are large."""
+        for old in self.folder.glob(f"{what}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f"{what}-", dir=self.folder))
+
+
+def theme() -> Any:
+    """Gradio's, with the fonts of the visitor's system (nothing is fetched) and colours that can be read on each other."""
+    plain = gr.themes.Default(
+        primary_hue="orange",
+        neutral_hue="zinc",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    mark, pale = "#b4421f", "#ff9c75"
+    return plain.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        button_primary_background_fill=mark,
+        button_primary_background_fill_dark=mark,
+        button_primary_background_fill_hover="#96361a",
+        button_primary_background_fill_hover_dark="#96361a",
+        slider_color=mark,
+        slider_color_dark=pale,
+        checkbox_background_color_selected=mark,
+        checkbox_background_color_selected_dark=mark,
+        checkbox_border_color_selected=mark,
+        checkbox_border_color_selected_dark=pale,
+        color_accent=mark,
+        input_placeholder_color="*neutral_500",
+    )
+
+
+def _chosen(switches: Switches | None) -> Switches:
+    if switches is None:
+        raise OverpaintError("choose a recipe first")
+    return switches
+
+
+def _who(request: gr.Request) -> str:
+    """The name by which a visitor logged in, or whoever runs the page where nobody has to."""
+    return request.username or current_user()
+
+
+def _settings(text: str) -> dict[str, str]:
+    pairs = [line.partition("=") for line in text.splitlines() if line.strip()]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise OverpaintError(f"a setting is NAME=VALUE; got {wrong[0]!r}")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _revision_label(number: int, lines: list[HistoryRecord]) -> str:
+    of = [line for line in lines if line.revision == number]
+    words = ", ".join(views.change_in_words(line) for line in of) or "as it was made"
+    return f"{number}: {words}" + (f" ({of[0].who}, {of[0].at:%Y-%m-%d %H:%M})" if of else "")

@@ -1,0 +1,272 @@
+"""`overpaint ui` in a real browser: what a visitor switches is what is drawn, and nobody's switches reach another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from PIL import Image
+
+import overpaint
+from overpaint.patches.inspect import inspect
+from overpaint.workspace.workspace import Workspace
+from tests.ui.browser import chromium
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'overpaint[ui]'")
+pytest.importorskip("playwright", reason="a browser is driven by Playwright: pip install 'overpaint[dev]'")
+
+from playwright.sync_api import Browser, Page, expect
+
+from overpaint.ui.launch import PageUnavailable, served
+
+# Gradio counts its requests with an option and a keyword of pandas that are on their way out, in a thread of its own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting.*"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated.*"),
+]
+
+SLOW = 240_000
+"""Milliseconds that a picture may take on a busy machine."""
+BASE, PATCHED = 0, 1
+"""Columns of a sheet."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=SLOW)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def registry(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recipes on the tiny base: `safe` with cat and dog, `empty` with nothing."""
+    folder = tmp_path_factory.mktemp("ui") / "registry"
+    workspace = overpaint.open(folder)
+    workspace.add_base("tiny", base_folder)
+    workspace.create_recipe("empty")
+    recipe = workspace.create_recipe("safe")
+    for name in ("cat", "dog"):
+        # Stronger than one would: on random weights an erasure at strength 1 changes few of the 768 pixels.
+        recipe.add(workspace.solve(name, solver="uce"), 2.0, why=f"takedown of {name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_address(registry: Path) -> Iterator[str]:
+    with served(Workspace.open(registry)) as address:
+        yield address
+
+
+@contextmanager
+def tab(browser: Browser, address: str, recipe: str = "safe", **look: object) -> Iterator[Page]:
+    """A new visitor with the recipe open; fails on errors of the page, and when it asks anything of other servers."""
+    errors: list[str] = []
+    context = browser.new_context(**look)  # type: ignore[arg-type]
+    page = context.new_page()
+    page.set_default_timeout(SLOW)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: None if _is_local(request.url, address) else errors.append(request.url))
+    page.goto(address)
+    expect(page.locator("#status")).to_contain_text("revision")
+    if recipe not in page.locator("#status").inner_text():
+        choose(page, "Recipe", recipe)
+        expect(page.locator("#status")).to_contain_text(recipe)
+    expect(page.locator("#sheet thead")).to_contain_text(recipe)
+    try:
+        yield page
+        assert not errors
+    finally:
+        context.close()
+
+
+def _is_local(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))
+
+
+def choose(page: Page, label: str, value: str) -> None:
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=value).first.click()
+
+
+def pictures(page: Page) -> list[bytes]:
+    """The pixels of the sheet's pictures, once none of them waits."""
+    expect(page.locator("#sheet img").first).to_be_visible()
+    expect(page.locator("#sheet .op-waits")).to_have_count(0)
+    sources = page.locator("#sheet img").evaluate_all("all => all.map(each => each.src)")
+    files = [BytesIO(page.request.get(source).body()) for source in sources]
+    return [Image.open(file).convert("RGB").tobytes() for file in files]
+
+
+def test_a_switch_changes_the_next_picture_and_restoring_brings_back_the_bases(
+    browser: Browser, page_address: str
+) -> None:
+    with tab(browser, page_address) as page:
+        both = pictures(page)
+        assert both[BASE] != both[PATCHED]
+        page.get_by_label("cat", exact=True).uncheck()
+        expect(page.locator("#sheet")).to_contain_text("safe, as switched")
+        only_dog = pictures(page)
+        assert only_dog[BASE] == both[BASE]
+        assert only_dog[PATCHED] not in both
+        page.get_by_role("button", name="All off").click()
+        expect(page.locator("#sheet").get_by_text("the base’s own weights")).to_have_count(2)
+        restored = pictures(page)
+        assert restored[PATCHED] == restored[BASE] == both[BASE]
+
+
+def test_switches_and_strengths_are_set_by_keyboard(browser: Browser, page_address: str) -> None:
+    with tab(browser, page_address) as page:
+        before = pictures(page)
+        page.get_by_role("slider", name="Strength of dog").focus()
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#sheet")).to_contain_text("safe, as switched")
+        after = pictures(page)
+        assert after[BASE] == before[BASE]
+        assert after[PATCHED] != before[PATCHED]
+        page.get_by_label("cat", exact=True).focus()
+        page.keyboard.press("Space")
+        expect(page.get_by_label("cat", exact=True)).not_to_be_checked()
+
+
+def test_two_tabs_do_not_disturb_each_other(browser: Browser, page_address: str) -> None:
+    with tab(browser, page_address) as one, tab(browser, page_address) as other:
+        before = pictures(one)
+        other.get_by_role("button", name="All off").click()
+        expect(other.locator("#sheet").get_by_text("the base’s own weights")).to_have_count(2)
+        assert pictures(other) == [before[BASE]] * 2
+        one.get_by_label("Prompts, one per line").fill("a photo of a cat\na photo of a dog")
+        one.get_by_role("button", name="Draw", exact=True).click()
+        expect(one.locator("#sheet img")).to_have_count(4)
+        assert pictures(one)[:2] == before
+        expect(one.get_by_label("cat", exact=True)).to_be_checked()
+
+
+def test_other_recipes_and_revisions_stand_beside_it(browser: Browser, page_address: str) -> None:
+    with tab(browser, page_address) as page:
+        for name in ("empty", "safe@1"):
+            page.get_by_label("Other recipes beside it").fill(name)
+            page.keyboard.press("Enter")
+        page.get_by_label("Prompts, one per line").fill("a photo of a cat\na photo of a dog")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.locator("#sheet img")).to_have_count(8)
+        base, safe, empty, first = pictures(page)[4:]
+        assert base == empty
+        assert len({base, safe, first}) == 3
+
+
+def test_the_history_says_who_and_why_and_undo_and_restore_change_the_registry(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    workspace = Workspace.open(registry)
+    copy = workspace.recipe("safe").copy("history")
+    with tab(browser, page_address, "history") as page:
+        page.get_by_label("cat", exact=True).uncheck()
+        page.get_by_role("button", name="Keep these switches").click()
+        page.get_by_label("Why").first.fill("licence <deal>")
+        page.get_by_role("button", name="Make the next revision").click()
+        expect(page.locator("#status")).to_contain_text("erases dog.")
+        assert [patch.concept for patch, _ in copy.patches()] == ["dog"]
+        page.get_by_role("tab", name="History").click()
+        newest = page.locator("#history li").first
+        expect(newest).to_contain_text("removed cat")
+        expect(newest).to_contain_text("licence <deal>")
+        expect(newest).to_contain_text(copy.log()[-1].who)
+        page.get_by_role("button", name="Undo the newest change").click()
+        expect(page.locator("#status")).to_contain_text("erases cat, dog.")
+        assert copy.record.patches == workspace.recipe("safe").record.patches
+        choose(page, "Earlier revision", "0: as it was made")
+        page.get_by_role("button", name="Restore it").click()
+        expect(page.locator("#status")).to_contain_text("the base")
+    assert copy.digest() == copy.base.fingerprint
+
+
+def test_a_recipe_that_somebody_else_changed_is_not_overwritten(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    copy = Workspace.open(registry).recipe("safe").copy("shared")
+    with tab(browser, page_address, "shared") as page:
+        copy.remove("dog")
+        page.get_by_label("cat", exact=True).uncheck()
+        page.get_by_role("button", name="Keep these switches").click()
+        page.get_by_role("button", name="Make the next revision").click()
+        expect(page.get_by_text("look at what changed and try again")).to_be_visible()
+    assert [patch.concept for patch, _ in copy.patches()] == ["cat"]
+
+
+def test_solving_adds_a_patch_and_the_heat_map_shows_what_it_does_to_the_others(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    copy = Workspace.open(registry).recipe("safe").copy("growing")
+    with tab(browser, page_address, "growing") as page:
+        page.get_by_role("tab", name="Erase").click()
+        page.get_by_label("Concept", exact=True).fill("fox")
+        choose(page, "Solver", "uce:")
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#solved")).to_contain_text("in growing since revision 2")
+        expect(page.locator("#status")).to_contain_text("erases cat, dog, fox.")
+        page.get_by_role("tab", name="Cross-talk").click()
+        page.get_by_role("button", name="Measure").click()
+        expect(page.locator("#crosstalk tbody tr")).to_have_count(3)
+        expect(page.locator("#crosstalk tbody tr").first.locator("td")).to_have_count(3)
+    assert [patch.concept for patch, _ in copy.patches()] == ["cat", "dog", "fox"]
+
+
+def test_a_checkpoint_and_a_lora_are_built_and_downloaded(
+    browser: Browser, page_address: str, registry: Path, tmp_path: Path
+) -> None:
+    with tab(browser, page_address) as page:
+        page.get_by_role("tab", name="Download").click()
+        for what in ("Checkpoint, one .safetensors file", "LoRA for comfyui"):
+            choose(page, "What", what)
+            page.locator("#built").evaluate("built => built.replaceChildren()")
+            page.get_by_role("button", name="Build").click()
+            with page.expect_download() as download:
+                page.locator("#built a").click()
+            file = tmp_path / f"{what}.safetensors"
+            download.value.save_as(file)
+            assert safetensors.torch.load_file(file)
+    inspected = inspect(tmp_path / "Checkpoint, one .safetensors file.safetensors")
+    assert {patch["concept"] for patch in inspected.patches} == {"cat", "dog"}
+    assert inspected.sound
+
+
+def test_it_fits_a_phone_and_follows_the_visitors_colours(browser: Browser, page_address: str) -> None:
+    for scheme, is_light in (("light", True), ("dark", False)):
+        with tab(browser, page_address, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
+            pictures(page)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", paper)[:3])) > 384) == is_light
+
+
+def test_elsewhere_it_asks_for_a_password_and_the_history_has_the_visitors_name(
+    browser: Browser, registry: Path
+) -> None:
+    workspace = Workspace.open(registry)
+    with pytest.raises(PageUnavailable, match="needs a password"), served(workspace, host="0.0.0.0"):
+        pass
+    recipe = workspace.create_recipe("behind-a-password")
+    recipe.add("cat")
+    with served(workspace, host="0.0.0.0", password="a long one") as address:
+        here = address.replace("0.0.0.0", "127.0.0.1")
+        page = browser.new_page()
+        page.goto(here)
+        for word, admitted in (("a wrong one", False), ("a long one", True)):
+            page.get_by_label("username").fill("Vera")
+            page.get_by_label("password").fill(word)
+            page.get_by_role("button", name="Login").click()
+            shown = page.locator("#status") if admitted else page.get_by_text("Incorrect Credentials")
+            expect(shown).to_be_visible()
+        choose(page, "Recipe", "behind-a-password")
+        expect(page.locator("#status")).to_contain_text("behind-a-password")
+        page.get_by_role("tab", name="History").click()
+        page.get_by_role("button", name="Undo the newest change").click()
+        expect(page.locator("#history")).to_contain_text("Vera")
+        page.close()
+    assert recipe.log()[-1].who == "Vera"
