@@ -149,6 +149,7 @@ def test_two_tabs_do_not_disturb_each_other(browser: Browser, page_address: str)
 
 def test_other_recipes_and_revisions_stand_beside_it(browser: Browser, page_address: str) -> None:
     with tab(browser, page_address) as page:
+        page.get_by_role("button", name="Seeds, steps and other recipes").click()
         for name in ("empty", "safe@1"):
             page.get_by_label("Other recipes beside it").fill(name)
             page.keyboard.press("Enter")
