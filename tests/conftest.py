@@ -28,7 +28,7 @@ SLOW_MODULES = """
     test_separable test_separation test_sepme test_signing test_single_file test_solvers_benchmark test_spm
     test_store_backends test_suites test_surgical test_tags test_teams test_text_encoders test_together
     test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades
-    test_using_with test_verify test_vocabulary test_workspace test_interactive test_notebook test_nodes test_page
+    test_using_with test_verify test_vocabulary test_workspace test_interactive test_nodes test_page
 """
 """Test modules that train, draw, start servers or kill processes: `make test-fast` leaves them out."""
 SLOW = frozenset(SLOW_MODULES.split())

@@ -117,7 +117,7 @@ class Page:
                     self.all_off = gr.Button("All off (the base)", size="sm", min_width=120)
                     self.all_on = gr.Button("All on", size="sm", min_width=120)
                 with gr.Accordion("Other patches", open=False):
-                    self.filter.render()
+                    self.filter.render()  # type: ignore[no-untyped-call]
                     self.attempt = gr.Dropdown([], value=None, label="Try another patch of this base", interactive=True)
                 with gr.Accordion("Keep these switches in the recipe", open=False):
                     self.save_why = gr.Textbox(label="Why", max_lines=1)
@@ -147,7 +147,7 @@ class Page:
     def _rows(self) -> None:
         with gr.Column(elem_classes="op-rows", elem_id="patches"):
 
-            @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")
+            @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")  # type: ignore[untyped-decorator]
             def rows(switches: Switches | None, text: str | None) -> None:
                 found = switches.matching(text or "") if switches else []
                 for row in found[:ROWS]:
