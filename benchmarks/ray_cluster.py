@@ -17,7 +17,8 @@ import torch
 import overpaint
 from benchmarks import tables
 from overpaint.bases.emoji.catalogue import catalogue
-from overpaint.core.executors import Piece, Resources, open_executor
+from overpaint.core.clusters import open_executor
+from overpaint.core.executors import Piece, Resources
 from overpaint.core.progress import Progress
 
 EMPTY = 200

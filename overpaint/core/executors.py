@@ -81,25 +81,6 @@ def _named(name: str, progress: Progress) -> Progress:
     return lambda step, of, text: progress(step, of, f"{name}: {text}")
 
 
-def open_executor(on: str = "") -> Executor:
-    """The executor of a word: nothing for this process, `ray` for a cluster on this machine or the one that RAY_ADDRESS
-    names, `ray://HOST:PORT` or `HOST:PORT` for a cluster elsewhere.
-
-    Raises OverpaintError for any other word, where Ray is not installed, or where no cluster answers.
-    """
-    if not on:
-        return InProcess()
-    if on != "ray" and not on.startswith("ray://") and ":" not in on:
-        raise OverpaintError(f"work can run on ray or ray://HOST:PORT; got {on!r}")
-    try:
-        import ray  # noqa: F401
-    except ModuleNotFoundError:
-        raise OverpaintError("running on Ray needs the package ray: pip install 'overpaint[ray]'") from None
-    from overpaint.core.on_ray import RayExecutor
-
-    return RayExecutor("" if on == "ray" else on)
-
-
 def machine_name() -> str:
     """This machine's name, for messages about a worker."""
     return socket.gethostname()

@@ -14,10 +14,11 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
+from overpaint.core.clusters import open_executor
 from overpaint.core.concepts import Concept
 from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Executor, open_executor
+from overpaint.core.executors import Executor
 from overpaint.core.progress import Progress, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid

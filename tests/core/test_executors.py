@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from overpaint.core.clusters import open_executor
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import InProcess, Piece, Resources, open_executor
+from overpaint.core.executors import InProcess, Piece, Resources
 
 from .executor_pieces import double, fail, refuse
 

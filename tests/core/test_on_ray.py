@@ -15,8 +15,9 @@ import torch
 
 import overpaint
 from overpaint.bases.base import Base, BaseReference
+from overpaint.core.clusters import open_executor
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Piece, Resources, open_executor
+from overpaint.core.executors import Piece, Resources
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.testing.tiny import tiny_pipeline
