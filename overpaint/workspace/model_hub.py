@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SharedAdapter:
     """Patches that other programs load together: a recipe as it is now, or one patch; `folder` is "" or ends in "/"."""
 
     title: str
@@ -53,7 +53,7 @@ def hub_files(
 
     def beside(entries: Sequence[Descriptor]) -> Mapping[str, bytes]:
         files: dict[str, bytes] = {}
-        written: list[Adapter] = []
+        written: list[SharedAdapter] = []
         for adapter in adapters(opened, asked):
             try:
                 with tempfile.TemporaryDirectory(prefix="overpaint-adapter-") as folder:
@@ -67,7 +67,7 @@ def hub_files(
     return beside
 
 
-def adapters(opened: OpenRegistry, asked: Selection) -> list[Adapter]:
+def adapters(opened: OpenRegistry, asked: Selection) -> list[SharedAdapter]:
     """Every recipe that is pushed and has patches; where there is none, the newest patch of each concept and base.
 
     One alone is at the top of the repository, where programs look first.
@@ -78,16 +78,16 @@ def adapters(opened: OpenRegistry, asked: Selection) -> list[Adapter]:
     for name in names:
         record = registry.recipe(name)
         listed = tuple((registry.patch(id), strength) for id, strength in record.patches)
-        made.append(Adapter(name, record.base, listed, ""))
+        made.append(SharedAdapter(name, record.base, listed, ""))
     made = [each for each in made if each.patches]
     if not made:
         records = registry.patches() if asked.everything else [registry.patch(key) for key in asked.patches]
         newest = {(record.base, record.concept): record for record in sorted(records, key=lambda each: each.solved_at)}
-        made = [Adapter(record.concept, base, ((record, 1.0),), "") for (base, _), record in newest.items()]
+        made = [SharedAdapter(record.concept, base, ((record, 1.0),), "") for (base, _), record in newest.items()]
     if len(made) == 1:
         return made
     return [
-        Adapter(each.title, each.base, each.patches, f"lora/{number:03d}-{_slug(each.title)}/")
+        SharedAdapter(each.title, each.base, each.patches, f"lora/{number:03d}-{_slug(each.title)}/")
         for number, each in enumerate(made, 1)
     ]
 
@@ -96,7 +96,7 @@ def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "patches"
 
 
-def _export(opened: OpenRegistry, adapter: Adapter, into: Path, progress: Progress) -> dict[str, bytes]:
+def _export(opened: OpenRegistry, adapter: SharedAdapter, into: Path, progress: Progress) -> dict[str, bytes]:
     """The adapter as diffusers loads it and, where one component alone is changed, as PEFT does."""
     from overpaint.patches.formats.peft import write_adapter
     from overpaint.workspace.exchange import export_patches
@@ -129,7 +129,7 @@ def hub_id(opened: OpenRegistry, base: str) -> str:
 
 
 def card(
-    opened: OpenRegistry, repository: str, entries: Sequence[Descriptor], written: Sequence[Adapter], license: str
+    opened: OpenRegistry, repository: str, entries: Sequence[Descriptor], written: Sequence[SharedAdapter], license: str
 ) -> str:
     """The card of a repository: what its layout lists, and of what is known here the solver, the sizes and what was measured."""
     from huggingface_hub import ModelCardData

@@ -118,7 +118,7 @@ class RecipePlan:
 
 
 @dataclass(frozen=True)
-class AppliedRecipe:
+class RecipeFileOutcome:
     """What applying a file came to: the lines of history of the one revision it made, and the patches that were solved."""
 
     lines: list[HistoryRecord]
@@ -290,7 +290,7 @@ def apply_plan(
     device: str = "auto",
     progress: Progress = silent,
     on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
-) -> AppliedRecipe:
+) -> RecipeFileOutcome:
     """Solve what a plan lacks, then make the recipe hold what it says, in one revision.
 
     Raises OverpaintError when something cannot be solved, and what `Recipe.hold` raises; the recipe is then as it was, and
@@ -313,7 +313,7 @@ def apply_plan(
             reasons.append(f"{planned.concept}: {planned.asked.why}")
     recipe = workspace.create_recipe(plan.recipe, base=plan.base, exist_ok=True)
     lines = recipe.hold(entries, why="; ".join(filter(None, reasons)), who=who)
-    return AppliedRecipe(lines, [each.record for each in outcomes if each.record is not None and not each.before])
+    return RecipeFileOutcome(lines, [each.record for each in outcomes if each.record is not None and not each.before])
 
 
 def written(opened: OpenRegistry, name: str) -> str:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from overpaint.workspace.compression import Compressed
     from overpaint.workspace.decoupling import DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
-    from overpaint.workspace.recipe_file import AppliedRecipe, RecipePlan
+    from overpaint.workspace.recipe_file import RecipeFileOutcome, RecipePlan
     from overpaint.workspace.solving import SolveOutcome, SolverInfo
 
 
@@ -384,7 +384,7 @@ class Workspace(OpenRegistry):
         device: str = "auto",
         progress: Progress = silent,
         on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
-    ) -> AppliedRecipe:
+    ) -> RecipeFileOutcome:
         """Make a recipe as a file (or the plan of one) says: solve what is missing, then change it in one revision.
 
         Applying it again changes nothing. Raises as `plan_recipe`, and OverpaintError when something cannot be solved; the
