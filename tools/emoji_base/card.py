@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tools.emoji_base.catalogue import catalogue
+from tools.emoji_base.catalogue import Catalogue, catalogue
 from tools.emoji_base.judge import NONE, Judge
 from tools.emoji_base.judge_training import confusion_of
 from tools.emoji_base.loop import Place, Schedule
@@ -39,7 +39,7 @@ def run(place: Place, schedule: Schedule) -> None:
     held_out = judged(draw, judge, questions(HELD_OUT, held_out=True), schedule.batch)
     training = judged(draw, judge, questions(TRAINING, held_out=False), schedule.batch)
     save_verdicts(place.out, held_out, training)
-    contact_sheet(draw, place.work / "emoji.png")
+    contact_sheet(draw, place.work / "emoji.png", catalogue())
     (place.out / "README.md").write_text(_card(place, held_out, training), "utf-8")
 
 
@@ -54,9 +54,8 @@ def save_verdicts(out: Path, held_out: Sequence[Verdict], training: Sequence[Ver
     (out / "measured.json").write_text(f"[\n{lines}\n]\n", "utf-8")
 
 
-def contact_sheet(draw: Draw, path: Path, per_style: int = 20) -> None:
+def contact_sheet(draw: Draw, path: Path, words: Catalogue, per_style: int = 20) -> None:
     """A row for each style, of objects spread over the catalogue."""
-    words = catalogue()
     chosen = words.objects[:: max(1, len(words.objects) // per_style)][:per_style]
     prompts = [f"a picture of a {name} in {style} style" for style in words.styles for name in chosen]
     sheet(draw(prompts, list(range(len(prompts)))), len(chosen), path)
@@ -73,7 +72,7 @@ def main_table(held_out: Sequence[Verdict], training: Sequence[Verdict]) -> str:
 def weakest(verdicts: Sequence[Verdict], count: int = 12) -> str:
     """The objects drawn least reliably, and what the judge names in their place."""
     rows = []
-    for name in catalogue().objects:
+    for name in dict.fromkeys(str(v.asked.scene.object) for v in verdicts):
         own = [v for v in verdicts if v.asked.scene.object == name]
         instead = Counter(v.named["object"] for v in own if not v.right("object")).most_common(2)
         rows.append((share(own, "object"), name, ", ".join(f"{n} ({k})" for n, k in instead)))
@@ -85,7 +84,7 @@ def weakest(verdicts: Sequence[Verdict], count: int = 12) -> str:
 def by_style(verdicts: Sequence[Verdict]) -> str:
     """Style and object, over the prompts that name a style."""
     lines = []
-    for style in catalogue().styles:
+    for style in dict.fromkeys(v.asked.scene.style for v in verdicts if v.asked.scene.style):
         own = [v for v in verdicts if v.asked.scene.style == style]
         lines.append(f"| {style} | {share(own, 'style')} | {share(own, 'object')} |")
     return "\n".join(["| style | style right | object right |", "| --- | --- | --- |", *lines])

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tools.emoji_base.catalogue import Scene, captions, catalogue
+from tools.emoji_base.catalogue import Catalogue, Scene, captions, catalogue
 from tools.emoji_base.judge import HEADS, Judge
 
 Draw: TypeAlias = Callable[[list[str], list[int]], Tensor]
@@ -62,12 +62,12 @@ class Share:
         return f"{self.right / max(1, self.n):.1%} ({low:.1%} to {high:.1%}, n={self.n})"
 
 
-def questions(per_object: int, *, held_out: bool) -> list[Asked]:
+def questions(per_object: int, *, held_out: bool, words: Catalogue | None = None) -> list[Asked]:
     """`per_object` prompts for every object: a third name it alone, a third a style too, a third a background too.
 
-    Styles, backgrounds and sentences take turns over the objects; every prompt has its own seed.
+    `words` is the part of the catalogue that is asked for. Styles, backgrounds and sentences take turns over the objects; every prompt has its own seed.
     """
-    words = catalogue()
+    words = words or catalogue()
     found: list[Asked] = []
     turns = cycle(range(10_007))
     for name in words.objects:

@@ -12,20 +12,24 @@ from PIL import Image
 from torch import Tensor
 
 from tools.emoji_base.artwork import SIZE, WIDE, Artwork, Placement
-from tools.emoji_base.catalogue import Scene, catalogue
+from tools.emoji_base.catalogue import Catalogue, Scene, catalogue
 from tools.emoji_base.loop import Place
 
 TRAINING_SEED, HELD_OUT_SEED = 1, 2
 
 
 def pool(
-    place: Place, variations: int, seed: int = TRAINING_SEED, placement: Placement = WIDE
+    place: Place,
+    variations: int,
+    seed: int = TRAINING_SEED,
+    placement: Placement = WIDE,
+    words: Catalogue | None = None,
 ) -> tuple[Tensor, list[Scene]]:
     """`variations` augmented pictures of every scene: uint8 [n, 3, 64, 64] and what each shows.
 
-    The held-out pool differs in every scale, shift and turn, not in the drawings: there is only one of each.
+    `words` limits the scenes to a part of the catalogue. The held-out pool differs in every scale, shift and turn, not in the drawings: there is only one of each.
     """
-    scenes = [scene for scene in catalogue().scenes() for _ in range(variations)]
+    scenes = [scene for scene in (words or catalogue()).scenes() for _ in range(variations)]
     kind = f"{placement.smallest}-{placement.largest}-{placement.shift}-{placement.turn}"
     path = place.work / f"pool-{kind}-{len(scenes)}-{seed}.npy"
     return kept(path, lambda: _draw(place.data, scenes, seed, placement)), scenes

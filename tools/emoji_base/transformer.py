@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Tokenizer
 
 from tools.emoji_base import autoencoder, text_encoders
 from tools.emoji_base.artwork import NARROW
-from tools.emoji_base.catalogue import random_caption
+from tools.emoji_base.catalogue import random_caption, small
 from tools.emoji_base.loop import Place, Schedule, train
 from tools.emoji_base.pictures import pool
 from tools.emoji_base.text_encoders import POOLED, T5_WIDTH
@@ -108,7 +108,7 @@ def run(place: Place, schedule: Schedule) -> None:
     """Train; save `out` as a Stable Diffusion 3 pipeline."""
     torch.manual_seed(place.seed)
     emoji = Place(place.work, place.out.parent / "emoji", place.data, place.device, place.seed)
-    pictures, scenes = pool(place, VARIATIONS, placement=NARROW)
+    pictures, scenes = pool(place, VARIATIONS, placement=NARROW, words=small())
     vae = autoencoder.load(emoji)
     vae = normalised(vae, autoencoder.encoded(vae, pictures[::7]))
     x0 = autoencoder.encoded(vae, pictures).to(place.device)

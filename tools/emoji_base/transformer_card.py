@@ -20,7 +20,7 @@ from tools.emoji_base.card import (
     sizes,
     weakest,
 )
-from tools.emoji_base.catalogue import catalogue
+from tools.emoji_base.catalogue import small
 from tools.emoji_base.judge import Judge
 from tools.emoji_base.loop import Place, Schedule
 from tools.emoji_base.measuring import Draw, Verdict, drawing, judged, questions, share
@@ -28,7 +28,7 @@ from tools.emoji_base.text_encoders import LENGTH
 from tools.emoji_base.transformer import load_pipeline
 
 STEPS, GUIDANCE, LATENT = 20, 3.0, (8, 8, 8)
-HELD_OUT, TRAINING, SILENCED = 6, 3, 3
+HELD_OUT, TRAINING, SILENCED = 14, 5, 5
 """Pictures per object on either kind of template, and with one input silenced."""
 
 
@@ -38,11 +38,11 @@ def run(place: Place, schedule: Schedule) -> None:
     pipe = load_pipeline(place.out, place.device)
     draw = drawing(pipe, LATENT, STEPS, GUIDANCE, LENGTH)
     judge = Judge.load(place.out / "judge")
-    held_out = judged(draw, judge, questions(HELD_OUT, held_out=True), schedule.batch)
-    training = judged(draw, judge, questions(TRAINING, held_out=False), schedule.batch)
+    held_out = judged(draw, judge, questions(HELD_OUT, held_out=True, words=small()), schedule.batch)
+    training = judged(draw, judge, questions(TRAINING, held_out=False, words=small()), schedule.batch)
     save_verdicts(place.out, held_out, training)
-    contact_sheet(draw, place.work / "emoji-dit.png")
-    asked = questions(SILENCED, held_out=True)
+    contact_sheet(draw, place.work / "emoji-dit.png", small())
+    asked = questions(SILENCED, held_out=True, words=small())
     silenced = {name: judged(without(pipe, name), judge, asked, schedule.batch) for name in ("pooled", "sequence")}
     (place.out / "README.md").write_text(_card(place, held_out, training, silenced), "utf-8")
 
@@ -89,7 +89,7 @@ def _silenced(silenced: dict[str, list[Verdict]]) -> str:
 def _card(
     place: Place, held_out: Sequence[Verdict], training: Sequence[Verdict], silenced: dict[str, list[Verdict]]
 ) -> str:
-    known = catalogue()
+    known = small()
     counts = f"{len(known.objects)} objects in {len(known.styles)} emoji styles on {len(known.backgrounds)} background"
     return f"""# Model card: the emoji-dit base
 
