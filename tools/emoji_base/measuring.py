@@ -65,7 +65,8 @@ class Share:
 def questions(per_object: int, *, held_out: bool, words: Catalogue | None = None) -> list[Asked]:
     """`per_object` prompts for every object: a third name it alone, a third a style too, a third a background too.
 
-    `words` is the part of the catalogue that is asked for. Styles, backgrounds and sentences take turns over the objects; every prompt has its own seed.
+    `words` is the part of the catalogue that is asked for. Styles, backgrounds and sentences take turns over the
+    objects; every prompt has its own seed.
     """
     words = words or catalogue()
     found: list[Asked] = []

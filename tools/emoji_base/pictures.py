@@ -27,7 +27,8 @@ def pool(
 ) -> tuple[Tensor, list[Scene]]:
     """`variations` augmented pictures of every scene: uint8 [n, 3, 64, 64] and what each shows.
 
-    `words` limits the scenes to a part of the catalogue. The held-out pool differs in every scale, shift and turn, not in the drawings: there is only one of each.
+    `words` limits the scenes to a part of the catalogue. The held-out pool differs in every scale, shift and turn, not
+    in the drawings: there is only one of each.
     """
     scenes = [scene for scene in (words or catalogue()).scenes() for _ in range(variations)]
     kind = f"{placement.smallest}-{placement.largest}-{placement.shift}-{placement.turn}"
