@@ -56,7 +56,7 @@ class Worker:
             return FAILED, f"{type(error).__name__}: {error} (in {last.name}, on {machine_name()})"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """A piece that is not done: how often it was begun, and what it needs."""
 
@@ -88,7 +88,7 @@ class RayExecutor:
     def results(
         self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
     ) -> Iterator[Result]:
-        """The result of every piece, as it comes; `progress` is told how many workers there are and what failed.
+        """The result of every piece, as it comes; `progress` gets how many workers there are and what failed.
 
         Raises OverpaintError where the cluster has not what one piece needs, or a worker runs another version of Overpaint.
         """
@@ -135,18 +135,25 @@ class _Run:
         return len(self._idle) + len(self._running)
 
     def _begin(self) -> None:
-        """Give a piece to every worker that the cluster has room for."""
+        """Give a piece to every worker that the cluster has room for.
+
+        A piece that needs more than the others waits until none of them runs: only then is its share free for certain.
+        """
         while self._waiting:
-            waiting = self._waiting[0]
+            waiting = next((each for each in self._waiting if each.needs == self._needs), self._waiting[0])
             if waiting.needs != self._needs:
+                if self._running:
+                    return
+                while self._idle:
+                    _end(self._idle.pop())
                 worker = self._hired(waiting.needs)
             elif self._idle:
                 worker = self._idle.pop()
-            elif self._size() < _room(self._needs) or not self._running:
+            elif not self._running or self._size() < _room(self._needs):
                 worker = self._hired(self._needs)
             else:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(waiting)
             waiting.begun += 1
             piece = self._pieces[waiting.index]
             reference = worker.run.options(name=piece.name).remote(piece, self._shared)
@@ -165,16 +172,19 @@ class _Run:
         options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_restarts": 0}
         if needs.memory:
             options["memory"] = needs.memory
-        worker = _ray.remote(Worker).options(**options).remote()
-        try:
-            version, machine = ray.get(worker.about.remote(), timeout=PATIENCE)
-        except GetTimeoutError:
-            _end(worker)
-            raise OverpaintError(
-                f"no worker started within {PATIENCE:.0f} s; the cluster is busy or has lost its nodes: see `ray status`"
-            ) from None
-        except RayActorError as error:
-            raise OverpaintError(f"a worker could not start: {_first_line(error)}") from None
+        for begun in range(1, ATTEMPTS + 1):
+            worker = _ray.remote(Worker).options(**options).remote()
+            try:
+                version, machine = ray.get(worker.about.remote(), timeout=PATIENCE)
+                break
+            except GetTimeoutError:
+                _end(worker)
+                raise OverpaintError(
+                    f"no worker started within {PATIENCE:.0f} s; the cluster is busy or has lost its nodes: see `ray status`"
+                ) from None
+            except RayActorError as error:  # its node may have been lost meanwhile; another has room
+                if begun == ATTEMPTS:
+                    raise OverpaintError(f"no worker could start: {_first_line(error)}") from None
         if version != __version__:
             _end(worker)
             raise OverpaintError(
@@ -249,6 +259,7 @@ def _connect(address: str) -> None:
     if address:
         _refuse_silent(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # So that a worker without a GPU of its own does not hide those of the machine; Ray warns unless this is set.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     asked: dict[str, Any] = {"address": address} if address else {}
     if not address and not os.environ.get("RAY_ADDRESS"):

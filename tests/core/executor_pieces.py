@@ -51,6 +51,12 @@ def hungry(mark: str, progress: Progress) -> str:
     return "done"
 
 
+def marked(mark: str, progress: Progress) -> str:
+    """Runs for a moment, beside the others."""
+    time.sleep(0.5)
+    return "marked"
+
+
 def opens(shared: Any, progress: Progress) -> str:
     """Opens a base by its reference."""
     return str(shared.open().fingerprint)

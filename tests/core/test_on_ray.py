@@ -22,7 +22,7 @@ from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.testing.tiny import tiny_pipeline
 
-from .executor_pieces import die, die_once, double, fail, hungry, opens, refuse, worker_id
+from .executor_pieces import die, die_once, double, fail, hungry, marked, opens, refuse, worker_id
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed")
 pytestmark = [
@@ -93,6 +93,11 @@ def test_a_piece_that_kills_its_workers_is_reported(cluster: Any) -> None:
 
 def test_a_piece_without_memory_gets_twice_the_share(cluster: Any, tmp_path: Path) -> None:
     assert on_cluster([Piece("hungry", hungry)], str(tmp_path / "mark")) == [("done", "")]
+
+
+def test_a_larger_share_waits_until_it_is_free_and_the_others_are_done(cluster: Any, tmp_path: Path) -> None:
+    pieces = [Piece("hungry", hungry), *(Piece("marks", marked) for _ in range(6))]
+    assert on_cluster(pieces, str(tmp_path / "mark")) == [("done", "")] + [("marked", "")] * 6
 
 
 def test_more_than_any_node_has_is_refused(cluster: Any) -> None:
