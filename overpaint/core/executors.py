@@ -7,7 +7,7 @@ numbers and bytes; whoever asked writes them down, and nobody else.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ class Executor(Protocol):
 
     def results(
         self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """The result of every piece, as it comes. `shared` goes to each, and travels once.
 
         `progress` is told what is under way: the steps of the piece that runs, or how many workers there are. A piece that
@@ -65,7 +65,7 @@ class InProcess:
 
     def results(
         self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         for index, piece in enumerate(pieces):
             progress(0, 1, piece.name)
             try:

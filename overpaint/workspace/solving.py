@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from overpaint.bases.base import Base, BaseReference
-from overpaint.core.executors import Executor, InProcess, Piece, Resources, Result
+from overpaint.core.executors import Executor, InProcess, Piece, Resources
 from overpaint.core.progress import Progress, silent
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
@@ -186,29 +186,20 @@ def carry_out(
         clock = Clock(len(places), report)
         needs = Resources(gpus=float(device.type == "cuda"))
         learnt = False
-        with closing(_results(executor or InProcess(), pieces, inputs, needs, clock)) as results:
+        with closing((executor or InProcess()).results(pieces, inputs, needs, clock.progress)) as results:
             for result in results:
                 index = places[result.index]
-                task = plan.tasks[index]
-                if result.error:
-                    outcomes[index] = SolveOutcome(task, None, error=result.error)
-                    on_result(outcomes[index])
-                    continue
                 with held_back():
-                    if not learnt:
-                        _learn(registry, plan)
-                        learnt = True
-                    outcomes[index] = _stored(registry, plan, task, result.value)
+                    if result.error:
+                        outcomes[index] = SolveOutcome(plan.tasks[index], None, error=result.error)
+                    else:
+                        if not learnt:
+                            _learn(registry, plan)
+                            learnt = True
+                        outcomes[index] = _stored(registry, plan, plan.tasks[index], result.value)
                     on_result(outcomes[index])
+                clock.tick()
     return [outcomes[index] for index in range(len(plan.tasks))]
-
-
-def _results(
-    executor: Executor, pieces: Sequence[Piece], inputs: SolveInputs, needs: Resources, clock: Clock
-) -> Generator[Result]:
-    for result in executor.results(pieces, inputs, needs, clock.progress):
-        yield result
-        clock.tick()
 
 
 def _learn(registry: Registry, plan: SolvePlan) -> None:
