@@ -24,7 +24,7 @@ that was applied stays applied (`recipe reseparate` solves for them).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml  # type: ignore[import-untyped]
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.progress import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeEntry
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -62,7 +61,6 @@ from overpaint.workspace.planning import (
 if TYPE_CHECKING:
     from overpaint.workspace.opened import OpenRegistry
     from overpaint.workspace.solving import SolveOutcome
-    from overpaint.workspace.workspace import Workspace
 
 KEYS = ("recipe", "base", "why", "defaults", "patches")
 ENTRY_KEYS = ("patch", "strength", "expires", "why")
@@ -207,14 +205,14 @@ class _RecipeReader(ConceptReader):
         return self.word(node, "a reason") or ""
 
 
-def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False) -> RecipePlan:
+def plan_recipe(opened: OpenRegistry, file: RecipeFile, *, update: bool = False) -> RecipePlan:
     """What has to be done; nothing is stored. `update` takes the file's description of a concept that is known.
 
     Raises NotFound for an unknown base or patch, AlreadyExists for a recipe that is on another base, and what `plan_solves`
     raises.
     """
-    registry = workspace.registry
-    base = registry.base(workspace.base_name(file.base))
+    registry = opened.registry
+    base = registry.base(opened.base_name(file.base))
     is_new = not registry.has_recipe(file.recipe)
     held: Mapping[str, RecipeEntry] = {}
     if not is_new:
@@ -224,7 +222,7 @@ def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False)
                 f"the recipe {record.name!r} is there already, on base {record.base!r} and not on {base.name!r}"
             )
         held = {entry.patch: entry for entry in record.entries}
-    finder = _Finder(workspace, base.name, held)
+    finder = _Finder(opened, base.name, held)
     planned = [finder.planned(entry) for entry in file.entries]
     named = [entry.record.id for entry in planned if entry.record is not None]
     if twice := next((id for id in named if named.count(id) > 1), None):
@@ -232,7 +230,7 @@ def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False)
     gone = [registry.patch(id) for id in held if id not in named]
     removed = [PlannedEntry("remove", record.concept, record, None) for record in gone]
     requests = [entry.asked.request for entry in planned if entry.record is None and entry.asked is not None]
-    context = workspace.solve_context(base.name)
+    context = opened.solve_context(base.name)
     solve = plan_solves(
         registry, [each for each in requests if each is not None], context, base=base.name, update=update
     )
@@ -242,9 +240,9 @@ def plan_recipe(workspace: Workspace, file: RecipeFile, *, update: bool = False)
 class _Finder:
     """Finds the patches that entries mean."""
 
-    def __init__(self, workspace: Workspace, base: str, held: Mapping[str, RecipeEntry]) -> None:
-        self._registry, self._base, self._held = workspace.registry, base, held
-        self._known = workspace.concepts()
+    def __init__(self, opened: OpenRegistry, base: str, held: Mapping[str, RecipeEntry]) -> None:
+        self._registry, self._base, self._held = opened.registry, base, held
+        self._known = opened.concepts()
 
     def planned(self, entry: FileEntry) -> PlannedEntry:
         """What is done for an entry."""
@@ -281,28 +279,17 @@ class _Finder:
                             yield record
 
 
-def apply_plan(
-    workspace: Workspace,
-    plan: RecipePlan,
-    *,
-    why: str = "",
-    who: str = "",
-    device: str = "auto",
-    progress: Progress = silent,
-    on_result: Callable[[SolveOutcome], None] = lambda outcome: None,
-) -> RecipeFileOutcome:
-    """Solve what a plan lacks, then make the recipe hold what it says, in one revision.
+def wanted_entries(plan: RecipePlan, outcomes: Sequence[SolveOutcome]) -> tuple[list[RecipeEntry], list[str]]:
+    """What the recipe is to hold once the plan's solves came out, and the reasons that the file gives for its entries.
 
-    Raises OverpaintError when something cannot be solved, and what `Recipe.hold` raises; the recipe is then as it was, and
-    patches that were solved stay for the next time.
+    Raises OverpaintError when one of them could not be solved.
     """
-    outcomes = workspace.carry_out(plan.solve, device=device, progress=progress, on_result=on_result)
     if failed := [f"{each.task.order.concept.name}: {each.error}" for each in outcomes if each.record is None]:
         raise OverpaintError(
             "the recipe is as it was, because not everything could be solved:\n  " + "\n  ".join(failed)
         )
     solved = {each.task.order: each.record for each in outcomes if each.record is not None}
-    entries, reasons = [], [why or plan.why]
+    entries, reasons = [], []
     for planned in plan.entries:
         if planned.asked is None:
             continue
@@ -311,9 +298,7 @@ def apply_plan(
         entries.append(RecipeEntry(record.id, planned.asked.strength, planned.asked.expires))
         if planned.asked.why and planned.action != "keep":
             reasons.append(f"{planned.concept}: {planned.asked.why}")
-    recipe = workspace.create_recipe(plan.recipe, base=plan.base, exist_ok=True)
-    lines = recipe.hold(entries, why="; ".join(filter(None, reasons)), who=who)
-    return RecipeFileOutcome(lines, [each.record for each in outcomes if each.record is not None and not each.before])
+    return entries, reasons
 
 
 def written(opened: OpenRegistry, name: str) -> str:

@@ -390,10 +390,15 @@ class Workspace(OpenRegistry):
         Applying it again changes nothing. Raises as `plan_recipe`, and OverpaintError when something cannot be solved; the
         recipe is then as it was.
         """
-        from overpaint.workspace.recipe_file import RecipePlan, apply_plan
+        from overpaint.workspace.recipe_file import RecipeFileOutcome, RecipePlan, wanted_entries
 
         todo = plan if isinstance(plan, RecipePlan) else self.plan_recipe(plan)
-        return apply_plan(self, todo, why=why, who=who, device=device, progress=progress, on_result=on_result)
+        outcomes = self.carry_out(todo.solve, device=device, progress=progress, on_result=on_result)
+        entries, reasons = wanted_entries(todo, outcomes)
+        recipe = self.create_recipe(todo.recipe, base=todo.base, exist_ok=True)
+        lines = recipe.hold(entries, why="; ".join(filter(None, (why or todo.why, *reasons))), who=who)
+        solved = [each.record for each in outcomes if each.record is not None and not each.before]
+        return RecipeFileOutcome(lines, solved)
 
     def recipes(self, *, limit: int | None = None, offset: int = 0) -> list[RecipeRecord]:
         """All recipes of the registry, in the order they were made; `limit` and `offset` give a page."""
