@@ -144,14 +144,15 @@ class Denoiser(ABC):
         """The module that predicts."""
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
+        side = self._side(self.network.config.sample_size)
+        return self.latent_channels, side, side
 
     @property
-    @abstractmethod
     def latent_channels(self) -> int:
         """Channels that the denoiser reads; more than the autoencoder has where it reads a picture too."""
+        return int(self.network.config.in_channels)
 
     @property
     @abstractmethod
@@ -298,15 +299,6 @@ class UNetDenoiser(Denoiser):
     @property
     def network(self) -> Any:
         return self.pipe.unet
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        side = self._side(self.network.config.sample_size)
-        return self.network.config.in_channels, side, side
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.network.config.in_channels)
 
     @property
     def levels(self) -> int:
@@ -463,15 +455,6 @@ class SD3Denoiser(FlowDenoiser):
     """Stable Diffusion 3 and 3.5."""
 
     LAYOUT = "stable-diffusion-3"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        side = self._side(self.network.config.sample_size)
-        return self.network.config.in_channels, side, side
-
-    @property
-    def latent_channels(self) -> int:
-        return int(self.network.config.in_channels)
 
     @property
     def _tokens(self) -> int:
