@@ -1,4 +1,4 @@
-"""What all tests share: a tiny base, and a bucket."""
+"""What all tests share: a tiny base, a bucket, and a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from overpaint.testing import tiny_pipeline as tiny_pipeline
 from overpaint.testing import tiny_tokenizer as tiny_tokenizer
 from overpaint.testing.tiny import THINGS as THINGS
 from tests.registry.s3_server import BUCKET, s3_server
+from tests.registry.sharing.hub_server import WRITER, Hub, hub_server
 
 SLOW_MODULES = """
     test_ablation test_adapter_settings test_adapters test_adding_a_solver test_archives test_attacks test_backup
@@ -62,3 +63,12 @@ def bucket() -> Iterator[str]:
         for name, value in environment.items():
             patch.setenv(name, value)
         yield f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A stand-in for the Hugging Face Hub, which this process writes to with a token."""
+    with hub_server() as hub:
+        for name, value in {"HF_ENDPOINT": hub.address, "HF_TOKEN": WRITER, "HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        yield hub

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,10 @@ import overpaint
 from overpaint.patches.compose import Term, compose
 from overpaint.registry.registry import ResultRecord
 from overpaint.workspace.workspace import Workspace
-from tests.registry.sharing.hub_server import WRITER, Hub, hub_server
+from tests.registry.sharing.hub_server import Hub
 from tests.shell import Shell
 
 REPO, PLACE = "ada/patches", "hf://ada/patches"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with hub_server() as hub:
-        for name, value in {"HF_ENDPOINT": hub.address, "HF_TOKEN": WRITER, "HOME": str(tmp_path)}.items():
-            monkeypatch.setenv(name, value)
-        yield hub
 
 
 @pytest.fixture

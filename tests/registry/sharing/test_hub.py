@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
@@ -16,18 +13,10 @@ from overpaint.registry.sharing.sending import push
 from overpaint.registry.store.remote import Unreachable
 
 from .conftest import holdings, is_empty
-from .hub_server import READER, WRITER, Hub, hub_server
+from .hub_server import READER, Hub
 
 ALL = PullRequest()
 REPO, PLACE = "ada/patches", "hf://ada/patches"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with hub_server() as hub:
-        for name, value in {"HF_ENDPOINT": hub.address, "HF_TOKEN": WRITER, "HOME": str(tmp_path)}.items():
-            monkeypatch.setenv(name, value)
-        yield hub
 
 
 def test_a_push_is_one_commit_and_is_pulled_whole(ours: Registry, theirs: Registry, hub: Hub) -> None:
