@@ -12,7 +12,7 @@ import os
 import socket
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,7 +87,7 @@ class RayExecutor:
 
     def results(
         self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """The result of every piece, as it comes; `progress` gets how many workers there are and what failed.
 
         Raises OverpaintError where the cluster has not what one piece needs, or a worker runs another version of Overpaint.
@@ -109,7 +109,7 @@ class _Run:
         self._running: dict[Any, tuple[Any, _Waiting]] = {}
         self._failed = 0
 
-    def results(self) -> Iterator[Result]:
+    def results(self) -> Generator[Result, None, None]:
         while self._waiting or self._running:
             self._begin()
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=PATIENCE)
