@@ -6,7 +6,7 @@ For deltas that change nothing but what reads the prompt it has a closed form. A
 `G = sum_l W_l^T W_l`. Where tensors read several text inputs side by side, keys are those of all of them together;
 where others read another text input, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
 none, 1 is as much as the patch does to its own concept. A delta that changes other tensors has no such form; it is probed
-on the model instead (`probing.py`).
+on the model instead (`probe`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
@@ -34,7 +34,9 @@ from overpaint.core.digests import canonical_json
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
+from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
+from overpaint.solvers.trained.denoiser import Denoiser
 
 # What a base reads of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
 #
@@ -132,14 +134,15 @@ SENTENCES, SAMPLES = 4, 2
 
 @torch.no_grad()
 def probe(base: Base, patch: Patch, concepts: Sequence[Concept], device: torch.device) -> list[float]:
-    """The relative change of the predicted noise for each concept, in their order."""
-    pipe = base.pipeline(device=str(device))
+    """The relative change of what is predicted for each concept, in their order. Raises Unsolvable for a base whose denoiser
+    is not known (`solvers.trained.denoiser`)."""
+    denoiser = Denoiser.of(EditProblem(base, patch.concept, (), 0, device))
     prompts = [_prompts(base, concept) for concept in concepts]
-    before = [_noise(pipe, asked) for asked in prompts]
-    empty = _noise(pipe, [""] * SENTENCES)
-    overlay = Overlay(pipe, base)
+    before = [_predicted(denoiser, asked) for asked in prompts]
+    empty = _predicted(denoiser, [""] * SENTENCES)
+    overlay = Overlay(denoiser.pipe, base)
     with overlay.applied([Term(patch.id, patch.delta)]):
-        after = [_noise(pipe, asked) for asked in prompts]
+        after = [_predicted(denoiser, asked) for asked in prompts]
     return [float((b - a).norm() / (a - empty).norm()) for a, b in zip(before, after, strict=True)]
 
 
@@ -150,22 +153,14 @@ def _prompts(base: Base, concept: Concept) -> list[str]:
     return [template.format(concept.words[i % len(concept.words)]) for i, template in enumerate(chosen)]
 
 
-def _noise(pipe: Any, prompts: list[str]) -> Tensor:
-    """The predicted noise at every level, float32 [levels, sentences * SAMPLES, c, h, w]."""
-    config, device = pipe.unet.config, pipe.unet.device
-    ids = pipe.tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    hidden = pipe.text_encoder(ids.to(device)).last_hidden_state.repeat_interleave(SAMPLES, 0)
-    shape = (SAMPLES, config.in_channels, config.sample_size, config.sample_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(hidden).repeat(len(prompts), 1, 1, 1)
-    levels = len(pipe.scheduler.alphas_cumprod)
-    predictions = [pipe.unet(x, int(share * (levels - 1)), encoder_hidden_states=hidden).sample for share in LEVELS]
-    return torch.stack(predictions).float()
+def _predicted(denoiser: Denoiser, prompts: list[str]) -> Tensor:
+    """What is predicted at every level, float32 [levels, sentences * SAMPLES, c, h, w]."""
+    text = denoiser.encode(prompts).map(lambda part: part.repeat_interleave(SAMPLES, 0))
+    x = torch.randn((SAMPLES, *denoiser.shape), generator=torch.Generator().manual_seed(0))
+    x = x.repeat(len(prompts), 1, 1, 1).to(denoiser.device)
+    levels = [int(share * (denoiser.levels - 1)) for share in LEVELS]
+    times = [denoiser.time(torch.tensor([level])).expand(len(x)) for level in levels]
+    return torch.stack([denoiser(x, t, text) for t in times])
 
 
 WARN_ABOVE = 0.2
@@ -205,6 +200,7 @@ class Crosstalk:
         return [pair for pair in self.pairs() if pair.ratio > threshold]
 
 
+@own_torch_settings()
 def crosstalk(
     base: Base,
     patches: Sequence[Patch],

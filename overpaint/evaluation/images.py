@@ -22,6 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from overpaint.bases.base import Base, BaseReference
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.atomic import replacing
 from overpaint.core.digests import canonical_json
@@ -52,6 +53,7 @@ class Sampler:
             raise OverpaintError(f"a sampler needs at least one step and one picture per batch; got {self}")
 
 
+@own_torch_settings()
 @torch.no_grad()
 def generate(
     pipe: Any,
@@ -64,7 +66,8 @@ def generate(
     """Draw `prompts[i]` with `seeds[i]`: uint8 [n, height, width, 3], as the pipeline's own postprocessing rounds them.
 
     Each picture has a CPU generator of its own, so that its noise is the same in any batch; batches of other sizes may
-    still move a value by a grey level or two, because the arithmetic is summed in another order. `on_batch` is
+    still move a value by a grey level or two, because the arithmetic is summed in another order. The caller's own PyTorch
+    settings (autocast, default device and type) change no picture. `on_batch` is
     called after each batch with the number of pictures done so far. The pipeline is left as it was. Raises
     OverpaintError when there is nothing to draw or the two lists differ in length.
     """
@@ -225,7 +228,10 @@ class ImageGenerator:
     @property
     def how(self) -> str:
         """What beside weights, prompt and seed determines a picture."""
-        return f"{self.sampler.steps} steps, guidance {self.sampler.guidance:g}, {self.device.type}"
+        guidance = f"{self.sampler.guidance:g}"
+        if float(guidance) != self.sampler.guidance:
+            guidance = repr(self.sampler.guidance)
+        return f"{self.sampler.steps} steps, guidance {guidance}, {self.device.type}"
 
     @property
     def overlay(self) -> Overlay:

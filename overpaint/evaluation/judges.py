@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.loading import quiet_loading
+from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
@@ -54,6 +54,7 @@ class Judge(Protocol):
         ...
 
 
+@own_torch_settings()
 def open_judge(spec: str, base: Base, prompt_set: PromptSet, device: torch.device) -> Judge:
     """The judge of a word (see this module); the empty word means the base's own `cnn`.
 
@@ -108,6 +109,7 @@ class ZeroShot:
             head: self._encoded([prompt_set.labels(head, n) for n in self.heads[head]]) for head in self.heads
         }
 
+    @own_torch_settings()
     def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
         seen = torch.from_numpy(self.features(pictures)).to(self._device)
         seen = seen / seen.norm(dim=1, keepdim=True)
@@ -169,6 +171,7 @@ class Classifier:
         return _processed(self._processor, pictures)
 
 
+@own_torch_settings()
 @torch.no_grad()
 def _in_batches(compute: Any, values: Tensor, device: torch.device) -> NDArray[np.float32]:
     outputs = [compute(part.to(device)).float().cpu() for part in values.split(PICTURES_AT_ONCE)]

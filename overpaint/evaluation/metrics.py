@@ -21,6 +21,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from overpaint.bases.emoji.judge import JudgeNetwork
+from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import NotFound, OverpaintError
 
 PICTURES_AT_ONCE = 256
@@ -60,6 +61,7 @@ class Score:
         return f"{self.rate:.1%} ({low:.1%} to {high:.1%}, n={self.n})"
 
 
+@own_torch_settings()
 def load_judge(folder: Path) -> JudgeNetwork:
     """The judge in a base's folder, in `judge/`.
 
@@ -74,6 +76,7 @@ def load_judge(folder: Path) -> JudgeNetwork:
     return JudgeNetwork.load(place)
 
 
+@own_torch_settings()
 @torch.no_grad()
 def verdicts(judge: JudgeNetwork, pictures: NDArray[np.uint8], head: str) -> list[str]:
     """The class that `head` ("object", "style" or "background") finds most likely in each picture.

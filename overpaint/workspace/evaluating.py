@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.bases.base import Base
-from overpaint.bases.loading import resolve_device
+from overpaint.bases.loading import own_torch_settings, resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
 from overpaint.core.clusters import open_executor
@@ -133,6 +133,7 @@ class Subject:
         return cls(record.base, ((record, 1.0),), patch=record.id)
 
 
+@own_torch_settings()
 def evaluate(
     opened: OpenRegistry, name: str, request: EvaluationRequest, *, who: str, progress: Progress = silent
 ) -> Evaluated:

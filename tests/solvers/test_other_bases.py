@@ -15,10 +15,11 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
+from overpaint.evaluation.crosstalk import crosstalk
 from overpaint.patches.compose import Term, compose
-from overpaint.patches.delta import Delta, LowRank, TextMap
+from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.live import Overlay
-from overpaint.patches.patch import uncovered_inputs
+from overpaint.patches.patch import make_patch, uncovered_inputs
 from overpaint.solvers import solver_class
 from overpaint.solvers.closed_form.nullspace import NullSpace
 from overpaint.solvers.closed_form.rece import RECE
@@ -338,3 +339,14 @@ def test_mace_trains_where_attention_to_tokens_can_be_seen(opened: Callable[[str
     ):
         MACE(steps=1).solve(EditProblem(opened(XL), CAT))
     assert MACE(steps=0).supports(opened(XL).layout) is None
+
+
+@pytest.mark.parametrize("layout", [XL, SD3])
+def test_cross_talk_of_what_a_trained_patch_changes_is_probed(opened: Callable[[str], Base], layout: str) -> None:
+    base = opened(layout)
+    name = next(n for n in base.names if re.fullmatch(r"unet/conv_in.weight|transformer/pos_embed.proj.weight", n))
+    delta = Dense({name: torch.full_like(base.tensor(name), 0.05)})
+    found = crosstalk(base, [make_patch(base, CAT, delta, {})], [DOG])
+    assert found.methods == ("probed",)
+    assert found.ratios[0, 0] == 1
+    assert found.ratios[0, 1] > 0

@@ -1,9 +1,10 @@
 """Decoupling: of what a patch does to what reads the prompt, keep what it does to its own concept (this project).
 
-A patch that some solver trained moves its concept's keys K_i where it should, and everybody else's wherever that leads; sums of
-such patches add up the latter. With `way_l` what it does to the concept's own keys at projection l, its decoupled change is
-`D_l = way_l K_i^T A^-1`, A the moment of a universe as in `separable.py`: the change nearest to its own at K_i that leaves every
-other listed concept, the vocabulary and the preserved prompts where they are, as a least-squares problem with one A for all.
+A patch that some solver trained moves its concept's keys K_i where it should, and those of other concepts as a side effect;
+in a sum of such patches the side effects add up. With `way_l` what it does to the concept's own keys at projection l, its
+decoupled change is `D_l = way_l K_i^T A^-1`, A the moment of a universe as in `separable.py`: the change nearest to its own at
+K_i that leaves every other listed concept, the vocabulary and the preserved prompts where they are, as a least-squares problem
+with one A for all.
 So decoupled patches of one universe add up to the joint solution of their ways, whatever solved them: the closed-form fusion
 of MACE (Lu et al., CVPR 2024), in separable terms. Of another concept, D moves at most half of what it moves of its own,
 `|D K_j| <= |way| / 2`, since `|K_i^T A^-1 K_j| <= 1/2` for any two terms of A; in practice a few hundredths.
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder, encoders
 from overpaint.patches.compose import Term, plan
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
+from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor
 from overpaint.solvers import DECOUPLING_RULES
 from overpaint.solvers.closed_form.separable import Metric, Separable, fitted
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, within_memory
@@ -42,6 +44,7 @@ RANK, ENERGY = 16, 0.99
 """Of every tensor's change, the directions that hold this share of its energy are kept, and at most so many of them."""
 
 
+@own_torch_settings()
 def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Solution:
     """What `delta` does to the problem's concept and to nothing else: text maps and low-rank factors.
 
@@ -128,20 +131,21 @@ def _ways(
     before = keys_and_values(encoder, base, problem.concept)[0]
     after = before if patched is None else keys_and_values(patched, base, problem.concept)[0]
     ways = {"": after - before}
-    for part in delta.parts:
-        if isinstance(part, TextMap) and part.encoder == text_input:
+    for part in delta.text_maps:
+        if part.encoder == text_input:
             ways[""] = ways[""] + part.up.to(after) @ (part.down.to(after).T @ after)
-    for name in base.projections(text_input):
+    # Residual bits are the last digits of what the other parts compose to, and no way of their own.
+    others = [part for part in delta.parts if not isinstance(part, (TextMap, Xor))]
+    changed = [(part, name) for part in others for name in part.targets(base)]
+    projections = set(base.projections(text_input))
+    for part, name in [(part, name) for part, name in changed if name in projections]:
         columns = base.columns(text_input, name)
-        for part in delta.parts:
-            moved: Tensor | None = None
-            if isinstance(part, LowRank) and name in part.factors:
-                up, down = (factor.to(device, torch.float64) for factor in part.factors[name])
-                moved = up @ (down[:, columns] @ after)
-            elif isinstance(part, Dense) and name in part.changes:
-                moved = part.changes[name][:, columns].to(device, torch.float64) @ after
-            if moved is not None:
-                ways[name] = ways[name] + moved if name in ways else moved
+        if factors := part.thin_factors(base, name):
+            up, down = (factor.to(device) for factor in factors)
+            moved = up @ (down[:, columns] @ after)
+        else:
+            moved = part.change(base, name)[:, columns].to(device) @ after
+        ways[name] = ways[name] + moved if name in ways else moved
     size = max(float(before.norm()), 1e-30)
     return {name: way for name, way in ways.items() if float(way.norm()) > 1e-9 * size}
 
