@@ -29,10 +29,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from overpaint.bases.checkpoint import BrokenBase
 from overpaint.core import __version__
+from overpaint.core.asgi import OwnPages
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.urls import printed
@@ -42,7 +42,7 @@ from overpaint.registry.database import RegistryVersionError
 from overpaint.registry.history import StaleRevision
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.serving import schemas
-from overpaint.serving.drawing import Drawn, OtherBase, Painter, PictureQueue, QueueFull, Stopping, Wanted
+from overpaint.serving.drawing import BaseReplaced, Drawn, OtherBase, Painter, PictureQueue, QueueFull, Stopping, Wanted
 from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany
 from overpaint.serving.metrics import Metrics
 from overpaint.serving.options import ServeOptions
@@ -58,7 +58,6 @@ log = logging.getLogger("overpaint.serving")
 
 EXPIRY_SECONDS = 60.0
 """How often a server that enforces expiry looks at recipes that nobody draws with."""
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 
 
 class Forbidden(OverpaintError):
@@ -82,6 +81,7 @@ STATUS: tuple[tuple[type[OverpaintError], int, str], ...] = (
     (LostPatch, 503, "lost_patch"),
     (RegistryVersionError, 503, "registry_upgraded"),
     (Stopping, 503, "stopping"),
+    (BaseReplaced, 503, "base_replaced"),
     (BrokenBase, 503, "broken_base"),
     (BadPipeline, 503, "broken_base"),
     (ForeignChange, 503, "broken_base"),
@@ -96,7 +96,7 @@ _REFUSALS = {
     413: "the body is too large",
     422: "the request is not as described here",
     429: "too many requests, or too many pictures wait; Retry-After says when to come again",
-    503: "a patch's bytes are lost, the registry was upgraded, or its disk fails",
+    503: "a patch's bytes are lost, the registry was upgraded, its disk fails, or the base was replaced",
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorAnswer, "description": text} for code, text in _REFUSALS.items()
@@ -111,14 +111,13 @@ class Server:
         self.workspace = Workspace.open(options.registry, create=False)
         if on_base is not None:
             self.workspace.on_base = on_base
-        self.base_name = self.workspace.base_name(options.base)
         self.tokens = TokenFile(self.workspace.registry.folder)
         shared = options.shared
         self.limiter = RateLimiter(options.rate, None if shared is None else shared / "rates.sqlite3")
         self.metrics = Metrics()
         self.painter = Painter(
             self.workspace,
-            self.base_name,
+            self.workspace.base_name(options.base),
             device=options.device,
             dtype=options.dtype,
             enforce_expiry=options.enforce_expiry,
@@ -198,8 +197,7 @@ def create_app(options: ServeOptions, on_base: Callable[[Base], None] | None = N
     app.include_router(router)
     app.add_middleware(BodyLimit, limit=options.max_body)
     if not options.tokens:
-        # Without tokens a page in the same browser could otherwise reach the server under a name of its own (DNS rebinding).
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+        app.add_middleware(OwnPages)
     app.add_exception_handler(OverpaintError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
@@ -384,8 +382,8 @@ def png(drawn: Drawn, server: Server) -> bytes:
 @router.get("/v1/models", tags=["OpenAI"])
 def models(server: Served, caller: Reader) -> schemas.ModelsAnswer:
     """The recipes of the served base, as OpenAI's clients list models."""
-    records = [each for each in server.workspace.recipes() if server.painter.serves(each.base)]
-    return schemas.ModelsAnswer(data=[_model(each) for each in records])
+    names = server.painter.base_names
+    return schemas.ModelsAnswer(data=[_model(each) for each in server.workspace.recipes() if each.base in names])
 
 
 @router.get("/v1/models/{model:path}", tags=["OpenAI"])
@@ -404,13 +402,14 @@ def _model(record: RecipeRecord) -> schemas.ModelItem:
 @router.get("/v1/recipes", tags=["recipes"])
 def recipes(server: Served, caller: Reader) -> list[schemas.RecipeSummary]:
     """All recipes of the registry."""
+    names = server.painter.base_names
     return [
         schemas.RecipeSummary(
             recipe=each.name,
             base=each.base,
             revision=each.revision,
             weights=each.digest,
-            served=server.painter.serves(each.base),
+            served=each.base in names,
             patches=len(each.entries),
         )
         for each in server.workspace.recipes()
@@ -420,7 +419,7 @@ def recipes(server: Served, caller: Reader) -> list[schemas.RecipeSummary]:
 @router.post("/v1/recipes", status_code=201, tags=["recipes"])
 def create(body: schemas.NewRecipe, server: Served, caller: Changer) -> schemas.RecipeItem:
     """Make an empty recipe on the served base."""
-    return _shown(server, server.workspace.create_recipe(body.recipe, base=server.base_name).name)
+    return _shown(server, server.workspace.create_recipe(body.recipe, base=server.painter.base_name).name)
 
 
 @router.get("/v1/recipes/{recipe:path}", tags=["recipes"])
@@ -437,7 +436,7 @@ def _shown(server: Server, name: str) -> schemas.RecipeItem:
         base=record.base,
         revision=record.revision,
         weights=record.digest,
-        served=server.painter.serves(record.base),
+        served=record.base in server.painter.base_names,
         tags=dict(record.tags),
         patches=[
             schemas.Entry(
@@ -495,11 +494,12 @@ def takedown(body: schemas.AddBody, server: Served, caller: Changer) -> schemas.
 
     The answer names the recipes that could not be changed, with the reason.
     """
+    base_name, names = server.painter.base_name, server.painter.base_names
     for patch in body.patches:
-        server.workspace.registry.patch(patch, base=server.base_name)
+        server.workspace.registry.patch(patch, base=base_name)
     answer = schemas.TakedownAnswer(changed=[], failed={})
     for record in server.workspace.recipes():
-        if server.painter.serves(record.base):
+        if record.base in names:
             try:
                 answer.changed.append(_changed(server, record.name, _add(body, caller)))
             except OverpaintError as error:
@@ -565,7 +565,7 @@ def patches(
 ) -> list[schemas.PatchItem]:
     """Patches for the served base, oldest first."""
     found = server.workspace.patches(
-        concept=concept, base=server.base_name, solver=solver, tag=tag, limit=limit, offset=offset
+        concept=concept, base=server.painter.base_name, solver=solver, tag=tag, limit=limit, offset=offset
     )
     return [_patch(each) for each in found]
 
@@ -573,7 +573,7 @@ def patches(
 @router.get("/v1/patches/{patch:path}", tags=["patches"])
 def patch(patch: str, server: Served, caller: Reader) -> schemas.PatchItem:
     """One patch: by its id, the beginning of one, or its concept, of which the newest is meant."""
-    return _patch(server.workspace.registry.patch(patch, base=server.base_name))
+    return _patch(server.workspace.registry.patch(patch, base=server.painter.base_name))
 
 
 def _patch(record: PatchRecord) -> schemas.PatchItem:
@@ -602,7 +602,7 @@ def health(response: Response, server: Served) -> schemas.Health:
     return schemas.Health(
         status="ok" if server.queue.is_alive else "stopping",
         version=__version__,
-        base=server.base_name,
+        base=server.painter.base_name,
         fingerprint=server.painter.base.fingerprint,
         waiting=len(server.queue),
         pid=os.getpid(),

@@ -57,6 +57,10 @@ class OtherBase(OverpaintError):
     """A recipe or a patch for another base than the one that is served."""
 
 
+class BaseReplaced(OverpaintError):
+    """The base in memory is no longer one of the registry's."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """One picture that is asked for: under a recipe (NAME or NAME@REVISION), or else under patches with strengths.
@@ -119,12 +123,29 @@ class Painter:
         enforce_expiry: bool = False,
         meter: Meter | None = None,
     ) -> None:
-        self.workspace, self.base_name, self.enforce_expiry, self._meter = workspace, base_name, enforce_expiry, meter
+        self.workspace, self.enforce_expiry = workspace, enforce_expiry
+        self._asked_for, self._meter = base_name, meter
         self.base = workspace.base(base_name)
         self._pipe = self.base.pipeline(device=str(resolve_device(device)), dtype=DTYPES[dtype])
         self._overlay = Overlay(self._pipe, self.base)
         self._carried: tuple[tuple[str, float], ...] | None = ()
         self._digests: OrderedDict[tuple[tuple[str, float], ...], str] = OrderedDict({(): self.base.fingerprint})
+
+    @property
+    def base_names(self) -> set[str]:
+        """The names that the registry has for the loaded base now: none once it was removed, or replaced under its name."""
+        return {each.name for each in self.workspace.bases() if each.fingerprint == self.base.fingerprint}
+
+    @property
+    def base_name(self) -> str:
+        """The name that was asked for, or another one of the same base where that is gone. Raises BaseReplaced."""
+        names = self.base_names
+        if not names:
+            raise BaseReplaced(
+                f"the base that this server loaded as {self._asked_for!r} (fingerprint {self.base.fingerprint[:12]}) is no "
+                "longer in the registry; start the server again with a base that is"
+            )
+        return self._asked_for if self._asked_for in names else min(names)
 
     @property
     def natural_size(self) -> int | None:
@@ -151,11 +172,11 @@ class Painter:
     def select(self, wanted: Wanted) -> PatchSet:
         """The patches of a recipe as it is now, or of a set, all of the served base.
 
-        Raises NotFound with the nearest name, OtherBase, OverpaintError for a patch that is named twice.
+        Raises NotFound with the nearest name, OtherBase, BaseReplaced, OverpaintError for a patch that is named twice.
         """
-        registry = self.workspace.registry
+        registry, base_name = self.workspace.registry, self.base_name
         if wanted.recipe is None:
-            return self._named(wanted.patches)
+            return self._named(wanted.patches, base_name)
         record = registry.recipe(wanted.recipe)
         if self.enforce_expiry and registry.has_recipe(wanted.recipe) and _expired(record):
             self.remove_expired(record.name)
@@ -167,19 +188,13 @@ class Painter:
         """Take what has expired off the recipes of the served base, or off one."""
         for name in dict.fromkeys(each.recipe for each in self.workspace.due(recipe=recipe)):
             with suppress(NotFound):  # another worker was faster
-                if self.serves(self.workspace.registry.recipe(name).base):
+                if self.workspace.registry.recipe(name).base in self.base_names:
                     self.workspace.recipe(name).remove_expired(why="expired", who="overpaint serve")
-
-    def serves(self, base_name: str) -> bool:
-        """Whether a base of the registry is the served one, perhaps by another name."""
-        return (
-            base_name == self.base_name or self.workspace.registry.base(base_name).fingerprint == self.base.fingerprint
-        )
 
     def draw(self, wanted: Wanted) -> Drawn:
         """Draw one picture under what its recipe holds now. Raises as `select`, and LostPatch where bytes are lost."""
         selected = self.select(wanted)
-        terms = [self.workspace.term(*each, self.base_name) for each in selected.strengths]
+        terms = [self.workspace.term_on(*each, self.base) for each in selected.strengths]
         digest = self._digest(selected.strengths, terms)
         if self._carried != selected.strengths:
             started = time.perf_counter()
@@ -196,10 +211,10 @@ class Painter:
             self._meter.drew(selected.recipe, time.perf_counter() - started)
         return Drawn(pixels, digest, selected, wanted, guidance)
 
-    def _named(self, patches: Sequence[tuple[str, float]]) -> PatchSet:
+    def _named(self, patches: Sequence[tuple[str, float]], base_name: str) -> PatchSet:
         strengths: dict[str, float] = {}
         for key, strength in patches:
-            record = self.workspace.registry.patch(key, base=self.base_name)
+            record = self.workspace.registry.patch(key, base=base_name)
             self._check_base(record.base, f"the patch {record.id[:12]} ({record.concept})")
             if record.id in strengths:
                 raise OverpaintError(f"the patch {record.id[:12]} ({record.concept}) is named twice; name it once")
@@ -207,7 +222,7 @@ class Painter:
         return PatchSet(tuple(sorted(strengths.items())))
 
     def _check_base(self, name: str, what: str) -> None:
-        if not self.serves(name):
+        if name not in self.base_names:
             raise OtherBase(
                 f"{what} is for the base {name!r}, and this server draws with {self.base_name!r}; ask the server of that base"
             )

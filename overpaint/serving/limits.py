@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from overpaint.core.asgi import refuse
 from overpaint.core.errors import OverpaintError
 
 
@@ -103,11 +103,7 @@ class BodyLimit:
                 await self._refuse(send)
 
     async def _refuse(self, send: Send) -> None:
-        message = f"a body has at most {self._limit} bytes; send less"
-        body = json.dumps({"error": {"message": message, "type": "body_too_large"}}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await refuse(send, 413, "body_too_large", f"a body has at most {self._limit} bytes; send less")
 
 
 class _TooLarge(BaseException):

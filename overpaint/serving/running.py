@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from overpaint.core.asgi import is_local
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
 from overpaint.serving.options import METRICS_FOLDER, ServeOptions
@@ -52,14 +52,6 @@ def check(options: ServeOptions, host: str, progress: Progress = silent) -> None
         raise OverpaintError(
             f"without tokens, whoever reaches {host} could change every recipe; leave --no-tokens out, or listen on 127.0.0.1"
         )
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a host."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def run(

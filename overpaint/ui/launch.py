@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from overpaint.core.asgi import OwnPages, is_local
 from overpaint.core.errors import OverpaintError
 
 if TYPE_CHECKING:
@@ -26,16 +26,19 @@ def served(
 ) -> Iterator[str]:
     """Within the block, the page over a registry is served; the value is its address. Port 0 is any free one.
 
-    With a password, visitors log in with it and a name of their own, which the history then has. Pictures and files that
-    visitors make are in a temporary folder that goes with the block. Raises PageUnavailable without Gradio, for a host
-    other than this machine without a password, and where the port is taken.
+    With a password, visitors log in with it and a name of their own, which the history then has; without one, only this
+    machine is answered. Pages of other sites are refused in either case. Pictures and files that visitors make are in a
+    temporary folder that goes with the block. Raises PageUnavailable without Gradio, for a host other than this machine
+    without a password, and where the port is taken.
     """
-    if not password and not _is_here(host):
+    if not password and not is_local(host):
         raise PageUnavailable(
             f"a page on {host} is for everybody who reaches this machine, so it needs a password; set OVERPAINT_UI_PASSWORD, "
             "or leave out --host"
         )
     try:
+        from starlette.middleware import Middleware
+
         from overpaint.ui.page import Page, theme
     except ModuleNotFoundError as error:
         raise PageUnavailable(f"the page needs Gradio ({error}): pip install 'overpaint[ui]'") from error
@@ -64,6 +67,7 @@ def served(
                 mcp_server=False,
                 footer_links=[],
                 allowed_paths=[str(place)],
+                app_kwargs={"middleware": [Middleware(OwnPages, local=not password)]},
                 theme=theme(),
                 css=style(),
             )
@@ -73,16 +77,6 @@ def served(
             yield address
         finally:
             page.blocks.close(verbose=False)
-
-
-def _is_here(host: str) -> bool:
-    """Whether nobody but this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _free_port(host: str) -> int:

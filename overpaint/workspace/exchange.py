@@ -66,12 +66,11 @@ def export_patches(
     """Write patches of one base, each with its strength, as one new file of a format that other tools load."""
     from overpaint.patches.formats.exporting import About, export
 
-    terms = [opened.term(record.id, strength, base) for record, strength in patches]
+    onto = opened.base(base)
+    terms = [opened.term_on(record.id, strength, onto) for record, strength in patches]
     listed = sorted((record.id, record.concept, strength) for record, strength in patches)
     about = About(title, listed, max((record.solved_at.date().isoformat() for record, _ in patches), default=""))
-    return export(
-        opened.base(base), terms, out, format, about, for_=for_, dtype=dtype, truncate=truncate, report=progress
-    )
+    return export(onto, terms, out, format, about, for_=for_, dtype=dtype, truncate=truncate, report=progress)
 
 
 def pull_request(

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_overpaint_overlay"
 """Where a pipeline keeps the overlay that changes it, so that both are freed together."""
 
-ReadTerm: TypeAlias = "Callable[[str, float], Term]"
-"""Reads a stored patch as a term of a composition: its id and its strength."""
+ReadTerm: TypeAlias = "Callable[[str, float, Base], Term]"
+"""Reads a stored patch (id, strength) as a term of a composition on a base. Raises WrongBase."""
 
 
 class LostPatch(OverpaintError):
@@ -124,7 +124,7 @@ class LivePipelines:
 def _terms(overlay: Overlay, strengths: Mapping[str, float], term: ReadTerm) -> list[Term]:
     """Terms that the overlay carries already are taken from it, so that removing one reads no file."""
     carried = {(each.id, each.strength): each for each in overlay.terms}
-    return [carried.get(each) or term(*each) for each in strengths.items()]
+    return [carried.get(each) or term(*each, overlay.base) for each in strengths.items()]
 
 
 def _weakly(pipe: Any) -> Any:
@@ -147,7 +147,7 @@ class OpenRegistry:
         self.progress: Progress = silent
         self.on_base: Callable[[Base], None] = lambda base: None
         self.pipelines = LivePipelines()
-        self._bases: dict[str, Base] = {}
+        self._bases: dict[str, tuple[BaseRecord, Base]] = {}
         self._patches: dict[str, Patch] = {}
 
     # Bases
@@ -179,7 +179,7 @@ class OpenRegistry:
             raise AlreadyExists(
                 f"this base is called {name!r} already, and its files are at {there.source}; there is nothing to add"
             )
-        self._bases[record.name] = base
+        self._bases[record.name] = record, base
         return record
 
     def move_base(self, name: str, source: str | Path) -> BaseRecord:
@@ -190,7 +190,7 @@ class OpenRegistry:
         self.registry.base(name)
         base = self._opened(source)
         record = self.registry.move_base(name, Path(base.source), base.fingerprint)
-        self._bases[name] = base
+        self._bases[record.name] = record, base
         return record
 
     def remove_base(self, name: str) -> None:
@@ -206,9 +206,13 @@ class OpenRegistry:
         return self.registry.bases()
 
     def base(self, name: str) -> Base:
-        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone, broken or changed."""
-        if name not in self._bases:
-            record = self.registry.base(name)
+        """An opened base. Raises NotFound for an unknown name, OverpaintError when its files are gone, broken or changed.
+
+        Another process may have removed it and added another of that name, or moved its files; then it is opened anew.
+        """
+        record = self.registry.base(name)
+        known, base = self._bases.get(record.name, (None, None))
+        if base is None or known != record:
             if record.source.is_absolute() and not record.source.exists():
                 raise OverpaintError(
                     f"the files of the base {name!r} are no longer at {record.source}; if they were moved, add them again "
@@ -221,8 +225,8 @@ class OpenRegistry:
                     f"{base.fingerprint[:12]} instead of {record.fingerprint[:12]}; put its files back, or add it under "
                     "another name"
                 )
-            self._bases[name] = base
-        return self._bases[name]
+            self._bases[record.name] = record, base
+        return base
 
     def _is_at(self, source: Path, fingerprint: str) -> bool:
         try:
@@ -328,13 +332,18 @@ class OpenRegistry:
 
     def term(self, patch_id: str, strength: float, base: str) -> Term:
         """A stored patch as a term of a composition on a base. Raises WrongBase for a patch of another base, LostPatch."""
+        return self.term_on(patch_id, strength, self.base(base))
+
+    def term_on(self, patch_id: str, strength: float, base: Base) -> Term:
+        """`term` on a base that is open already. Raises as `term`."""
         from overpaint.patches.compose import Term
 
         # A patch is what its id says, so one that was read needs no look at its row: a recipe may have a thousand.
         patch = self._patches.get(patch_id) or self.patch(patch_id)
-        patch.check(self.base(base))
+        patch.check(base)
         return Term(patch.id, patch.delta, strength)
 
     def terms(self, record: RecipeRecord) -> list[Term]:
         """What `compose` takes for a recipe. Raises as `term`."""
-        return [self.term(patch_id, strength, record.base) for patch_id, strength in record.patches]
+        base = self.base(record.base)
+        return [self.term_on(*each, base) for each in record.patches]

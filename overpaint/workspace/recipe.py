@@ -83,9 +83,6 @@ class Recipe:
         """What `compose` takes. Raises WrongBase when a patch was not solved for this base, LostPatch for lost bytes."""
         return self._opened.terms(self.record)
 
-    def _term(self, patch_id: str, strength: float) -> Term:
-        return self._opened.term(patch_id, strength, self.record.base)
-
     def digest(self) -> str:
         """The digest of the composed weights: the base's fingerprint when the recipe is empty."""
         return self._composed(dict(self.record.patches))
@@ -93,8 +90,9 @@ class Recipe:
     def _composed(self, strengths: Mapping[str, float]) -> str:
         from overpaint.patches.compose import compose, composition_digest
 
-        terms = [self._term(*each) for each in strengths.items()]
-        return composition_digest(self.base, compose(self.base, terms, self._opened.progress))
+        base = self.base
+        terms = [self._opened.term_on(*each, base) for each in strengths.items()]
+        return composition_digest(base, compose(base, terms, self._opened.progress))
 
     # Changing
 
@@ -265,7 +263,7 @@ class Recipe:
             strengths = after(before)
             note = Note(why, who or current_user(), self._digest_of(before), self._digest_after(before, strengths))
             try:
-                with self._opened.pipelines.changing(before.name, strengths, self._term):
+                with self._opened.pipelines.changing(before.name, strengths, self._opened.term_on):
                     revision = commit(before, note)
             except StaleRevision:
                 if attempt == TRIES - 1:
@@ -340,7 +338,7 @@ class Recipe:
         """
         record = self.record
         follows = record.name if self._opened.registry.has_recipe(self.name) else None
-        self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._term)
+        self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._opened.term_on)
         return pipe
 
     def applied(self, pipe: Any) -> AppliedRecipe:
@@ -376,7 +374,7 @@ class Recipe:
     def refresh(self) -> None:
         """Bring the pipelines that follow this recipe to what it holds now, whoever changed it. Raises CannotFollow."""
         record = self.record
-        with self._opened.pipelines.changing(record.name, dict(record.patches), self._term):
+        with self._opened.pipelines.changing(record.name, dict(record.patches), self._opened.term_on):
             pass
 
     def release(self, pipe: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
+from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Picture, Sampler
@@ -36,7 +37,6 @@ class Studio:
         self.lock = RLock()
         self._opened, self._cache, self._device = opened, ImageCache(folder), resolve_device(device)
         self._generator: ImageGenerator | None = None
-        self._base = ""
 
     def guidance(self, base: str) -> float:
         """The guidance scale that a base likes."""
@@ -53,8 +53,9 @@ class Studio:
         """
         sampler = Sampler(steps, guidance, batch=1)
         with self.lock:
-            terms = [self._opened.term(*each, base) for each in strengths.items() if each[1]]
-            generator = self._loaded(base)
+            opened = self._opened.base(base)
+            terms = [self._opened.term_on(*each, opened) for each in strengths.items() if each[1]]
+            generator = self._loaded(opened)
             generator.sampler = sampler
             question = EvalPrompt(prompt, seed, {})
             pixels, weights = generator.draw(terms, [question])[0], generator.digest(terms)
@@ -63,9 +64,8 @@ class Studio:
             raise OverpaintError(f"the picture cannot be written to {file.parent}; make room on that disk")
         return DrawnPicture(pixels, file, weights)
 
-    def _loaded(self, base: str) -> ImageGenerator:
-        if self._generator is None or self._base != base:
+    def _loaded(self, base: Base) -> ImageGenerator:
+        if self._generator is None or self._generator.base is not base:
             self._generator = None  # first, so that two bases are never in memory at once
-            self._generator = ImageGenerator(self._opened.base(base), Sampler(batch=1), self._cache, self._device)
-            self._base = base
+            self._generator = ImageGenerator(base, Sampler(batch=1), self._cache, self._device)
         return self._generator

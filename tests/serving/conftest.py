@@ -108,7 +108,7 @@ def serve(workspace: Workspace) -> Iterator[Serve]:
             folder = workspace.registry.folder
             token = TokenFile(folder).add(owner, role, recipes)
             app = create_app(replace(ServeOptions(str(folder), device="cpu"), **options))
-            http = running.enter_context(TestClient(app, raise_server_exceptions=False))
+            http = running.enter_context(TestClient(app, "http://127.0.0.1", raise_server_exceptions=False))
             return Client(http, {"Authorization": f"Bearer {token}"})
 
         yield start

@@ -8,15 +8,21 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
+import overpaint
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.serving import drawing
+from overpaint.serving.app import create_app
+from overpaint.serving.options import ServeOptions
+from overpaint.testing import tiny_base
 from overpaint.workspace.workspace import Workspace
 from tests.serving.conftest import RECIPES, Client, Serve, pixels, texts
 
@@ -70,7 +76,7 @@ def test_two_hundred_requests_of_eight_clients_never_get_a_picture_of_another_re
 
     async def all_clients() -> list[Any]:
         transport = httpx.ASGITransport(app=first.http.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://testserver", headers=first.headers) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=first.headers) as http:
 
             async def one(requests: list[tuple[str, int]]) -> list[Any]:
                 body = {"prompt": PROMPT, "steps": 1}
@@ -135,6 +141,32 @@ def test_a_change_by_another_process_reaches_the_next_picture(serve: Serve, work
     client.picture("cat")
     workspace.recipe("cat").remove("cat")
     assert texts(client.picture("cat").content)[0] == workspace.base("tiny").fingerprint
+
+
+def test_a_base_that_was_replaced_under_its_name_draws_nothing(tmp_path: Path, base_folder: Path) -> None:
+    other = overpaint.open(tmp_path / "registry")
+    first = other.add_base("mine", base_folder).fingerprint
+    app = create_app(ServeOptions(str(tmp_path / "registry"), device="cpu", tokens=False))
+    plain: dict[str, Any] = {"patches": [], "prompt": PROMPT, "steps": 1}
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as http:
+        client = Client(http, {})
+        assert texts(client.post("/v1/generate", **plain).content)[0] == first
+        other.remove_base("mine")
+        other.add_base("mine", tiny_base(tmp_path / "second", seed=1).path)
+        other.create_recipe("new", base="mine")
+        for refused in (
+            client.post("/v1/generate", **plain),
+            client.picture("new"),
+            client.post("/v1/recipes", recipe="another"),
+            client.get("/v1/patches"),
+            client.get("/health"),
+        ):
+            assert refused.status_code == 503
+            assert "the base that this server loaded as 'mine'" in refused.json()["error"]["message"]
+        other.add_base("first", base_folder)
+        assert texts(client.post("/v1/generate", **plain).content)[0] == first
+        assert client.picture("new").status_code == 409
+        assert client.get("/health").json()["base"] == "first"
 
 
 def test_several_pictures_have_seeds_that_follow_each_other(serve: Serve, workspace: Workspace) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 import overpaint
 from overpaint.workspace.workspace import Workspace
 from tests.ui.browser import chromium
+from tests.ui.conftest import GRADIO
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'overpaint[ui]'")
 pytest.importorskip("playwright", reason="a browser is driven by Playwright: pip install 'overpaint[dev]'")
@@ -21,11 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from overpaint.ui.launch import served
 
-# Gradio counts its requests with an option and a keyword of pandas that are on their way out, in a thread of its own.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting.*"),
-    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated.*"),
-]
+pytestmark = GRADIO
 
 SLOW = 240_000
 """Milliseconds that a picture may take on a busy machine."""

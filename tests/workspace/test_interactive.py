@@ -13,6 +13,7 @@ import torch
 import overpaint
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.history import StaleRevision
+from overpaint.testing import tiny_base
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.studio import Studio
 from overpaint.workspace.workspace import Workspace
@@ -55,6 +56,22 @@ def test_a_studio_draws_the_same_bytes_again_and_the_bases_when_all_is_off(
         studio.draw("tiny", {}, PROMPT, 0, steps=0, guidance=1.0)
     with pytest.raises(NotFound):
         studio.draw("other", {}, PROMPT, 0, steps=1, guidance=1.0)
+
+
+def test_a_base_that_another_process_replaced_under_its_name_is_drawn_as_it_is_now(
+    tmp_path: Path, base_folder: Path
+) -> None:
+    here, elsewhere = (overpaint.open(tmp_path / "registry") for _ in range(2))
+    first = here.add_base("mine", base_folder).fingerprint
+    studio, how = Studio(here, tmp_path / "pictures"), {"steps": 1, "guidance": 4.0}
+    assert studio.draw("mine", {}, PROMPT, 0, **how).weights == first
+    elsewhere.remove_base("mine")
+    second = elsewhere.add_base("mine", tiny_base(tmp_path / "second", seed=1).path).fingerprint
+    erased = elsewhere.solve("cat", base="mine", solver="uce")
+    assert studio.draw("mine", {}, PROMPT, 0, **how).weights == second
+    elsewhere.create_recipe("new", base="mine").add(erased, 2.0)
+    assert studio.draw("mine", {erased.id: 2.0}, PROMPT, 0, **how).weights == elsewhere.recipe("new").digest()
+    assert here.recipe("new").digest() == elsewhere.recipe("new").digest()
 
 
 def test_callers_of_a_studio_in_several_threads_get_their_own_patches(workspace: Workspace, tmp_path: Path) -> None:
