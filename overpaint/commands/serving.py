@@ -109,7 +109,9 @@ def token() -> None:
 @click.option(
     "--role", required=True, type=click.Choice(["read", "generate", "change"]), help="Each includes those before it."
 )
-@click.option("--recipe", "recipes", multiple=True, type=RECIPE, help="Draw with this recipe alone; may be repeated.")
+@click.option(
+    "--recipe", "recipes", multiple=True, type=RECIPE, help="Draw with and change this recipe alone; may be repeated."
+)
 @click.pass_context
 def token_new(ctx: click.Context, owner: str, role: Any, recipes: tuple[str, ...]) -> None:
     """Make a token and print it, once.

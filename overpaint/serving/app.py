@@ -35,6 +35,7 @@ from overpaint.core import __version__
 from overpaint.core.asgi import OwnPages
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import sought_name
 from overpaint.core.urls import printed
 from overpaint.patches.live import BadPipeline, ForeignChange
 from overpaint.patches.patch import WrongBase
@@ -46,7 +47,7 @@ from overpaint.serving.drawing import BaseReplaced, Drawn, OtherBase, Painter, P
 from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany
 from overpaint.serving.metrics import Metrics
 from overpaint.serving.options import ServeOptions
-from overpaint.serving.tokens import Role, Token, TokenFile
+from overpaint.serving.tokens import BadTokens, Role, Token, TokenFile
 from overpaint.workspace.opened import LostPatch
 from overpaint.workspace.recipe import Recipe, current_user
 from overpaint.workspace.workspace import Workspace
@@ -81,6 +82,7 @@ STATUS: tuple[tuple[type[OverpaintError], int, str], ...] = (
     (LostPatch, 503, "lost_patch"),
     (RegistryVersionError, 503, "registry_upgraded"),
     (Stopping, 503, "stopping"),
+    (BadTokens, 503, "tokens_unreadable"),
     (BaseReplaced, 503, "base_replaced"),
     (BrokenBase, 503, "broken_base"),
     (BadPipeline, 503, "broken_base"),
@@ -90,13 +92,13 @@ STATUS: tuple[tuple[type[OverpaintError], int, str], ...] = (
 _REFUSALS = {
     400: "what is asked for cannot be done",
     401: "no token, or an unknown one",
-    403: "the token has not the role",
+    403: "the token has not the role, or is for other recipes",
     404: "an unknown name, with the nearest in the message",
     409: "in conflict with what is there",
     413: "the body is too large",
     422: "the request is not as described here",
     429: "too many requests, or too many pictures wait; Retry-After says when to come again",
-    503: "a patch's bytes are lost, the registry was upgraded, its disk fails, or the base was replaced",
+    503: "a patch's bytes are lost, the registry was upgraded, its disk fails, or the base or the tokens are not as needed",
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorAnswer, "description": text} for code, text in _REFUSALS.items()
@@ -144,17 +146,23 @@ class Server:
     def enqueue(self, caller: Token, wanted: Sequence[Wanted]) -> list[Future[Drawn]]:
         """Check what is asked for and let it wait. Raises as `Painter.select` and `PictureQueue.put`; Forbidden, TooMany."""
         first = wanted[0]
-        if caller.recipes and first.recipe not in caller.recipes:
-            raise Forbidden(
-                f"the token of {caller.owner!r} is for {', '.join(map(repr, caller.recipes))} as they are now, and for "
-                "nothing else"
-            )
+        if not caller.may_use(first.recipe):
+            raise Forbidden(f"{_confined(caller)} as they are now, and for nothing else")
         if first.steps > self.options.max_steps:
             raise OverpaintError(f"at most {self.options.max_steps} steps are drawn here; got {first.steps}")
         self.painter.check_size(first.size)
         selected = self.painter.select(first)
-        self.limiter.spend(caller.sha256, len(wanted))
-        return self.queue.put([(each, selected) for each in wanted])
+        # In the queue's lock: a request that finds no room spends nothing of its caller's allowance.
+        return self.queue.put(
+            [(each, selected) for each in wanted], lambda: self.limiter.spend(caller.sha256, len(wanted))
+        )
+
+    def changeable(self, caller: Token, recipe: str) -> str:
+        """The name of a recipe that a caller may change. Raises Forbidden."""
+        name = sought_name(recipe, "recipe")
+        if not caller.may_use(name):
+            raise Forbidden(f"{_confined(caller)}, and changes no other")
+        return name
 
     async def expire(self) -> None:
         """Remove what has expired, now and again, also where nobody draws."""
@@ -164,6 +172,10 @@ class Server:
             except OverpaintError as error:
                 log.error("expired patches stay: %s", error)
             await asyncio.sleep(EXPIRY_SECONDS)
+
+
+def _confined(caller: Token) -> str:
+    return f"the token of {caller.owner!r} is for {', '.join(map(repr, caller.recipes))}"
 
 
 def create_app(options: ServeOptions, on_base: Callable[[Base], None] | None = None) -> FastAPI:
@@ -221,6 +233,13 @@ async def _refused(request: Request, error: Exception) -> Response:
     )
     if status == 400 and isinstance(error.__cause__, DBAPIError | sqlite3.Error | OSError):
         status, kind = 503, "registry_unavailable"
+    message = printed(str(error))
+    if status == 503 and not isinstance(error, Stopping):
+        log.error("%s", message)  # whoever runs the server has to do something about it
+    if isinstance(error, BadTokens):
+        message = (
+            "the server's list of tokens cannot be used, so nobody is let in; its log says which file is to be mended"
+        )
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -229,7 +248,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     server: Server | None = getattr(request.app.state, "server", None)
     if server is not None:
         server.metrics.refused(kind)
-    return refusal(status, kind, printed(str(error)), headers)
+    return refusal(status, kind, message, headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -419,7 +438,8 @@ def recipes(server: Served, caller: Reader) -> list[schemas.RecipeSummary]:
 @router.post("/v1/recipes", status_code=201, tags=["recipes"])
 def create(body: schemas.NewRecipe, server: Served, caller: Changer) -> schemas.RecipeItem:
     """Make an empty recipe on the served base."""
-    return _shown(server, server.workspace.create_recipe(body.recipe, base=server.painter.base_name).name)
+    name = server.changeable(caller, body.recipe)
+    return _shown(server, server.workspace.create_recipe(name, base=server.painter.base_name).name)
 
 
 @router.get("/v1/recipes/{recipe:path}", tags=["recipes"])
@@ -471,26 +491,27 @@ def expired(
 @router.post("/v1/add/{recipe:path}", tags=["recipes"])
 def add(recipe: str, body: schemas.AddBody, server: Served, caller: Changer) -> schemas.ChangeAnswer:
     """Add patches to a recipe in one revision, or change their strengths. Repeating the call changes nothing more."""
-    return _changed(server, recipe, _add(body, caller))
+    return _changed(server, server.changeable(caller, recipe), _add(body, caller))
 
 
 @router.post("/v1/remove/{recipe:path}", tags=["recipes"])
 def remove(recipe: str, body: schemas.RemoveBody, server: Served, caller: Changer) -> schemas.ChangeAnswer:
     """Remove patches from a recipe in one revision: the weights are restored."""
-    return _changed(
-        server, recipe, lambda found: found.remove_all(dict.fromkeys(body.patches), why=body.why, who=caller.owner)
-    )
+    patches = dict.fromkeys(body.patches)
+    name = server.changeable(caller, recipe)
+    return _changed(server, name, lambda found: found.remove_all(patches, why=body.why, who=caller.owner))
 
 
 @router.post("/v1/undo/{recipe:path}", tags=["recipes"])
 def undo(recipe: str, body: schemas.UndoBody, server: Served, caller: Changer) -> schemas.ChangeAnswer:
     """Take the newest change of a recipe back, as a new revision."""
-    return _changed(server, recipe, lambda found: found.undo(why=body.why, who=caller.owner))
+    name = server.changeable(caller, recipe)
+    return _changed(server, name, lambda found: found.undo(why=body.why, who=caller.owner))
 
 
 @router.post("/v1/takedown", tags=["recipes"])
 def takedown(body: schemas.AddBody, server: Served, caller: Changer) -> schemas.TakedownAnswer:
-    """Add patches to every recipe of the served base; repeating the call changes nothing more.
+    """Add patches to every recipe of the served base that the token is for; repeating the call changes nothing more.
 
     The answer names the recipes that could not be changed, with the reason.
     """
@@ -499,7 +520,7 @@ def takedown(body: schemas.AddBody, server: Served, caller: Changer) -> schemas.
         server.workspace.registry.patch(patch, base=base_name)
     answer = schemas.TakedownAnswer(changed=[], failed={})
     for record in server.workspace.recipes():
-        if record.base in names:
+        if record.base in names and caller.may_use(record.name):
             try:
                 answer.changed.append(_changed(server, record.name, _add(body, caller)))
             except OverpaintError as error:
@@ -511,8 +532,12 @@ def takedown(body: schemas.AddBody, server: Served, caller: Changer) -> schemas.
 def remove_expired(
     server: Served, caller: Changer, recipe: Annotated[str | None, Query(max_length=1000)] = None
 ) -> list[schemas.HistoryItem]:
-    """Remove the patches that have expired, from all recipes or from one."""
-    return [_line(each) for each in server.workspace.remove_expired(recipe=recipe, who=caller.owner)]
+    """Remove the patches that have expired, from all recipes that the token is for, or from one."""
+    if recipe is not None:
+        names = [server.changeable(caller, recipe)]
+    else:
+        names = [each for each in dict.fromkeys(due.recipe for due in server.workspace.due()) if caller.may_use(each)]
+    return [_line(each) for name in names for each in server.workspace.remove_expired(recipe=name, who=caller.owner)]
 
 
 def _add(body: schemas.AddBody, caller: Token) -> Callable[[Recipe], list[HistoryRecord]]:

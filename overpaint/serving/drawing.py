@@ -280,9 +280,18 @@ class PictureQueue:
         """Begin to draw."""
         self._thread.start()
 
-    def put(self, wanted: Sequence[tuple[Wanted, PatchSet]]) -> list[Future[Drawn]]:
-        """Let pictures wait, all or none. Raises QueueFull, Stopping."""
+    def put(
+        self, wanted: Sequence[tuple[Wanted, PatchSet]], admit: Callable[[], None] = lambda: None
+    ) -> list[Future[Drawn]]:
+        """Let pictures wait, all or none. Raises QueueFull, Stopping, OverpaintError for more than may ever wait.
+
+        `admit` is called once there is room for them, and may refuse them by raising.
+        """
         jobs = [Job(each, selected.strengths) for each, selected in wanted]
+        if len(jobs) > self._limit:
+            raise OverpaintError(
+                f"{len(jobs)} pictures in one request, and at most {self._limit} may wait; ask for fewer"
+            )
         with self._change:
             if self._stopping:
                 raise Stopping("the server is stopping; ask again in a moment")
@@ -291,6 +300,7 @@ class PictureQueue:
                     f"{len(self._waiting)} pictures wait already, and at most {self._limit} may; ask again later",
                     max(1.0, len(self._waiting) * self._seconds),
                 )
+            admit()
             self._waiting.extend(jobs)
             self._change.notify()
         return [job.done for job in jobs]

@@ -1,4 +1,4 @@
-"""How much a caller may ask for: pictures in a time, counted over all workers, and bytes in a body."""
+"""How much a caller may ask for: pictures in a minute, counted over all workers, and bytes in the body of a request."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TooMany(OverpaintError):
 
 
 class RateLimiter:
-    """At most so many in a minute for each caller, also in one go; the generic cell rate algorithm (ITU-T I.371).
+    """At most `rate` pictures in a minute for each caller, all at once if they like; 0 is any number.
 
-    Of each caller one number is kept, the time at which all allowance is back. It is in a database file, so that several
-    workers count together; None counts for this process alone. A `rate` of 0 means no limit.
+    The generic cell rate algorithm (ITU-T I.371): one number is kept for each caller, the time at which their whole allowance
+    is back. It is in a database file, in which several workers count together; without a file this process counts for itself.
     """
 
     def __init__(self, rate: int, file: Path | None) -> None:
@@ -41,9 +41,13 @@ class RateLimiter:
         self._database.execute("CREATE TABLE IF NOT EXISTS caller (name TEXT PRIMARY KEY, whole REAL NOT NULL)")
 
     def spend(self, caller: str, count: int = 1, now: float | None = None) -> None:
-        """Take `count` from a caller's allowance. Raises TooMany, and then takes nothing."""
+        """Take `count` from a caller's allowance, or nothing and raise TooMany; OverpaintError where no waiting would help."""
         if not self._rate:
             return
+        if count > self._rate:
+            raise OverpaintError(
+                f"{count} pictures in one request, and at most {self._rate} in a minute; ask for fewer"
+            )
         now, each = time.time() if now is None else now, 60.0 / self._rate
         with self._lock, closing(self._database.cursor()) as cursor:
             cursor.execute("BEGIN IMMEDIATE")

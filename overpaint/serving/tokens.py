@@ -1,20 +1,25 @@
 """Who may do what on a server: tokens with roles, of which the registry's folder has digests alone.
 
 A token is 256 random bits, so one SHA-256 of it is as good as a slow hash: there is nothing to guess. The file is read anew when
-it changed, so a token that is revoked is refused at once, by every worker.
+it changed, so a token that is revoked is refused at once, by every worker. A file that is damaged, or that every user of the
+machine may write, lets nobody in.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import secrets
+import shlex
 import sqlite3
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 from overpaint.core.atomic import locked, share, write_over
 from overpaint.core.errors import OverpaintError
@@ -27,12 +32,16 @@ FILE_NAME = "tokens.json"
 LOCK_SECONDS = 20.0
 
 
+class BadTokens(OverpaintError):
+    """A file of tokens that cannot be read, or not be trusted."""
+
+
 @dataclass(frozen=True)
 class Token:
     """What is stored of a token: its owner, who is the author of changes made with it, and what it allows.
 
-    `recipes` are the only recipes it may draw with, as they are now; empty means any, with earlier revisions and free sets of
-    patches too.
+    `recipes` are the only recipes that it may draw with, as they are now, and change; empty means any, with earlier revisions
+    and free sets of patches too.
     """
 
     owner: str
@@ -50,25 +59,34 @@ class Token:
         """Whether it has this role or one above it."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
+    def may_use(self, recipe: str | None) -> bool:
+        """Whether it may draw with a recipe and, with that role, change it; None is a free set of patches."""
+        return not self.recipes or recipe in self.recipes
+
 
 class TokenFile:
     """The tokens of a registry, in its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE_NAME
-        self._read: tuple[tuple[int, int, int] | None, tuple[Token, ...]] = (None, ())
+        self._read: tuple[tuple[int, ...] | None, tuple[Token, ...]] = (None, ())
 
     def tokens(self) -> tuple[Token, ...]:
-        """All tokens, oldest first. Raises OverpaintError for a file that cannot be read."""
+        """All tokens, oldest first. Raises BadTokens for a file that cannot be read, or that everybody may write."""
         try:
             found = self.path.stat()
-            stamp = found.st_ino, found.st_size, found.st_mtime_ns
+            stamp = found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
             if self._read[0] != stamp:
+                if os.name != "nt" and found.st_mode & stat.S_IWOTH:
+                    raise BadTokens(
+                        f"every user of this machine may write {self.path}, and so give themselves a token; run "
+                        f"`chmod o-w {shlex.quote(str(self.path))}`, then look through `overpaint token list`"
+                    )
                 self._read = stamp, _parsed(self.path.read_bytes())
         except FileNotFoundError:
             return ()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise OverpaintError(
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadTokens(
                 f"the tokens in {self.path} cannot be read ({error}); put the file back, or remove it and make new tokens"
             ) from error
         return self._read[1]
@@ -116,10 +134,24 @@ def _digest(text: str) -> str:
 
 
 def _parsed(content: bytes) -> tuple[Token, ...]:
-    found = []
-    for each in json.loads(content)["tokens"]:
-        if each["role"] not in ROLES:
-            raise ValueError(f"unknown role {each['role']!r}")
-        role = cast(Role, each["role"])
-        found.append(Token(str(each["owner"]), role, tuple(each["recipes"]), str(each["created"]), str(each["sha256"])))
-    return tuple(found)
+    """The tokens of a file. Raises ValueError, RecursionError: a type that is taken for another could widen what it allows."""
+    match json.loads(content):
+        case {"tokens": [*listed]}:
+            return tuple(_token(number, each) for number, each in enumerate(listed, 1))
+    raise ValueError("it has no list of tokens")
+
+
+def _token(number: int, stored: Any) -> Token:
+    match stored:
+        case {
+            "owner": str(owner),
+            "role": "read" | "generate" | "change" as role,
+            "recipes": [*recipes],
+            "created": str(created),
+            "sha256": str(digest),
+        } if all(isinstance(each, str) and each for each in recipes) and re.fullmatch("[0-9a-f]{64}", digest):
+            return Token(owner, role, tuple(recipes), created, digest)
+    raise ValueError(
+        f"token {number} needs an owner, one of the roles {', '.join(ROLES)}, a list of recipes, the time it was created and "
+        "a SHA-256 of 64 hexadecimal digits"
+    )

@@ -186,6 +186,43 @@ def test_a_token_for_some_recipes_draws_with_these_as_they_are_now(client: Clien
         assert "'cat' as they are now, and for nothing else" in message(refused)
 
 
+def test_a_token_for_some_recipes_changes_these_and_no_others(client: Client, workspace: Workspace) -> None:
+    for name in ("cat", "dog"):
+        workspace.recipe(name).add("fox", until=YESTERDAY)
+    bound = as_role(client, "change", recipes=("cat", "mine"))
+    before = {each.name: each.revision for each in workspace.recipes()}
+    for refused in (
+        bound.post("/v1/add/dog", patches=["cat"]),
+        bound.post("/v1/remove/dog", patches=["dog"]),
+        bound.post("/v1/undo/dog"),
+        bound.post("/v1/recipes", recipe="another"),
+        bound.post("/v1/expired/remove?recipe=dog"),
+        bound.post("/v1/add/cat@1", patches=["dog"]),
+        bound.picture("dog"),
+    ):
+        assert refused.status_code == 403
+        assert "the token of 'Bob' is for 'cat', 'mine'" in message(refused)
+    assert {each.name: each.revision for each in workspace.recipes()} == before
+    assert {each["recipe"] for each in bound.post("/v1/expired/remove").json()} == {"cat"}
+    assert bound.post("/v1/recipes", recipe="mine").status_code == 201
+    changed = bound.post("/v1/takedown", patches=["car"]).json()
+    assert ({each["recipe"] for each in changed["changed"]}, changed["failed"]) == ({"cat", "mine"}, {})
+    assert bound.post("/v1/remove/cat", patches=["car"]).status_code == 200
+    assert {each.name for each in workspace.recipes() if each.revision != before.get(each.name)} == {"cat", "mine"}
+
+
+def test_a_damaged_file_of_tokens_is_named_in_the_servers_log_alone(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = client.server.tokens.path
+    path.write_text(path.read_text().replace('"recipes": []', '"recipes": ""'))
+    refused = client.get("/v1/recipes")
+    assert refused.status_code == 503
+    assert message(refused).startswith("the server's list of tokens cannot be used, so nobody is let in")
+    assert str(path) in caplog.text
+    assert str(path) not in refused.text
+
+
 def test_a_caller_who_asks_too_often_is_told_when_to_come_again(serve: Serve) -> None:
     client = serve(rate=3)
     assert [client.picture("cat", seed).status_code for seed in range(3)] == [200] * 3
@@ -194,6 +231,19 @@ def test_a_caller_who_asks_too_often_is_told_when_to_come_again(serve: Serve) ->
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
     assert "at most 3 pictures in a minute" in message(refused)
     assert as_role(client, "generate").picture("cat").status_code == 200, "others have allowances of their own"
+
+
+def test_a_request_that_no_waiting_would_help_is_refused_as_such(serve: Serve) -> None:
+    for options, sentence in (
+        ({"queue": 1}, "2 pictures in one request, and at most 1 may wait"),
+        ({"rate": 1}, "2 pictures in one request, and at most 1 in a minute"),
+    ):
+        client = serve(**options)
+        for _ in range(3):
+            refused = client.post("/v1/images/generations", model="cat", prompt="a", n=2, steps=1)
+            assert refused.status_code == 400
+            assert sentence in message(refused)
+        assert client.picture("cat").status_code == 200, "refusals spend nothing"
 
 
 def test_allowance_comes_back_with_time_and_is_shared_through_a_file(tmp_path: Any) -> None:
@@ -211,7 +261,7 @@ def test_allowance_comes_back_with_time_and_is_shared_through_a_file(tmp_path: A
 
 
 def test_a_full_queue_answers_429_with_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, go, original = serve(queue=1), threading.Event(), drawing.generate  # type: ignore[attr-defined]
+    client, go, original = serve(queue=1, rate=4), threading.Event(), drawing.generate  # type: ignore[attr-defined]
     began = threading.Event()
 
     def held(*args: Any) -> Any:
@@ -227,6 +277,10 @@ def test_a_full_queue_answers_429_with_a_time(serve: Serve, monkeypatch: pytest.
         while not len(client.server.queue):
             pass
         refused = client.picture("fox")
+        spent = client.server.limiter
+        with pytest.raises(TooMany):
+            spent.spend(client.server.tokens.tokens()[0].sha256, 3)
+        spent.spend(client.server.tokens.tokens()[0].sha256, 2)  # all but the two pictures that were let wait
         go.set()
         assert [each.result(60).status_code for each in answers] == [200, 200]
     assert refused.status_code == 429

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from overpaint.cli import main
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.serving.tokens import TokenFile
+from overpaint.serving.tokens import BadTokens, TokenFile
 from overpaint.workspace.workspace import Workspace
 
 
@@ -60,6 +62,58 @@ def test_a_damaged_file_of_tokens_lets_nobody_in(tmp_path: Path) -> None:
         tokens.path.write_bytes(content)
         with pytest.raises(OverpaintError, match="cannot be read"):
             tokens.find(text)
+
+
+WIDENED: list[dict[str, Any]] = [
+    {"recipes": "safe"},
+    {"recipes": ""},
+    {"recipes": {}},
+    {"recipes": [""]},
+    {"recipes": [["safe"]]},
+    {"recipes": None},
+    {"role": ["change"]},
+    {"role": "root"},
+    {"owner": 5},
+    {"owner": None},
+    {"created": 0},
+    {"sha256": "\u00e9" + 63 * "0"},
+    {"sha256": 64 * "0" + "\n"},
+    {"sha256": ""},
+    {"sha256": [0]},
+]
+"""Wrong values of a stored token."""
+
+
+@pytest.mark.parametrize("wrong", WIDENED, ids=str)
+def test_a_stored_token_of_wrong_types_allows_nothing(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    tokens = TokenFile(tmp_path)
+    text = tokens.add("Ada", "generate", ["safe"])
+    (stored,) = json.loads(tokens.path.read_text())["tokens"]
+    for listed in ([{**stored, **wrong}], [{name: stored[name] for name in stored if name not in wrong}], [5]):
+        tokens.path.write_text(json.dumps({"tokens": listed}, ensure_ascii=False))
+        with pytest.raises(BadTokens, match=r"tokens.json cannot be read \(token 1 needs an owner"):
+            tokens.find(text)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"5", b'{"tokens": null}', b'{"tokens": "abc"}', b"[" * 100_000, b"\xff"]
+)
+def test_a_file_that_is_no_list_of_tokens_is_named_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    tokens = TokenFile(tmp_path)
+    tokens.path.write_bytes(content)
+    with pytest.raises(BadTokens, match=r"tokens\.json cannot be read"):
+        tokens.tokens()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="access rights of POSIX")
+def test_a_file_that_everybody_may_write_is_refused_until_its_rights_are_mended(tmp_path: Path) -> None:
+    tokens = TokenFile(tmp_path)
+    text = tokens.add("Ada", "read")
+    tokens.path.chmod(0o666)
+    with pytest.raises(BadTokens, match=r"every user of this machine may write .*`chmod o-w .*tokens.json`"):
+        tokens.find(text)
+    tokens.path.chmod(0o660)
+    assert tokens.find(text) is not None
 
 
 def test_tokens_are_made_listed_and_revoked_by_commands(workspace: Workspace) -> None:
