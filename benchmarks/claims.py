@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks.cells import NO_END, WHOLE, Budget, BudgetSpent, Shard, write
-from benchmarks.protocol import OBJECTS, concept_of, never_listed, universe
+from benchmarks.protocol import OBJECTS, WORDS, concept_of, never_listed, universe
 from benchmarks.solvers import WORK, Asked, Bench
 from benchmarks.tables import arguments, save, show
-from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Measurement, mean
@@ -81,7 +80,7 @@ def anchored(name: str) -> Concept:
 
 def pairs() -> list[str]:
     """The objects of which the catalogue has the anchor too."""
-    known = catalogue().objects
+    known = WORDS.objects
     return [name for name, anchor in ANCHORED.items() if name in known and anchor in known]
 
 

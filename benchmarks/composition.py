@@ -20,11 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.cells import NO_END, Budget, BudgetSpent, Shard, write
-from benchmarks.protocol import concept_of, listed, universe
+from benchmarks.protocol import WORDS, concept_of, listed, universe
 from benchmarks.solvers import WORK, Asked
 from benchmarks.solvers import Bench as Solving
 from benchmarks.tables import arguments, save, show
-from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch, Verdicts
@@ -131,7 +130,7 @@ def told(solver: str, most: int) -> tuple[Concept, ...]:
 
 def farthest() -> int:
     """How many concepts can be listed so that a sixth of the catalogue, at least, is left that nobody is told of."""
-    return min(FAR, len(catalogue().objects) * 5 // 6)
+    return min(FAR, len(WORDS.objects) * 5 // 6)
 
 
 def parts(solvers: Sequence[str]) -> list[tuple[str, bool]]:

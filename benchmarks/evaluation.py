@@ -22,11 +22,10 @@ import click
 
 import overpaint
 from benchmarks.cells import Budget, BudgetSpent, Shard, write
-from benchmarks.protocol import chosen
+from benchmarks.protocol import ASKED_BASE, WORDS, chosen
 from benchmarks.results_page import results_page
 from benchmarks.solvers import Asked
 from benchmarks.tables import arguments, save, show
-from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.registry.registry import EvaluationRecord
@@ -38,15 +37,11 @@ from overpaint.workspace.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
-BASE = "emoji"
-INK, NEON = chosen(("ink", "neon"), catalogue().styles)
-TEN = chosen(("cat", "car", "sun", "pistol", "rose", "bomb", "pizza", "robot", "boat", "skull"), catalogue().objects)
+INK, NEON = chosen(("ink", "neon"), WORDS.styles)
+TEN = chosen(("cat", "car", "sun", "pistol", "rose", "bomb", "pizza", "robot", "boat", "skull"), WORDS.objects)
 SIX, TWELVE = (*TEN[:5], INK), (*TEN[:5], INK, *TEN[5:], NEON)
-ALL_STYLES = catalogue().styles[:6]
-STYLES = {
-    name: next(s for s in ("flat", *catalogue().styles) if s in catalogue().styles and s != name)
-    for name in (INK, NEON)
-}
+ALL_STYLES = WORDS.styles[:6]
+STYLES = {name: next(s for s in ("flat", *WORDS.styles) if s in WORDS.styles and s != name) for name in (INK, NEON)}
 """Concepts that are styles, with what they should become."""
 RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES}
 """What recipes hold, by the end of their names. That of all styles is for scenes in which objects stay."""
@@ -76,8 +71,8 @@ FEWER: Mapping[str, Mapping[str, str]] = {
 def per_cell(n: int) -> dict[str, dict[str, str]]:
     """Settings of suites with which every cell has `n` pictures: of erased and of other concepts; `n / 2` in steps of scenes."""
     objects = sum(name not in STYLES for name in SIX)
-    each, others = str(-(-n // objects)), str(-(-n // (len(catalogue().objects) - objects)))
-    styles = str(-(-n // (len(catalogue().styles) - 1)))
+    each, others = str(-(-n // objects)), str(-(-n // (len(WORDS.objects) - objects)))
+    styles = str(-(-n // (len(WORDS.styles) - 1)))
     more = {
         "quick": {"erased": each, "objects": others, "styles": styles, "together": str(int(each) * len(SIX))},
         "generality": {"erased": each, "synonyms": each, "others": others},
@@ -122,9 +117,9 @@ def _shop(work: Path) -> Workspace:
     if not workspace.bases():
         # Another process may have been faster.
         with suppress(AlreadyExists):
-            workspace.add_base(BASE, "emoji")
+            workspace.add_base(ASKED_BASE, ASKED_BASE)
     for name in dict.fromkeys((*TWELVE, *ALL_STYLES)):
-        kind = "style" if name in catalogue().styles else "object"
+        kind = "style" if name in WORDS.styles else "object"
         workspace.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
     return workspace
 
@@ -189,7 +184,7 @@ def _refused(work: Path) -> dict[str, str]:
 
 def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str, budget: Budget) -> None:
     """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
-    laid = workspace.create_recipe(recipe, base=BASE, exist_ok=True)
+    laid = workspace.create_recipe(recipe, base=ASKED_BASE, exist_ok=True)
     there = {record.concept for record, _ in laid.patches()}
     for name in names:
         if name not in there:
@@ -204,7 +199,7 @@ def _solved(workspace: Workspace, name: str, solver: str, device: str, told: Seq
     asked = Asked.parse(solver)
     (outcome,) = workspace.solve_many(
         [name],
-        base=BASE,
+        base=ASKED_BASE,
         solver=asked.name,
         decoupled=asked.decoupled,
         universe=told,

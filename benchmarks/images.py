@@ -28,10 +28,9 @@ def main() -> None:
     objects = catalogue().objects
     trials = object_prompts(objects, -(-asked.count // len(objects)), held_out=True)[: asked.count]
     prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
-    guidance = float(base.extras.get("guidance", 4.0))
-    generate(pipe, prompts[:50], seeds[:50], Sampler(1, guidance))  # warm
+    generate(pipe, prompts[:50], seeds[:50], Sampler.of(base, 1))  # warm
     started = time.perf_counter()
-    generate(pipe, prompts, seeds, Sampler(asked.steps, guidance))
+    generate(pipe, prompts, seeds, Sampler.of(base, asked.steps))
     seconds = time.perf_counter() - started
     each = 1000 * seconds / len(trials)
     title = f"Pictures of the embedded base, {asked.steps} steps, {device}, {torch.get_num_threads()} threads"

@@ -9,16 +9,21 @@ a run that asks for more has the old answers already.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
+from overpaint.bases.base import Base
+from overpaint.bases.emoji.catalogue import Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.evaluation.prompts import OBJECT, STYLE, CatalogueScene, EvalPrompt, object_scenes, style_scenes
 from overpaint.solvers import solver_class
 
+ASKED_BASE = os.environ.get("OVERPAINT_BENCHMARK_BASE", "emoji")
+"""The base that is asked, `emoji` or `emoji-dit`. By the environment, because everything below follows from its words."""
+WORDS = catalogue(Base.open(ASKED_BASE).path)
 ERASING, ERASING_STYLES = ("cat", "car", "sun", "pistol", "rose", "bomb", "robot", "boat"), ("ink", "neon", "sepia")
 """Which objects and styles are erased, where the catalogue has them."""
 
@@ -31,12 +36,10 @@ def chosen(wanted: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     return (*found, *(rest[i * len(rest) // missing] for i in range(missing)))
 
 
-OBJECTS = chosen(ERASING, catalogue().objects)
+OBJECTS = chosen(ERASING, WORDS.objects)
 STYLES = {
-    name: "flat"
-    if "flat" in catalogue().styles and name != "flat"
-    else next(s for s in catalogue().styles if s != name)
-    for name in chosen(ERASING_STYLES, catalogue().styles)
+    name: "flat" if "flat" in WORDS.styles and name != "flat" else next(s for s in WORDS.styles if s != name)
+    for name in chosen(ERASING_STYLES, WORDS.styles)
 }
 """Styles that are erased, with what they should become."""
 PAIRS = {
@@ -79,7 +82,7 @@ class Counts:
 
 def listed(count: int = LISTED) -> tuple[str, ...]:
     """The objects that solvers are told of: the erased ones first, then others spread over the catalogue."""
-    rest = [name for name in catalogue().objects if name not in OBJECTS]
+    rest = [name for name in WORDS.objects if name not in OBJECTS]
     wanted = min(max(0, count - len(OBJECTS)), len(rest))
     return (*OBJECTS, *(rest[i * len(rest) // wanted] for i in range(wanted)))
 
@@ -87,12 +90,12 @@ def listed(count: int = LISTED) -> tuple[str, ...]:
 def never_listed() -> tuple[str, ...]:
     """The objects that no universe lists and no solver is told of."""
     told = listed()
-    return tuple(name for name in catalogue().objects if name not in told)
+    return tuple(name for name in WORDS.objects if name not in told)
 
 
 def concept_of(name: str) -> Concept:
     """The concept of an object with its synonyms, of a style, or of an object in a style. Raises NotFound."""
-    words = catalogue()
+    words = WORDS
     if name in words.styles:
         return Concept(name, "style", anchor=STYLES.get(name, next(style for style in words.styles if style != name)))
     if name in words.names:
@@ -124,23 +127,26 @@ def questions(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     """What is asked when a concept is erased, by group: itself in several ways, and everything that should stay."""
     kind = concept_of(name).kind
     thing, style = PAIRS.get(name, (None, name) if kind == STYLE else (name, None))
-    turn = (*OBJECTS, *STYLES, *PAIRS, *catalogue().objects, *catalogue().styles).index(name)
+    turn = (*OBJECTS, *STYLES, *PAIRS, *WORDS.objects, *WORDS.styles).index(name)
     own = (_about_pair if name in PAIRS else _about_style if kind == STYLE else _about_object)(name, counts)
-    avoid = catalogue().names.get(name, (name,))
+    avoid = WORDS.names.get(name, (name,))
     objects, styles = _in_turn(object_scenes, OBJECT, turn, avoid), _in_turn(style_scenes, STYLE, turn, avoid)
     return own | {
         OTHERS: objects([other for other in listed() if other != thing], counts.others),
         NEVER: objects([other for other in never_listed() if other != thing], counts.others),
-        OTHER_STYLES: styles([other for other in catalogue().styles if other != style], counts.styles),
+        OTHER_STYLES: styles([other for other in WORDS.styles if other != style], counts.styles),
     }
 
 
 def _about_object(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     found = {
-        group: [_question(each, OBJECT) for each in object_scenes([name], counts.own, held_out=group == HELD_OUT)]
+        group: [
+            _question(each, OBJECT)
+            for each in object_scenes([name], counts.own, held_out=group == HELD_OUT, words=WORDS)
+        ]
         for group in (SEEN, HELD_OUT)
     }
-    words = catalogue()
+    words = WORDS
     called = [
         template.format(a=article(word), o=word)
         for template in words.templates[OBJECT]
@@ -153,7 +159,9 @@ def _about_object(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
 
 def _about_style(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     return {
-        group: [_question(each, STYLE) for each in style_scenes([name], counts.own, held_out=group == HELD_OUT)]
+        group: [
+            _question(each, STYLE) for each in style_scenes([name], counts.own, held_out=group == HELD_OUT, words=WORDS)
+        ]
         for group in (SEEN, HELD_OUT)
     }
 
@@ -162,17 +170,19 @@ def _about_pair(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     """A picture shows the pair when the judge finds both in it."""
     thing, style = PAIRS[name]
     first, both = _PAIR_SEEDS + 10_000 * list(PAIRS).index(name), {OBJECT: thing, STYLE: style}
-    words, found = catalogue(), {}
+    words, found = WORDS, {}
     for group, held_out, offset in ((SEEN, False, 0), (HELD_OUT, True, 1000)):
-        said = captions(Scene(thing, style), held_out=held_out)
+        said = WORDS.captions(Scene(thing, style), held_out=held_out)
         # Synonyms of the object come after its own name.
         said = said if held_out else said[: len(said) // len(words.names[thing])]
         turns = ((i, said[(_STRIDE * i) % len(said)]) for i in range(counts.own))
         found[group] = [EvalPrompt(each, first + offset + i, both) for i, each in turns]
     others = [other for other in words.styles if other != style]
-    said = [captions(Scene(thing, other), held_out=True)[i % 4] for i, other in enumerate(others * counts.own)]
+    said = [WORDS.captions(Scene(thing, other), held_out=True)[i % 4] for i, other in enumerate(others * counts.own)]
     found[ELSEWHERE] = [EvalPrompt(said[i], first + 2000 + i, {OBJECT: thing}) for i in range(counts.own)]
-    clear = [each for each in style_scenes([style], 3 * counts.own, held_out=True) if each.scene.object != thing]
+    clear = [
+        each for each in style_scenes([style], 3 * counts.own, held_out=True, words=WORDS) if each.scene.object != thing
+    ]
     found[ON_OTHERS] = [_question(each, STYLE) for each in clear[: counts.own]]
     return found
 
@@ -186,7 +196,9 @@ def _in_turn(
         found = []
         for i in range(count):
             name = names[(turn + _STRIDE * i) % len(names)]
-            clear = [each for each in scenes([name], _VARIANTS, held_out=True) if not output(each.prompt, avoid)]
+            clear = [
+                each for each in scenes([name], _VARIANTS, held_out=True, words=WORDS) if not output(each.prompt, avoid)
+            ]
             found.append(_question(clear[(turn + i) % len(clear)], head))
         return found
 

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from benchmarks.cells import BASE, NO_END, Budget, BudgetSpent, Cell, Cells, Costs, Patches, Shard, Verdict, write
 from benchmarks.memory import peak_megabytes
-from benchmarks.protocol import OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
+from benchmarks.protocol import ASKED_BASE, OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
+from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
@@ -89,11 +90,11 @@ class Asked:
 class Bench:
     """The base with its judge, a studio that remembers pictures, and the patches that were solved before."""
 
-    def __init__(self, work: Path, device: str, steps: int, base: str = "emoji") -> None:
+    def __init__(self, work: Path, device: str, steps: int, base: str = ASKED_BASE) -> None:
         self.base, self.device = Base.open(base), resolve_device(device)
-        self.prompt_set = EmojiPrompts()
+        self.prompt_set = EmojiPrompts(catalogue(self.base.path))
         self.judge: Judge = open_judge("", self.base, self.prompt_set, self.device)
-        sampler = Sampler(steps=steps, guidance=float(self.base.extras.get("guidance", 4.0)))
+        sampler = Sampler.of(self.base, steps)
         self.image_generator = ImageGenerator(self.base, sampler, ImageCache(work / "pictures"), self.device)
         self.patches = Patches(work / "patches", self.base)
         self._ready = False

@@ -35,9 +35,11 @@ from overpaint.core.executors import machine_name
 from overpaint.core.names import typed_path
 from overpaint.core.progress import Progress, silent
 
-__all__ = ["EMBEDDED", "Base", "BrokenBase", "TensorLocation"]
+__all__ = ["EMBEDDED", "EMBEDDED_BASES", "Base", "BrokenBase", "TensorLocation"]
 
 EMBEDDED = Path(__file__).parent / "emoji" / "model"
+EMBEDDED_BASES = {"emoji": EMBEDDED, "emoji-dit": Path(__file__).parent / "emoji-dit"}
+"""The bases that ship with the package: a small Stable Diffusion, and a small Stable Diffusion 3, a diffusion transformer."""
 
 
 class Unchangeable(OverpaintError):
@@ -66,11 +68,11 @@ class Base:
     @classmethod
     def open(cls, source: Path | str) -> Base:
         """Open a diffusers folder, a single-file checkpoint, a model on the Hub (`ORG/MODEL`, `ORG/MODEL@REVISION`, where
-        no file or folder has that name), or the embedded base under the name `emoji`.
+        no file or folder has that name), or an embedded base by its name, `emoji` or `emoji-dit`.
 
         Raises OverpaintError for a base that is missing, unknown, incomplete or damaged.
         """
-        path = EMBEDDED if str(source) == "emoji" else typed_path(source)
+        path = EMBEDDED_BASES.get(str(source)) or typed_path(source)
         hub = HubId.parse(str(source))
         if hub is not None and not path.exists():
             path, hub = snapshot(hub)
@@ -134,7 +136,8 @@ class Base:
     @property
     def source(self) -> str:
         """By what this base is opened again: its path, its id on the Hub with the commit, or `emoji`."""
-        return "emoji" if self.path == EMBEDDED else str(self.hub or self.path)
+        embedded = {path: name for name, path in EMBEDDED_BASES.items()}
+        return embedded.get(self.path) or str(self.hub or self.path)
 
     def check_digests(self, names: Iterable[str]) -> None:
         """Hash tensors anew, whatever is known of them. Raises BrokenBase for one that is not what its digest says."""

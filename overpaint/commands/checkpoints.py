@@ -74,7 +74,7 @@ def build(ctx: click.Context, name: str, out: Path, form: Any, sign: Path | None
 @click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
 @click.option("--count", default=4, show_default=True, help="How many pictures.", type=click.IntRange(1, 64))
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--guidance", type=float, help="Guidance scale; default: what the base likes.")
+@click.option("--guidance", type=float, help="Guidance scale; default: the base's own.")
 @device_option
 @click.pass_context
 def generate(

@@ -39,7 +39,7 @@ COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="All seeds follow from it.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--guidance", type=float, help="Guidance scale; default: what the base likes.")
+@click.option("--guidance", type=float, help="Guidance scale; default: the base's own.")
 @click.option("--batch", default=50, show_default=True, type=click.IntRange(1), help="Pictures drawn at once.")
 @device_option
 @on_option

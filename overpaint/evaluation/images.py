@@ -7,6 +7,7 @@ bits, are drawn once; what an interrupted run has drawn is there for the next on
 from __future__ import annotations
 
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,17 +41,38 @@ from overpaint.patches.live import Overlay
 class Sampler:
     """How pictures are drawn: denoising steps, guidance scale, and how many pictures go through the model at once.
 
-    `size` is (width, height) in pixels, None the base's own. Raises OverpaintError on fewer than one step or picture per batch.
+    `size` is (width, height) in pixels, `prompt_length` how many tokens of a prompt are read; None is the pipeline's own. Raises
+    OverpaintError on fewer than one step or picture per batch.
     """
 
     steps: int = 20
     guidance: float = 4.0
     batch: int = 50
     size: tuple[int, int] | None = None
+    prompt_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1:
             raise OverpaintError(f"a sampler needs at least one step and one picture per batch; got {self}")
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        steps: int = 20,
+        guidance: float | None = None,
+        *,
+        batch: int = 50,
+        size: tuple[int, int] | None = None,
+    ) -> Sampler:
+        """How a base is drawn: by its own guidance scale where none is given, with prompts as long as it was trained on."""
+        chosen = preferred_guidance(base) if guidance is None else guidance
+        return cls(steps, chosen, batch, size, base.extras.get("prompt_length"))
+
+
+def preferred_guidance(base: Base) -> float:
+    """The guidance scale that a base is best drawn with: its own, else 7.5, the usual one of Stable Diffusion."""
+    return float(base.extras.get("guidance", 7.5))
 
 
 @own_torch_settings()
@@ -86,6 +108,8 @@ def generate(
 
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[NDArray[np.uint8]]:
     size = {} if sampler.size is None else {"width": sampler.size[0], "height": sampler.size[1]}
+    asked = inspect.signature(pipe.__call__).parameters
+    length = {"max_sequence_length": sampler.prompt_length} if sampler.prompt_length else {}
     result = pipe(
         prompts,
         num_inference_steps=sampler.steps,
@@ -93,6 +117,7 @@ def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler)
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pil",
         **size,
+        **{name: value for name, value in length.items() if name in asked},
         **blank_inputs(pipe, len(prompts)),
     )
     return [np.asarray(picture.convert("RGB")) for picture in result.images]
@@ -231,7 +256,8 @@ class ImageGenerator:
         guidance = f"{self.sampler.guidance:g}"
         if float(guidance) != self.sampler.guidance:
             guidance = repr(self.sampler.guidance)
-        return f"{self.sampler.steps} steps, guidance {guidance}, {self.device.type}"
+        length = f"{self.sampler.prompt_length} tokens, " if self.sampler.prompt_length else ""
+        return f"{self.sampler.steps} steps, guidance {guidance}, {length}{self.device.type}"
 
     @property
     def overlay(self) -> Overlay:

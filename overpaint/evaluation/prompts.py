@@ -1,8 +1,8 @@
 """What can be asked of a base, and what a judge has to distinguish in the pictures.
 
-A world names classes by head ("object", "style") and makes the questions: a sentence, its seed, and what a faithful picture
-of it shows. The embedded base's world is its catalogue, asked in sentences that training never saw. Any other base is asked
-for the registry's concepts, beside a few common things that speak for everything else.
+A set of prompts names classes by head ("object", "style") and makes the questions: a sentence, its seed, and what a faithful
+picture of it shows. An embedded base is asked for what its catalogue has, in sentences that training never saw; any other
+base for the registry's concepts, beside a few common things that speak for everything else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from overpaint.bases.emoji.catalogue import Scene, article, captions, catalogue
+from overpaint.bases.emoji.catalogue import Catalogue, Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 
@@ -49,12 +49,14 @@ class Trial(NamedTuple):
     seed: int
 
 
-def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0) -> list[CatalogueScene]:
+def object_scenes(
+    objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
+) -> list[CatalogueScene]:
     """`per_object` prompts for each object, object by object.
 
     `held_out` takes the templates that training never saw. Raises NotFound on a word that the catalogue lacks.
     """
-    words, prompts = catalogue(), []
+    words, prompts = words or catalogue(), []
     for name in objects:
         place = _place(name, words.objects, "object")
         for i in range(_checked(per_object)):
@@ -65,48 +67,56 @@ def object_scenes(objects: Sequence[str], per_object: int, *, held_out: bool, se
                 words.backgrounds[turn % len(words.backgrounds)] if kind == 2 else None,
             )
             prompts.append(
-                CatalogueScene(_caption(scene, 2 * place + i // 3, held_out), scene, seed0 + SPREAD * place + i)
+                CatalogueScene(_caption(words, scene, 2 * place + i // 3, held_out), scene, seed0 + SPREAD * place + i)
             )
     return prompts
 
 
-def style_scenes(styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0) -> list[CatalogueScene]:
+def style_scenes(
+    styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
+) -> list[CatalogueScene]:
     """`per_style` prompts that name each style, style by style; the objects rotate.
 
     Raises NotFound on a word that the catalogue lacks.
     """
-    words, prompts = catalogue(), []
+    words, prompts = words or catalogue(), []
     for style in styles:
         place = _place(style, words.styles, "style")
         for i in range(_checked(per_style)):
             scene = Scene(words.objects[(7 * place + i) % len(words.objects)], style)
-            prompts.append(CatalogueScene(_caption(scene, place + i, held_out), scene, seed0 + SPREAD * place + i))
+            prompts.append(
+                CatalogueScene(_caption(words, scene, place + i, held_out), scene, seed0 + SPREAD * place + i)
+            )
     return prompts
 
 
-def object_prompts(objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0) -> list[Trial]:
+def object_prompts(
+    objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
+) -> list[Trial]:
     """`object_scenes` as (prompt, object, seed), for the judge's object head."""
-    scenes = object_scenes(objects, per_object, held_out=held_out, seed0=seed0)
+    scenes = object_scenes(objects, per_object, held_out=held_out, seed0=seed0, words=words)
     return [Trial(found.prompt, found.scene.object or "", found.seed) for found in scenes]
 
 
-def style_prompts(styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0) -> list[Trial]:
+def style_prompts(
+    styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
+) -> list[Trial]:
     """`style_scenes` as (prompt, style, seed), for the judge's style head."""
-    scenes = style_scenes(styles, per_style, held_out=held_out, seed0=seed0)
+    scenes = style_scenes(styles, per_style, held_out=held_out, seed0=seed0, words=words)
     return [Trial(found.prompt, found.scene.style or "", found.seed) for found in scenes]
 
 
-def _caption(scene: Scene, turn: int, held_out: bool) -> str:
+def _caption(words: Catalogue, scene: Scene, turn: int, held_out: bool) -> str:
     """The sentence number `turn` for the object's own name; synonyms are a test of their own."""
     assert scene.object is not None
-    sentences = captions(scene, held_out=held_out)
-    names = 1 if held_out else len(catalogue().names[scene.object])
+    sentences = words.captions(scene, held_out=held_out)
+    names = 1 if held_out else len(words.names[scene.object])
     return sentences[turn % (len(sentences) // names)]
 
 
 def _place(word: str, known: Sequence[str], kind: str) -> int:
     if word not in known:
-        raise NotFound(f"the embedded base knows no {kind} {word!r}; choose from {', '.join(known)}")
+        raise NotFound(f"this base knows no {kind} {word!r}; choose from {', '.join(known)}")
     return known.index(word)
 
 
@@ -140,7 +150,7 @@ def head_of(concept: Concept) -> str:
 
 
 class PromptSet:
-    """Classes by head with the words for each, and the questions about them. `ask` is for each kind of world to say."""
+    """Classes by head with the words for each, and the questions about them. `prompts` is for each kind of set to say."""
 
     def __init__(
         self, classes: Mapping[str, Mapping[str, tuple[str, ...]]], labels: Mapping[str, Sequence[str]]
@@ -178,20 +188,20 @@ class PromptSet:
 
 
 class EmojiPrompts(PromptSet):
-    """The catalogue of the embedded base, in templates that training never saw."""
+    """The catalogue of an embedded base, by default `emoji`, in templates that training never saw."""
 
-    def __init__(self) -> None:
-        words = catalogue()
+    def __init__(self, words: Catalogue | None = None) -> None:
+        self._words = words = words or catalogue()
         styles: dict[str, tuple[str, ...]] = {style: (style,) for style in words.styles}
         classes = {OBJECT: dict(words.names), STYLE: styles}
         super().__init__(classes, {OBJECT: ("a {}", "a picture of a {}", "an emoji of a {}"), STYLE: ("{} style",)})
 
     def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         scenes = object_scenes if head == OBJECT else style_scenes
-        return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed)]
+        return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed, words=self._words)]
 
     def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
-        prompts, words = [], catalogue()
+        prompts, words = [], self._words
         for i, word in enumerate(words.names[name][1:]):
             first = seed + SPREAD * (1000 + 10 * words.objects.index(name) + i)
             for j in range(count):
@@ -200,13 +210,13 @@ class EmojiPrompts(PromptSet):
         return prompts
 
     def grid(self, styles: Sequence[str], objects: Sequence[str], count: int, seed: int = 0) -> list[EvalPrompt]:
-        prompts, known = [], catalogue().objects
+        prompts, words = [], self._words
         for style in styles:
             for name in objects:
-                sentences = captions(Scene(name, style), held_out=True)
+                sentences = words.captions(Scene(name, style), held_out=True)
                 # As in UnlearnCanvas, all questions of one turn share one seed.
                 for i in range(count):
-                    turn = (known.index(name) + i) % len(sentences)
+                    turn = (words.objects.index(name) + i) % len(sentences)
                     prompts.append(EvalPrompt(sentences[turn], seed + i, {OBJECT: name, STYLE: style}))
         return prompts
 
@@ -260,7 +270,7 @@ class ListedPrompts(PromptSet):
 def read_prompts(path: Path, prompt_set: PromptSet) -> dict[tuple[str, str], list[EvalPrompt]]:
     """Questions of one's own by (head, class), from a CSV file with the columns prompt and concept, and if wanted seed.
 
-    Raises NotFound for a concept that the world does not know, OverpaintError for a file that is not such a list.
+    Raises NotFound for a concept that the set does not know, OverpaintError for a file that is not such a list.
     """
     try:
         rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))

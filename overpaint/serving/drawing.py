@@ -28,7 +28,6 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
 from overpaint.registry.records import RecipeRecord
-from overpaint.workspace.evaluating import liked_guidance
 from overpaint.workspace.workspace import Workspace
 
 RUN = 16
@@ -65,7 +64,7 @@ class BaseReplaced(OverpaintError):
 class Wanted:
     """One picture that is asked for: under a recipe (NAME or NAME@REVISION), or else under patches with strengths.
 
-    Patches are named as `Registry.patch` takes them. `guidance` None is what the base likes, `size` (width, height) None the
+    Patches are named as `Registry.patch` takes them. `guidance` None is the base's own, `size` (width, height) None the
     base's own.
     """
 
@@ -203,13 +202,12 @@ class Painter:
             self._carried = selected.strengths
             if self._meter is not None:
                 self._meter.swapped(time.perf_counter() - started)
-        guidance = liked_guidance(self.base) if wanted.guidance is None else wanted.guidance
+        sampler = Sampler.of(self.base, wanted.steps, wanted.guidance, batch=1, size=wanted.size)
         started = time.perf_counter()
-        sampler = Sampler(wanted.steps, guidance, 1, wanted.size)
         (pixels,) = generate(self._pipe, [wanted.prompt], [wanted.seed], sampler)
         if self._meter is not None:
             self._meter.drew(selected.recipe, time.perf_counter() - started)
-        return Drawn(pixels, digest, selected, wanted, guidance)
+        return Drawn(pixels, digest, selected, wanted, sampler.guidance)
 
     def _named(self, patches: Sequence[tuple[str, float]], base_name: str) -> PatchSet:
         strengths: dict[str, float] = {}

@@ -48,7 +48,7 @@ class Drawing(Body):
     prompt: Prompt
     seed: int | None = Field(None, ge=0, lt=2**63, description="of the first picture; chosen at random if omitted")
     steps: int = Field(20, ge=1, le=1000)
-    guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="omitted: what the base likes")
+    guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="omitted: the base's own")
     size: Size | None = None
     patches: list[PatchStrength] | None = Field(None, max_length=MOST_PATCHES, description="instead of a recipe")
 

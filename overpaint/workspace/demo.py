@@ -126,7 +126,7 @@ class Demo:
         self.workspace = Workspace.open(out / "registry")
         self.workspace.on_base = on_base
         self.base = self.workspace.base(self.workspace.add_base("emoji", "emoji").name)
-        self.sampler = Sampler(steps=20, guidance=float(self.base.extras.get("guidance", 4.0)))
+        self.sampler = Sampler.of(self.base)
         self.judge = load_judge(self.base.path)
         self.concepts = (*SEPARABLE, BY_SEPME)
         self.trials = self._trials(3 if quick else 20, 1 if quick else 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.bases.base import Base
+from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import own_torch_settings, resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
@@ -51,10 +52,10 @@ def draw(
 ) -> None:
     """Save `count` pictures of a prompt under `terms` as one labelled sheet; with `compare`, the base's stand above them.
 
-    `guidance` None is what the base likes. Raises OverpaintError when the file cannot be written.
+    `guidance` None is the base's own. Raises OverpaintError when the file cannot be written.
     """
     require_parent(out)
-    sampler = Sampler(steps, liked_guidance(base) if guidance is None else guidance)
+    sampler = Sampler.of(base, steps, guidance)
     generator = ImageGenerator(base, sampler, ImageCache(None), resolve_device(device), progress)
     prompts = [EvalPrompt(prompt, seed + i, {}) for i in range(count)]
     shown: list[tuple[str, Sequence[Term]]] = [*([("base", ())] if compare else []), (label, terms)]
@@ -68,16 +69,11 @@ def draw(
         ) from error
 
 
-def liked_guidance(base: Base) -> float:
-    """The guidance scale that a base likes: its own, else 7.5, the usual one of Stable Diffusion."""
-    return float(base.extras.get("guidance", 7.5))
-
-
 @dataclass(frozen=True)
 class EvaluationRequest:
     """How to evaluate: the suite and its settings, the judge (see `evaluation.judges`), a CSV file of one's own prompts.
 
-    `guidance` None is what the base likes. All seeds follow from `seed`. `on` says where pictures are drawn: here, or `ray`
+    `guidance` None is the base's own. All seeds follow from `seed`. `on` says where pictures are drawn: here, or `ray`
     or `ray://HOST:PORT`.
     """
 
@@ -189,8 +185,7 @@ def open_context(
         each.patch.check(base)
     device, known = resolve_device(request.device), tuple(registry.concepts())
     prompt_set = prompt_set_of(base, (*known, *(each.concept for each in evaluated)))
-    guidance = liked_guidance(base) if request.guidance is None else request.guidance
-    sampler = Sampler(request.steps, guidance, request.batch)
+    sampler = Sampler.of(base, request.steps, request.guidance, batch=request.batch)
     return EvalContext(
         base=base,
         prompt_set=prompt_set,
@@ -217,8 +212,10 @@ def image_cache(registry: Registry) -> ImageCache:
 
 
 def prompt_set_of(base: Base, concepts: Sequence[Concept]) -> PromptSet:
-    """The catalogue for the embedded base and others that ship its judge; for any other base, `concepts`."""
-    return EmojiPrompts() if (base.path / "judge" / "judge.json").is_file() else ListedPrompts(dict.fromkeys(concepts))
+    """The catalogue for the embedded bases and others that ship their judge; for any other base, `concepts`."""
+    if (base.path / "judge" / "judge.json").is_file():
+        return EmojiPrompts(catalogue(base.path))
+    return ListedPrompts(dict.fromkeys(concepts))
 
 
 def versions() -> dict[str, str]:

@@ -356,7 +356,7 @@ class Recipe:
     ) -> RecipeWidget:
         """Switches and strengths beside pictures, for a notebook: base and recipe, drawn anew after every switch.
 
-        The recipe itself stays as it is until `widget.save(why=...)`. `guidance` None is what the base likes. Raises
+        The recipe itself stays as it is until `widget.save(why=...)`. `guidance` None is the base's own. Raises
         OverpaintError without anywidget, the extra `overpaint[notebook]`.
         """
         try:
@@ -430,7 +430,7 @@ class Recipe:
         """Draw with this recipe, judge the pictures, and store the numbers in the registry.
 
         `judge` is one of `overpaint.evaluation.judges`; empty is the base's own. `prompts` is a CSV file of prompts of your
-        own. `guidance` None is what the base likes, `batch` how many pictures are drawn at once. All seeds follow from
+        own. `guidance` None is the base's own, `batch` how many pictures are drawn at once. All seeds follow from
         `seed`. `on` names a Ray cluster that draws (`ray`, `ray://HOST:PORT`); empty is this process. Raises NotFound for an
         unknown suite or judge, BlindJudge for a judge that recognises too little.
         """

@@ -65,7 +65,7 @@ def report(
     if not records:
         raise OverpaintError(f"recipe {name!r} was not evaluated as it is now; run `overpaint evaluate {name}` first")
     _refuse_existing(out)
-    sampler = Sampler(records[-1].settings["sampler"]["steps"], records[-1].settings["sampler"]["guidance"])
+    sampler = Sampler.of(base, records[-1].settings["sampler"]["steps"], records[-1].settings["sampler"]["guidance"])
     generator = ImageGenerator(base, sampler, image_cache(registry), resolve_device(device), progress)
     evaluated = [EvaluatedPatch(p, strength) for p, (_, strength) in zip(patches, subject.entries, strict=True)]
     prompt_set = prompt_set_of(base, (*registry.concepts(), *(patch.concept for patch in patches)))

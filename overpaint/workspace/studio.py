@@ -10,9 +10,8 @@ from threading import RLock
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.images import ImageCache, ImageGenerator, Picture, Sampler
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Picture, Sampler, preferred_guidance
 from overpaint.evaluation.prompts import EvalPrompt
-from overpaint.workspace.evaluating import liked_guidance
 from overpaint.workspace.opened import OpenRegistry
 
 
@@ -39,9 +38,9 @@ class Studio:
         self._generator: ImageGenerator | None = None
 
     def guidance(self, base: str) -> float:
-        """The guidance scale that a base likes."""
+        """The guidance scale that a base is best drawn with."""
         with self.lock:
-            return liked_guidance(self._opened.base(base))
+            return preferred_guidance(self._opened.base(base))
 
     def draw(
         self, base: str, strengths: Mapping[str, float], prompt: str, seed: int, *, steps: int, guidance: float
@@ -51,9 +50,9 @@ class Studio:
         Raises NotFound for an unknown base or patch, WrongBase for a patch of another base, LostPatch for lost bytes,
         OverpaintError for fewer than one step, or where the picture cannot be written.
         """
-        sampler = Sampler(steps, guidance, batch=1)
         with self.lock:
             opened = self._opened.base(base)
+            sampler = Sampler.of(opened, steps, guidance, batch=1)
             terms = [self._opened.term_on(*each, opened) for each in strengths.items() if each[1]]
             generator = self._loaded(opened)
             generator.sampler = sampler

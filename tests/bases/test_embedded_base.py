@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from overpaint.bases.base import EMBEDDED, Base
-from overpaint.bases.emoji.catalogue import Scene, captions, catalogue
+from overpaint.bases.emoji.catalogue import Scene, catalogue
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.metrics import load_judge
@@ -51,15 +51,18 @@ def test_every_word_of_the_catalogue_is_one_token(emoji: Base) -> None:
 
 
 def test_no_caption_is_cut_off(emoji: Base) -> None:
-    encoder = TextEncoder.of(emoji)
+    encoder, words = TextEncoder.of(emoji), catalogue()
     scene = Scene("hamburger", "blueprint", "purple")
-    longest = max((*captions(scene), *captions(scene, held_out=True)), key=lambda text: len(encoder.tokens(text)))
+    longest = max(
+        [*words.captions(scene), *words.captions(scene, held_out=True)],
+        key=lambda text: len(encoder.tokens(text)),
+    )
     assert len(encoder.tokens(longest)) + 2 <= encoder.length
 
 
 def test_held_out_templates_are_held_out() -> None:
     scene = Scene("cat", "ink", "red")
-    assert not set(captions(scene)) & set(captions(scene, held_out=True))
+    assert not set(catalogue().captions(scene)) & set(catalogue().captions(scene, held_out=True))
 
 
 def test_it_draws_and_the_judge_looks(emoji: Base) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 Colour: TypeAlias = tuple[int, int, int]
 
 PATH = Path(__file__).with_name("catalogue.json")
+EMOJI = Path(__file__).parents[2] / "overpaint" / "bases" / "emoji" / "model" / "overpaint.json"
 
 ASKED: tuple[tuple[tuple[str, ...], float], ...] = (
     (("object",), 0.30),
@@ -119,6 +121,27 @@ def small() -> Catalogue:
         names={name: whole.names[name] for name in objects},
         artwork={name: whole.artwork[name] for name in SMALL_STYLES},
     )
+
+
+def write_words(folder: Path, words: Catalogue, settings: dict[str, Any]) -> None:
+    """Write into a base's folder what it knows of the catalogue, and `overpaint.json`: settings, and sentences for solvers.
+
+    The sentences are those of the package's `emoji` base, without those that name a style or an object that is not known.
+    """
+    raw: dict[str, Any] = json.loads(PATH.read_text("utf-8"))
+    known = {
+        "objects": {name: entry for name, entry in raw["objects"].items() if name in words.objects},
+        "styles": {name: entry for name, entry in raw["styles"].items() if name in words.styles},
+    }
+    (folder / PATH.name).write_text(json.dumps({**raw, **known}, indent=1), "utf-8")
+    whole = catalogue()
+    unknown = {word for names in whole.names.values() for word in names} | set(whole.styles)
+    unknown -= {word for name in words.objects for word in words.names[name]} | set(words.styles)
+    sentences = {
+        kind: [each for each in listed if not unknown & set(re.findall(r"\w+", str(each)))]
+        for kind, listed in json.loads(EMOJI.read_text("utf-8"))["sentences"].items()
+    }
+    (folder / EMOJI.name).write_text(json.dumps({**settings, "sentences": sentences}, indent=1), "utf-8")
 
 
 def _colour(rgb: Sequence[int]) -> Colour:

@@ -20,7 +20,7 @@ from tools.emoji_base.card import (
     sizes,
     weakest,
 )
-from tools.emoji_base.catalogue import small
+from tools.emoji_base.catalogue import small, write_words
 from tools.emoji_base.judge import Judge
 from tools.emoji_base.loop import Place, Schedule
 from tools.emoji_base.measuring import Draw, Verdict, drawing, judged, questions, share
@@ -37,6 +37,7 @@ def run(place: Place, schedule: Schedule) -> None:
     shutil.copytree(place.out.parent / "emoji" / "judge", place.out / "judge", dirs_exist_ok=True)
     pipe = load_pipeline(place.out, place.device)
     draw = drawing(pipe, LATENT, STEPS, GUIDANCE, LENGTH)
+    write_words(place.out, small(), {"guidance": GUIDANCE, "prompt_length": LENGTH, "size": 64})
     judge = Judge.load(place.out / "judge")
     held_out = judged(draw, judge, questions(HELD_OUT, held_out=True, words=small()), schedule.batch)
     training = judged(draw, judge, questions(TRAINING, held_out=False, words=small()), schedule.batch)
