@@ -1,4 +1,4 @@
-"""Which executor a word names."""
+"""Opens the executor that the option `--on` names: this process, or a Ray cluster."""
 
 from __future__ import annotations
 

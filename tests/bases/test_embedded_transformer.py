@@ -1,0 +1,79 @@
+"""The embedded diffusion transformer: small, judged, erased from and restored through both of its text inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from overpaint.bases.base import EMBEDDED_BASES, Base
+from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.core.concepts import Concept
+from overpaint.evaluation.images import Sampler, generate
+from overpaint.evaluation.metrics import load_judge, verdicts
+from overpaint.evaluation.prompts import object_prompts
+from overpaint.patches.compose import Term
+from overpaint.patches.delta import Sum, TextMap
+from overpaint.patches.live import Overlay
+from overpaint.patches.patch import uncovered_inputs
+from overpaint.solvers.closed_form.separable import Separable
+from overpaint.solvers.problem import EditProblem
+
+FOLDER = EMBEDDED_BASES["emoji-dit"]
+SEQUENCE, POOLED = "context", "pooled"
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Base:
+    return Base.open("emoji-dit")
+
+
+def test_it_is_a_stable_diffusion_3_of_at_most_30_mb(transformer: Base) -> None:
+    assert transformer.layout.name == "stable-diffusion-3"
+    assert set(transformer.text_inputs) == {SEQUENCE, POOLED}
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) <= 30_000_000
+
+
+def test_it_knows_40_objects_in_4_styles_and_its_judge_knows_them_too(transformer: Base) -> None:
+    words, judge = catalogue(FOLDER), load_judge(FOLDER)
+    assert len(words.objects) == 40
+    assert len(words.styles) == 4
+    assert set(words.objects) <= set(judge.classes["object"])
+    assert set(words.styles) <= set(judge.classes["style"])
+
+
+def test_its_card_states_measurements_and_licences() -> None:
+    card = (FOLDER / "README.md").read_text("utf-8")
+    for word in ("held-out", "95% Wilson", "CC BY 4.0", "Apache-2.0", "MIT", "max_sequence_length"):
+        assert word in card
+
+
+def test_one_concept_is_erased_through_both_inputs_others_stay_and_the_base_comes_back(
+    transformer: Base, tmp_path: Path
+) -> None:
+    words, judge = catalogue(FOLDER), load_judge(FOLDER)
+    concepts = tuple(Concept(name) for name in words.objects)
+    cat = next(concept for concept in concepts if concept.name == "cat")
+    delta = Separable().solve(EditProblem(transformer, cat, concepts, cache=tmp_path)).delta
+    assert uncovered_inputs(transformer, delta) == ()
+    half = Sum(tuple(part for part in delta.parts if isinstance(part, TextMap) and part.encoder == POOLED))
+    assert uncovered_inputs(transformer, half) == (SEQUENCE,)
+
+    pipe, sampler = transformer.pipeline(), Sampler.of(transformer, 12)
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    overlay = Overlay(pipe, transformer)
+
+    def shown(names: list[str], each: int) -> np.ndarray:
+        asked = object_prompts(names, each, held_out=True, words=words)
+        pictures = generate(pipe, [a.prompt for a in asked], [a.seed for a in asked], sampler)
+        return np.array(verdicts(judge, pictures, "object")) == [a.truth for a in asked]
+
+    others = ["dog", "sun", "car"]
+    assert shown(["cat"], 6).mean() >= 4 / 6
+    with overlay.applied([Term("cat", delta)]):
+        assert shown(["cat"], 6).mean() <= 1 / 6
+        assert shown(others, 4).mean() >= 9 / 12
+    after = pipe.transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
