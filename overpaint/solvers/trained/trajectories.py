@@ -21,8 +21,8 @@ class Trajectories:
     """x_t by partial denoising under one of several texts, guided as the pipeline guides.
 
     Without a `bank`, every draw denoises anew down to one random timestep, within the context `acting`, in which the model
-    has the weights to denoise with. With one, draws choose among all states of trajectories that were denoised once; that costs a small
-    fraction, and t varies within a batch.
+    has the weights to denoise with. With one, draws choose among all states of trajectories that were denoised once; that
+    costs a small fraction, and t varies within a batch.
     """
 
     model: Denoiser
