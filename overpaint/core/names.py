@@ -9,6 +9,8 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from overpaint.core.errors import NotFound, OverpaintError
 
 LONGEST_NAME = 400
 LONGEST_NOTE = 10_000
+SEEDS = 2**63
+"""Seeds are below it, as databases and PyTorch's generators take them."""
 # Control characters, halves of broken characters, line and paragraph separators: they spoil any table they appear in.
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
 
@@ -114,10 +118,18 @@ def checked_id(id: str) -> str:
 
 
 def checked_number(number: float, what: str) -> float:
-    """`number` as a float. Raises OverpaintError if it is not finite: SQLite would keep NaN as nothing."""
-    if not math.isfinite(number):
-        raise OverpaintError(f"{what} must be a finite number; got {number}")
-    return float(number)
+    """`number` as a float. Raises OverpaintError if it is not a finite one: SQLite would keep NaN as nothing."""
+    with suppress(OverflowError):
+        if isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number):
+            return float(number)
+    raise OverpaintError(f"{what} must be a finite number; got {shown(number)}")
+
+
+def checked_seed(seed: int) -> int:
+    """`seed` if databases and PyTorch's generators take it. Raises OverpaintError."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -SEEDS <= seed < SEEDS:
+        raise OverpaintError(f"a seed is a whole number of at most 63 bits; got {shown(seed)}")
+    return int(seed)
 
 
 def checked_json(value: dict[str, Any], what: str) -> str:
@@ -131,6 +143,14 @@ def checked_json(value: dict[str, Any], what: str) -> str:
 def quoted(text: str) -> str:
     """`text` in quotation marks for a message, cut when it is long."""
     return repr(text) if len(text) <= 100 else f"{text[:80]!r}... ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """What somebody gave instead of a text or a number, for a message, cut when it is long."""
+    if isinstance(value, int) and abs(value) >> 128:  # of which Python may refuse to write all digits
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFound:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from overpaint.core.atomic import replacing
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, Piece, Resources
+from overpaint.core.names import checked_number, checked_seed
 from overpaint.core.progress import Progress, silent
-from overpaint.evaluation.prompts import EvalPrompt
+from overpaint.evaluation.prompts import EvalPrompt, checked_prompt
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
 
@@ -42,7 +44,7 @@ class Sampler:
     """How pictures are drawn: denoising steps, guidance scale, and how many pictures go through the model at once.
 
     `size` is (width, height) in pixels, `prompt_length` how many tokens of a prompt are read; None is the pipeline's own. Raises
-    OverpaintError on fewer than one step or picture per batch.
+    OverpaintError on fewer than one step or picture per batch, and for numbers that are not whole, or not finite.
     """
 
     steps: int = 20
@@ -52,8 +54,12 @@ class Sampler:
     prompt_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise OverpaintError(f"a sampler needs at least one step and one picture per batch; got {self}")
+        if not all(isinstance(each, Integral) and each >= 1 for each in (self.steps, self.batch)):
+            raise OverpaintError(
+                "a sampler needs at least one step and one picture per batch, and a whole number of each; got "
+                f"{self.steps!r} and {self.batch!r}"
+            )
+        checked_number(self.guidance, "a guidance scale")
 
     @classmethod
     def of(
@@ -91,10 +97,13 @@ def generate(
     still move a value by a grey level or two, because the arithmetic is summed in another order. The caller's own PyTorch
     settings (autocast, default device and type) change no picture. `on_batch` is
     called after each batch with the number of pictures done so far. The pipeline is left as it was. Raises
-    OverpaintError when there is nothing to draw or the two lists differ in length.
+    OverpaintError when there is nothing to draw, the two lists differ in length, or a prompt or seed is none.
     """
     if not prompts or len(prompts) != len(seeds):
         raise OverpaintError(f"one seed per prompt is needed; got {len(prompts)} prompts and {len(seeds)} seeds")
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        checked_prompt(prompt)
+        checked_seed(seed)
     sampler = sampler or Sampler()
     pictures: list[NDArray[np.uint8]] = []
     with _silenced(pipe):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from overpaint.bases.emoji.catalogue import Catalogue, Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import checked_seed, shown
 
 # What to ask the embedded base when it is judged: sentences over its catalogue, the same ones every time.
 #
@@ -131,11 +132,27 @@ OBJECT, STYLE = "object", "style"
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A sentence, the seed of its picture, and the class by head that a faithful picture of it shows."""
+    """A sentence, the seed of its picture, and the class by head that a faithful picture of it shows.
+
+    Raises OverpaintError for a sentence that is no text, and as `checked_seed`.
+    """
 
     prompt: str
     seed: int
     shows: Mapping[str, str] = field(hash=False)
+
+    def __post_init__(self) -> None:
+        checked_prompt(self.prompt)
+        checked_seed(self.seed)
+
+
+def checked_prompt(prompt: str) -> str:
+    """`prompt` if tokenizers and files can take it. Raises OverpaintError."""
+    try:
+        prompt.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise OverpaintError(f"a prompt is a text of whole characters; got {shown(prompt)}") from error
+    return prompt
 
 
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:

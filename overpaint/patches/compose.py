@@ -21,6 +21,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import dtype_name, tensor_digest
 from overpaint.core.digests import combined_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_number
 from overpaint.core.progress import Progress, silent
 from overpaint.patches.arithmetic import (
     DenseMap,
@@ -43,8 +44,7 @@ class Term:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise OverpaintError(f"a strength must be a finite number; patch {self.id[:12]} was given {self.strength}")
+        checked_number(self.strength, f"the strength of patch {self.id[:12]}")
 
 
 Piece = tuple[Term, Delta]

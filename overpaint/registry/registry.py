@@ -22,6 +22,7 @@ from overpaint.core.names import (
     checked_name,
     checked_note,
     checked_number,
+    checked_seed,
     checked_tag,
     quoted,
     sought_name,
@@ -192,12 +193,6 @@ def _checked_time(moment: datetime | None) -> datetime:
     if moment is not None and moment.tzinfo is None:
         raise OverpaintError(f"the time of solving needs a time zone; got {moment.isoformat()}, add +00:00 for UTC")
     return moment or models.now()
-
-
-def _checked_seed(seed: int) -> int:
-    if not -(2**63) <= seed < 2**63:
-        raise OverpaintError(f"a seed has at most 63 bits, which is what the database can hold; got {seed}")
-    return seed
 
 
 def _created(session: Session, name: str, base: models.BaseRow) -> models.RecipeRow:
@@ -658,7 +653,7 @@ class Registry:
             solver=checked_name(solver, "solver"),
             kind=checked_name(kind, "kind of patch"),
             settings=checked_json(settings, "the settings of a patch"),
-            seed=_checked_seed(seed),
+            seed=checked_seed(seed),
             nbytes=len(blob),
             blob=hashlib.sha256(blob).hexdigest(),
             seconds=checked_number(seconds, "the seconds a solver took"),

@@ -35,7 +35,7 @@ from overpaint.core import __version__
 from overpaint.core.asgi import OwnPages
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.names import sought_name
+from overpaint.core.names import SEEDS, sought_name
 from overpaint.core.urls import printed
 from overpaint.patches.live import BadPipeline, ForeignChange
 from overpaint.patches.patch import WrongBase
@@ -344,7 +344,7 @@ async def images(
 
 def _wanted(body: schemas.Drawing, recipe: str | None, count: int) -> list[Wanted]:
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    seeds = [(seed + i) % 2**63 for i in range(count)]
+    seeds = [(seed + i) % SEEDS for i in range(count)]
     return [Wanted(body.prompt, each, body.steps, body.guidance, body.pixels, recipe, body.strengths) for each in seeds]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import LONGEST_NAME, LONGEST_NOTE, checked_note
+from overpaint.core.names import LONGEST_NAME, LONGEST_NOTE, SEEDS, checked_note
 
 LONGEST_PROMPT = 2000
 MOST_PICTURES = 10
@@ -25,12 +25,12 @@ def _printing(text: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printing)]
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_printing)]
 Reason = Annotated[str, Field(max_length=LONGEST_NOTE), AfterValidator(_printing)]
-Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT, or auto")]
 
 
 class Body(BaseModel):
-    """A request's body: a name that it does not have is refused, so that no misspelt setting goes unnoticed."""
+    """A request's body. A field that it does not have is refused, so that no misspelt setting goes unnoticed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,9 +46,13 @@ class Drawing(Body):
     """What every picture is asked for with."""
 
     prompt: Prompt
-    seed: int | None = Field(None, ge=0, lt=2**63, description="of the first picture; chosen at random if omitted")
-    steps: int = Field(20, ge=1, le=1000)
-    guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="omitted: the base's own")
+    seed: int | None = Field(
+        None, ge=0, lt=SEEDS, strict=True, description="of the first picture; chosen at random if omitted"
+    )
+    steps: int = Field(20, ge=1, le=1000, strict=True)
+    guidance: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, strict=True, description="omitted: the base's own"
+    )
     size: Size | None = None
     patches: list[PatchStrength] | None = Field(None, max_length=MOST_PATCHES, description="instead of a recipe")
 
@@ -86,7 +90,7 @@ class ImagesBody(Drawing):
     """
 
     model: Name | None = Field(None, description="a recipe, NAME or NAME@REVISION")
-    n: int = Field(1, ge=1, le=MOST_PICTURES)
+    n: int = Field(1, ge=1, le=MOST_PICTURES, strict=True)
     response_format: Literal["b64_json"] | None = Field(None, description="always b64_json: this server keeps no files")
     output_format: Literal["png"] | None = None
     stream: Literal[False] | None = None

@@ -31,7 +31,7 @@ import yaml  # type: ignore[import-untyped]
 
 from overpaint.core.concepts import KINDS, Concept, phrases_in
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import checked_name, checked_note
+from overpaint.core.names import SEEDS, checked_name, checked_note
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import configure, settable
 from overpaint.workspace.planning import Defaults, SolveRequest
@@ -210,7 +210,6 @@ def _whole(text: str, place: TextPosition) -> str:
 
 SHOWN = 50
 """How many mistakes are shown."""
-SEEDS = 2**63
 
 
 class NodeReader:

@@ -19,6 +19,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.digests import canonical_json
 from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import checked_seed
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, refusals
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -94,6 +95,9 @@ class SolveRequest:
     keeps: tuple[Truncation, ...] = ()
     described: bool = True
     decoupled: str = ""
+
+    def __post_init__(self) -> None:
+        checked_seed(self.seed)
 
     def method(self) -> Solver:
         """The configured solver. Raises NotFound for an unknown one, BadSetting for settings that it cannot take."""

@@ -48,12 +48,12 @@ class Studio:
         """A prompt drawn with these patches (strengths by id) on a base of the registry.
 
         Raises NotFound for an unknown base or patch, WrongBase for a patch of another base, LostPatch for lost bytes,
-        OverpaintError for fewer than one step, or where the picture cannot be written.
+        OverpaintError for what `Sampler` and `EvalPrompt` refuse, or where the picture cannot be written.
         """
         with self.lock:
             opened = self._opened.base(base)
             sampler = Sampler.of(opened, steps, guidance, batch=1)
-            terms = [self._opened.term_on(*each, opened) for each in strengths.items() if each[1]]
+            terms = [self._opened.term_on(*each, opened) for each in strengths.items() if each[1] != 0]
             generator = self._loaded(opened)
             generator.sampler = sampler
             question = EvalPrompt(prompt, seed, {})

@@ -250,6 +250,14 @@ def test_a_mistake_gets_one_sentence(ready: Shell, words: tuple[str, ...], messa
     assert len(said.strip().splitlines()) <= 4
 
 
+def test_a_seed_or_guidance_that_is_no_number_gets_one_sentence(ready: Shell, tmp_path: Path) -> None:
+    ready.ok("recipe", "create", "plain", "--base", "tiny")
+    drawing = ("generate", "a cat", "--recipe", "plain", "-o", str(tmp_path / "p.png"))
+    assert "a seed is a whole number of at most 63 bits" in ready.fails(*drawing, "--seed", str(2**64))
+    assert "a guidance scale must be a finite number; got nan" in ready.fails(*drawing, "--guidance", "nan")
+    assert "a text of whole characters" in ready.fails("generate", "\udcff", *drawing[2:])
+
+
 def test_cuda_without_a_device_is_said_plainly(ready: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "finds no CUDA device" in ready.fails("solve", "cat", "--base", "tiny", "--device", "cuda")

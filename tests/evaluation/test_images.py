@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.images import Sampler, generate
+from overpaint.evaluation.prompts import EvalPrompt
 
 PROMPTS = ["a cat", "a dog in ink style", "a cat", "the fox", "one bus"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -53,3 +55,28 @@ def test_lists_that_do_not_match_are_refused(pipe: Any) -> None:
 def test_a_sampler_takes_at_least_one_step() -> None:
     with pytest.raises(OverpaintError, match="at least one step"):
         Sampler(steps=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 2.5}, {"steps": "2"}, {"batch": 1.5}, {"guidance": math.nan}, {"guidance": math.inf}]
+)
+def test_a_sampler_has_whole_and_finite_numbers(settings: dict[str, Any]) -> None:
+    with pytest.raises(OverpaintError, match=r"whole number|finite number"):
+        Sampler(**settings)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [2**63, 2**64, 10**5000, -(2**63) - 1, 2.5, "1", True],
+    ids=lambda seed: str(seed)[:22] if seed != 10**5000 else "huge",
+)
+def test_a_seed_that_no_generator_takes_is_refused_in_one_sentence(pipe: Any, seed: Any) -> None:
+    for ask in (lambda: generate(pipe, ["a cat"], [seed]), lambda: EvalPrompt("a cat", seed, {})):
+        with pytest.raises(OverpaintError, match="a seed is a whole number of at most 63 bits"):
+            ask()
+
+
+def test_half_a_character_is_no_prompt(pipe: Any) -> None:
+    for ask in (lambda: generate(pipe, ["\ud800"], [0]), lambda: EvalPrompt("\ud800", 0, {})):
+        with pytest.raises(OverpaintError, match="a text of whole characters"):
+            ask()

@@ -54,6 +54,13 @@ def test_a_studio_draws_the_same_bytes_again_and_the_bases_when_all_is_off(
     assert np.array_equal(afresh.pixels, patched.pixels)
     with pytest.raises(OverpaintError, match="at least one step"):
         studio.draw("tiny", {}, PROMPT, 0, steps=0, guidance=1.0)
+    for wrong in ({"seed": 2**64}, {"steps": 2.5}, {"guidance": float("nan")}, {"prompt": "\ud800"}):
+        asked: dict[str, Any] = {"prompt": PROMPT, "seed": 0, "steps": 1, "guidance": 1.0, **wrong}
+        with pytest.raises(OverpaintError, match=r"whole|finite"):
+            studio.draw("tiny", {}, **asked)
+    for strength in ("1", None, float("nan"), 10**400):
+        with pytest.raises(OverpaintError, match="must be a finite number"):
+            studio.draw("tiny", dict.fromkeys(strengths, strength), PROMPT, 0, **how)  # type: ignore[arg-type]
     with pytest.raises(NotFound):
         studio.draw("other", {}, PROMPT, 0, steps=1, guidance=1.0)
 

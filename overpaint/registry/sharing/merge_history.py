@@ -7,7 +7,6 @@ neither may be thrown away.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
@@ -15,7 +14,7 @@ from typing import Any, get_args
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import checked_name, checked_note, checked_tag, sought_name
+from overpaint.core.names import checked_name, checked_note, checked_number, checked_tag, sought_name
 from overpaint.registry.history import MergeOutcome
 from overpaint.registry.records import Action, PatchChange, RecipeEntry, Revision, TagRecord
 from overpaint.registry.registry import Registry
@@ -161,10 +160,12 @@ def _check_history(record: Record) -> None:
 def _state(strength: Any, until: Any) -> tuple[float, str | None] | None:
     if strength is None:
         return None
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise BadRecipeRecord(f"a strength is a finite number; the record has {strength!r}")
+    try:
+        number = checked_number(strength, "a strength of the record")
+    except OverpaintError as error:
+        raise BadRecipeRecord(str(error)) from None
     day(until)
-    return float(strength), until
+    return number, until
 
 
 def moment(text: str) -> datetime:
