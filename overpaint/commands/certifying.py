@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 
 import click
 
-from overpaint.commands.common import json_option, open_workspace, show_table
+from overpaint.commands.common import Day, json_option, open_workspace, show_table
 
 MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 
@@ -19,9 +19,7 @@ MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 @click.option(
     "--key", type=click.Path(path_type=Path), required=True, metavar="KEY", help="The private key to sign with."
 )
-@click.option(
-    "--expires", type=click.DateTime(["%Y-%m-%d"]), metavar="YYYY-MM-DD", help="Last day on which it is valid."
-)
+@click.option("--expires", type=Day(), metavar="YYYY-MM-DD", help="Last day on which it is valid.")
 @click.option("--who", help="Who certifies; default: your user name.")
 @click.option("--erased-bar", default=0.05, show_default=True, help="At most this share may be left of what is hidden.")
 @click.option("--preserved-bar", default=0.97, show_default=True, help="At least this share must be left of the rest.")
@@ -32,7 +30,7 @@ def certify(
     subject: str,
     out: Path,
     key: Path,
-    expires: datetime | None,
+    expires: date | None,
     who: str | None,
     erased_bar: float,
     preserved_bar: float,
@@ -56,7 +54,7 @@ def certify(
         out,
         key=key,
         who=who or current_user(),
-        expires=expires.date() if expires else None,
+        expires=expires,
         thresholds=Thresholds(erased_bar, preserved_bar),
     )
     if as_json:

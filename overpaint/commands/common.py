@@ -19,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import parsed_day, parsed_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -297,6 +298,33 @@ PATCH = Named("patch", _patch_names)
 CONCEPT = Named("concept", lambda registry, incomplete: (each.name for each in registry.concepts()))
 BASE = Named("base", lambda registry, incomplete: (each.name for each in registry.bases()))
 SOLVER = Named("solver", _solver_names)
+
+
+class Day(click.ParamType):
+    """A day, written YYYY-MM-DD; with `never`, also that word, which is given back as it is."""
+
+    name = "date"
+
+    def __init__(self, *, never: bool = False) -> None:
+        self._never = never
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or (self._never and value == "never"):
+            return value
+        try:
+            return parsed_day(value, "a day", other="never" if self._never else "")
+        except OverpaintError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Strength(click.types.FloatParamType):
+    """A strength: a decimal number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return parsed_number(value, "a strength") if isinstance(value, str) else value
+        except OverpaintError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Renamed(click.Option):

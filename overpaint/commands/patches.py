@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from datetime import date
+from typing import Any, Literal
 
 import click
 
@@ -12,7 +12,9 @@ from overpaint.commands.common import (
     CONCEPT,
     PATCH,
     SOLVER,
+    Day,
     Renamed,
+    Strength,
     Terminal,
     decoupling,
     device_option,
@@ -31,9 +33,7 @@ from overpaint.commands.common import (
     why_option,
 )
 from overpaint.commands.evaluating import show_evaluations
-
-if TYPE_CHECKING:
-    from overpaint.registry.records import RecipeEntry
+from overpaint.registry.records import RecipeEntry
 
 
 @click.group()
@@ -142,26 +142,16 @@ def _entry(entry: RecipeEntry) -> str:
     return f"strength {entry.strength:g}" + (f", expires {entry.until}" if entry.until else "")
 
 
-def _day(ctx: click.Context, option: click.Parameter, text: str | None) -> date | str | None:
-    """The day that an option names."""
-    if text is None or text == "never":
-        return text
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").date()
-    except ValueError:
-        raise click.BadParameter(f"a day is written YYYY-MM-DD, such as 2027-01-31, or never; got {text!r}") from None
-
-
 @patch.command("add")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
 @recipe_option
-@click.option("--strength", default=1.0, show_default=True)
+@click.option("--strength", type=Strength(), default=1.0, show_default=True)
 @click.option(
     "--expires",
     cls=Renamed,
     old=["--until"],
     metavar="DATE",
-    callback=_day,
+    type=Day(never=True),
     help="YYYY-MM-DD: `recipe expired` lists it from then on; or never.",
 )
 @why_option
@@ -190,8 +180,11 @@ def patch_add(
         workspace = open_workspace(ctx, terminal=terminal)
         registry = workspace.registry
         base = registry.recipe(recipe).base if registry.has_recipe(recipe) else registry.patch(patches[0]).base
-        # Before a recipe is made, so that a patch that is not there leaves none behind.
+        # Before a recipe is made, so that what cannot be added leaves none behind.
         ids = [registry.patch(key, base=base).id for key in patches]
+        if not registry.has_recipe(recipe):
+            day = None if expires == "never" else expires
+            registry.check_entries(recipe, base, [RecipeEntry(id, strength, day) for id in ids])
         wanted = workspace.create_recipe(recipe, base=base, exist_ok=True)
         lines = wanted.add_all(ids, strength, why=why, until=expires)
         terminal.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 from overpaint.commands.common import (
     BASE,
     RECIPE,
+    Day,
     Terminal,
     device_option,
     digests_option,
@@ -302,14 +303,14 @@ def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
 
 @recipe.command("expired")
 @click.argument("name", required=False, type=RECIPE)
-@click.option("--on", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
+@click.option("--on", type=Day(), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
 @click.option("--remove", is_flag=True, help="Remove them, each recipe in one revision.")
 @why_option
 @digests_option
 @json_option
 @click.pass_context
 def recipe_expired(
-    ctx: click.Context, name: str | None, on: datetime | None, remove: bool, why: str, digests: bool, as_json: bool
+    ctx: click.Context, name: str | None, on: date | None, remove: bool, why: str, digests: bool, as_json: bool
 ) -> None:
     """List the patches whose expiry date has come, or remove them.
 
@@ -319,9 +320,9 @@ def recipe_expired(
     Example:
       overpaint recipe expired safe
     """
-    workspace, day = open_workspace(ctx), on.date() if on else None
-    expired = workspace.due(day, recipe=name)
-    removed = workspace.remove_expired(day, recipe=name, why=why) if remove else []
+    workspace = open_workspace(ctx)
+    expired = workspace.due(on, recipe=name)
+    removed = workspace.remove_expired(on, recipe=name, why=why) if remove else []
     rows = [[entry.recipe, entry.concept, entry.patch, str(entry.until)] for entry in expired]
     if removed:
         gone = {(line.recipe, line.patch) for line in removed}
@@ -368,7 +369,7 @@ def recipe_apply(
         interruptible(terminal, lambda: "the recipe is as it was; give the same command again"),
     ):
         workspace = open_workspace(ctx, terminal=terminal)
-        plan = workspace.plan_recipe(file, update=update)
+        plan = workspace.plan_recipe(file, update=update, compose=dry_run or check)
         _show_recipe_plan(plan, digests, as_json)
         if not dry_run and not check and not plan.is_done:
             applied = workspace.apply_recipe(plan, why=why, device=device, progress=terminal.progress)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,7 @@ from overpaint.commands.common import (
     PATCH,
     RECIPE,
     Renamed,
+    Strength,
     Terminal,
     digests_option,
     json_option,
@@ -55,9 +57,10 @@ plain_http_option = click.option(
 
 def at_registry(location: str, plain_http: bool) -> str:
     """The location, or the one that stands for a registry without TLS."""
-    if plain_http and not location.startswith("oci://"):
+    rest = re.sub("^oci://", "", location, flags=re.IGNORECASE)
+    if plain_http and rest == location:
         raise click.UsageError("--plain-http is for an OCI registry, oci://HOST/NAME")
-    return location.replace("oci://", "oci+http://", 1) if plain_http else location
+    return f"oci+http://{rest}" if plain_http else location
 
 
 def receiving_options(command: Command) -> Command:
@@ -420,7 +423,7 @@ def patch_import(
 
 @patch.command("export")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
-@click.option("--strength", default=1.0, show_default=True, help="Of every patch in the file.")
+@click.option("--strength", type=Strength(), default=1.0, show_default=True, help="Of every patch in the file.")
 @export_options
 @click.pass_context
 def patch_export(

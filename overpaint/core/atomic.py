@@ -16,9 +16,11 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import quoted
 
 
 def sync(path: Path) -> None:
@@ -32,14 +34,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+MOST_FOLDERS = 100
+"""How many folders above an output may be missing: more are no place that somebody meant."""
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those above it that are not there, the outermost first. Raises OverpaintError for too many."""
+    missing = list(takewhile(lambda each: not os.path.isdir(each), (folder, *folder.parents)))
+    if len(missing) > MOST_FOLDERS:
+        raise OverpaintError(
+            f"{len(missing):,} folders of {quoted(str(folder))} are not there, and at most {MOST_FOLDERS} are made for an "
+            "output; check the path, or make them first"
+        )
+    return missing[::-1]
+
+
 def make_folder(folder: Path) -> None:
     """Create `folder` and its parents so that they survive a power cut, shared as `share` says. Raises OSError."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    share(folder)
-    sync(folder.parent)
+    for each in missing_folders(folder):
+        each.mkdir(exist_ok=True)
+        share(each)
+        sync(each.parent)
 
 
 def share(path: Path) -> None:
@@ -127,7 +142,8 @@ def replacing(
     the beginning, and never readable by others meanwhile. Makes the folder; raises OSError.
     """
     scratch = scratch or _scratch_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in missing_folders(path.parent):
+        folder.mkdir(exist_ok=True)
     try:
         if mode is not None:
             scratch.touch(mode, exist_ok=False)
@@ -191,11 +207,10 @@ def _rename_no_replace(source: Path, target: Path) -> bool:
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
     """Make a folder and those above it, noting each that was not there."""
-    if not folder.is_dir():
-        _make_folders(folder.parent, made)
-        folder.mkdir()
-        made.append(folder)
-        share(folder)
+    for each in missing_folders(folder):
+        each.mkdir()
+        made.append(each)
+        share(each)
 
 
 def _sync_tree(path: Path) -> None:

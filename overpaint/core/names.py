@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import date
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def checked_seed(seed: int) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -SEEDS <= seed < SEEDS:
         raise OverpaintError(f"a seed is a whole number of at most 63 bits; got {shown(seed)}")
     return int(seed)
+
+
+def parsed_number(text: str, what: str) -> float:
+    """The finite decimal number that a text writes: none of the other ways that Python's `float` takes. Raises OverpaintError."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
+        raise OverpaintError(f"{what} is a number, such as 0.5; got {quoted(text)}")
+    return checked_number(float(text), what)
+
+
+def parsed_day(text: str, what: str, *, other: str = "") -> date:
+    """The day that a text writes as YYYY-MM-DD, no other way of ISO 8601. Raises OverpaintError, which names an `other` word."""
+    with suppress(ValueError):
+        if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return date.fromisoformat(text)
+    raise OverpaintError(f"{what} is written YYYY-MM-DD{other and f', or {other}'}; got {quoted(text)}")
 
 
 def checked_json(value: dict[str, Any], what: str) -> str:

@@ -39,6 +39,17 @@ def printed(text: str, url: str = "") -> str:
     return _ONE.sub(lambda match: _split(match[1], match[2])[0], text)
 
 
+LONGEST_REPORT = 300
+"""How many characters of what a server or another package says stand in a message."""
+
+
+def reported(text: str, url: str = "") -> str:
+    """What a server or another package said, for a message: `printed`, in one line that a terminal only shows, and cut."""
+    line = " ".join(printed(text[: 10 * LONGEST_REPORT], url).split())
+    shown = "".join(each if each.isprintable() else HIDDEN[0] for each in line[:LONGEST_REPORT])
+    return shown if len(line) <= LONGEST_REPORT else f"{shown}..."
+
+
 def _split(scheme: str, rest: str) -> tuple[str, list[str]]:
     """A URL without its credentials, and the credentials."""
     place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.names import checked_note, checked_tag
+from overpaint.core.names import checked_note, checked_number, checked_tag
 from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
 from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision
@@ -194,22 +195,59 @@ def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
         raise StaleRevision(f"recipe {recipe.name!r} was changed by somebody else at the same moment; try again")
 
 
-def change(session: Session, recipe: models.RecipeRow, wanted: Mapping[str, RecipeEntry | None], note: Note) -> int:
-    """Set patches of `recipe` as in `wanted`, or remove those that are None; return the new revision's number.
+LARGEST_STRENGTH = 1e6
+"""No weights of half precision stay finite at such a strength, and no use of one is known."""
 
-    Raises NotFound for a patch that is not there or taking out what is not on the recipe, AlreadyExists when nothing would
-    change for one of them, and OverpaintError when one was made for another base.
-    """
-    rows, patches = _rows(session, recipe, wanted), patches_by_id(session, wanted)
+
+def today() -> date:
+    """The day it is, in UTC: what expires on it has expired."""
+    return models.now().date()
+
+
+def check_entry(before: RecipeEntry | None, after: RecipeEntry) -> None:
+    """Raise OverpaintError for a strength that is none, and for an expiry that is new and past; an old one may stay."""
+    if abs(checked_number(after.strength, "a strength")) > LARGEST_STRENGTH:
+        raise OverpaintError(
+            f"a strength is at most {LARGEST_STRENGTH:,.0f}, and at least minus that; got {after.strength:g}"
+        )
+    is_new = before is None or before.until != after.until
+    if is_new and after.until is not None and after.until < (now := today()):
+        raise OverpaintError(
+            f"a patch cannot expire on {after.until}, which is past: today is {now}, in UTC; name a day to come, or never"
+        )
+
+
+def check_changes(
+    session: Session,
+    name: str,
+    base: models.BaseRow,
+    before: Mapping[str, RecipeEntry],
+    wanted: Mapping[str, RecipeEntry | None],
+) -> list[Action]:
+    """What setting patches as in `wanted` does to each of a recipe on `base` that holds `before`. Raises as `change` does."""
+    patches = patches_by_id(session, wanted)
     actions: list[Action] = []
     for patch_id, after in wanted.items():
         if patch_id not in patches:
             raise NotFound(f"no patch has the id {patch_id}; give the full id, as `Registry.patch` returns it")
-        row = rows.get(patch_id)
-        if after is not None and row is None:
-            _refuse_other_base(recipe, patches[patch_id])
-        before = None if row is None else RecipeEntry(patch_id, row.strength, row.until)
-        actions.append(_action(recipe, patches[patch_id], before, after))
+        there = before.get(patch_id)
+        if after is not None:
+            check_entry(there, after)
+            if there is None:
+                _refuse_other_base(name, base, patches[patch_id])
+        actions.append(_action(name, patches[patch_id], there, after))
+    return actions
+
+
+def change(session: Session, recipe: models.RecipeRow, wanted: Mapping[str, RecipeEntry | None], note: Note) -> int:
+    """Set patches of `recipe` as in `wanted`, or remove those that are None; return the new revision's number.
+
+    Raises NotFound for a patch that is not there or taking out what is not on the recipe, AlreadyExists when nothing would
+    change for one of them, and OverpaintError when one was made for another base, for a strength that is not finite or far
+    too large, and for a new expiry that is past.
+    """
+    before = {id: RecipeEntry(id, row.strength, row.until) for id, row in _rows(session, recipe, wanted).items()}
+    actions = check_changes(session, recipe.name, recipe.base, before, wanted)
     # What a revision did to each patch follows from the patch's line; a mixed one is called by the first.
     return revise(session, recipe, wanted, actions[0], note)
 
@@ -230,7 +268,7 @@ def exchange(session: Session, recipe: models.RecipeRow, new: Mapping[str, str],
             )
         if patch_id in rows or patch_id in wanted:
             raise AlreadyExists(f"{_called(patches[patch_id])} would be twice on recipe {recipe.name!r}")
-        _refuse_other_base(recipe, patches[patch_id])
+        _refuse_other_base(recipe.name, recipe.base, patches[patch_id])
         wanted[patch_id] = RecipeEntry(patch_id, rows[old].strength, rows[old].until)
     return revise(session, recipe, wanted, "add", note)
 
@@ -301,29 +339,27 @@ def _lay(
         row.strength, row.until = after.strength, after.until
 
 
-def _action(
-    recipe: models.RecipeRow, patch: models.PatchRow, before: RecipeEntry | None, after: RecipeEntry | None
-) -> Action:
+def _action(name: str, patch: models.PatchRow, before: RecipeEntry | None, after: RecipeEntry | None) -> Action:
     if before is None:
         if after is None:
-            raise NotFound(f"recipe {recipe.name!r} does not contain {_called(patch)}, so it cannot be taken out")
+            raise NotFound(f"recipe {name!r} does not contain {_called(patch)}, so it cannot be removed")
         return "add"
     if after is None:
         return "remove"
     if before == after:
         day = f" until {before.until}" if before.until else ""
         raise AlreadyExists(
-            f"{_called(patch)} is already there: recipe {recipe.name!r} has it at strength {before.strength:g}{day}"
+            f"{_called(patch)} is already there: recipe {name!r} has it at strength {before.strength:g}{day}"
         )
     return "until" if before.strength == after.strength else "strength"
 
 
-def _refuse_other_base(recipe: models.RecipeRow, patch: models.PatchRow) -> None:
-    if patch.base.fingerprint != recipe.base.fingerprint:
+def _refuse_other_base(name: str, base: models.BaseRow, patch: models.PatchRow) -> None:
+    if patch.base.fingerprint != base.fingerprint:
         raise OverpaintError(
             f"{_called(patch)} was made for base {patch.base.name!r} ({patch.base.fingerprint}), "
-            f"and recipe {recipe.name!r} has the base {recipe.base.name!r} ({recipe.base.fingerprint}); "
-            f"solve {patch.concept.name!r} for {recipe.base.name!r}"
+            f"and recipe {name!r} has the base {base.name!r} ({base.fingerprint}); "
+            f"solve {patch.concept.name!r} for {base.name!r}"
         )
 
 

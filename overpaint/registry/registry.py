@@ -34,6 +34,7 @@ from overpaint.registry.history import (
     Note,
     append_revisions,
     change,
+    check_changes,
     compare_histories,
     differences,
     entries_at,
@@ -196,11 +197,15 @@ def _checked_time(moment: datetime | None) -> datetime:
 
 
 def _created(session: Session, name: str, base: models.BaseRow) -> models.RecipeRow:
-    _refuse_taken(session, name)
-    _refuse_revision(session, name)
-    row = added(session, models.RecipeRow(name=checked_name(name, "recipe"), base=base))
+    row = added(session, models.RecipeRow(name=_new_name(session, name), base=base))
     queries.index_recipe(session, row)
     return row
+
+
+def _new_name(session: Session, name: str) -> str:
+    _refuse_taken(session, name)
+    _refuse_revision(session, name)
+    return checked_name(name, "recipe")
 
 
 def _refuse_taken(session: Session, name: str) -> None:
@@ -862,7 +867,8 @@ class Registry:
         The change and its line of history are one transaction. `until` is the day from which the patch has expired,
         None for never. `expected` is the revision that the digests were computed for; StaleRevision if somebody else was faster.
         Raises NotFound for an unknown recipe or patch or when removing what is not there, AlreadyExists when the patch
-        is there like this, and OverpaintError for a strength that is not finite or a patch of another base.
+        is there like this, and OverpaintError for a strength that is not finite or far too large, an expiry that is past, or a
+        patch of another base.
         """
         after = None if strength is None else RecipeEntry(patch_id, strength, until)
         return self.change_patches(
@@ -876,14 +882,22 @@ class Registry:
 
         All or nothing; returns the number of the revision. Raises as `change_recipe` does.
         """
-        for patch_id, after in wanted.items():
+        for patch_id in wanted:
             checked_id(patch_id)
-            if after is not None:
-                checked_number(after.strength, "a strength")
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
             refuse_if_moved(recipe, expected)
             return change(session, recipe, wanted, note)
+
+    def check_entries(self, name: str, base: str, entries: Iterable[RecipeEntry]) -> None:
+        """Raise what making a recipe hold these entries would raise, or making a new one of that name on `base`."""
+        with self._database.reading() as session:
+            recipe = lookup(session, models.RecipeRow, name)
+            before = {} if recipe is None else entries_now(recipe)
+            if recipe is None:
+                _new_name(session, name)
+            wanted = {each.patch: each for each in entries if before.get(each.patch) != each}
+            check_changes(session, name, find(session, models.BaseRow, base), before, wanted)
 
     def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
         """Replace patches, keeping strength and expiry, and return the revision that this made.

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Literal, Protocol
 
 import numpy as np
@@ -27,6 +26,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
+from overpaint.registry.history import today
 from overpaint.registry.records import RecipeRecord
 from overpaint.workspace.workspace import Workspace
 
@@ -237,8 +237,8 @@ class Painter:
 
 
 def _expired(record: RecipeRecord) -> bool:
-    today = datetime.now(timezone.utc).date()
-    return any(entry.until is not None and entry.until <= today for entry in record.entries)
+    now = today()
+    return any(entry.until is not None and entry.until <= now for entry in record.entries)
 
 
 @dataclass(eq=False)

@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
 from overpaint.core.concepts import KINDS, Concept, phrases_in
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import SEEDS, checked_name, checked_note
+from overpaint.core.names import SEEDS, checked_name, checked_note, quoted, typed_path
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import configure, settable
 from overpaint.workspace.planning import Defaults, SolveRequest
@@ -40,6 +40,7 @@ LARGEST = 16 << 20
 """Bytes of a file. Ten thousand concepts with all they can have take a tenth of it."""
 DEEPEST = 8
 """How deeply lists and mappings may be nested; a file of concepts needs five."""
+T = TypeVar("T")
 _NOTHING = ("", "~", "null", "Null", "NULL")
 
 
@@ -249,19 +250,37 @@ class NodeReader:
                 values[key.value] = value
         return values
 
-    def word(self, node: Node | None, what: str, *, may_be_empty: bool = False) -> str | None:
-        """A name or a phrase, in Unicode's composed form."""
-        if node is None or (may_be_empty and isinstance(node, Text) and (node.is_nothing or not node.value)):
+    def text(self, node: Node | None, what: str) -> str | None:
+        """One value as it is written: a number, a day, a path, or what somebody else checks."""
+        if node is None:
             return None
         if not isinstance(node, Text):
             self.wrong(node.at, f"{what} must be a text; got {shape(node)}")
             return None
         if node.is_nothing or not node.value.strip():
-            quoted = f", in quotation marks if {node.value!r} is meant" if node.value.strip() else ""
-            self.wrong(node.at, f"{what} is empty; write one{quoted}")
+            quotes = f", in quotation marks if {node.value!r} is meant" if node.value.strip() else ""
+            self.wrong(node.at, f"{what} is empty; write one{quotes}")
             return None
+        return node.value
+
+    def word(self, node: Node | None, what: str, *, may_be_empty: bool = False) -> str | None:
+        """A word of a concept, in Unicode's composed form."""
+        if may_be_empty and isinstance(node, Text) and (node.is_nothing or not node.value):
+            return None
+        text = self.text(node, what)
+        return None if node is None or text is None else self.checked(node, checked_name, text.strip(), "concept")
+
+    def note(self, node: Node | None, what: str) -> str:
+        """Free text, which may be empty or of several lines."""
+        if node is None or (isinstance(node, Text) and (node.is_nothing or not node.value.strip())):
+            return ""
+        text = self.text(node, what)
+        return (text and self.checked(node, checked_note, text, what)) or ""
+
+    def checked(self, node: Node, check: Callable[[str, str], T], text: str, what: str) -> T | None:
+        """What a check makes of a node's text."""
         try:
-            return checked_name(node.value.strip(), "concept")
+            return check(text, what)
         except OverpaintError as error:
             self.wrong(node.at, str(error))
             return None
@@ -273,11 +292,11 @@ class NodeReader:
 
     def seed(self, node: Node | None) -> int | None:
         """A seed that a registry can keep."""
-        text = self.word(node, "a seed")
+        text = self.text(node, "a seed")
         if node is None or text is None:
             return None
         if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= SEEDS:
-            self.wrong(node.at, f"a seed is a whole number from 0 to {SEEDS - 1}; got {text!r}")
+            self.wrong(node.at, f"a seed is a whole number from 0 to {SEEDS - 1}; got {quoted(text)}")
             return None
         return int(text)
 
@@ -373,8 +392,11 @@ class ConceptReader(NodeReader):
         kind, anchor = self.kind(values.get("kind")), self.word(values.get("anchor"), "the anchor", may_be_empty=True)
         return Defaults(kind or Defaults.kind, anchor or "", chosen.solver, chosen.settings, chosen.seed)
 
-    def concept(self, node: Node, others: tuple[str, ...] = ()) -> SolveRequest | None:
-        """The order of one entry, which may have `others` of keys that somebody else reads; None where it has a mistake."""
+    def concept(self, node: Node, others: tuple[str, ...] = (), *, once: bool = True) -> SolveRequest | None:
+        """The order of one entry, which may have `others` of keys that somebody else reads; None where it has a mistake.
+
+        With `once`, no other entry may have a word of it.
+        """
         before = len(self.mistakes)
         values = {"name": node} if isinstance(node, Text) else self.pairs(node, (*CONCEPT_KEYS, *others), "a concept")
         if "name" not in values:
@@ -385,7 +407,8 @@ class ConceptReader(NodeReader):
         synonyms = self.words(values.get("synonyms"), "a synonym")
         if name is None:
             return None
-        self.take([(name, values["name"].at), *synonyms])
+        if once:
+            self.take([(name, values["name"].at), *synonyms])
         words = (name, *(word for word, _ in synonyms))
         anchor = self.anchor(values.get("anchor"), words, node.at)
         kind, prompts = self.kind(values.get("kind")), self.prompts(values.get("prompts"), words)
@@ -438,15 +461,17 @@ class ConceptReader(NodeReader):
 
     def kind(self, node: Node | None) -> str | None:
         """A kind of concepts."""
-        kind = self.word(node, "the kind of a concept")
+        kind = self.text(node, "the kind of a concept")
         if node is not None and kind is not None and kind not in KINDS:
-            self.wrong(node.at, f"unknown kind of concept {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
+            self.wrong(
+                node.at, f"unknown kind of concept {quoted(kind)}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}"
+            )
             return None
         return kind
 
     def solver(self, node: Node | None) -> str | None:
         """The name of a solver."""
-        name = self.word(node, "a solver")
+        name = self.text(node, "a solver")
         if node is not None and name is not None:
             self.takes(node.at, name, {})
         return name
@@ -465,13 +490,19 @@ class ConceptReader(NodeReader):
 
     def images(self, node: Node | None, solver: str) -> dict[str, str]:
         """The setting that tells a solver where pictures of the concept are; folders are relative to the file's own."""
-        text = self.word(node, "a folder of pictures")
+        text = self.text(node, "a folder of pictures")
         if node is None or text is None or not self.is_known(solver):
             return {}
-        folder = self.path.parent / Path(text).expanduser()
+        try:
+            # Not composed as names are: a file system may tell both encodings of "é" apart.
+            folder = typed_path(text if text.startswith("~") else self.path.parent / text)
+            has_pictures = folder.is_dir() and any(file.suffix.lower() in PICTURES for file in folder.iterdir())
+        except (OverpaintError, OSError) as error:
+            self.wrong(node.at, str(error))
+            return {}
         if not folder.is_dir():
             self.wrong(node.at, f"there is no folder {folder}; name one that holds pictures of the concept")
-        elif not any(file.suffix.lower() in PICTURES for file in folder.iterdir()):
+        elif not has_pictures:
             self.wrong(node.at, f"{folder} holds no picture ({', '.join(PICTURES)}); put some there")
         elif "images" not in settable(solver_class(solver)):
             self.wrong(node.at, f"the solver {solver!r} takes no pictures; leave `images` out, or choose another one")

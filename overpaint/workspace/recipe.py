@@ -5,14 +5,14 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Iterable, Mapping
-from datetime import date, datetime, timezone
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.registry.history import Note, StaleRevision
+from overpaint.registry.history import Note, StaleRevision, today
 from overpaint.registry.records import (
     Difference,
     ExpiredEntry,
@@ -49,6 +49,15 @@ def current_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+
+
+def refuse_stale(record: RecipeRecord, revision: int) -> None:
+    """Raise StaleRevision unless a recipe is at the revision from which a change was made."""
+    if record.revision != revision:
+        raise StaleRevision(
+            f"the recipe {record.name!r} is at revision {record.revision} by now, and this change was made from {revision}; "
+            "look at what changed and try again"
+        )
 
 
 class Recipe:
@@ -173,11 +182,8 @@ class Recipe:
         asked = {entry.patch: entry for entry in entries}
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            if revision is not None and before.revision != revision:
-                raise StaleRevision(
-                    f"the recipe {self.name!r} is at revision {before.revision} by now, and this change was made from "
-                    f"{revision}; look at what changed and try again"
-                )
+            if revision is not None:
+                refuse_stale(before, revision)
             held = {entry.patch: entry for entry in before.entries}
             return {id: asked.get(id) for id in (*held, *asked) if held.get(id) != asked.get(id)}
 
@@ -543,11 +549,11 @@ class Recipe:
 
     def due(self, on: date | None = None) -> list[ExpiredEntry]:
         """The patches of this recipe that have expired, as of today (in UTC) or another day."""
-        return self._opened.registry.due(on or datetime.now(timezone.utc).date(), recipe=self.record.name)
+        return self._opened.registry.due(on or today(), recipe=self.record.name)
 
     def remove_expired(self, on: date | None = None, *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Remove what has expired by today (in UTC) or another day, in one revision; returns its lines, none for nothing."""
-        day = on or datetime.now(timezone.utc).date()
+        day = on or today()
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
             return dict.fromkeys(each.patch for each in before.entries if each.until is not None and each.until <= day)

@@ -13,27 +13,31 @@
         why: court order
       - patch: 3f9a12bc4d5e
 
-An entry is a concept, as a file of concepts has it (`concept_file`), or a `patch` by its id, or both: then the concept says how
-to solve it where there is no such patch. `strength` is 1 if omitted; without `expires` a patch never does.
+An entry is a concept, as a file of concepts has it (`concept_file`), or a `patch` by its id, or both: then the concept says
+how to solve it where there is no such patch. `strength` is a decimal number, 1 if omitted; `expires` is YYYY-MM-DD, or `never`,
+as if it were omitted. `patches: []` removes all patches; a file that ends before its list is a mistake.
 
 A concept means a patch that was solved for it as it is described, with the solver, settings and seed that are asked for: one
-that is on the recipe, else the newest there is, else it is solved. Whether other concepts joined since does not matter: a file
-that was applied stays applied (`recipe reseparate` solves for them).
+that is on the recipe, else the newest there is, else it is solved. Concepts that the registry learned later change nothing:
+a file that was applied stays applied, and `recipe reseparate` solves its patches for those concepts too.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import checked_note, parsed_day, parsed_number, sought_name
+from overpaint.registry.history import check_entry
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeEntry
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -45,6 +49,7 @@ from overpaint.workspace.concept_file import (
     Pairs,
     Text,
     TextPosition,
+    parse,
     read_nodes,
 )
 from overpaint.workspace.planning import (
@@ -69,13 +74,14 @@ Action = Literal["keep", "add", "change", "remove"]
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One patch that a file asks for: by `patch`, by how to solve it, or both."""
+    """One patch that a file asks for: by `patch`, by how to solve it, or both; and where in the file."""
 
     patch: str | None
     request: SolveRequest | None
     strength: float
     expires: date | None
     why: str
+    at: TextPosition
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,16 @@ class PlannedEntry:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """What makes a recipe as a file says: a recipe to create or to change, and patches to solve before."""
+    """What makes a recipe as a file says: a recipe to create or to change, and patches to solve before.
+
+    `revision` is the one of the recipe that the plan was made from, 0 for a new recipe: it holds for no other.
+    """
 
     recipe: str
     base: str
     why: str
     is_new: bool
+    revision: int
     entries: tuple[PlannedEntry, ...]
     solve: SolvePlan
 
@@ -113,6 +123,15 @@ class RecipePlan:
     def is_done(self) -> bool:
         """Whether the recipe is as the file says already."""
         return not self.is_new and all(entry.action == "keep" for entry in self.entries)
+
+    def reason(self, why: str = "") -> str:
+        """What history says: `why`, or else the file's reason, and those of entries. Raises OverpaintError if it is too long."""
+        of_entries = [
+            f"{each.concept}: {each.asked.why}"
+            for each in self.entries
+            if each.asked is not None and each.asked.why and each.action != "keep"
+        ]
+        return checked_note("; ".join(filter(None, (why or self.why, *of_entries))), "the reason for a change")
 
 
 @dataclass(frozen=True)
@@ -145,16 +164,16 @@ class _RecipeReader(ConceptReader):
         top = self.pairs(root, KEYS, "a file of a recipe")
         if "defaults" in top:
             self.defaults = self.read_defaults(top["defaults"])
-        name, base = self.word(top.get("recipe"), "the recipe"), self.word(top.get("base"), "the base")
-        why, listed = self.reason(top.get("why")), top.get("patches")
+        name, base = self.known(top.get("recipe"), "recipe"), self.known(top.get("base"), "base")
+        why, listed = self.note(top.get("why"), "a reason"), top.get("patches")
         for key, example in (("recipe", "`recipe: NAME`"), ("patches", "`patches:` with a list, `[]` for none")):
             if isinstance(root, Pairs) and key not in top:
                 self.wrong(root.at, f"there is no `{key}`; write {example}")
-        if (
-            listed is not None
-            and not isinstance(listed, Items)
-            and not (isinstance(listed, Text) and listed.is_nothing)
-        ):
+        if isinstance(listed, Text) and listed.is_nothing:
+            self.wrong(
+                listed.at, "no patch is listed; write `patches: []` to remove all, or one line `- NAME` for each"
+            )
+        elif listed is not None and not isinstance(listed, Items):
             self.wrong(listed.at, "patches must be a list; write below it one line `- NAME` for each")
         entries = [self.entry(node) for node in (listed.items if isinstance(listed, Items) else ())]
         if name is None:
@@ -169,72 +188,74 @@ class _RecipeReader(ConceptReader):
             if isinstance(node, Pairs)
             else {}
         )
-        patch, expires = self.word(own.get("patch"), "a patch"), self.day(own.get("expires"))
-        strength, why = self.strength(own.get("strength")), self.reason(own.get("why"))
+        patch, expires = self.text(own.get("patch"), "a patch"), self.day(own.get("expires"))
+        strength, why = self.strength(own.get("strength")), self.note(own.get("why"), "a reason")
         names_concept = not isinstance(node, Pairs) or any(key.value not in ENTRY_KEYS for key, _ in node.pairs)
         if not names_concept and patch is None and len(self.mistakes) == before:
             self.wrong(node.at, "this entry names nothing; add `name: CONCEPT`, or `patch: ID`")
-        request = self.concept(node, ENTRY_KEYS) if names_concept else None
-        return None if len(self.mistakes) > before else FileEntry(patch, request, strength, expires, why)
+        # Several patches of a concept are told apart by their ids.
+        request = self.concept(node, ENTRY_KEYS, once=patch is None) if names_concept else None
+        return None if len(self.mistakes) > before else FileEntry(patch, request, strength, expires, why, node.at)
+
+    def known(self, node: Node | None, what: str) -> str | None:
+        """The name of what may be there already: one that is new is checked when it is made."""
+        text = self.text(node, f"the {what}")
+        return None if node is None or text is None else self.checked(node, sought_name, text, what)
 
     def strength(self, node: Node | None) -> float:
         """A finite number."""
-        text = self.word(node, "a strength")
-        with suppress(ValueError):
-            if text is None or math.isfinite(float(text)):
-                return 1.0 if text is None else float(text)
-        assert node is not None
-        self.wrong(node.at, f"a strength is a number, such as 0.5; got {text!r}")
-        return 1.0
+        text = self.text(node, "a strength")
+        number = None if node is None or text is None else self.checked(node, parsed_number, text, "a strength")
+        return 1.0 if number is None else number
 
     def day(self, node: Node | None) -> date | None:
         """A day; None where there is none, or `never`."""
-        text = self.word(node, "the day on which a patch expires")
-        if node is None or text in (None, "never"):
+        what = "the day on which a patch expires"
+        text = self.text(node, what)
+        if node is None or text is None or text == "never":
             return None
-        try:
-            return date.fromisoformat(text or "")
-        except ValueError:
-            self.wrong(node.at, f"the day on which a patch expires is YYYY-MM-DD, or never; got {text!r}")
-            return None
-
-    def reason(self, node: Node | None) -> str:
-        """Why something is done."""
-        if node is None or (isinstance(node, Text) and node.is_nothing):
-            return ""
-        return self.word(node, "a reason") or ""
+        return self.checked(node, partial(parsed_day, other="never"), text, what)
 
 
 def plan_recipe(opened: OpenRegistry, file: RecipeFile, *, update: bool = False) -> RecipePlan:
     """What has to be done; nothing is stored. `update` takes the file's description of a concept that is known.
 
-    Raises NotFound for an unknown base or patch, AlreadyExists for a recipe that is on another base, and what `plan_solves`
-    raises.
+    Raises NotFound for an unknown base or patch, AlreadyExists for a recipe that is on another base, BadConceptFile for an
+    entry that contradicts itself, what the registry would raise for the new entries, and what `plan_solves` raises.
     """
     registry = opened.registry
     base = registry.base(opened.base_name(file.base))
     is_new = not registry.has_recipe(file.recipe)
     held: Mapping[str, RecipeEntry] = {}
+    revision = 0
     if not is_new:
         record = registry.recipe(file.recipe)
         if registry.base(record.base).fingerprint != base.fingerprint:
             raise AlreadyExists(
                 f"the recipe {record.name!r} is there already, on base {record.base!r} and not on {base.name!r}"
             )
-        held = {entry.patch: entry for entry in record.entries}
+        held, revision = {entry.patch: entry for entry in record.entries}, record.revision
     finder = _Finder(opened, base.name, held)
     planned = [finder.planned(entry) for entry in file.entries]
-    named = [entry.record.id for entry in planned if entry.record is not None]
-    if twice := next((id for id in named if named.count(id) > 1), None):
-        raise OverpaintError(f"the file asks twice for the patch {twice[:12]}; keep one of the entries")
+    named = {entry.record.id: entry for entry in planned if entry.record is not None}
+    requests = [each.asked.request for each in planned if each.record is None and each.asked and each.asked.request]
+    _refuse_twice([*(each.record.id for each in planned if each.record is not None), *requests])
+    wanted = [RecipeEntry(id, each.asked.strength, each.asked.expires) for id, each in named.items() if each.asked]
+    registry.check_entries(file.recipe, base.name, wanted)
     gone = [registry.patch(id) for id in held if id not in named]
     removed = [PlannedEntry("remove", record.concept, record, None) for record in gone]
-    requests = [entry.asked.request for entry in planned if entry.record is None and entry.asked is not None]
-    context = opened.solve_context(base.name)
-    solve = plan_solves(
-        registry, [each for each in requests if each is not None], context, base=base.name, update=update
-    )
-    return RecipePlan(file.recipe, base.name, file.why, is_new, (*planned, *removed), solve)
+    solve = plan_solves(registry, requests, opened.solve_context(base.name), base=base.name, update=update)
+    plan = RecipePlan(file.recipe, base.name, file.why, is_new, revision, (*planned, *removed), solve)
+    plan.reason()
+    return plan
+
+
+def _refuse_twice(asked: Sequence[str | SolveRequest]) -> None:
+    """Raise OverpaintError when an id of a patch, or how one is to be solved, is there twice."""
+    for each, count in Counter(asked).items():
+        if count > 1:
+            called = f"the patch {each[:12]}" if isinstance(each, str) else f"{each.concept.name!r}, solved in one way"
+            raise OverpaintError(f"the file asks twice for {called}; keep one of the entries")
 
 
 class _Finder:
@@ -249,8 +270,13 @@ class _Finder:
         record = self._named(entry) if entry.patch is not None else None
         if record is None and entry.request is not None:
             (request,) = completed([entry.request], self._known, ())
-            entry = FileEntry(None, request, entry.strength, entry.expires, entry.why)
+            entry = replace(entry, patch=None, request=request)
             record = next(self._matching(request), None)
+        try:
+            before = self._held.get(record.id) if record is not None else None
+            check_entry(before, RecipeEntry("", entry.strength, entry.expires))
+        except OverpaintError as error:
+            raise BadConceptFile(f"{entry.at}: {error}") from error
         concept = record.concept if record is not None else entry.request.concept.name if entry.request else ""
         there = self._held.get(record.id) if record is not None else None
         action: Action = "add" if there is None else "change"
@@ -260,11 +286,17 @@ class _Finder:
 
     def _named(self, entry: FileEntry) -> PatchRecord | None:
         try:
-            return self._registry.patch(entry.patch or "", base=self._base)
+            record = self._registry.patch(entry.patch or "", base=self._base)
         except NotFound:
             if entry.request is None:
                 raise
             return None
+        if entry.request is not None and entry.request.concept.name != record.concept:
+            raise BadConceptFile(
+                f"{entry.at}: the patch {record.id[:12]} erases {record.concept!r}, and this entry is named "
+                f"{entry.request.concept.name!r}; keep `patch` or `name`, whichever is meant"
+            )
+        return record
 
     def _matching(self, request: SolveRequest) -> Iterator[PatchRecord]:
         """Sound patches that were solved for a request, those on the recipe first, then the newest."""
@@ -279,26 +311,21 @@ class _Finder:
                             yield record
 
 
-def wanted_entries(plan: RecipePlan, outcomes: Sequence[SolveOutcome]) -> tuple[list[RecipeEntry], list[str]]:
-    """What the recipe is to hold once the plan's solves came out, and the reasons that the file gives for its entries.
-
-    Raises OverpaintError when one of them could not be solved.
-    """
+def wanted_entries(plan: RecipePlan, outcomes: Sequence[SolveOutcome]) -> list[RecipeEntry]:
+    """What the recipe is to hold once the plan's solves came out. Raises OverpaintError when one could not be solved."""
     if failed := [f"{each.task.order.concept.name}: {each.error}" for each in outcomes if each.record is None]:
         raise OverpaintError(
             "the recipe is as it was, because not everything could be solved:\n  " + "\n  ".join(failed)
         )
     solved = {each.task.order: each.record for each in outcomes if each.record is not None}
-    entries, reasons = [], []
+    entries = []
     for planned in plan.entries:
         if planned.asked is None:
             continue
         record = planned.record or (solved[planned.asked.request] if planned.asked.request else None)
         assert record is not None, "an entry without a patch was not solved"
         entries.append(RecipeEntry(record.id, planned.asked.strength, planned.asked.expires))
-        if planned.asked.why and planned.action != "keep":
-            reasons.append(f"{planned.concept}: {planned.asked.why}")
-    return entries, reasons
+    return entries
 
 
 def written(opened: OpenRegistry, name: str) -> str:
@@ -313,12 +340,14 @@ def written(opened: OpenRegistry, name: str) -> str:
             entry["expires"] = held.until
         entries.append(entry)
     content = {"recipe": record.name, "base": record.base, "patches": entries}
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 16)
-    return text
+    return _yaml(content)
 
 
 def _described(registry: Registry, record: PatchRecord) -> dict[str, Any]:
-    """How a patch was solved; nothing where that cannot be done again from a file: pictures, compressions, imports."""
+    """How a patch was solved; nothing where that cannot be done again from a file: pictures, compressions, imports.
+
+    Nor where a file would be read as something else: earlier versions let names pass that no file may have.
+    """
     concept = registry.concept(record.concept)
     request = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed)
     try:
@@ -332,4 +361,12 @@ def _described(registry: Registry, record: PatchRecord) -> dict[str, Any]:
         described["settings"] = as_texts(record.settings)
     if record.seed:
         described["seed"] = record.seed
-    return described
+    node = parse(_yaml(described).encode())
+    entry = node and _RecipeReader(Path()).entry(node)
+    again = entry and entry.request and replace(entry.request, described=True)
+    return described if again == request else {}
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 16)
+    return text

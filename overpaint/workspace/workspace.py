@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from datetime import date, datetime, timezone
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from overpaint.core.concepts import Concept
 from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeRecord
+from overpaint.registry.history import today
+from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
 from overpaint.workspace.planning import (
@@ -28,7 +29,7 @@ from overpaint.workspace.planning import (
     setting_texts,
     truncations,
 )
-from overpaint.workspace.recipe import Recipe, current_user
+from overpaint.workspace.recipe import Recipe, current_user, refuse_stale
 
 if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk
@@ -82,9 +83,9 @@ class Workspace(OpenRegistry):
         from overpaint.bases.loading import resolve_device
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
-        around = self.solve_context(base)
-        preserved = PreservedPrompts(around.preserve_prompts, vocabulary, around.cache)
-        prepare(self.base(base), around.universe, resolve_device(device), preserved=preserved, report=progress)
+        context = self.solve_context(base)
+        preserved = PreservedPrompts(context.preserve_prompts, vocabulary, context.cache)
+        prepare(self.base(base), context.universe, resolve_device(device), preserved=preserved, report=progress)
 
     def preserve(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""
@@ -161,11 +162,11 @@ class Workspace(OpenRegistry):
     ) -> Solved:
         """Compute and store the patch that erases one concept from a base, which may be left out where there is one.
 
-        A name the registry does not know becomes an object of that name. Every other concept in the registry is the
-        universe: preserved, so that patches compose. `decoupled` ("ridge" or "exact") takes out of the change what it does
-        to any of them, whatever the solver (see `decouple`). With a `universe`, only the concepts that it names are it, and those
-        of the recipes that it names. `compress` keeps a rank ("4") or a share of energy ("0.99") of
-        every tensor's change. Other keywords are settings of the solver (see `solvers`), or `settings=` a mapping of them.
+        A name the registry does not know becomes an object of that name. Every other concept in the registry is preserved, so
+        that patches compose; `universe` names the concepts to preserve instead, and recipes for all of theirs. `decoupled`
+        ("ridge" or "exact") takes out of the change what it does to any of them, whatever the solver (see `decouple`).
+        `compress` keeps a rank ("4") or a share of energy ("0.99") of every tensor's change. Other keywords are settings of
+        the solver (see `solvers`), or `settings=` a mapping of them.
 
         Raises NotFound for an unknown base or solver, BadSetting for a setting that the solver has not (the nearest name is
         in the message) or cannot take, OverpaintError for what the solver refuses; nothing is stored then.
@@ -365,15 +366,24 @@ class Workspace(OpenRegistry):
         (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
         return Recipe(self, name)
 
-    def plan_recipe(self, file: str | Path, *, update: bool = False) -> RecipePlan:
+    def plan_recipe(self, file: str | Path, *, update: bool = False, compose: bool = False) -> RecipePlan:
         """What makes a recipe as a file says (see `overpaint.workspace.recipe_file`); nothing is stored or solved.
 
-        `update` takes the file's description of a known concept. Raises NotFound for an unknown file, base or patch,
+        `update` takes the file's description of a known concept. With `compose`, the weights are composed if no patch has to
+        be solved first: it raises what `apply_recipe` would. Raises NotFound for an unknown file, base or patch,
         BadConceptFile for a file with mistakes, AlreadyExists for a recipe that is on another base, ConceptDiffers.
         """
-        from overpaint.workspace.recipe_file import plan_recipe, read_recipe
+        from overpaint.workspace.recipe_file import plan_recipe, read_recipe, wanted_entries
 
-        return plan_recipe(self, read_recipe(Path(file)), update=update)
+        plan = plan_recipe(self, read_recipe(Path(file)), update=update)
+        if compose and not plan.is_done and all(each.record is not None for each in plan.entries):
+            self._compose(plan.base, wanted_entries(plan, ()))
+        return plan
+
+    def _compose(self, base: str, entries: Iterable[RecipeEntry]) -> None:
+        from overpaint.patches.compose import compose
+
+        compose(self.base(base), [self.term(each.patch, each.strength, base) for each in entries], self.progress)
 
     def apply_recipe(
         self,
@@ -387,16 +397,22 @@ class Workspace(OpenRegistry):
     ) -> RecipeFileOutcome:
         """Make a recipe as a file (or the plan of one) says: solve what is missing, then change it in one revision.
 
-        Applying it again changes nothing. Raises as `plan_recipe`, and OverpaintError when something cannot be solved; the
-        recipe is then as it was.
+        Applying a file again changes nothing. Raises as `plan_recipe`, StaleRevision when somebody changed the recipe after
+        the plan was made, and OverpaintError when something cannot be solved; the recipe is then as it was.
         """
         from overpaint.workspace.recipe_file import RecipeFileOutcome, RecipePlan, wanted_entries
 
         todo = plan if isinstance(plan, RecipePlan) else self.plan_recipe(plan)
+        reason = todo.reason(why)
+        if not todo.is_new:
+            refuse_stale(self.registry.recipe(todo.recipe), todo.revision)  # before hours of solving
         outcomes = self.carry_out(todo.solve, device=device, progress=progress, on_result=on_result)
-        entries, reasons = wanted_entries(todo, outcomes)
-        recipe = self.create_recipe(todo.recipe, base=todo.base, exist_ok=True)
-        lines = recipe.hold(entries, why="; ".join(filter(None, (why or todo.why, *reasons))), who=who)
+        entries = wanted_entries(todo, outcomes)
+        if todo.is_new:
+            self._compose(todo.base, entries)  # so that what cannot be applied leaves no empty recipe
+            self.create_recipe(todo.recipe, base=todo.base, exist_ok=True)
+        recipe = self.recipe(todo.recipe)
+        lines = recipe.hold(entries, revision=todo.revision, why=reason, who=who)
         solved = [each.record for each in outcomes if each.record is not None and not each.before]
         return RecipeFileOutcome(lines, solved)
 
@@ -410,7 +426,7 @@ class Workspace(OpenRegistry):
 
     def due(self, on: date | None = None, *, recipe: str | None = None) -> list[ExpiredEntry]:
         """The patches of recipes (or of one) that have expired, as of today (in UTC) or another day."""
-        return self.registry.due(on or datetime.now(timezone.utc).date(), recipe=recipe)
+        return self.registry.due(on or today(), recipe=recipe)
 
     def remove_expired(
         self, on: date | None = None, *, recipe: str | None = None, why: str = "", who: str = ""

@@ -120,7 +120,7 @@ def test_from_a_base_to_a_checkpoint(ready: Shell, tmp_path: Path) -> None:
 
 def test_every_table_is_also_json(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
-    ready.ok("patch", "add", "cat", "--expires", "2027-01-31")
+    ready.ok("patch", "add", "cat", "--expires", "2999-01-31")
     ready.ok("tag", "add", "pets", "--patch", "cat")
     for words in (
         ("base", "list"),
@@ -133,7 +133,7 @@ def test_every_table_is_also_json(ready: Shell) -> None:
         ("recipe", "show"),
         ("recipe", "log"),
         ("recipe", "diff", "default@0", "default"),
-        ("recipe", "expired", "--on", "2027-01-31"),
+        ("recipe", "expired", "--on", "2999-01-31"),
         ("tag", "list"),
         ("search", "cat"),
     ):
@@ -173,12 +173,12 @@ def test_a_recipe_is_made_copied_taken_back_and_deleted(ready: Shell) -> None:
 
 def test_an_expired_takedown_is_listed(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
-    assert "expires 2027-01-31" in ready.ok("patch", "add", "cat", "--expires", "2027-01-31")
-    assert json.loads(ready.ok("recipe", "expired", "--on", "2027-01-30", "--json")) == []
-    due = json.loads(ready.ok("recipe", "expired", "default", "--on", "2027-01-31", "--json"))
-    assert [(row["recipe"], row["concept"], row["until"]) for row in due] == [("default", "cat", "2027-01-31")]
-    assert json.loads(ready.ok("recipe", "show", "--json"))["patches"][0]["until"] == "2027-01-31"
-    assert "expires 2027-01-31" in ready.ok("patch", "show", "cat")
+    assert "expires 2999-01-31" in ready.ok("patch", "add", "cat", "--expires", "2999-01-31")
+    assert json.loads(ready.ok("recipe", "expired", "--on", "2999-01-30", "--json")) == []
+    due = json.loads(ready.ok("recipe", "expired", "default", "--on", "2999-01-31", "--json"))
+    assert [(row["recipe"], row["concept"], row["until"]) for row in due] == [("default", "cat", "2999-01-31")]
+    assert json.loads(ready.ok("recipe", "show", "--json"))["patches"][0]["until"] == "2999-01-31"
+    assert "expires 2999-01-31" in ready.ok("patch", "show", "cat")
     ready.ok("patch", "add", "cat", "--expires", "never")
     assert json.loads(ready.ok("recipe", "expired", "--on", "2030-01-01", "--json")) == []
 

@@ -76,7 +76,7 @@ def test_no_table_of_a_registry_shows_a_whole_id_unasked(tmp_path: Path, base_fo
     shell = Shell(tmp_path / "registry")
     shell.ok("base", "add", "tiny", str(base_folder))
     shell.ok("solve", "cat", "--base", "tiny")
-    added = shell.ok("patch", "add", "cat", "--expires", "2026-01-31")
+    added = shell.ok("patch", "add", "cat", "--expires", "2999-01-31")
     tagged = shell.ok("tag", "add", "pets", "--patch", "cat")
     shown = {
         words: shell.ok(*words)
@@ -90,7 +90,7 @@ def test_no_table_of_a_registry_shows_a_whole_id_unasked(tmp_path: Path, base_fo
             ("recipe", "show"),
             ("recipe", "log"),
             ("recipe", "diff", "default@0", "default"),
-            ("recipe", "expired"),
+            ("recipe", "expired", "--on", "2999-01-31"),
             ("tag", "list"),
             ("search", "cat"),
             ("solve", "cat", "--base", "tiny", "--dry-run"),

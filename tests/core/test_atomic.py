@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from overpaint.core.atomic import atomic_output, replacing, write_new, write_over
+from overpaint.core.atomic import atomic_output, make_folder, replacing, write_new, write_over
 from overpaint.core.errors import AlreadyExists, OverpaintError
 
 
@@ -88,3 +88,21 @@ def test_a_full_disk_leaves_no_new_file(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OverpaintError, match="no room"):
         write_new(tmp_path / "inner" / "file", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "a long name"])
+def test_a_path_of_which_thousands_of_folders_are_missing_is_one_sentence(tmp_path: Path, name: str) -> None:
+    deep = tmp_path.joinpath(*[name] * 2000, "out")
+    for write in (atomic_output, replacing):
+        with (
+            pytest.raises(
+                OverpaintError, match=r"^2,000 folders of .* are not there, and at most 100 are made"
+            ) as caught,
+            write(deep),
+        ):
+            pass
+        assert len(str(caught.value)) < 300
+    with pytest.raises(OverpaintError, match="2,000 folders"):
+        make_folder(deep.parent)
+    assert list(tmp_path.iterdir()) == []
+    make_folder(tmp_path.joinpath(*["a"] * 50))

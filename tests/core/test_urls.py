@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed, printed_url
+from overpaint.core.urls import printed, printed_url, reported
 from overpaint.registry.store.blobs import open_files, place_store
 
 
@@ -61,3 +61,12 @@ def test_a_pointer_with_credentials_is_readable_by_its_owner_only(tmp_path: Path
     assert (tmp_path / "blobs.url").read_text() == "memory://user:hunter22@host/secret\n"
     assert stat.S_IMODE((tmp_path / "blobs.url").stat().st_mode) == 0o600
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_what_others_report_is_one_printable_line_without_credentials() -> None:
+    text = "\x1b[31mno\x07\r\n\tway \u202e" + "s3://ada:secret@bucket " + "x" * 10_000
+    shown = reported(text)
+    assert shown.startswith("*[31mno* way *s3://***@bucket xxx")
+    assert shown.isprintable()
+    assert len(shown) < 320
+    assert reported("404 topsecret", "https://ada:topsecret@host") == "404 ***"

@@ -17,7 +17,7 @@ from overpaint.registry.records import ExpiredEntry, RecipeEntry
 from .contents import add_patch, lay
 
 NOTE = Note("a test", "tester")
-CHRISTMAS = date(2026, 12, 24)
+CHRISTMAS = date(2998, 12, 24)
 
 
 @pytest.fixture
@@ -272,12 +272,12 @@ def test_a_patch_lapses_when_its_day_comes_and_stays_until_it_is_removed(
     registry: Registry, patches: list[str]
 ) -> None:
     one, two, three = patches
-    change(registry, one, 1.0, until=date(2027, 1, 31))
+    change(registry, one, 1.0, until=date(2999, 1, 31))
     change(registry, two, 1.0, until=CHRISTMAS)
     change(registry, three, 1.0)
-    assert registry.due(date(2026, 12, 23)) == []
+    assert registry.due(date(2998, 12, 23)) == []
     assert registry.due(CHRISTMAS) == [ExpiredEntry("r", "apple", two, CHRISTMAS)]
-    assert [due.patch for due in registry.due(date(2030, 1, 1))] == [two, one]
+    assert [due.patch for due in registry.due(date(3030, 1, 1))] == [two, one]
     assert len(registry.recipe("r").entries) == 3
     change(registry, two, None)
     assert registry.due(CHRISTMAS) == []
@@ -297,7 +297,7 @@ def test_due_is_asked_of_one_recipe_or_of_all_that_are_there(registry: Registry,
 def test_another_day_is_a_change_of_its_own(registry: Registry, patches: list[str]) -> None:
     change(registry, patches[0], 1.0)
     change(registry, patches[0], 1.0, until=CHRISTMAS)
-    with pytest.raises(AlreadyExists, match=r"strength 1 until 2026-12-24"):
+    with pytest.raises(AlreadyExists, match=r"strength 1 until 2998-12-24"):
         change(registry, patches[0], 1.0, until=CHRISTMAS)
     change(registry, patches[0], 2.0, until=CHRISTMAS)
     change(registry, patches[0], 2.0)

@@ -191,8 +191,8 @@ registry = Registry.open(Path(sys.argv[1]) / "registry")
 registry.add_concept(Concept("cat"))
 digest = registry.blobs.put(b"paint")
 assert registry.blobs.get(digest) == b"paint"
-with open_files(Path(sys.argv[1]) / "place").alone() as alone:
-    assert alone
+with open_files(Path(sys.argv[1]) / "place").exclusive() as exclusive:
+    assert exclusive
 assert current_user()
 import overpaint.evaluation.suites.cost
 """
@@ -202,7 +202,7 @@ import overpaint.evaluation.suites.cost
 
 def test_two_writers_of_one_place_wait_for_each_other(tmp_path: Path) -> None:
     store = BlobStore(open_files(tmp_path))
-    with store.files.alone() as alone:
-        assert alone
+    with store.files.exclusive() as exclusive:
+        assert exclusive
         with pytest.raises(TimeoutError), locked(tmp_path / ".lock", 0):
             pass

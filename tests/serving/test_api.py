@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from overpaint.registry import models
+from overpaint.registry import history, models
 from overpaint.serving import drawing
 from overpaint.serving.limits import RateLimiter, TooMany
 from overpaint.serving.running import check
@@ -114,6 +114,12 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/add/kat", {"patches": ["dog"]}, 404, "did you mean 'cat'"),
     ("/v1/add/cat", {"patches": ["dog"], "strength": "1"}, 422, "strength"),
     ("/v1/add/cat", {"patches": ["dog"], "expires": "soon"}, 422, "expires"),
+    (
+        "/v1/add/cat",
+        {"patches": ["dog"], "expires": "2020-01-01"},
+        400,
+        "a patch cannot expire on 2020-01-01, which is past",
+    ),
     ("/v1/remove/cat", {"patches": ["dog"]}, 404, "dog"),
     ("/v1/undo/plain", {}, 404, "never changed"),
     ("/v1/recipes", {"recipe": "cat"}, 409, "is there already"),
@@ -337,9 +343,13 @@ def test_a_recipe_of_another_base_is_refused_and_not_listed(serve: Serve, worksp
     assert not client.get("/v1/recipes/elsewhere").json()["served"]
 
 
-def test_expired_patches_stay_unless_the_server_is_told_to_enforce_expiry(serve: Serve, workspace: Workspace) -> None:
-    workspace.recipe("plain").add("cat", until=YESTERDAY)
-    workspace.recipe("dog").add("cat", until=YESTERDAY)
+def test_expired_patches_stay_unless_the_server_is_told_to_enforce_expiry(
+    serve: Serve, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as then:
+        then.setattr(history, "today", lambda: YESTERDAY)
+        workspace.recipe("plain").add("cat", until=YESTERDAY)
+        workspace.recipe("dog").add("cat", until=YESTERDAY)
     patient = serve()
     assert texts(patient.picture("plain").content)[0] == workspace.recipe("cat").digest()
     assert {each["recipe"] for each in patient.get("/v1/expired").json()} == {"plain", "dog"}

@@ -124,11 +124,11 @@ def test_a_deleted_recipe_comes_back_with_its_weights(workspace: Workspace, reci
 
 
 def test_an_expiry_stays_when_the_strength_changes_and_can_be_cleared(workspace: Workspace, recipe: Recipe) -> None:
-    line = recipe.add("fox", until=date(2027, 1, 31))
-    assert (line.action, line.until_after) == ("add", date(2027, 1, 31))
-    assert recipe.add("fox", 2.0).until_after == date(2027, 1, 31)
+    line = recipe.add("fox", until=date(2999, 1, 31))
+    assert (line.action, line.until_after) == ("add", date(2999, 1, 31))
+    assert recipe.add("fox", 2.0).until_after == date(2999, 1, 31)
     line = recipe.add("fox", 2.0, until="never")
-    assert (line.action, line.until_before, line.until_after) == ("until", date(2027, 1, 31), None)
+    assert (line.action, line.until_before, line.until_after) == ("until", date(2999, 1, 31), None)
     assert line.digest_before == line.digest_after
     with pytest.raises(AlreadyExists):
         recipe.add("fox", 2.0, until="never")

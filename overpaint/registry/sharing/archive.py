@@ -51,7 +51,7 @@ class ArchiveReader:
         """Nothing is written to an archive that is being read."""
         raise AssertionError("an archive is written by an ArchiveWriter")
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """An archive is nobody else's."""
         return nullcontext(True)
 
@@ -83,7 +83,7 @@ class ArchiveWriter:
         self._file.write(data + bytes(-len(data) % BLOCK))
         self._sizes[name] = len(data)
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """An archive is nobody else's."""
         return nullcontext(True)
 

@@ -18,7 +18,7 @@ from overpaint.registry.sharing.merge_history import Record, record_of
 from overpaint.registry.sharing.oci_registry import RegistryFiles
 from overpaint.registry.sharing.selection import PatchOffer, RecipeOffer
 from overpaint.registry.sharing.signing import Untrusted, key_id, signer_of
-from overpaint.registry.sharing.trust import SignedList, seals_of, signed_list
+from overpaint.registry.sharing.trust import SignedList, signatures_of, signed_list
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Listing:
 
     def _signers(self, document: str) -> tuple[str, ...]:
         """The ids of the keys that signed a document, or a list that names it."""
-        keys = {signer_of(seal, document) for seal in seals_of(self._layout, self._offers.entries, document)}
+        keys = {signer_of(each, document) for each in signatures_of(self._layout, self._offers.entries, document)}
         keys |= {each.key for each in self._lists if document in {member.digest for member in each.members}}
         return tuple(sorted(key_id(key) for key in keys if key is not None))
 

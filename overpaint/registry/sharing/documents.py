@@ -27,7 +27,7 @@ BASE = "application/vnd.overpaint.base.v1"
 RECIPE = "application/vnd.overpaint.recipe.v1"
 RECORD = "application/vnd.overpaint.recipe.record.v1+json"
 SIGNATURE = "application/vnd.overpaint.signature.v1"
-SEAL = "application/vnd.overpaint.signature.v1+json"
+SIGNATURE_BLOB = "application/vnd.overpaint.signature.v1+json"
 SIGNED_LIST = "application/vnd.overpaint.signed-list.v1"
 VOCABULARY = "application/vnd.overpaint.vocabulary.v1"
 MOMENTS = "application/vnd.overpaint.vocabulary.moments.v1"
@@ -151,10 +151,10 @@ def vocabulary_document(data: bytes) -> Document:
     return _document(VOCABULARY, layers=[Descriptor.of(data, MOMENTS).as_json()])
 
 
-def signature_document(seal: bytes, signed: Descriptor) -> Document:
+def signature_document(signature: bytes, signed: Descriptor) -> Document:
     """The document of a detached signature over another document."""
     subject = Descriptor(signed.media_type, signed.digest, signed.size)
-    return _document(SIGNATURE, layers=[Descriptor.of(seal, SEAL).as_json()], subject=subject)
+    return _document(SIGNATURE, layers=[Descriptor.of(signature, SIGNATURE_BLOB).as_json()], subject=subject)
 
 
 def read_document(data: bytes, where: str) -> dict[str, Any]:
@@ -169,11 +169,15 @@ def read_document(data: bytes, where: str) -> dict[str, Any]:
 
 
 def members_of(content: Mapping[str, Any], where: str) -> list[Descriptor]:
-    """What a document of the OCI index format lists. Raises BadLayout."""
+    """What a document of the OCI index format lists, each once. Raises BadLayout."""
     listed = content.get("manifests")
     if not isinstance(listed, list):
         raise BadLayout(f"{where} lists no manifests; nothing was taken from it")
-    return [Descriptor.from_json(each, where) for each in listed]
+    members = [Descriptor.from_json(each, where) for each in listed]
+    # What is listed again, word for word, would only be read again.
+    return list(
+        {(each.digest, each.artifact_type, *sorted(each.annotations.items())): each for each in members}.values()
+    )
 
 
 NOTHING = b"{}"

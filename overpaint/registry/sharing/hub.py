@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed
+from overpaint.core.urls import reported
 from overpaint.registry.sharing.documents import Descriptor, members_of, read_document
 from overpaint.registry.store import FileInfo
 from overpaint.registry.store.files import checked_parts, too_long
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(
-    rf"hf://(?P<repo>(?!(?:datasets|spaces|buckets)/){_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
+    rf"(?i:hf)://(?P<repo>(?!(?:datasets|spaces|buckets)/){_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
 )
 CARD = "README.md"
+LONGEST_CARD = 1 << 20
 OURS = b"library_name: overpaint"
 """By this a card is known as one that a push wrote, and may write again."""
 
@@ -100,7 +101,7 @@ class HubFiles:
         if name == "index.json":
             self._commit()
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """Nobody can be kept waiting by the Hub."""
         return nullcontext(False)
 
@@ -137,11 +138,18 @@ class HubFiles:
             hf_raise_for_status,
         )
 
-        url = hf_hub_url(self._repo, name, revision=self._commit_read().oid, endpoint=self._api.endpoint)
-        with self._plain():
-            response = get_session().get(url, headers=build_hf_headers(token=self._api.token), follow_redirects=True)
+        commit = self._commit_read()
+        size = commit.sizes[name]
+        url = hf_hub_url(self._repo, name, revision=commit.oid, endpoint=self._api.endpoint)
+        headers = build_hf_headers(token=self._api.token)
+        data = bytearray()
+        with self._plain(), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             hf_raise_for_status(response)
-            return bytes(response.content)
+            for piece in response.iter_bytes(1 << 20):
+                data += piece
+                if len(data) > size:
+                    raise too_long(f"{name} in {self.where}", len(data), size)
+        return bytes(data)
 
     def _commit(self) -> None:
         """Commit what was written, unless the branch has moved since it was read: the layout then looks again, and merges."""
@@ -154,7 +162,8 @@ class HubFiles:
             return
         files: dict[str, Path | bytes] = {**self._pending}
         files |= self._beside(members_of(read_document(index, self.where), self.where))
-        if CARD in files and before.sizes.get(CARD) and OURS not in self._download(CARD):
+        card = before.sizes.get(CARD, 0)
+        if CARD in files and card and (card > LONGEST_CARD or OURS not in self._download(CARD)):
             del files[CARD]  # somebody's own words stay
         with self._plain():
             if not before.oid:
@@ -213,12 +222,12 @@ class HubFiles:
         except HfHubHTTPError as error:
             if _status(error) in (401, 403):
                 raise self._no_login() from None
-            reason = printed(f"{_status(error)} {error.server_message or ''}".strip())
+            reason = reported(f"{_status(error)} {error.server_message or ''}".strip())
             raise Unreachable(f"{self.where} refused this ({reason}); nothing was committed there") from None
         except OverpaintError:
             raise
         except Exception as error:  # of whichever HTTP client this version of huggingface_hub has
-            reason = printed(str(error)) or type(error).__name__
+            reason = reported(str(error)) or type(error).__name__
             raise Unreachable(f"{self.where} cannot be used ({reason}); check the address and the network") from None
 
     def _no_login(self) -> Unreachable:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import quoted
 from overpaint.registry.sharing.documents import (
     INDEX,
     INDEX_LIMIT,
@@ -57,7 +58,7 @@ class LayoutStore(Protocol):
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None: ...
 
-    def alone(self) -> AbstractContextManager[bool]: ...
+    def exclusive(self) -> AbstractContextManager[bool]: ...
 
 
 class OciLayout:
@@ -125,7 +126,7 @@ class OciLayout:
         """A document of at most `limit` bytes, its size and digest checked. Raises BadLayout."""
         if descriptor.media_type not in (MANIFEST, INDEX) or descriptor.size > limit:
             raise BadLayout(
-                f"{self.where} lists {descriptor.digest} as {descriptor.media_type} of {descriptor.size} bytes, which is "
+                f"{self.where} lists {descriptor.digest} as {quoted(descriptor.media_type)} of {descriptor.size} bytes, which is "
                 "no document that this program reads"
             )
         return self._checked(f"{self.files.documents}/{descriptor.digest}", descriptor.digest, descriptor.size)
@@ -185,14 +186,14 @@ class OciLayout:
 
         Two pushes to one folder wait for each other. Behind a URL nobody can wait, so there it is looked at once more.
         """
-        with self.files.alone() as alone:
+        with self.files.exclusive() as exclusive:
             began = self.begin()
             try:
                 for _ in range(TRIES):
                     wanted = sorted(change(self.listed()), key=lambda each: (each.artifact_type, each.digest))
                     content = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [each.as_json() for each in wanted]}
                     self.files.write("index.json", [canonical_json(content)], final=False)
-                    if alone or self.listed() == wanted:
+                    if exclusive or self.listed() == wanted:
                         return
             except BaseException:
                 if began and isinstance(self.files, Files):

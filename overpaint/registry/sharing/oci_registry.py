@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed
+from overpaint.core.urls import printed_url, reported
 from overpaint.registry.sharing.documents import (
     INDEX,
     INDEX_LIMIT,
@@ -40,7 +40,7 @@ from overpaint.registry.store import FileInfo
 from overpaint.registry.store.files import too_long
 from overpaint.registry.store.remote import Unreachable
 
-SCHEME = re.compile(r"oci(\+http)?://")
+SCHEME = re.compile(r"oci(?P<plain>\+http)?://", re.IGNORECASE)
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(
     rf"(?P<host>[^/@]+)/(?P<name>{_PART}(?:/{_PART})*)"
@@ -58,6 +58,10 @@ ANY += "application/vnd.docker.distribution.manifest.v2+json"
 TIMEOUT = (20.0, 300.0)
 """Seconds to wait for a connection, and for the next bytes of an answer."""
 ATTEMPTS = 4
+MOST_PAGES = 1000
+"""Of a list of referrers; registries have a hundred entries and more in each."""
+LONGEST_ANSWER = 64 << 10
+"""How many bytes of a refusal are read."""
 
 
 def is_registry(location: str | Path) -> bool:
@@ -75,17 +79,18 @@ class RegistryFiles:
     documents = "manifests/sha256"
 
     def __init__(self, url: str, *, overwrite: bool = False) -> None:
-        match = _REFERENCE.fullmatch(SCHEME.sub("", url))
-        if match is None:
+        scheme = SCHEME.match(url)
+        match = scheme and _REFERENCE.fullmatch(url[scheme.end() :])
+        if scheme is None or match is None:
             raise OverpaintError(
-                f"{printed(url)} names no repository of a registry; write oci://HOST/NAME or oci://HOST/NAME:TAG, with "
+                f"{printed_url(url)} names no repository of a registry; write oci://HOST/NAME or oci://HOST/NAME:TAG, with "
                 "the name in lower case and no user in it (log in with `docker login HOST`)"
             )
         self.host, self.name, digest = match["host"], match["name"], match["digest"]
         self.reference = digest or match["tag"] or "latest"
         self.where = f"oci://{self.host}/{self.name}{'@' if digest else ':'}{self.reference}"
         self._overwrite = overwrite
-        plain = url.startswith("oci+http") or _LOCAL.fullmatch(self.host) is not None
+        plain = scheme["plain"] is not None or _LOCAL.fullmatch(self.host) is not None
         self._root = f"{'http' if plain else 'https'}://{self.host}/v2/"
         self._client = _Client(self.host, self.name, self.where, plain)
         self._referring: dict[str, dict[str, Descriptor]] = {}
@@ -105,7 +110,7 @@ class RegistryFiles:
 
     def info(self, name: str) -> FileInfo | None:
         response = self._client.ask("HEAD", self._url(name), headers={"Accept": ANY}, missing=True)
-        return None if response is None else FileInfo(name, int(response.headers.get("Content-Length", -1)), 0.0)
+        return None if response is None else FileInfo(name, _claimed_length(response), 0.0)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview], *, final: bool = True) -> None:
         if name == "oci-layout":
@@ -119,22 +124,31 @@ class RegistryFiles:
         else:
             self._put_blob(data)
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """Nobody can be kept waiting by a registry."""
         return nullcontext(False)
 
     def referrers(self, digest: str) -> list[Descriptor]:
         """What the registry lists as referring to a document, by its API or by the tag that stands in for it."""
         url: str | None = f"{self._root}{self.name}/referrers/sha256:{digest}"
-        listed: list[Descriptor] = []
+        listed: dict[str, Descriptor] = {}
+        pages = 0
         while url is not None:
-            response = self._client.ask("GET", url, missing=True)
+            response = self._client.ask("GET", url, stream=True, missing=True)
             if response is None:
                 return self._referrers_tag(digest)
-            listed += members_of(read_document(response.content, "the list of referrers"), f"a list of {self.where}")
+            data = self._content(response, url, LARGEST_MANIFEST)
+            page = members_of(read_document(data, "the list of referrers"), f"a list of {self.where}")
+            new, pages = {each.digest: each for each in page if each.digest not in listed}, pages + 1
+            listed |= new
             following = response.links.get("next", {}).get("url")
             url = following and urljoin(url, following)
-        return listed
+            if url is not None and (not new or pages == MOST_PAGES):
+                raise BadLayout(
+                    f"{self.where} goes on listing what refers to {digest[:12]} after {len(listed)} entries in {pages} pages, "
+                    f"the last of {len(new)} new ones; nothing was taken from it"
+                )
+        return list(listed.values())
 
     def _url(self, name: str) -> str:
         if name == "index.json":
@@ -145,16 +159,16 @@ class RegistryFiles:
     def _get(self, url: str, limit: int | None) -> bytes | None:
         """The content at a URL of at most `limit` bytes. Raises BadFile."""
         response = self._client.ask("GET", url, headers={"Accept": ANY}, stream=True, missing=True)
-        if response is None:
-            return None
+        return None if response is None else self._content(response, url, limit)
+
+    def _content(self, response: Any, url: str, limit: int | None) -> bytes:
         pieces, nbytes = [], 0
         with response, self._client.plain(url):
             for piece in response.iter_content(1 << 20):
                 pieces.append(piece)
                 nbytes += len(piece)
                 if limit is not None and nbytes > limit:
-                    claimed = max(nbytes, int(response.headers.get("Content-Length", nbytes)))
-                    raise too_long(f"{printed(url)}", claimed, limit)
+                    raise too_long(printed_url(url), max(nbytes, _claimed_length(response)), limit)
         return b"".join(pieces)
 
     def _read_index(self) -> bytes | None:
@@ -168,28 +182,37 @@ class RegistryFiles:
         content = read_document(data, self.where)
         kind = content.get("artifactType")
         if kind in (PATCH, RECIPE):
-            return canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": self._alone(data, content)})
+            entries = self._entries_of(data, content)
+            return canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries})
         if kind != LISTING:
             if self._overwrite:
                 return canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": []})
-            raise BadLayout(
-                f"{self.where} holds something else than patches ({content.get('mediaType') or 'no media type'}"
-                f"{f', {kind}' if kind else ''}); name another tag, or push over it with --overwrite"
+            kinds = reported(
+                ", ".join(str(each) for each in (content.get("mediaType") or "no media type", kind) if each)
             )
-        entries: list[Any] = []
-        for entry in members_of(content, self.where):
-            entries += self._page(entry) if entry.artifact_type == PAGE else [entry.as_json()]
+            raise BadLayout(
+                f"{self.where} holds something else than patches ({kinds}); name another tag, or push over it with --overwrite"
+            )
+        members = members_of(content, self.where)
+        entries = [each.as_json() for each in members if each.artifact_type != PAGE]
+        pages = {each.digest: each for each in members if each.artifact_type == PAGE}
+        if sum(page.size for page in pages.values()) > INDEX_LIMIT:
+            raise BadLayout(
+                f"the pages of the index of {self.where} claim more than {INDEX_LIMIT} bytes; none was read"
+            )
+        for page in pages.values():
+            entries += self._page(page)
         return canonical_json({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries})
 
-    def _alone(self, data: bytes, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _entries_of(self, data: bytes, content: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A patch, or a recipe with its patches, to which a reference points directly; and the signatures over them."""
         entries = [Descriptor.of(data, str(content.get("mediaType")), str(content["artifactType"]))]
         if content["artifactType"] == RECIPE:
             entries += [each for each in members_of(content, self.where) if each.artifact_type == PATCH]
-        seals = [(each, entry) for entry in entries for each in self.referrers(entry.digest)]
         signatures = [
             Descriptor(each.media_type, each.digest, each.size, SIGNATURE, {SUBJECT: entry.digest})
-            for each, entry in seals
+            for entry in {each.digest: each for each in entries}.values()
+            for each in self.referrers(entry.digest)
             if each.artifact_type == SIGNATURE
         ]
         return [each.as_json() for each in (*entries, *signatures)]
@@ -276,26 +299,29 @@ class _Client:
         stream: bool = False,
         missing: bool = False,
     ) -> Any:
-        """An answer that is no refusal; None for what is not there, if it may be `missing`."""
+        """An answer that is no refusal, with `stream` its content unread; None for what is not there, if it may be `missing`."""
         with self._lock:
             if self._connected is None:
                 self._connected = self._connect()
         with self.plain(url):
-            response = self._send(method, url, data, headers, stream)
+            response = self._send(method, url, data, headers)
+            if stream and response.status_code < 400:
+                return response
+            answer = _beginning(response, LONGEST_ANSWER)
         if missing and response.status_code == 404:
             return None
         if response.status_code >= 400:
-            raise self._refused(method, response)
+            raise self._refused(method, response, answer)
         return response
 
-    def _send(self, method: str, url: str, data: bytes | None, headers: Mapping[str, str] | None, stream: bool) -> Any:
+    def _send(self, method: str, url: str, data: bytes | None, headers: Mapping[str, str] | None) -> Any:
         client = self._connected
         # Without oras' own attempts, which wait for more than two minutes where nobody listens.
         request = type(client).do_request.__wrapped__
-        response = request(client, url, method, data=data, headers=dict(headers or {}), stream=stream)
+        response = request(client, url, method, data=data, headers=dict(headers or {}), stream=True)
         if response.status_code == 401 and getattr(client.auth, "token", None):
             client.auth.token = None  # it was for reading, and oras gets none for writing while it has one
-            response = request(client, url, method, data=data, headers=dict(headers or {}), stream=stream)
+            response = request(client, url, method, data=data, headers=dict(headers or {}), stream=True)
         return response
 
     def _connect(self) -> Any:
@@ -317,10 +343,9 @@ class _Client:
                 f"{client.prefix}://", _with_timeout(HTTPAdapter)(max_retries=retries, pool_maxsize=16)
             )
             if backend == "token":
-                with self.plain(self._host):
-                    challenge = client.session.get(f"{client.prefix}://{self._host}/v2/").headers.get(
-                        "WWW-Authenticate", ""
-                    )
+                url = f"{client.prefix}://{self._host}/v2/"
+                with self.plain(self._host), client.session.get(url, stream=True) as answer:
+                    challenge = answer.headers.get("WWW-Authenticate", "")
             if backend == "basic" or not challenge.lower().startswith("basic"):
                 break
         folder = os.environ.get("DOCKER_CONFIG")
@@ -342,17 +367,19 @@ class _Client:
             yield
         except SSLError as error:
             raise Unreachable(
-                f"{self._where} does not speak TLS as it should ({printed(str(error))}); check the address, or ask it without "
+                f"{self._where} does not speak TLS as it should ({reported(str(error))}); check the address, or ask it without "
                 "TLS with --plain-http"
             ) from None
         except RequestException as error:
             raise Unreachable(
-                f"{self._where} does not answer ({printed(str(error), url)}); check the address and the network"
+                f"{self._where} does not answer ({reported(str(error), url)}); check the address and the network"
             ) from None
         except ValueError as error:  # how oras says that it has no login to answer with
             if "authentication" in str(error):
                 raise self._no_login() from None
-            raise Unreachable(f"{self._where} cannot be used ({printed(str(error), url)}); check the address") from None
+            raise Unreachable(
+                f"{self._where} cannot be used ({reported(str(error), url)}); check the address"
+            ) from None
 
     def _no_login(self) -> Unreachable:
         return Unreachable(
@@ -360,14 +387,13 @@ class _Client:
             f"`oras login {self._host}`"
         )
 
-    def _refused(self, method: str, response: Any) -> Unreachable:
+    def _refused(self, method: str, response: Any, answer: bytes) -> Unreachable:
         try:
-            details = "; ".join(
-                str(each.get("message") or each.get("code")) for each in response.json()["errors"] if each
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
+            errors = json.loads(answer)["errors"]
+            details = "; ".join(str(each.get("message") or each.get("code")) for each in errors if each)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             details = response.reason or ""
-        reason = printed(f"{response.status_code} {details}".strip())
+        reason = reported(f"{response.status_code} {details}".strip())
         if response.status_code in (401, 403):
             act = "read from" if method in ("GET", "HEAD") else "write to"
             return Unreachable(
@@ -383,6 +409,23 @@ def _with_timeout(adapter: Any) -> Any:
             return super().send(request, **{**options, "timeout": options.get("timeout") or TIMEOUT})
 
     return Patient
+
+
+def _beginning(response: Any, limit: int) -> bytes:
+    """The first bytes of an answer, which is then closed."""
+    data = b""
+    with response:
+        for piece in response.iter_content(limit):
+            data += piece
+            if len(data) >= limit:
+                break
+    return data[:limit]
+
+
+def _claimed_length(response: Any) -> int:
+    """How many bytes an answer claims to have; -1 for none that is a number."""
+    text = response.headers.get("Content-Length", "")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
 
 
 def _sha256(data: bytes) -> str:

@@ -299,11 +299,11 @@ class _Sender:
         described = document.descriptor
         entries = [Descriptor(described.media_type, described.digest, described.size, described.artifact_type, marks)]
         if self.signer is not None:
-            seal = self.signer.seal(described.digest)
-            self._put(Descriptor.of(seal, "").digest, len(seal), [seal])
-            signature = signature_document(seal, described)
-            self._put_document(signature)
-            where = signature.descriptor
+            signature = self.signer.sign(described.digest)
+            self._put(Descriptor.of(signature, "").digest, len(signature), [signature])
+            signed = signature_document(signature, described)
+            self._put_document(signed)
+            where = signed.descriptor
             entries.append(
                 Descriptor(where.media_type, where.digest, where.size, SIGNATURE, {SUBJECT: described.digest})
             )

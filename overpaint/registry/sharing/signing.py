@@ -51,7 +51,7 @@ class Signer:
         """The public key, 32 bytes."""
         return self.key.public_key().public_bytes_raw()
 
-    def seal(self, digest: str) -> bytes:
+    def sign(self, digest: str) -> bytes:
         """A signature over a document's digest, as the JSON that travels. The same every time."""
         signature = self.key.sign(_message(digest))
         return canonical_json({"algorithm": "ed25519", "key": self.public.hex(), "signature": signature.hex()})
@@ -67,11 +67,11 @@ class Keyring:
         if not self.keys:
             raise OverpaintError(NO_KEYS)
 
-    def check(self, digest: str, seals: Iterable[bytes], what: str) -> None:
-        """Raise Untrusted unless one of `seals` is a trusted key's valid signature over the document of `digest`."""
+    def check(self, digest: str, signatures: Iterable[bytes], what: str) -> None:
+        """Raise Untrusted unless one of `signatures` is a trusted key's valid signature over the document of `digest`."""
         strangers = []
-        for seal in seals:
-            key, signature = _parts(seal, what)
+        for each in signatures:
+            key, signature = _parts(each, what)
             if key not in self.keys:
                 strangers.append(key_id(key))
             elif _is_valid(key, signature, digest):
@@ -91,10 +91,10 @@ class Keyring:
         )
 
 
-def signer_of(seal: bytes, digest: str) -> bytes | None:
+def signer_of(text: bytes, digest: str) -> bytes | None:
     """The public key whose valid signature over the document of `digest` this is; None if it is not one."""
     try:
-        key, signature = _parts(seal, f"the document {digest}")
+        key, signature = _parts(text, f"the document {digest}")
     except Untrusted:
         return None
     return key if _is_valid(key, signature, digest) else None
@@ -188,9 +188,9 @@ def _message(digest: str) -> bytes:
     return b"overpaint signature 1\nsha256:" + digest.encode() + b"\n"
 
 
-def _parts(seal: bytes, what: str) -> tuple[bytes, bytes]:
+def _parts(text: bytes, what: str) -> tuple[bytes, bytes]:
     try:
-        content = read_json(seal, f"the signature of {what}")
+        content = read_json(text, f"the signature of {what}")
         if content["algorithm"] != "ed25519":
             raise ValueError(f"the algorithm {content['algorithm']!r}")
         key, signature = bytes.fromhex(content["key"]), bytes.fromhex(content["signature"])

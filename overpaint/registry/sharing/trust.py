@@ -34,7 +34,7 @@ from overpaint.registry.sharing.selection import recipe_at
 from overpaint.registry.sharing.signing import Keyring, Untrusted, key_id
 from overpaint.registry.store.files import FolderFiles
 
-SEAL_LIMIT = 10_000
+SIGNATURE_LIMIT = 10_000
 SEEN = "seen-lists.json"
 """A file in a registry's folder: per place, the highest counter of each key's list that was seen there."""
 SEEN_LIMIT = 64 << 20
@@ -50,7 +50,7 @@ class SignedList:
     members: tuple[Descriptor, ...]
 
 
-def seals_of(layout: OciLayout, entries: Iterable[Descriptor], document: str) -> Iterator[bytes]:
+def signatures_of(layout: OciLayout, entries: Iterable[Descriptor], document: str) -> Iterator[bytes]:
     """The signatures over a document that a layout has, not yet checked. Raises BadLayout."""
     for entry in entries:
         # What the index says a signature is about only saves reading the others.
@@ -60,8 +60,8 @@ def seals_of(layout: OciLayout, entries: Iterable[Descriptor], document: str) ->
             layers = content.get("layers")
             subject = Descriptor.from_json(content.get("subject"), where)
             if subject.digest == document and isinstance(layers, list) and len(layers) == 1:
-                seal = Descriptor.from_json(layers[0], where)
-                yield layout.blob(seal.digest, min(seal.size, SEAL_LIMIT))
+                blob = Descriptor.from_json(layers[0], where)
+                yield layout.blob(blob.digest, min(blob.size, SIGNATURE_LIMIT))
 
 
 def signed_list(layout: OciLayout, entries: Sequence[Descriptor], key: bytes) -> SignedList | None:
@@ -76,7 +76,7 @@ def signed_list(layout: OciLayout, entries: Sequence[Descriptor], key: bytes) ->
 
 def _read_list(layout: OciLayout, entries: Sequence[Descriptor], entry: Descriptor, key: bytes) -> SignedList:
     what = f"the signed list of key {key_id(key)} in {layout.where}"
-    Keyring(frozenset([key])).check(entry.digest, seals_of(layout, entries, entry.digest), what)
+    Keyring(frozenset([key])).check(entry.digest, signatures_of(layout, entries, entry.digest), what)
     content = read_document(layout.document(entry, INDEX_LIMIT), what)
     marks = content.get("annotations")
     counter = _number(marks.get(COUNTER)) if isinstance(marks, dict) else 0
@@ -103,7 +103,7 @@ class Trust:
     def require(self, document: str, what: str) -> None:
         """Raise Untrusted unless a trusted key has signed a document, or a list that names it."""
         if document not in self._signed:
-            self._keys.check(document, seals_of(self._layout, self.entries, document), what)
+            self._keys.check(document, signatures_of(self._layout, self.entries, document), what)
 
     def refuse_older(self, folder: Path, accept: bool, *, remember: bool = True) -> None:
         """Raise Untrusted if the registry in `folder` has seen newer lists in this place; `remember` these otherwise.
@@ -180,7 +180,7 @@ def remember(folder: Path, where: str, counters: Mapping[str, int]) -> None:
     if all(_seen(folder).get(where, {}).get(key, 0) == counter for key, counter in counters.items()):
         return
     files = FolderFiles(folder)
-    with files.alone():
+    with files.exclusive():
         seen = _seen(folder)
         seen[where] = {key: counter for key, counter in {**seen.get(where, {}), **counters}.items() if counter}
         files.write(SEEN, [canonical_json({place: keys for place, keys in seen.items() if keys})], final=False)

@@ -70,7 +70,7 @@ class Files(ABC):
     def move(self, name: str, to: str) -> None:
         """Give a file another name."""
 
-    def alone(self) -> AbstractContextManager[bool]:
+    def exclusive(self) -> AbstractContextManager[bool]:
         """Keep others who ask the same waiting, where the place can do that; whether it can."""
         return nullcontext(False)
 
@@ -173,7 +173,7 @@ class FolderFiles(Files):
             sync(target.parent)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def exclusive(self) -> Iterator[bool]:
         """By a lock on a file in the folder, which dies with its holder."""
         with ExitStack() as held:
             with plain_disk_errors(self.root), plain_database_errors(self.root):

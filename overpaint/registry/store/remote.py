@@ -11,7 +11,7 @@ from ftplib import FTP
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed, printed_url
+from overpaint.core.urls import printed_url, reported
 from overpaint.registry.store.files import FileInfo, Files, checked_parts, too_long
 
 # An object store shows an object when all of it is there. Elsewhere a file is visible while it is being written, so
@@ -29,9 +29,10 @@ class RemoteFiles(Files):
     """The files below a URL. Credentials come from where the URL's own package looks for them."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        scheme, _, rest = url.partition("://")
+        scheme = scheme.lower()
+        self._url = url = f"{scheme}://{rest}"
         self.where = printed_url(url).rstrip("/")
-        scheme = url.partition("://")[0].lower()
         self._at_once = scheme in WHOLE_AT_ONCE
         try:
             import fsspec  # type: ignore[import-untyped]
@@ -42,7 +43,7 @@ class RemoteFiles(Files):
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             hint = EXTRAS.get(scheme, "install the package that `fsspec` names for it")
-            reason = printed(str(error), url)
+            reason = reported(str(error), url)
             raise OverpaintError(f"{scheme}:// cannot be reached ({reason}); {hint}, or name a folder") from None
         except Exception as error:  # some packages connect as soon as they are asked for
             raise self._unreachable(error) from None
@@ -145,7 +146,7 @@ class RemoteFiles(Files):
                     raise (error.__cause__ or error) from None
 
     def _unreachable(self, error: Exception, purpose: str = "") -> Unreachable:
-        reason = printed(str(error).strip(), self._url) or type(error).__name__
+        reason = reported(str(error), self._url) or type(error).__name__
         if isinstance(error, NotImplementedError):
             reason = "this kind of place can only be read"
         return Unreachable(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
@@ -88,6 +90,25 @@ def test_a_blob_that_is_not_what_its_digest_says_is_refused(ours: Registry, thei
     assert is_empty(theirs)
 
 
+def test_a_file_that_is_longer_than_it_claims_is_not_read_whole(
+    theirs: Registry, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit(REPO, {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": b" " * (64 << 20)})
+    hub.claimed["index.json"] = 30
+    tracemalloc.start()
+    with pytest.raises(OverpaintError, match=r"index.json in hf://.* at most 30 belong there"):
+        pull(theirs, PLACE, ALL)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 << 20  # the server of this test has all of it once
+
+
+def test_somebodys_own_long_card_is_left_unread(ours: Registry, hub: Hub) -> None:
+    hub.commit(REPO, {"README.md": b"library_name: overpaint" + b" " * (2 << 20)})
+    push(ours, PLACE, beside=lambda entries: {"README.md": b"library_name: overpaint"})
+    assert len((hub.files(REPO) or {})["README.md"]) > 1 << 20
+
+
 def test_a_hub_that_does_not_answer_is_one_sentence(ours: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OverpaintError, match="check the address"):
@@ -102,5 +123,6 @@ def test_only_a_repository_of_models_is_a_place_on_the_hub() -> None:
         "hf://ada/patches/folder",
         "hf://ada",
         "s3://a/b",
+        "HF://ada/patches",
     )
-    assert list(map(is_hub, places)) == [True, True, False, False, False, False]
+    assert list(map(is_hub, places)) == [True, True, False, False, False, False, True]

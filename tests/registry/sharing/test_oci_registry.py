@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -208,6 +209,14 @@ def test_a_damaged_blob_is_refused_and_mended_by_the_next_push(
         "oci://localhost:5000",
         "oci://localhost:5000/Upper",
         "oci://ada:secret@localhost:5000/name",
+        "OCI://ada:secret@localhost:5000/name",
+        "oci+http://ada:secret@localhost:5000/name",
+        "oci://ada:correct horse secret@localhost:5000/name",
+        "oci://ada:1'secret@localhost:5000/name",
+        'oci://ada:1"secret@localhost:5000/name',
+        "oci://ada:1<secret>@localhost:5000/name",
+        "oci://ada:1\nsecret@localhost:5000/name",
+        "oci://localhost:5000/name?token=secret",
         "oci://localhost:5000/name:",
         "oci://localhost:5000/name@sha256:12",
     ],
@@ -276,11 +285,113 @@ def test_all_pages_of_the_referrers_api_are_read() -> None:
     assert [each.digest[0] for each in listed] == ["a", "b"]
 
 
-def test_plain_http_is_for_this_machine_or_by_its_own_scheme() -> None:
-    asked = {
-        place: RegistryFiles(place)._root for place in ("oci://ghcr.io/a", "oci+http://ghcr.io/a", "oci://[::1]:5/a")
+Answer = tuple[int, bytes, dict[str, str]]
+PAGE_OF_NOTHING = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": []}).encode()
+
+
+@contextmanager
+def answering(answer: Callable[[str, str], Answer]) -> Iterator[tuple[RegistryFiles, list[str]]]:
+    """A registry that gives these answers to a method and a path, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            status, body, headers = (200, b"{}", {}) if self.path == "/v2/" else answer(self.command, self.path)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(OSError):  # whoever has read enough hangs up
+                self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_HEAD = do_PUT = do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with serving(Handler) as address:
+        yield RegistryFiles(f"oci://{address.removeprefix('http://')}/patches"), asked
+
+
+def test_a_length_that_is_no_number_is_none() -> None:
+    with answering(lambda method, path: (200, b"", {"Content-Length": "abc"})) as (files, _):
+        info = files.info("blobs/sha256/" + "0" * 64)
+        assert info is not None
+        assert info.nbytes == -1
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_a_list_of_referrers_without_an_end_is_refused(new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oci_registry, "MOST_PAGES", 5)
+    numbers = itertools.count()
+
+    def answer(method: str, path: str) -> Answer:
+        member = {"mediaType": MANIFEST, "digest": f"sha256:{next(numbers) if new else 0:064}", "size": 2}
+        page = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [member]})
+        return 200, page.encode(), {"Link": f'<{path}>; rel="next"'}
+
+    with answering(answer) as (files, asked):
+        with pytest.raises(BadLayout, match="goes on listing what refers to 000000000000"):
+            files.referrers("0" * 64)
+        assert len(asked) <= 6
+
+
+def test_a_list_of_referrers_that_is_far_too_long_is_not_read() -> None:
+    with (
+        answering(lambda method, path: (200, b" " * (9 << 20), {})) as (files, _),
+        pytest.raises(OverpaintError, match="at most 4194304 belong there"),
+    ):
+        files.referrers("0" * 64)
+
+
+@pytest.mark.parametrize("annotation", ["", "x"])
+def test_a_page_that_is_listed_often_is_read_once(annotation: str) -> None:
+    page = hashlib.sha256(PAGE_OF_NOTHING).hexdigest()
+    entry = {
+        "mediaType": INDEX,
+        "digest": f"sha256:{page}",
+        "size": len(PAGE_OF_NOTHING),
+        "artifactType": oci_registry.PAGE,
     }
-    assert list(asked.values()) == ["https://ghcr.io/v2/", "http://ghcr.io/v2/", "http://[::1]:5/v2/"]
+    entries = [{**entry, "annotations": {"n": annotation and str(number)}} for number in range(300)]
+    content = {"schemaVersion": 2, "mediaType": INDEX, "artifactType": oci_registry.LISTING, "manifests": entries}
+
+    def answer(method: str, path: str) -> Answer:
+        return 200, PAGE_OF_NOTHING if path.endswith(page) else json.dumps(content).encode(), {}
+
+    with answering(answer) as (files, asked):
+        assert json.loads(files.read("index.json") or b"")["manifests"] == []
+        assert sum(path.endswith(page) for path in asked) == 1
+        content["manifests"] = [{**entry, "size": 1 << 50}]
+        with pytest.raises(BadLayout, match="claim more than"):
+            files.read("index.json")
+
+
+def test_what_a_registry_says_is_one_short_line_that_only_shows() -> None:
+    rude = "\x1b[31mRED\x1b]0;title\x07\u202e" + "\n" * 9 + "Z" * 5000 + "\x9b"
+    refusal = json.dumps({"errors": [{"message": rude}]}).encode()
+    odd = json.dumps({"schemaVersion": 2, "mediaType": rude, "artifactType": [rude]}).encode()
+    for status, body in ((400, refusal), (200, odd), (400, b"[" * 100_000), (400, b" " * (9 << 20))):
+        with answering(lambda method, path, status=status, body=body: (status, body, {})) as (files, _):  # type: ignore[misc]
+            with pytest.raises(OverpaintError) as caught:
+                files.read("index.json")
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 700
+
+
+def test_plain_http_is_for_this_machine_or_by_its_own_scheme() -> None:
+    places = ("oci://ghcr.io/a", "oci+http://ghcr.io/a", "oci://[::1]:5/a", "OCI://ghcr.io/a", "OCI+HTTP://ghcr.io/a")
+    asked = [RegistryFiles(place)._root for place in places]
+    assert asked == [
+        f"{scheme}://{host}/v2/"
+        for scheme, host in zip(
+            ("https", "http", "http", "https", "http"),
+            ("ghcr.io", "ghcr.io", "[::1]:5", "ghcr.io", "ghcr.io"),
+            strict=True,
+        )
+    ]
+    assert all(map(oci_registry.is_registry, places))
 
 
 def test_the_patches_of_a_base_are_found_under_every_tag(ours: Registry, theirs: Registry, place: str) -> None:

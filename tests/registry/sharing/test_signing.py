@@ -382,7 +382,7 @@ def test_a_bare_patch_file_is_never_trusted(theirs: Registry, tmp_path: Path, al
         import_file(theirs, tmp_path / "bare", trusting(alice))
 
 
-def replace_seals(place: Path, change: Callable[[Descriptor, dict[str, Any]], dict[str, Any]]) -> None:
+def replace_signatures(place: Path, change: Callable[[Descriptor, dict[str, Any]], dict[str, Any]]) -> None:
     """Do what somebody without the key, but with the folder, can do: rewrite every signature, with digests that fit."""
     layout, files = OciLayout(open_files(place)), open_files(place)
 
@@ -394,9 +394,9 @@ def replace_seals(place: Path, change: Callable[[Descriptor, dict[str, Any]], di
                 found.append(each)
                 continue
             document = json.loads(layout.document(each))
-            seal = json.loads(files.read("blobs/sha256/" + document["layers"][0]["digest"][7:]) or b"")
+            text = json.loads(files.read("blobs/sha256/" + document["layers"][0]["digest"][7:]) or b"")
             signed = entries[each.annotations[SUBJECT]]
-            data = canonical_json(change(signed, seal))
+            data = canonical_json(change(signed, text))
             layout.put(Descriptor.of(data, "").digest, len(data), [data])
             forged = signature_document(data, signed)
             layout.put_document(forged)
@@ -410,13 +410,13 @@ def replace_seals(place: Path, change: Callable[[Descriptor, dict[str, Any]], di
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda signed, seal: {**seal, "signature": "00" * 64}, "altered after it was signed"),
-        (lambda signed, seal: {**seal, "signature": seal["signature"][:-2]}, "cannot be read"),
-        (lambda signed, seal: {**seal, "signature": 7}, "cannot be read"),
-        (lambda signed, seal: {**seal, "key": "zz" * 32}, "cannot be read"),
-        (lambda signed, seal: {**seal, "algorithm": "none"}, "cannot be read"),
-        (lambda signed, seal: {}, "cannot be read"),
-        (lambda signed, seal: {**seal, "key": "11" * 32}, "signed by"),
+        (lambda signed, text: {**text, "signature": "00" * 64}, "altered after it was signed"),
+        (lambda signed, text: {**text, "signature": text["signature"][:-2]}, "cannot be read"),
+        (lambda signed, text: {**text, "signature": 7}, "cannot be read"),
+        (lambda signed, text: {**text, "key": "zz" * 32}, "cannot be read"),
+        (lambda signed, text: {**text, "algorithm": "none"}, "cannot be read"),
+        (lambda signed, text: {}, "cannot be read"),
+        (lambda signed, text: {**text, "key": "11" * 32}, "signed by"),
     ],
 )
 def test_a_signature_that_was_tampered_with_is_refused(
@@ -428,7 +428,7 @@ def test_a_signature_that_was_tampered_with_is_refused(
     message: str,
 ) -> None:
     push(ours, place, signer=load_signer(alice))
-    replace_seals(place, change)
+    replace_signatures(place, change)
     refused(theirs, place, trusting(alice), message)
 
 
@@ -436,9 +436,9 @@ def test_a_signature_over_one_patch_does_not_fit_another(
     ours: Registry, theirs: Registry, place: Path, alice: Path
 ) -> None:
     push(ours, place, patches=["plum"], signer=load_signer(alice))
-    seal = load_signer(alice).seal(OciLayout(open_files(place)).entries()[0].digest)
+    text = load_signer(alice).sign(OciLayout(open_files(place)).entries()[0].digest)
     push(ours, place, patches=["apple"], signer=load_signer(alice))
-    replace_seals(place, lambda signed, _: json.loads(seal))
+    replace_signatures(place, lambda signed, _: json.loads(text))
     refused(theirs, place, trusting(alice), "altered after it was signed")
 
 
@@ -501,5 +501,5 @@ def test_without_the_package_the_way_to_it_is_named(tmp_path: Path, monkeypatch:
 
 def test_a_signer_signs_alike_every_time(alice: Path) -> None:
     signer: Signer = load_signer(alice)
-    assert signer.seal("0" * 64) == load_signer(alice).seal("0" * 64)
-    Keyring(frozenset([signer.public])).check("0" * 64, [signer.seal("0" * 64)], "it")
+    assert signer.sign("0" * 64) == load_signer(alice).sign("0" * 64)
+    Keyring(frozenset([signer.public])).check("0" * 64, [signer.sign("0" * 64)], "it")
