@@ -4,10 +4,11 @@ CLIP, and the key maps by which it loads LoRAs (`comfy.lora`). A model in ComfyU
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 import overpaint
-from overpaint.core.errors import OverpaintError
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import checked_number, parsed_number, typed_path
 from overpaint.patches.formats.dialects import split
 from overpaint.patches.formats.exporting import FORMATS, KEY
+from overpaint.registry import Registry
+from overpaint.registry.records import PatchRecord, RecipeRecord
 from overpaint.workspace.workspace import Workspace
 
 UP = (".lora_up.weight", ".lora_B.weight")
@@ -31,15 +35,16 @@ Key = str | tuple[Any, ...]
 """Where ComfyUI keeps a weight: its name, or name and (dimension, start, length) where it is a part of a larger one."""
 
 
-class CannotApply(OverpaintError):
-    """Patches that do not fit the model in ComfyUI."""
+class CannotApply(OverpaintError, ValueError):
+    """What does not fit the model in ComfyUI, or was not given as a node takes it. ComfyUI shows the sentence at the node."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be applied: the arrays of a LoRA or difference file, what it is in words, and its digest.
+    """What is to be applied: the arrays of a LoRA or difference file, and what it is in words.
 
-    `base` has the base's own values of the changed weights, by module and ending (weight or bias), where they are known.
+    `digest` is that of the weights as a recipe's history has it, empty where there is none. `base` has the base's own values of
+    the changed weights, by module and ending (weight or bias), where they are known.
     """
 
     arrays: Mapping[str, Tensor]
@@ -64,18 +69,42 @@ def _module(key: str) -> str:
 
 
 def from_file(file: Path) -> Wanted:
-    """What `overpaint recipe export` or `patch export` wrote. Raises CannotApply for any other file."""
+    """What `overpaint recipe export` or `patch export` wrote, whole. Raises CannotApply for any other file."""
     try:
         with safe_open(str(file), "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "null"))
-            digest = (opened.metadata() or {}).get("modelspec.hash_sha256", "").removeprefix("0x")
+            header = opened.metadata() or {}
             arrays = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # not a mapping
+        digest = _digest_of_arrays(file)
     except Exception as error:  # safetensors raises its own kinds, and what the disk says
         raise CannotApply(f"{file} cannot be read as a safetensors file ({error}); export the recipe again") from error
-    if not isinstance(about, dict):
+    if KEY not in header:
         raise CannotApply(f"{file.name} was not exported by Overpaint; load it with ComfyUI's own Load LoRA")
-    listed = _listed((each["concept"], each["strength"]) for each in about["patches"])
-    return Wanted(arrays, f"file {file.name}: {listed}", digest, {})
+    if header.get("modelspec.hash_sha256", f"0x{digest}") != f"0x{digest}":
+        raise CannotApply(
+            f"{file.name} is not what its header says: it was damaged or altered after it was exported; export the recipe again"
+        )
+    return Wanted(arrays, f"file {file.name} (sha256 {digest}): {_listed(_patches_in(file, header[KEY]))}", "", {})
+
+
+def _digest_of_arrays(file: Path) -> str:
+    """The digest of all that follows the header, as an export has it in its header."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _patches_in(file: Path, about: str) -> list[tuple[str, float]]:
+    """The concepts and strengths that the header of an export lists. Raises CannotApply."""
+    try:
+        listed = json.loads(about)["patches"]
+        return [(str(each["concept"]), checked_number(each["strength"], "a strength")) for each in listed]
+    except (OverpaintError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CannotApply(
+            f"the header of {file.name} does not say which patches are in it ({error!r:.100}); export the recipe again"
+        ) from error
 
 
 def from_registry(workspace: Workspace, base: str, strengths: Mapping[str, float], title: str, digest: str) -> Wanted:
@@ -154,6 +183,11 @@ def apply(model: Any, clip: Any, wanted: Wanted, strength: float, other_base: st
             f"load the base, or choose {APPLY!r} under other_base"
         )
     loaded = comfy.lora.load_lora(dict(wanted.arrays), key_map, log_missing=False)
+    if unread := _changed_keys(wanted, key_map) - {_name_and_part(key) for key in loaded}:
+        raise CannotApply(
+            f"ComfyUI does not understand the change of {len(unread)} weights, first {min(map(str, unread))}, so nothing is "
+            "applied; export the recipe again with --for comfyui"
+        )
     patched, patched_clip = model.clone(), None if clip is None else clip.clone()
     placed = set(patched.add_patches(loaded, strength))
     if patched_clip is not None:
@@ -165,12 +199,12 @@ def apply(model: Any, clip: Any, wanted: Wanted, strength: float, other_base: st
     known = (
         f"{compared - len(differing)} of {compared} weights are the base's" if compared else "the base is not compared"
     )
-    sure = wanted.digest if wanted.digest and strength == 1 and not differing else ""
+    recorded = wanted.digest if strength == 1 and not differing else ""
     lines = [
         wanted.title,
         *([f"all at {strength:g} of these strengths"] if strength != 1 else []),
         f"{len(modules)} of {len(modules)} keys have their place; {known}",
-        f"weights {sure}" if sure else "weights: of no recorded digest",
+        f"weights as the registry recorded them: {recorded}" if recorded else "weights: of no recorded digest",
     ]
     return Applied(patched, patched_clip, "\n".join(lines))
 
@@ -185,11 +219,27 @@ def _weights(model: Any, clip: Any) -> dict[str, Tensor]:
 
 
 def _placed(key: Key, weights: Mapping[str, Tensor], ending: str = "weight") -> Tensor | None:
-    name, part = (key, None) if isinstance(key, str) else (key[0], key[1] if len(key) > 1 else None)
+    name, part = _name_and_part(key)
     if ending == "bias":
         name = f"{name.removesuffix('.weight')}.bias"
     weight = weights.get(name)
     return weight if weight is None or part is None else weight.narrow(*part)
+
+
+def _name_and_part(key: Key) -> tuple[str, Any]:
+    return (key, None) if isinstance(key, str) else (key[0], key[1] if len(key) > 1 else None)
+
+
+def _changed_keys(wanted: Wanted, key_map: Mapping[str, Key]) -> set[tuple[str, Any]]:
+    """Name and part of every weight that the file changes."""
+    changed = set()
+    for key in wanted.arrays:
+        name, part = _name_and_part(key_map[_module(key)])
+        if key.endswith((".diff_b", ".b_norm")):
+            changed.add((f"{name.removesuffix('.weight')}.bias", None))
+        elif not key.endswith(".alpha"):
+            changed.add((name, part))
+    return changed
 
 
 def _check_shapes(wanted: Wanted, key_map: Mapping[str, Key], weights: Mapping[str, Tensor]) -> None:
@@ -208,9 +258,11 @@ def _shape(arrays: Mapping[str, Tensor], module: str) -> tuple[int, int] | None:
     """Rows and columns of what a file adds to a module's weight, None where it adds to something else."""
     up = next((arrays[key] for ending in UP if (key := module + ending) in arrays), None)
     down = next((arrays[key] for ending in DOWN if (key := module + ending) in arrays), None)
+    whole = arrays.get(f"{module}.diff", arrays.get(f"{module}.w_norm"))
+    if (up is None) != (down is None) or any(each is not None and each.dim() == 0 for each in (up, down, whole)):
+        raise CannotApply(f"the file has a part of the change of {module} only; export the recipe again")
     if up is not None and down is not None:
         return up.shape[0], math.prod(down.shape[1:])
-    whole = arrays.get(f"{module}.diff")
     return None if whole is None else (whole.shape[0], math.prod(whole.shape[1:]))
 
 
@@ -226,7 +278,8 @@ def _compare(wanted: Wanted, key_map: Mapping[str, Key], weights: Mapping[str, T
 
 # What ComfyUI shows
 
-STRENGTH = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05})
+LARGEST = 10.0
+STRENGTH = ("FLOAT", {"default": 1.0, "min": -LARGEST, "max": LARGEST, "step": 0.05})
 REGISTRY = ("STRING", {"default": "", "tooltip": "Folder or URL of a registry; empty is your own."})
 
 
@@ -248,22 +301,30 @@ class OverpaintPatches:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        lines = {"default": "cat 1.0", "multiline": True, "tooltip": "CONCEPT or ID, and a strength; one per line."}
+        tip = "CONCEPT or ID, and a strength from -10 to 10; one per line. Without a strength it is 1."
+        lines = {"default": "cat 1.0", "multiline": True, "tooltip": tip}
         base = {"default": "", "tooltip": "Name of the base; empty where the registry has one."}
         return {"required": {"registry": REGISTRY, "patches": ("STRING", lines), "base": ("STRING", base)}}
 
     @classmethod
     def IS_CHANGED(cls, registry: str, patches: str, base: str) -> str:
         """Another value where a concept's newest patch is another one by now."""
-        return str(cls().listed(registry, patches, base)[1])
+        return _or_sentence(lambda: str(cls().listed(registry, patches, base)[1]))
 
     def listed(self, registry: str, patches: str, base: str) -> tuple[PatchList, str]:
-        """The list, and in words what it holds. Raises NotFound for an unknown patch or base."""
+        """The list, and in words what it holds.
+
+        Raises NotFound for an unknown patch or base, CannotApply for a patch that is listed twice or a strength that is none.
+        """
         workspace, _ = recipe_of(registry, "", "")
         name = workspace.base_name(base.strip() or None)
-        chosen = {}
-        for key, strength in _lines(patches):
-            record = workspace.registry.patch(key, base=name)
+        chosen: dict[str, tuple[str, float]] = {}
+        for line in filter(None, (" ".join(each.split()) for each in patches.splitlines())):
+            record, strength = _line(workspace.registry, line, name)
+            if record.id in chosen:
+                raise CannotApply(
+                    f"the patch {record.id[:12]} ({record.concept}) is listed twice; keep one of the lines"
+                )
             chosen[record.id] = (record.concept, strength)
         text = "\n".join(
             f"{concept} {strength:g} ({patch_id[:12]})" for patch_id, (concept, strength) in chosen.items()
@@ -271,13 +332,33 @@ class OverpaintPatches:
         return PatchList(registry, name, {patch_id: strength for patch_id, (_, strength) in chosen.items()}), text
 
 
-def _lines(text: str) -> Iterator[tuple[str, float]]:
-    for line in filter(None, map(str.strip, text.splitlines())):
-        words, _, last = line.rpartition(" ")
+def _line(registry: Registry, line: str, base: str) -> tuple[PatchRecord, float]:
+    """The patch and the strength of a line. A name may end in a number (boeing 747), so the whole line is tried first."""
+    try:
+        return registry.patch(line, base=base), 1.0
+    except NotFound:
+        *key, last = line.rsplit(None, 1)
         try:
-            yield (words.strip(), float(last)) if words else (line, 1.0)
-        except ValueError:
-            yield line, 1.0  # a concept of several words, without a strength
+            strength = parsed_number(last, "a strength")
+        except OverpaintError:
+            key = []  # the last word of a name of several
+        if not key:
+            raise
+    record = registry.patch(key[0], base=base)
+    if abs(strength) > LARGEST:
+        raise CannotApply(
+            f"a strength is from -{LARGEST:g} to {LARGEST:g}, and the line {line!r} asks for {record.concept!r} at "
+            f"{strength:g}; no patch is for a concept of that whole name"
+        )
+    return record, strength
+
+
+def _or_sentence(value: Callable[[], str]) -> str:
+    """A value that tells ComfyUI whether to run a node again, or why there is none: the node itself shows that."""
+    try:
+        return value()
+    except (OverpaintError, OSError) as error:
+        return str(error)
 
 
 class ApplyOverpaintRecipe:
@@ -308,11 +389,13 @@ class ApplyOverpaintRecipe:
     @classmethod
     def IS_CHANGED(cls, registry: str, recipe: str, revision: str, **others: Any) -> str:
         """Another value when the recipe or the file is another by now, so that a takedown reaches the next prompt."""
-        if recipe.strip().endswith(".safetensors"):
-            status = Path(recipe.strip()).stat()
-            return f"{status.st_size} {status.st_mtime_ns}"
-        workspace, name = recipe_of(registry, recipe, revision)
-        return repr(workspace.recipe(name).record.patches)
+
+        def state() -> str:
+            if (file := _file(recipe)) is not None:
+                return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
+            return repr(_recipe(registry, recipe, revision)[1].patches)
+
+        return _or_sentence(state)
 
     def applied(
         self,
@@ -326,6 +409,7 @@ class ApplyOverpaintRecipe:
         patches: PatchList | None = None,
     ) -> tuple[Any, Any, str]:
         """Clones of model and clip with everything applied, and what that is in words. Raises OverpaintError."""
+        checked_number(strength, "a strength")
         wanted = self._wanted(registry, recipe, revision, patches)
         if wanted is None or strength == 0:
             return model, clip, "nothing is applied: this is the model as it was loaded"
@@ -336,12 +420,21 @@ class ApplyOverpaintRecipe:
         if patches is not None:
             workspace, _ = recipe_of(patches.registry, "", "")
             return _unless_empty(workspace, patches.base, patches.strengths, "patches", "")
-        if recipe.strip().endswith(".safetensors"):
-            return from_file(Path(recipe.strip()))
-        workspace, name = recipe_of(registry, recipe, revision)
-        record = workspace.recipe(name).record
+        if (file := _file(recipe)) is not None:
+            return from_file(file)
+        workspace, record = _recipe(registry, recipe, revision)
         title = f"recipe {record.name}@{record.revision}"
         return _unless_empty(workspace, record.base, dict(record.patches), title, record.digest or "")
+
+
+def _file(recipe: str) -> Path | None:
+    """The file that is named instead of a recipe."""
+    return typed_path(recipe.strip()) if recipe.strip().lower().endswith(".safetensors") else None
+
+
+def _recipe(registry: str, recipe: str, revision: str) -> tuple[Workspace, RecipeRecord]:
+    workspace, name = recipe_of(registry, recipe, revision)
+    return workspace, workspace.recipe(name).record
 
 
 def _unless_empty(

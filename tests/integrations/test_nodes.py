@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import overpaint
@@ -18,7 +20,7 @@ from overpaint.bases.base import Base
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import compose
 from overpaint.patches.formats.dialects import split
-from overpaint.patches.formats.exporting import FORMATS
+from overpaint.patches.formats.exporting import FORMATS, KEY
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 from tests.bases.tiny_transformers import tiny_transformer
@@ -113,7 +115,7 @@ def test_a_model_computes_with_what_the_recipe_composes(
     assert all(torch.equal(value, before[name]) for name, value in model.weights().items()), (
         "a clone carries the patches"
     )
-    assert recipe.digest() in text
+    assert f"weights as the registry recorded them: {recipe.digest()}" in text
     assert f"{len(composed)} of {len(composed)} weights are the base's" in text
     assert "recipe safe@2 on tiny" in text
 
@@ -153,7 +155,13 @@ def test_a_file_a_list_a_revision_and_a_strength(
     file = recipe.export(tmp_path / "safe.safetensors", for_="comfyui").path
     from_file, _, text = run(nodes, model, None, recipe, recipe=str(file), registry="")
     assert all(torch.equal(value, whole[name]) for name, value in from_file.weights().items())
-    assert "file safe.safetensors: cat 1, dog 0.5" in text
+    data = file.read_bytes()
+    arrays = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert f"file safe.safetensors (sha256 {arrays}): cat 1, dog 0.5" in text
+    assert "weights: of no recorded digest" in text, "of the weights that come of it the file says nothing"
+    (tmp_path / "altered.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"altered.safetensors is not what its header says"):
+        run(nodes, model, clip, recipe, recipe=str(tmp_path / "altered.safetensors"))
     registry = str(recipe._opened.registry.folder)
     listed, words = nodes.NODE_CLASS_MAPPINGS["OverpaintPatches"]().listed(registry, "cat 1\ndog 0.5\n", "")
     assert words.startswith("cat 1 (")
@@ -187,3 +195,90 @@ def test_a_takedown_reaches_the_next_prompt(nodes: Any, recipe_on: Callable[[str
     Workspace.open(inputs["registry"]).recipe("watched").remove("cat")
     model, clip, _ = in_comfyui(recipe.base)
     assert run(nodes, model, clip, recipe)[0] is model, "an empty recipe is the base"
+
+
+@pytest.mark.parametrize(
+    ("about", "sentence"),
+    [
+        (None, "was not exported by Overpaint"),
+        ("{", "does not say which patches"),
+        ("null", "does not say which patches"),
+        ("{}", "does not say which patches"),
+        ('{"patches":"x"}', "does not say which patches"),
+        ('{"patches":[{"concept":"cat","strength":"x"}]}', "does not say which patches"),
+        ('{"patches":[{"concept":"cat","strength":NaN}]}', "does not say which patches"),
+        ('{"patches":[{"concept":1,"strength":1},{"concept":"a","strength":1}]}', "keys have no place"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(
+    nodes: Any, recipe_on: Callable[[str], Recipe], tmp_path: Path, about: str | None, sentence: str
+) -> None:
+    recipe = recipe_on("stable-diffusion")
+    model, clip, _ = in_comfyui(recipe.base)
+    file = tmp_path / "x.safetensors"
+    save_file({"a.lora_up.weight": torch.zeros(1)}, file, metadata=None if about is None else {KEY: about})
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run(nodes, model, clip, recipe, recipe=str(file))
+    assert isinstance(caught.value, OverpaintError)
+
+
+def test_a_file_of_which_comfyui_reads_a_part_only_is_refused(
+    nodes: Any, recipe_on: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    recipe = recipe_on("stable-diffusion")
+    model, clip, _ = in_comfyui(recipe.base)
+    arrays = load_file(recipe.export(tmp_path / "safe.safetensors", for_="comfyui").path)
+    lost = next(key for key in arrays if key.endswith(".lora_down.weight"))
+    about = {KEY: '{"patches":[]}'}
+    save_file({key: value for key, value in arrays.items() if key != lost}, tmp_path / "part.safetensors", about)
+    with pytest.raises(ValueError, match="a part of the change of"):
+        run(nodes, model, clip, recipe, recipe=str(tmp_path / "part.safetensors"))
+    module = lost.removesuffix(".lora_down.weight")
+    norm = {f"{module}.w_norm": arrays[lost].new_zeros(model.model.state_dict()[model.model.keys[module]].shape)}
+    kept = {key: value for key, value in arrays.items() if not key.startswith(f"{module}.")}
+    save_file({**kept, **norm}, tmp_path / "unread.safetensors", about)
+    with pytest.raises(ValueError, match="does not understand the change of 1 weights"):
+        run(nodes, model, clip, recipe, recipe=str(tmp_path / "unread.safetensors"))
+    assert not model.patches
+
+
+def test_what_is_not_there_stops_no_queue(nodes: Any, recipe_on: Callable[[str], Recipe], tmp_path: Path) -> None:
+    recipe = recipe_on("stable-diffusion")
+    model, clip, _ = in_comfyui(recipe.base)
+    registry = str(recipe._opened.registry.folder)
+    apply, patches = (nodes.NODE_CLASS_MAPPINGS[name] for name in ("ApplyOverpaintRecipe", "OverpaintPatches"))
+    for missing in (str(tmp_path / "missing.safetensors"), "~nobody-of-that-name/x.safetensors", "nothing", ""):
+        assert apply.IS_CHANGED(registry, missing, "")
+        with pytest.raises(OverpaintError):
+            run(nodes, model, clip, recipe, recipe=missing)
+    assert "no patch" in patches.IS_CHANGED(registry, "nothing", "")
+    with pytest.raises(OverpaintError, match="finite"):
+        run(nodes, model, clip, recipe, strength=float("nan"))
+
+
+def test_a_line_is_a_name_that_may_end_in_a_number_or_a_name_and_a_strength(
+    nodes: Any, base_folder: Path, tmp_path: Path
+) -> None:
+    workspace = overpaint.open(tmp_path / "registry")
+    workspace.add_base("tiny", base_folder)
+    boeing = workspace.solve("boeing", solver="uce")
+
+    def listed(lines: str) -> Any:
+        return (
+            nodes.NODE_CLASS_MAPPINGS["OverpaintPatches"]()
+            .listed(str(workspace.registry.folder), lines, "")[0]
+            .strengths
+        )
+
+    with pytest.raises(ValueError, match=r"'boeing 747' asks for 'boeing' at 747; no patch is for a concept"):
+        listed("boeing 747")
+    plane = workspace.solve("boeing 747", solver="uce")
+    assert listed("boeing 747") == {plane.id: 1.0}
+    assert listed("boeing\t0.5\n\n  boeing 747   -2e-1 ") == {boeing.id: 0.5, plane.id: -0.2}
+    assert listed(f"{plane.id[:12]} 2") == {plane.id: 2.0}
+    for twice in ("boeing 1\nboeing 0.5", f"boeing\n{boeing.id}"):
+        with pytest.raises(ValueError, match=r"\(boeing\) is listed twice; keep one"):
+            listed(twice)
+    for unknown in ("boeing nan", "boeing inf", "boeing 1_0", "boeing 0x1", "boeing x", "x 1"):
+        with pytest.raises(OverpaintError, match=r"no patch answers to|has no patch"):
+            listed(unknown)
