@@ -171,7 +171,7 @@ def append_revisions(session: Session, recipe: models.RecipeRow, revisions: Iter
     rows = _rows(session, recipe, entries)
     for patch_id, after in entries.items():
         if after is not None or patch_id in rows:
-            _lay(session, recipe, patch_id, rows.get(patch_id), after)
+            _set_entry(session, recipe, patch_id, rows.get(patch_id), after)
     session.flush()
 
 
@@ -298,7 +298,7 @@ def revise(
         row = rows.get(patch_id)
         before = None if row is None else RecipeEntry(patch_id, row.strength, row.until)
         revision.changes.append(_change_row(patch_id, before, after))
-        _lay(session, recipe, patch_id, row, after)
+        _set_entry(session, recipe, patch_id, row, after)
     session.add(revision)
     queries.index_reason(session, revision)
     session.flush()
@@ -321,7 +321,7 @@ def _change_row(patch_id: str, before: RecipeEntry | None, after: RecipeEntry | 
     )
 
 
-def _lay(
+def _set_entry(
     session: Session,
     recipe: models.RecipeRow,
     patch_id: str,
@@ -329,7 +329,7 @@ def _lay(
     after: RecipeEntry | None,
 ) -> None:
     if after is None:
-        assert row is not None, "a patch is taken out that does not lie there"
+        assert row is not None, "a patch is removed that is not there"
         session.delete(row)
     elif row is None:
         session.add(

@@ -975,7 +975,7 @@ class Registry:
             return [line for recipe in recipes for line in _lines(session, recipe, revision)]
 
     def diff(self, before: str, after: str) -> list[Difference]:
-        """Every patch that does not lie on both recipes (or revisions) alike, by concept. Raises NotFound."""
+        """Every patch that differs between two recipes (or revisions), by concept. Raises NotFound."""
         with self._database.reading() as session:
             records = [record_at(session, *find_revision(session, key)) for key in (before, after)]
             return differences(session, *records)

@@ -566,7 +566,7 @@ class Recipe:
 
     def patches(self) -> list[tuple[PatchRecord, float]]:
         """The patches of the recipe, with strengths, by concept."""
-        entries = [(patch, laid.strength) for patch, laid in self._opened.registry.patches_on(self.name)]
+        entries = [(patch, entry.strength) for patch, entry in self._opened.registry.patches_on(self.name)]
         return sorted(entries, key=lambda item: item[0].concept)
 
     def as_json(self) -> dict[str, Any]:

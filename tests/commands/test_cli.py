@@ -232,7 +232,10 @@ def test_searching_finds_patches_and_recipes(ready: Shell) -> None:
         (("recipe", "copy", "nothing", "new"), "nothing"),
         (("recipe", "undelete", "nothing"), "recipe list --deleted"),
         (("recipe", "expired", "--on", "tomorrow"), "tomorrow"),
-        (("patch", "add", "cat", "--expires", "31.1.2027"), "YYYY-MM-DD"),
+        (("patch", "add", "cat", "--expires", "31.1.2027"), "YYYY-MM-DD, or never"),
+        (("patch", "add", "cat", "--expires", "2999-1-31"), "YYYY-MM-DD"),
+        (("patch", "add", "cat", "--strength", "1_0"), "a strength is a number"),
+        (("recipe", "expired", "--on", "2999-1-31"), "YYYY-MM-DD"),
         (("patch", "list", "--limit", "-1"), "-1"),
         (("tag", "add", "3", "--recipe", "default"), "not a number"),
         (("tag", "add", "t"), "name a patch or a recipe"),
@@ -248,6 +251,21 @@ def test_a_mistake_gets_one_sentence(ready: Shell, words: tuple[str, ...], messa
     said = ready.fails(*words)
     assert message in said
     assert len(said.strip().splitlines()) <= 4
+
+
+def test_a_patch_that_cannot_be_added_leaves_no_recipe(ready: Shell) -> None:
+    ready.ok("solve", "cat", "--base", "tiny")
+    add = ("patch", "add", "cat", "--recipe", "new")
+    assert "cannot expire on 2020-01-01, which is past: today is" in ready.fails(*add, "--expires", "2020-01-01")
+    assert "a strength is at most 1,000,000" in ready.fails(*add, "--strength", "1e9")
+    assert json.loads(ready.ok("recipe", "list", "--json")) == []
+
+
+def test_an_output_of_which_thousands_of_folders_are_missing_gets_one_sentence(ready: Shell, tmp_path: Path) -> None:
+    ready.ok("recipe", "create", "plain", "--base", "tiny")
+    out = str(tmp_path.joinpath(*["a"] * 2000, "out.yaml"))
+    assert "2,000 folders of" in ready.fails("recipe", "export", "plain", "--as-file", "-o", out)
+    assert "2,000 folders of" in ready.fails("build", "plain", out.replace(".yaml", ".safetensors"))
 
 
 def test_a_seed_or_guidance_that_is_no_number_gets_one_sentence(ready: Shell, tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import date
+from datetime import date, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.registry import Registry
+from overpaint.registry import Registry, history
 from overpaint.registry.history import Note, StaleRevision
 from overpaint.registry.records import ExpiredEntry, RecipeEntry
 
@@ -333,3 +333,27 @@ def test_a_reason_or_a_name_that_does_not_print_undoes_everything(registry: Regi
                 attempt(text)
     assert [(recipe.name, recipe.revision) for recipe in registry.recipes()] == [("r", 1)]
     assert registry.recipe("r").patches == ((patches[0], 1.0),)
+
+
+def test_an_expiry_that_is_past_is_refused_where_it_is_new_and_stays_where_it_is(
+    registry: Registry, patches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, _ = patches
+    change(registry, one, 1.0, until=CHRISTMAS)
+    monkeypatch.setattr(history, "today", lambda: CHRISTMAS + timedelta(days=1))
+    for patch in (one, two):
+        with pytest.raises(OverpaintError, match=r"cannot expire on 2998-12-23, which is past: today is 2998-12-25"):
+            change(registry, patch, 1.0, until=CHRISTMAS - timedelta(days=1))
+    with pytest.raises(OverpaintError, match="which is past"):
+        registry.check_entries("r", "small", [RecipeEntry(two, 1.0, CHRISTMAS)])
+    change(registry, one, 2.0, until=CHRISTMAS)
+    change(registry, two, 1.0, until=CHRISTMAS + timedelta(days=1))
+    registry.copy_recipe("r", "copy", why="", who="")
+    assert [each.patch for each in registry.due(CHRISTMAS, recipe="copy")] == [one]
+
+
+def test_a_strength_far_beyond_any_use_is_refused(registry: Registry, patches: list[str]) -> None:
+    for strength in (1e308, -1e7):
+        with pytest.raises(OverpaintError, match="a strength is at most 1,000,000"):
+            change(registry, patches[0], strength)
+    change(registry, patches[0], -1e6)
