@@ -43,7 +43,16 @@ from overpaint.registry.database import RegistryVersionError
 from overpaint.registry.history import StaleRevision
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.serving import schemas
-from overpaint.serving.drawing import BaseReplaced, Drawn, OtherBase, Painter, PictureQueue, QueueFull, Stopping, Wanted
+from overpaint.serving.drawing import (
+    BaseReplaced,
+    Drawn,
+    OtherBase,
+    Painter,
+    PictureQueue,
+    PictureRequest,
+    QueueFull,
+    Stopping,
+)
 from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany
 from overpaint.serving.metrics import Metrics
 from overpaint.serving.options import ServeOptions
@@ -88,7 +97,7 @@ STATUS: tuple[tuple[type[OverpaintError], int, str], ...] = (
     (BadPipeline, 503, "broken_base"),
     (ForeignChange, 503, "broken_base"),
 )
-"""What kinds of refusal become; any other is the caller's mistake (400), or the disk's or the database's (503)."""
+"""Status and type of each kind of refusal. Any other is a caller's mistake (400), or a failure of disk or database (503)."""
 _REFUSALS = {
     400: "what is asked for cannot be done",
     401: "no token, or an unknown one",
@@ -143,7 +152,7 @@ class Server:
             )
         return token
 
-    def enqueue(self, caller: Token, wanted: Sequence[Wanted]) -> list[Future[Drawn]]:
+    def enqueue(self, caller: Token, wanted: Sequence[PictureRequest]) -> list[Future[Drawn]]:
         """Check what is asked for and let it wait. Raises as `Painter.select` and `PictureQueue.put`; Forbidden, TooMany."""
         first = wanted[0]
         if not caller.may_use(first.recipe):
@@ -253,7 +262,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    # Without what was sent: it may be long, or no text that JSON can say.
+    # Without what was sent, which may be long, or no text that JSON can express.
     places = [(".".join(map(str, each["loc"][1:])) or str(each["loc"][0]), each["msg"]) for each in error.errors()[:10]]
     message = "; ".join(f"{place}: {text}" for place, text in places)
     return refusal(422, "invalid_request_error", message.encode("utf-8", "replace").decode())
@@ -342,14 +351,17 @@ async def images(
     return schemas.ImagesAnswer(created=int(time.time()), data=items, size=f"{width}x{height}")
 
 
-def _wanted(body: schemas.Drawing, recipe: str | None, count: int) -> list[Wanted]:
+def _wanted(body: schemas.Drawing, recipe: str | None, count: int) -> list[PictureRequest]:
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     seeds = [(seed + i) % SEEDS for i in range(count)]
-    return [Wanted(body.prompt, each, body.steps, body.guidance, body.pixels, recipe, body.strengths) for each in seeds]
+    return [
+        PictureRequest(body.prompt, each, body.steps, body.guidance, body.pixels, recipe, body.strengths)
+        for each in seeds
+    ]
 
 
 async def _drawn(request: Request, futures: Sequence[Future[Drawn]]) -> list[Drawn]:
-    """The pictures, once all are drawn; none of those that wait are drawn any more for a client that has gone."""
+    """The pictures, once all are drawn. For a client that has gone, those that still wait are not drawn."""
     waiting = [asyncio.wrap_future(each) for each in futures]
     try:
         while True:
@@ -368,13 +380,13 @@ async def _drawn(request: Request, futures: Sequence[Future[Drawn]]) -> list[Dra
 
 def _headers(drawn: Sequence[Drawn]) -> dict[str, str]:
     """What pictures were drawn under; several values only where the recipe was changed between two pictures."""
-    found = {
+    headers = {
         "X-Overpaint-Weights": [each.weights for each in drawn],
         "X-Overpaint-Recipe": [quote(each.patch_set.recipe) for each in drawn if each.patch_set.recipe is not None],
         "X-Overpaint-Revision": [str(each.patch_set.revision) for each in drawn if each.patch_set.recipe is not None],
         "X-Overpaint-Seed": [str(drawn[0].wanted.seed)],
     }
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in found.items() if values}
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in headers.items() if values}
 
 
 def png(drawn: Drawn, server: Server) -> bytes:
@@ -382,7 +394,7 @@ def png(drawn: Drawn, server: Server) -> bytes:
     wanted, text = drawn.wanted, PngInfo()
     text.add_itxt("prompt", wanted.prompt)
     text.add_text("overpaint:weights", drawn.weights)
-    said = {
+    details = {
         "base": server.painter.base.fingerprint,
         "recipe": drawn.patch_set.recipe,
         "revision": drawn.patch_set.revision,
@@ -392,7 +404,7 @@ def png(drawn: Drawn, server: Server) -> bytes:
         "guidance": drawn.guidance,
         "version": __version__,
     }
-    text.add_itxt("overpaint", canonical_json(said).decode())
+    text.add_itxt("overpaint", canonical_json(details).decode())
     file = io.BytesIO()
     Image.fromarray(drawn.pixels).save(file, "PNG", pnginfo=text)
     return file.getvalue()
@@ -499,14 +511,14 @@ def remove(recipe: str, body: schemas.RemoveBody, server: Served, caller: Change
     """Remove patches from a recipe in one revision: the weights are restored."""
     patches = dict.fromkeys(body.patches)
     name = server.changeable(caller, recipe)
-    return _changed(server, name, lambda found: found.remove_all(patches, why=body.why, who=caller.owner))
+    return _changed(server, name, lambda changed: changed.remove_all(patches, why=body.why, who=caller.owner))
 
 
 @router.post("/v1/undo/{recipe:path}", tags=["recipes"])
 def undo(recipe: str, body: schemas.UndoBody, server: Served, caller: Changer) -> schemas.ChangeAnswer:
     """Take the newest change of a recipe back, as a new revision."""
     name = server.changeable(caller, recipe)
-    return _changed(server, name, lambda found: found.undo(why=body.why, who=caller.owner))
+    return _changed(server, name, lambda changed: changed.undo(why=body.why, who=caller.owner))
 
 
 @router.post("/v1/takedown", tags=["recipes"])
@@ -589,10 +601,10 @@ def patches(
     offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
 ) -> list[schemas.PatchItem]:
     """Patches for the served base, oldest first."""
-    found = server.workspace.patches(
+    records = server.workspace.patches(
         concept=concept, base=server.painter.base_name, solver=solver, tag=tag, limit=limit, offset=offset
     )
-    return [_patch(each) for each in found]
+    return [_patch(each) for each in records]
 
 
 @router.get("/v1/patches/{patch:path}", tags=["patches"])

@@ -30,12 +30,12 @@ from overpaint.registry.history import today
 from overpaint.registry.records import RecipeRecord
 from overpaint.workspace.workspace import Workspace
 
-RUN = 16
-"""So many pictures in a row are drawn under the same patches while others wait."""
-DIGESTS = 4096
-"""Of so many sets of patches the digest of the weights is remembered."""
-LARGEST = 2.25
-"""Times the area of the base's own pictures: how large a picture may be. 768 x 768 where 512 x 512 is usual."""
+MOST_IN_A_ROW = 16
+"""How many pictures are drawn under the same patches, one after the other, while pictures under other patches wait."""
+MOST_DIGESTS = 4096
+"""How many sets of patches have the digest of their weights remembered."""
+LARGEST_AREA = 2.25
+"""How large a picture may be, in areas of the base's own pictures: 768 x 768 where those are 512 x 512."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ class BaseReplaced(OverpaintError):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PictureRequest:
     """One picture that is asked for: under a recipe (NAME or NAME@REVISION), or else under patches with strengths.
 
     Patches are named as `Registry.patch` takes them. `guidance` None is the base's own, `size` (width, height) None the
@@ -93,12 +93,12 @@ class Drawn:
     pixels: NDArray[np.uint8]
     weights: str
     patch_set: PatchSet
-    wanted: Wanted
+    wanted: PictureRequest
     guidance: float
 
 
 class Meter(Protocol):
-    """What is told of the work: seconds of a swap, seconds of a picture."""
+    """Counts the work: seconds of a change from one set of patches to another, seconds of a picture."""
 
     def swapped(self, seconds: float) -> None: ...
 
@@ -127,7 +127,7 @@ class Painter:
         self.base = workspace.base(base_name)
         self._pipe = self.base.pipeline(device=str(resolve_device(device)), dtype=DTYPES[dtype])
         self._overlay = Overlay(self._pipe, self.base)
-        self._carried: tuple[tuple[str, float], ...] | None = ()
+        self._applied: tuple[tuple[str, float], ...] | None = ()
         self._digests: OrderedDict[tuple[tuple[str, float], ...], str] = OrderedDict({(): self.base.fingerprint})
 
     @property
@@ -162,13 +162,13 @@ class Painter:
             raise OverpaintError('pictures of this base have one size; leave `size` out, or give "auto"')
         step = math.lcm(8, self._pipe.vae_scale_factor)
         fits = all(side % step == 0 and side >= natural / 2 for side in size)
-        if not fits or size[0] * size[1] > LARGEST * natural**2:
+        if not fits or size[0] * size[1] > LARGEST_AREA * natural**2:
             raise OverpaintError(
                 f"this base draws {natural} x {natural} pixels, or multiples of {step} from {math.ceil(natural / 2)} on with "
-                f"at most {LARGEST} times the area; got {size[0]} x {size[1]}"
+                f"at most {LARGEST_AREA} times the area; got {size[0]} x {size[1]}"
             )
 
-    def select(self, wanted: Wanted) -> PatchSet:
+    def select(self, wanted: PictureRequest) -> PatchSet:
         """The patches of a recipe as it is now, or of a set, all of the served base.
 
         Raises NotFound with the nearest name, OtherBase, BaseReplaced, OverpaintError for a patch that is named twice.
@@ -190,16 +190,16 @@ class Painter:
                 if self.workspace.registry.recipe(name).base in self.base_names:
                     self.workspace.recipe(name).remove_expired(why="expired", who="overpaint serve")
 
-    def draw(self, wanted: Wanted) -> Drawn:
+    def draw(self, wanted: PictureRequest) -> Drawn:
         """Draw one picture under what its recipe holds now. Raises as `select`, and LostPatch where bytes are lost."""
         selected = self.select(wanted)
         terms = [self.workspace.term_on(*each, self.base) for each in selected.strengths]
         digest = self._digest(selected.strengths, terms)
-        if self._carried != selected.strengths:
+        if self._applied != selected.strengths:
             started = time.perf_counter()
-            self._carried = None
+            self._applied = None
             self._overlay.set(terms)
-            self._carried = selected.strengths
+            self._applied = selected.strengths
             if self._meter is not None:
                 self._meter.swapped(time.perf_counter() - started)
         sampler = Sampler.of(self.base, wanted.steps, wanted.guidance, batch=1, size=wanted.size)
@@ -226,14 +226,12 @@ class Painter:
             )
 
     def _digest(self, key: tuple[tuple[str, float], ...], terms: Sequence[Term]) -> str:
-        found = self._digests.get(key)
-        if found is None:
-            found = composition_digest(self.base, compose(self.base, terms))
-        self._digests[key] = found
+        digest = self._digests.get(key) or composition_digest(self.base, compose(self.base, terms))
+        self._digests[key] = digest
         self._digests.move_to_end(key)
-        if len(self._digests) > DIGESTS:
+        if len(self._digests) > MOST_DIGESTS:
             self._digests.popitem(last=False)
-        return found
+        return digest
 
 
 def _expired(record: RecipeRecord) -> bool:
@@ -245,7 +243,7 @@ def _expired(record: RecipeRecord) -> bool:
 class Job:
     """A picture that waits, the patches it will probably get, and where it goes."""
 
-    wanted: Wanted
+    wanted: PictureRequest
     key: tuple[tuple[str, float], ...]
     done: Future[Drawn] = field(default_factory=Future)
 
@@ -253,16 +251,16 @@ class Job:
 class PictureQueue:
     """Pictures that wait, and the thread that draws them: those under the same patches together, and no one for ever.
 
-    After RUN pictures under the same patches the oldest that waits is next. `limit` is how many may wait.
+    After MOST_IN_A_ROW pictures under the same patches the oldest that waits is next. `limit` is how many may wait.
     """
 
-    def __init__(self, draw: Callable[[Wanted], Drawn], limit: int) -> None:
+    def __init__(self, draw: Callable[[PictureRequest], Drawn], limit: int) -> None:
         self._draw, self._limit = draw, limit
         self._waiting: deque[Job] = deque()
         self._change = threading.Condition()
         self._stopping = False
         self._key: tuple[tuple[str, float], ...] | None = None
-        self._run = 0
+        self._in_a_row = 0
         self._seconds = 1.0
         self._thread = threading.Thread(target=self._work, name="overpaint-drawing", daemon=True)
 
@@ -279,7 +277,7 @@ class PictureQueue:
         self._thread.start()
 
     def put(
-        self, wanted: Sequence[tuple[Wanted, PatchSet]], admit: Callable[[], None] = lambda: None
+        self, wanted: Sequence[tuple[PictureRequest, PatchSet]], admit: Callable[[], None] = lambda: None
     ) -> list[Future[Drawn]]:
         """Let pictures wait, all or none. Raises QueueFull, Stopping, OverpaintError for more than may ever wait.
 
@@ -333,9 +331,9 @@ class PictureQueue:
             if self._stopping:
                 return None
             job = self._waiting[0]
-            if self._run < RUN:
+            if self._in_a_row < MOST_IN_A_ROW:
                 job = next((each for each in self._waiting if each.key == self._key), job)
-            self._run = self._run + 1 if job.key == self._key and self._run < RUN else 1
+            self._in_a_row = self._in_a_row + 1 if job.key == self._key and self._in_a_row < MOST_IN_A_ROW else 1
             self._key = job.key
             self._waiting.remove(job)
             return job

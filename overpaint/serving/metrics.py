@@ -18,14 +18,14 @@ class Metrics:
     """Counts what a process does; what `drawing.Meter` asks for."""
 
     def __init__(self) -> None:
-        here = self._registry = CollectorRegistry()
-        self._pictures = Counter("overpaint_pictures", "Pictures drawn, by recipe", ["recipe"], registry=here)
-        self._drawing = Histogram("overpaint_draw_seconds", "Drawing one picture", buckets=_SECONDS, registry=here)
+        registry = self._registry = CollectorRegistry()
+        self._pictures = Counter("overpaint_pictures", "Pictures drawn, by recipe", ["recipe"], registry=registry)
+        self._drawing = Histogram("overpaint_draw_seconds", "Drawing one picture", buckets=_SECONDS, registry=registry)
         self._swaps = Histogram(
-            "overpaint_swap_seconds", "Changing from one set of patches to another", buckets=_SECONDS, registry=here
+            "overpaint_swap_seconds", "Changing from one set of patches to another", buckets=_SECONDS, registry=registry
         )
-        self._refusals = Counter("overpaint_refusals", "Requests refused, by kind", ["kind"], registry=here)
-        self._waiting = Gauge("overpaint_waiting", "Pictures that wait", registry=here, multiprocess_mode="livesum")
+        self._refusals = Counter("overpaint_refusals", "Requests refused, by kind", ["kind"], registry=registry)
+        self._waiting = Gauge("overpaint_waiting", "Pictures that wait", registry=registry, multiprocess_mode="livesum")
 
     def swapped(self, seconds: float) -> None:
         """The weights were changed."""

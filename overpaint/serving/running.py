@@ -39,7 +39,7 @@ def _application(options: ServeOptions, on_base: Callable[[Base], None] | None) 
 
 
 def check(options: ServeOptions, host: str, progress: Progress = silent) -> None:
-    """Raise OverpaintError for what cannot be served, or should not be; so early, it is said once and not by every worker."""
+    """Raise OverpaintError for what cannot or should not be served: here, once, and not in every worker."""
     workspace = Workspace.open(options.registry, create=False)
     workspace.progress = progress
     workspace.base(workspace.base_name(options.base))

@@ -242,7 +242,7 @@ class RemoveBody(Body):
 
 
 class UndoBody(Body):
-    """Why the newest change is taken back."""
+    """Why the newest change is undone."""
 
     why: Reason = ""
 

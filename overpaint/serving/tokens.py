@@ -74,10 +74,10 @@ class TokenFile:
     def tokens(self) -> tuple[Token, ...]:
         """All tokens, oldest first. Raises BadTokens for a file that cannot be read, or that everybody may write."""
         try:
-            found = self.path.stat()
-            stamp = found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
+            file = self.path.stat()
+            stamp = file.st_ino, file.st_size, file.st_mtime_ns, file.st_mode
             if self._read[0] != stamp:
-                if os.name != "nt" and found.st_mode & stat.S_IWOTH:
+                if os.name != "nt" and file.st_mode & stat.S_IWOTH:
                     raise BadTokens(
                         f"every user of this machine may write {self.path}, and so give themselves a token; run "
                         f"`chmod o-w {shlex.quote(str(self.path))}`, then look through `overpaint token list`"
@@ -92,7 +92,7 @@ class TokenFile:
         return self._read[1]
 
     def find(self, text: str) -> Token | None:
-        """The token that somebody presents, None when there is none like it."""
+        """The token with this text; None for an unknown one."""
         digest = _digest(text)
         return next((each for each in self.tokens() if secrets.compare_digest(each.sha256, digest)), None)
 
@@ -134,7 +134,7 @@ def _digest(text: str) -> str:
 
 
 def _parsed(content: bytes) -> tuple[Token, ...]:
-    """The tokens of a file. Raises ValueError, RecursionError: a type that is taken for another could widen what it allows."""
+    """The tokens of a file. Raises ValueError, RecursionError: read leniently, a value of a wrong type could allow more."""
     match json.loads(content):
         case {"tokens": [*listed]}:
             return tuple(_token(number, each) for number, each in enumerate(listed, 1))

@@ -33,14 +33,14 @@ from overpaint.workspace.workspace import Workspace
 
 ROWS = 24
 """Patches shown at once; a filter finds the others."""
-LIMIT = 200
-"""Pictures of one sheet."""
+MOST_PICTURES = 200
+"""How many pictures one sheet may have."""
 SHOW_AFTER = 0.15
 """Seconds after which a sheet that is drawn is shown again with the pictures that are done by then."""
 SMALL_BASE = 100 << 20
 """Bytes of weights up to which a base draws so fast that pictures follow every switch by themselves."""
-STEP = 0.05
-"""Of the sliders. A strength between two steps stays as it is until its slider is moved."""
+SLIDER_STEP = 0.05
+"""Between strengths on a slider. A strength between two steps stays as it is until its slider is moved."""
 ONE_FILE, FOLDER = "Checkpoint, one .safetensors file", "Checkpoint, a diffusers folder (.zip)"
 FORMATS = [ONE_FILE, FOLDER, *(f"LoRA for {name}" for name in READERS)]
 
@@ -111,7 +111,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 words = "concept, solver or id"
-                self.filter = gr.Textbox(label="Show only", max_lines=1, placeholder=words, render=False)
+                self.filter = gr.Textbox("", label="Show only", max_lines=1, placeholder=words, render=False)
                 self._rows()
                 with gr.Row(elem_classes="op-line"):
                     self.all_off = gr.Button("All off (the base)", size="sm", min_width=120)
@@ -120,7 +120,7 @@ class Page:
                     self.filter.render()  # type: ignore[no-untyped-call]
                     self.attempt = gr.Dropdown([], value=None, label="Try another patch of this base", interactive=True)
                 with gr.Accordion("Keep these switches in the recipe", open=False):
-                    self.save_why = gr.Textbox(label="Why", max_lines=1)
+                    self.save_why = gr.Textbox("", label="Why", max_lines=1)
                     self.save = gr.Button("Make the next revision", variant="primary")
             with gr.Column(scale=3, min_width=300):
                 self.prompts = gr.Textbox(
@@ -149,13 +149,13 @@ class Page:
 
             @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")  # type: ignore[untyped-decorator]
             def rows(switches: Switches | None, text: str | None) -> None:
-                found = switches.matching(text or "") if switches else []
-                for row in found[:ROWS]:
+                matching = switches.matching(text or "") if switches else []
+                for row in matching[:ROWS]:
                     self._row(row.patch, row.on, row.strength, row.saved is None)
                 if switches is None or not switches.rows:
                     gr.HTML(views.note_html("No patch is in this recipe yet."), elem_classes="op")
-                elif len(found) > ROWS or not found:
-                    text = f"{min(ROWS, len(found))} of {len(switches.rows)} patches; find the others by a word"
+                elif len(matching) > ROWS or not matching:
+                    text = f"{min(ROWS, len(matching))} of {len(switches.rows)} patches; find the others by a word"
                     gr.HTML(views.note_html(text), elem_classes="op")
 
     def _row(self, patch: PatchRecord, on: bool, strength: float, tried: bool) -> None:
@@ -168,7 +168,7 @@ class Page:
                 min(0.0, strength),
                 max(2.0, strength),
                 strength,
-                step=STEP,
+                step=SLIDER_STEP,
                 label=f"Strength of {patch.concept}",
                 container=False,
                 min_width=150,
@@ -180,7 +180,7 @@ class Page:
             return turn + 1 if switches.switch(patch.id, on=on) and follow else gr.skip()
 
         def turned(switches: Switches, strength: float, follow: bool, turn: int) -> Any:
-            is_moved = abs(switches.rows[patch.id].strength - strength) > STEP / 2
+            is_moved = abs(switches.rows[patch.id].strength - strength) > SLIDER_STEP / 2
             return turn + 1 if is_moved and switches.switch(patch.id, strength=strength) and follow else gr.skip()
 
         common: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
@@ -189,7 +189,7 @@ class Page:
 
     def _history_tab(self) -> None:
         with gr.Row(elem_classes="op-line"):
-            self.history_why = gr.Textbox(label="Why", max_lines=1, scale=3, min_width=240)
+            self.history_why = gr.Textbox("", label="Why", max_lines=1, scale=3, min_width=240)
             self.undo = gr.Button("Undo the newest change", scale=1, min_width=160)
         with gr.Row(elem_classes="op-line"):
             self.revision = gr.Dropdown([], label="Earlier revision", scale=3, min_width=240, interactive=True)
@@ -197,7 +197,7 @@ class Page:
         self.history = gr.HTML("", elem_classes="op", elem_id="history")
         with gr.Accordion("New recipe", open=False):
             with gr.Row():
-                self.new_name = gr.Textbox(label="Name", max_lines=1)
+                self.new_name = gr.Textbox("", label="Name", max_lines=1)
                 self.new_base = gr.Dropdown([], label="Base", interactive=True)
             self.create = gr.Button("Make an empty recipe")
 
@@ -210,18 +210,18 @@ class Page:
     def _erase_tab(self) -> None:
         solvers = [(f"{each.name}: {each.about}", each.name) for each in self.workspace.solvers()]
         with gr.Row():
-            self.concept = gr.Textbox(label="Concept", max_lines=1)
+            self.concept = gr.Textbox("", label="Concept", max_lines=1)
             self.kind = gr.Dropdown(list(KINDS), value=KINDS[0], label="Kind")
         with gr.Row():
-            self.synonyms = gr.Textbox(label="Synonyms", max_lines=1, placeholder="kitty, feline")
-            self.anchor = gr.Textbox(label="What it becomes", max_lines=1, placeholder="nothing")
+            self.synonyms = gr.Textbox("", label="Synonyms", max_lines=1, placeholder="kitty, feline")
+            self.anchor = gr.Textbox("", label="What it becomes", max_lines=1, placeholder="nothing")
         self.solver = gr.Dropdown(solvers, value="separable", label="Solver")
         with gr.Accordion("Settings", open=False), gr.Row():
-            self.settings = gr.Textbox(label="Settings, NAME=VALUE, one per line", lines=2)
+            self.settings = gr.Textbox("", label="Settings, NAME=VALUE, one per line", lines=2)
             self.solve_seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         with gr.Row(elem_classes="op-line"):
             self.add = gr.Checkbox(True, label="Add it to the recipe", container=False)
-            self.add_why = gr.Textbox(label="Why", max_lines=1)
+            self.add_why = gr.Textbox("", label="Why", max_lines=1)
         with gr.Row():
             self.solve = gr.Button("Solve", variant="primary")
             self.stop = gr.Button("Stop")
@@ -240,7 +240,7 @@ class Page:
     def _report_tab(self) -> None:
         with gr.Row(elem_classes="op-line"):
             self.suite = gr.Dropdown(sorted(SUITES), value="quick", label="Suite", scale=2)
-            self.suite_settings = gr.Textbox(label="Settings, NAME=VALUE, one per line", max_lines=3, scale=2)
+            self.suite_settings = gr.Textbox("", label="Settings, NAME=VALUE, one per line", max_lines=3, scale=2)
             self.evaluate = gr.Button("Evaluate", scale=1, min_width=130)
             self.report = gr.Button("Show the report", variant="primary", scale=1, min_width=160)
         self.reported = gr.HTML("", elem_classes="op", elem_id="report")
@@ -381,9 +381,9 @@ class Page:
             for i in range(int(count or 1))
         ]
         columns = [Column("base", {}), Column(switches.label, switches.strengths), *self._columns(switches, others)]
-        if not asked or len(asked) * len(columns) > LIMIT:
+        if not asked or len(asked) * len(columns) > MOST_PICTURES:
             raise OverpaintError(
-                f"{len(asked)} prompts and seeds in {len(columns)} columns; draw at least one picture, at most {LIMIT}"
+                f"{len(asked)} prompts and seeds in {len(columns)} columns; draw at least one picture, at most {MOST_PICTURES}"
             )
         fingerprint = self.workspace.registry.base(switches.base).fingerprint
         guidance = guidance or self.studio.guidance(switches.base)
@@ -453,7 +453,7 @@ class Page:
     def undo_change(
         self, switches: Switches | None, listed: int, turn: int, why: str, request: gr.Request
     ) -> tuple[Any, ...]:
-        """The newest change taken back, as a new revision."""
+        """Undo the newest change, as a new revision."""
         switches = _chosen(switches)
         lines = self.workspace.recipe(switches.recipe).undo(why=why, who=_who(request))
         gr.Info(f"undone; this is revision {lines[0].revision}")

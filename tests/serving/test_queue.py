@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from overpaint.serving.drawing import RUN, Drawn, PatchSet, PictureQueue, QueueFull, Stopping, Wanted
+from overpaint.serving.drawing import MOST_IN_A_ROW, Drawn, PatchSet, PictureQueue, PictureRequest, QueueFull, Stopping
 
 
 class Easel:
@@ -18,7 +18,7 @@ class Easel:
         self.order: list[str] = []
         self.began, self.go = threading.Event(), threading.Event()
 
-    def draw(self, wanted: Wanted) -> Drawn:
+    def draw(self, wanted: PictureRequest) -> Drawn:
         self.began.set()
         assert self.go.wait(10)
         if wanted.prompt == "broken":
@@ -41,9 +41,9 @@ def queue(easel: Easel) -> Iterator[PictureQueue]:
     queue.stop()
 
 
-def wanted(key: str, count: int = 1) -> list[tuple[Wanted, PatchSet]]:
+def wanted(key: str, count: int = 1) -> list[tuple[PictureRequest, PatchSet]]:
     """Pictures under one patch."""
-    return [(Wanted(key, 0), PatchSet(((key, 1.0),)))] * count
+    return [(PictureRequest(key, 0), PatchSet(((key, 1.0),)))] * count
 
 
 def test_pictures_under_the_same_patches_are_drawn_together(queue: PictureQueue, easel: Easel) -> None:
@@ -55,20 +55,20 @@ def test_pictures_under_the_same_patches_are_drawn_together(queue: PictureQueue,
 
 
 def test_nobody_waits_longer_than_a_run_of_each_set_before(queue: PictureQueue, easel: Easel) -> None:
-    futures = [*queue.put(wanted("a", 2 * RUN)), *queue.put(wanted("b", 2)), *queue.put(wanted("c"))]
+    futures = [*queue.put(wanted("a", 2 * MOST_IN_A_ROW)), *queue.put(wanted("b", 2)), *queue.put(wanted("c"))]
     easel.go.set()
     for future in futures:
         future.result(10)
     order = "".join(easel.order)
-    assert order.index("b") <= 2 * RUN
+    assert order.index("b") <= 2 * MOST_IN_A_ROW
     late = PictureQueue(easel.draw, 200)
-    waiting = [late.put(wanted("a", RUN)), late.put(wanted("b")), late.put(wanted("a", RUN))]
+    waiting = [late.put(wanted("a", MOST_IN_A_ROW)), late.put(wanted("b")), late.put(wanted("a", MOST_IN_A_ROW))]
     easel.order.clear()
     late.start()
     for futures in waiting:
         for future in futures:
             future.result(10)
-    assert "".join(easel.order).index("b") == RUN
+    assert "".join(easel.order).index("b") == MOST_IN_A_ROW
     late.stop()
 
 

@@ -25,7 +25,9 @@ def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:
             # In a container, without a kernel's namespaces, its sandbox cannot start; it opens our own page only.
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
         except Error as error:
             reason = f"no Chromium: {str(error).splitlines()[0]}; `make chromium` installs it"
             if os.environ.get(REQUIRED) == "required":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from PIL import Image
 
 import overpaint
+from overpaint.patches.inspect import inspect
 from overpaint.workspace.workspace import Workspace
 from tests.ui.browser import chromium
 from tests.ui.conftest import GRADIO
@@ -61,7 +64,8 @@ def page_address(registry: Path) -> Iterator[str]:
 def tab(browser: Browser, address: str, recipe: str = "safe", **look: object) -> Iterator[Page]:
     """A new visitor with the recipe open; fails on errors of the page, and when it asks anything of other servers."""
     errors: list[str] = []
-    context = browser.new_context(**look)  # type: ignore[arg-type]
+    # Visitors who look alike share a context, so that the page's scripts are fetched and compiled once.
+    context = browser.contexts[0] if browser.contexts and not look else browser.new_context(**look)  # type: ignore[arg-type]
     page = context.new_page()
     page.set_default_timeout(SLOW)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -76,7 +80,7 @@ def tab(browser: Browser, address: str, recipe: str = "safe", **look: object) ->
         yield page
         assert not errors
     finally:
-        context.close()
+        (context if look else page).close()
 
 
 def _is_local(url: str, address: str) -> bool:
@@ -192,3 +196,74 @@ def test_a_recipe_that_somebody_else_changed_is_not_overwritten(
         page.get_by_role("button", name="Make the next revision").click()
         expect(page.get_by_text("look at what changed and try again")).to_be_visible()
     assert [patch.concept for patch, _ in copy.patches()] == ["cat"]
+
+
+def test_solving_adds_a_patch_and_the_heat_map_shows_what_it_does_to_the_others(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    copy = Workspace.open(registry).recipe("safe").copy("growing")
+    with tab(browser, page_address, "growing") as page:
+        page.get_by_role("tab", name="Erase").click()
+        page.get_by_label("Concept", exact=True).fill("fox")
+        choose(page, "Solver", "uce:")
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#solved")).to_contain_text("in growing since revision 2")
+        expect(page.locator("#status")).to_contain_text("erases cat, dog, fox.")
+        page.get_by_role("tab", name="Cross-talk").click()
+        page.get_by_role("button", name="Measure").click()
+        expect(page.locator("#crosstalk tbody tr")).to_have_count(3)
+        expect(page.locator("#crosstalk tbody tr").first.locator("td")).to_have_count(3)
+    assert [patch.concept for patch, _ in copy.patches()] == ["cat", "dog", "fox"]
+
+
+def test_a_checkpoint_and_a_lora_are_built_and_downloaded(
+    browser: Browser, page_address: str, registry: Path, tmp_path: Path
+) -> None:
+    with tab(browser, page_address) as page:
+        page.get_by_role("tab", name="Download").click()
+        for what, told in (("Checkpoint, one .safetensors file", "Weights "), ("LoRA for comfyui", "kohya: ")):
+            choose(page, "What", what)
+            page.get_by_role("button", name="Build").click()
+            expect(page.locator("#built")).to_contain_text(told)
+            with page.expect_download() as download:
+                page.locator("#built a").click()
+            file = tmp_path / f"{what}.safetensors"
+            download.value.save_as(file)
+            assert safetensors.torch.load_file(file)
+    inspected = inspect(tmp_path / "Checkpoint, one .safetensors file.safetensors")
+    assert {patch["concept"] for patch in inspected.patches} == {"cat", "dog"}
+    assert inspected.sound
+
+
+def test_it_fits_a_phone_and_follows_the_visitors_colours(browser: Browser, page_address: str) -> None:
+    for scheme, is_light in (("light", True), ("dark", False)):
+        with tab(browser, page_address, viewport={"width": 390, "height": 844}, color_scheme=scheme) as page:
+            pictures(page)
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", paper)[:3])) > 384) == is_light
+
+
+def test_elsewhere_it_asks_for_a_password_and_the_history_has_the_visitors_name(
+    browser: Browser, registry: Path
+) -> None:
+    workspace = Workspace.open(registry)
+    recipe = workspace.create_recipe("behind-a-password")
+    recipe.add("cat")
+    with served(workspace, host="0.0.0.0", password="a long one") as address:
+        here = address.replace("0.0.0.0", "127.0.0.1")
+        page = browser.new_page()
+        page.goto(here)
+        for word, admitted in (("a wrong one", False), ("a long one", True)):
+            page.get_by_label("username").fill("Vera")
+            page.get_by_label("password").fill(word)
+            page.get_by_role("button", name="Login").click()
+            shown = page.locator("#status") if admitted else page.get_by_text("Incorrect Credentials")
+            expect(shown).to_be_visible()
+        choose(page, "Recipe", "behind-a-password")
+        expect(page.locator("#status")).to_contain_text("behind-a-password")
+        page.get_by_role("tab", name="History").click()
+        page.get_by_role("button", name="Undo the newest change").click()
+        expect(page.locator("#history")).to_contain_text("Vera")
+        page.close()
+    assert recipe.log()[-1].who == "Vera"
