@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.names import checked_note, checked_number, checked_tag
+from overpaint.core.names import checked_note, checked_number, checked_tag, shown
 from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
 from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision
@@ -210,6 +210,8 @@ def check_entry(before: RecipeEntry | None, after: RecipeEntry) -> None:
         raise OverpaintError(
             f"a strength is at most {LARGEST_STRENGTH:,.0f}, and at least minus that; got {after.strength:g}"
         )
+    if after.until is not None and type(after.until) is not date:  # a moment has no place in the database
+        raise OverpaintError(f"a patch expires on a day, a `datetime.date`, or never; got {shown(after.until)}")
     is_new = before is None or before.until != after.until
     if is_new and after.until is not None and after.until < (now := today()):
         raise OverpaintError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -350,6 +351,12 @@ def test_an_expiry_that_is_past_is_refused_where_it_is_new_and_stays_where_it_is
     change(registry, two, 1.0, until=CHRISTMAS + timedelta(days=1))
     registry.copy_recipe("r", "copy", why="", who="")
     assert [each.patch for each in registry.due(CHRISTMAS, recipe="copy")] == [one]
+
+
+@pytest.mark.parametrize("day", ["2999-01-31", datetime(2999, 1, 31), 7])
+def test_an_expiry_that_is_no_day_is_refused(registry: Registry, patches: list[str], day: Any) -> None:
+    with pytest.raises(OverpaintError, match="a patch expires on a day"):
+        change(registry, patches[0], 1.0, until=day)
 
 
 def test_a_strength_far_beyond_any_use_is_refused(registry: Registry, patches: list[str]) -> None:
