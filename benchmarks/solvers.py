@@ -46,7 +46,8 @@ from overpaint.solvers.universe import prepare
 from overpaint.workspace.evaluating import versions
 
 ROOT = Path(__file__).parent.parent
-WORK, PAGE, CHOOSING = ROOT / "build" / "solvers", ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
+WORK = ROOT / "build" / ("solvers" if ASKED_BASE == "emoji" else f"solvers-{ASKED_BASE}")
+PAGE, CHOOSING = ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
 DECOUPLED = {"": "", "decoupled": "ridge", "exact": "exact"}
 """What may stand behind a solver's name, and the rule by which its patches are decoupled then."""
 PAIRED = ("separable",)

@@ -6,6 +6,8 @@ subtracted.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,9 +48,33 @@ class ParameterSlot:
     way: tuple[Step, ...]
 
     @property
+    def value(self) -> Tensor | None:
+        """The parameter, or the tensor in the CPU's memory that accelerate's offloading keeps in its stead; None without one."""
+        parameter = self.module._parameters.get(self.attribute)
+        hook: Any = getattr(self.module, "_hf_hook", None)
+        if parameter is None or not parameter.is_meta or hook is None:
+            return parameter
+        maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
+        stored = next((found[self.attribute] for found in maps if found is not None and self.attribute in found), None)
+        return stored if isinstance(stored, Tensor) else parameter
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether diffusers' group offloading reads the parameter from a file before each use."""
+        modules = (self.module, *(parent for parent, _, _ in self.way))
+        hooks = [hook for each in modules for hook in _hooks(each) if hasattr(hook, "group")]
+        return any(hook.group.offload_to_disk_path is not None for hook in hooks[:1])
+
+    @property
     def is_fused(self) -> bool:
         """Whether an attention block on the way computes with a copy (diffusers' `fuse_qkv_projections`)."""
         return any(parent.__dict__.get("fused_projections") for parent, _, _ in self.way[-3:])
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """diffusers' hooks of a module."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())
 
 
 class ParameterSlots:
@@ -107,7 +133,7 @@ class Parameters:
                     "close the overlay and make a new one"
                 )
 
-    def of(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    def of(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by canonical name. Raises BadPipeline when one is missing, elsewhere, or not what is computed with."""
         names = tuple(names)
         if names != self._asked.names:
@@ -118,16 +144,16 @@ class Parameters:
         may_be_fused = self._asked.may_be_fused
         return {name: self._checked(name, slot, may_be_fused) for name, slot in self._asked.slots.items()}
 
-    def _checked(self, name: str, slot: ParameterSlot | None, may_be_fused: bool) -> nn.Parameter:
-        parameter = slot.module._parameters.get(slot.attribute) if slot else None
+    def _checked(self, name: str, slot: ParameterSlot | None, may_be_fused: bool) -> Tensor:
+        parameter = slot.value if slot else None
         if slot is None or parameter is None:
             raise BadPipeline(
                 f"the pipeline has no parameter {name}, which a patch changes; load the pipeline of the patch's own base"
             )
-        if parameter.is_meta:
+        if parameter.is_meta or slot.is_on_disk:
             raise BadPipeline(
-                f"{name} is offloaded, so that there is nothing to write to; apply patches before the pipeline is "
-                "set to offload layer by layer"
+                f"{name} is offloaded to where it cannot be written; offload the pipeline to the CPU's memory instead, or apply "
+                "patches first and offload then"
             )
         if may_be_fused and slot.is_fused:
             raise BadPipeline(
@@ -176,12 +202,12 @@ class _Watched:
     looks: list[tuple[object, ...]]
     samples: bytes
 
-    def all_hold(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+    def all_hold(self, parameters: Mapping[str, Tensor]) -> bool:
         """Whether all of them are among `parameters`, and nothing speaks for a change of any."""
         now = [_look(parameters[name]) for name in self.names if name in parameters]
         return now == self.looks and _sample(self.views) == self.samples
 
-    def holds(self, name: str, parameter: nn.Parameter) -> bool:
+    def holds(self, name: str, parameter: Tensor) -> bool:
         """Whether nothing speaks for a change of this one."""
         at, size = self.names.index(name), len(self.samples) // len(self.names)
         row = self.samples[at * size : (at + 1) * size]
@@ -200,12 +226,12 @@ class ChangeDetector:
         self._views: dict[str, View] = {}
         self._watched: dict[str, _Watched] = {}
 
-    def put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def put(self, parameters: Mapping[str, Tensor]) -> None:
         """Record parameters for the first time, or after they were replaced."""
         self._views.update({name: _view(parameter) for name, parameter in parameters.items()})
         self.renew(parameters)
 
-    def renew(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def renew(self, parameters: Mapping[str, Tensor]) -> None:
         """Record the same parameters again, after they were written to in place."""
         alike: dict[object, list[str]] = {}
         for name in parameters:
@@ -215,14 +241,14 @@ class ChangeDetector:
             views, looks = [self._views[name] for name in names], [_look(parameters[name]) for name in names]
             self._watched.update(dict.fromkeys(names, _Watched(tuple(names), views, looks, _sample(views))))
 
-    def broken(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    def broken(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Those of the parameters that were not recorded, or that seem to have changed since."""
         # What was recorded together is compared together: sampling so few values is all overhead.
         watched = {self._watched[name] for name in parameters if name in self._watched}
         whole = {name for some in watched if some.all_hold(parameters) for name in some.names}
         return [name for name in parameters if name not in whole and not self._holds(name, parameters[name])]
 
-    def _holds(self, name: str, parameter: nn.Parameter) -> bool:
+    def _holds(self, name: str, parameter: Tensor) -> bool:
         return name in self._watched and self._watched[name].holds(name, parameter)
 
     def clear(self) -> None:
@@ -239,12 +265,12 @@ def _sample(views: Sequence[View]) -> bytes:
     return torch.stack(tensors).flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
-def _look(parameter: nn.Parameter) -> tuple[object, ...]:
+def _look(parameter: Tensor) -> tuple[object, ...]:
     version = 0 if parameter.is_inference() else parameter._version
     return id(parameter), parameter.data_ptr(), parameter.stride(), version
 
 
-def _view(parameter: nn.Parameter) -> View:
+def _view(parameter: Tensor) -> View:
     """Short runs of values, spread over the whole tensor; each costs one access to distant memory."""
     whole = parameter.detach()
     dense = whole.is_contiguous() or (whole.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last))
@@ -285,6 +311,7 @@ class Overlay:
         self._seals = ChangeDetector()
         self._torn: set[str] = set()
         self._staged: dict[torch.dtype, Tensor] = {}
+        self._warned = False
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -336,6 +363,24 @@ class Overlay:
         self._seals.clear()
         self._check(self.touched)
 
+    @own_torch_settings()
+    @torch.inference_mode()
+    def rounding_error(self) -> float:
+        """How far the pipeline's touched tensors are from the composition, relative to what the patches change in them.
+
+        0 where it computes in the base's own precision or a wider one; some 0.003 of a change where it computes in bfloat16, 0.05
+        where weights are stored in eight bits (`enable_layerwise_casting`). Raises as `verify`.
+        """
+        parameters = self._check(self.touched)
+        missed = changed = 0.0
+        for name in self.touched:
+            original = self._kept[name]
+            composed = torch.empty_like(original.values)
+            self._plan.write(name, Target(original, composed, self._work))
+            missed += float((parameters[name].cpu().double() - composed.double()).square().sum())
+            changed += float((composed.double() - original.values.double()).square().sum())
+        return math.sqrt(missed / changed) if changed else 0.0
+
     def close(self) -> None:
         """Give the base's weights back and let go of the pipeline and of everything kept; closing twice is closing once.
 
@@ -360,7 +405,7 @@ class Overlay:
         self.close()
 
     @own_torch_settings()
-    def _check(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    def _check(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The parameters of these names, after making sure that they hold what they should and can be written to."""
         if self._parameters is None:
             raise OverpaintError("this overlay is closed; make a new one")
@@ -382,7 +427,7 @@ class Overlay:
         return parameters
 
     @torch.inference_mode()
-    def _compare(self, name: str, parameter: nn.Parameter, original: Original) -> None:
+    def _compare(self, name: str, parameter: Tensor, original: Original) -> None:
         expected = original.values
         if name in self._plan.stacks:
             expected = torch.empty_like(expected)
@@ -397,9 +442,10 @@ class Overlay:
     # Weights from inference mode may be written in inference mode only, and others in it as well.
     @own_torch_settings()
     @torch.inference_mode()
-    def _write(self, parameters: dict[str, nn.Parameter], wanted: CompositionPlan) -> None:
+    def _write(self, parameters: dict[str, Tensor], wanted: CompositionPlan) -> None:
         """Write all tensors or none."""
         self._torn.update(parameters)
+        self._warn_of_coarse(parameters)
         try:
             self._put(parameters, wanted)
             self._plan = wanted
@@ -410,7 +456,19 @@ class Overlay:
             raise
         self._torn.clear()
 
-    def _put(self, parameters: dict[str, nn.Parameter], wanted: CompositionPlan) -> None:
+    def _warn_of_coarse(self, parameters: Mapping[str, Tensor]) -> None:
+        """Say once that eight bits hold the base's values exactly and what is composed only nearly."""
+        coarse = [name for name, parameter in parameters.items() if parameter.element_size() == 1]
+        if coarse and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{coarse[0]} is stored as {dtype_name(parameters[coarse[0]].dtype)} in the pipeline, so that patches are "
+                "rounded to eight bits and erase slightly less or more than they should (Overlay.rounding_error says how far); "
+                "leave what reads the prompt in 16 bits, by skip_modules_pattern",
+                stacklevel=2,
+            )
+
+    def _put(self, parameters: dict[str, Tensor], wanted: CompositionPlan) -> None:
         for name, parameter in parameters.items():
             if name not in wanted.stacks:
                 parameter.copy_(self._kept[name].values)
@@ -421,7 +479,7 @@ class Overlay:
                 parameter.copy_(target.out)
         self._seals.renew(parameters)
 
-    def _target(self, name: str, parameter: nn.Parameter) -> Target:
+    def _target(self, name: str, parameter: Tensor) -> Target:
         """The parameter itself, where composed values can be written to it as they are, or memory on the way to it."""
         original = self._kept[name]
         values = original.values
@@ -429,7 +487,7 @@ class Overlay:
             return self._targets.setdefault(name, Target(original, parameter, self._work))
         return Target(original, self._stage(values), self._work)
 
-    def _keep(self, original: Original, parameter: nn.Parameter) -> Original:
+    def _keep(self, original: Original, parameter: Tensor) -> Original:
         return replace(original, values=original.values.pin_memory()) if parameter.is_cuda else original
 
     def _stage(self, values: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.metrics import load_judge, verdicts
 from overpaint.evaluation.prompts import object_prompts
 from overpaint.patches.compose import Term
-from overpaint.patches.delta import Sum, TextMap
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import uncovered_inputs
 from overpaint.solvers.closed_form.separable import Separable
@@ -58,7 +57,7 @@ def test_one_concept_is_erased_through_both_inputs_others_stay_and_the_base_come
     cat = next(concept for concept in concepts if concept.name == "cat")
     delta = Separable().solve(EditProblem(transformer, cat, concepts, cache=tmp_path)).delta
     assert uncovered_inputs(transformer, delta) == ()
-    half = Sum(tuple(part for part in delta.parts if isinstance(part, TextMap) and part.encoder == POOLED))
+    (half,) = (part for part in delta.text_maps if part.encoder == POOLED)
     assert uncovered_inputs(transformer, half) == (SEQUENCE,)
 
     pipe, sampler = transformer.pipeline(), Sampler.of(transformer, 12)

@@ -1,0 +1,144 @@
+"""Patches on pipelines whose weights are offloaded or stored in fewer bits: exact, or said how far off, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.patches.compose import Term
+from overpaint.patches.delta import Dense, TextMap
+from overpaint.patches.live import BadPipeline, Overlay
+from tests.bases.tiny_transformers import tiny_transformer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_transformer("flux").save_pretrained(folder)
+    return Base.open(folder)
+
+
+@pytest.fixture(scope="module")
+def term(flux: Base) -> Term:
+    rng = torch.Generator().manual_seed(0)
+    widths = {each: flux.columns(each, flux.projections(each)[0]) for each in flux.text_inputs}
+    maps = [TextMap(each, *torch.randn(2, at.stop - at.start, 1, generator=rng) / 3) for each, at in widths.items()]
+    return Term("a", sum(maps[1:], start=maps[0]))
+
+
+def loaded(base: Base) -> Any:
+    pipe: Any = diffusers.FluxPipeline.from_pretrained(base.path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    asked = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent", "max_sequence_length": 8}
+    found: Tensor = pipe(prompt="a cat", generator=generator, **asked).images
+    return found
+
+
+def in_groups(pipe: Any) -> None:
+    pipe.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def model_by_model(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def layer_by_layer(pipe: Any) -> None:
+    # What `enable_sequential_cpu_offload` does to each model; accelerate cannot do it to text encoders without a GPU.
+    cpu_offload(pipe.transformer, execution_device=CPU)
+
+
+@pytest.mark.parametrize("offload", [in_groups, model_by_model, layer_by_layer])
+def test_an_offloaded_pipeline_draws_what_one_in_memory_draws_and_is_restored(
+    flux: Base, term: Term, offload: Callable[[Any], None]
+) -> None:
+    plain, pipe = loaded(flux), loaded(flux)
+    before = drawn(plain)
+    Overlay(plain, flux).set([term])
+    offload(pipe)
+    overlay = Overlay(pipe, flux)
+    with overlay.applied([term]):
+        # Offloading moves weights in memory, and sums may be taken in another order where they lie otherwise aligned.
+        torch.testing.assert_close(drawn(pipe), drawn(plain), rtol=1e-4, atol=1e-5)
+        assert (drawn(pipe) - before).abs().max() > 1e-2
+        overlay.verify()
+        assert overlay.rounding_error() == 0
+    torch.testing.assert_close(drawn(pipe), before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_offloaded_to_disk_is_refused(flux: Base, term: Term, tmp_path: Path) -> None:
+    pipe = loaded(flux)
+    pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    with pytest.raises(BadPipeline, match="offload the pipeline to the CPU's memory"):
+        Overlay(pipe, flux).set([term])
+
+
+def test_weights_in_eight_bits_take_a_patch_nearly_which_is_said_with_the_error(flux: Base, term: Term) -> None:
+    pipe = loaded(flux)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    name = "context_embedder.weight"
+    before = dict(pipe.transformer.named_parameters())[name].detach().clone()
+    overlay = Overlay(pipe, flux)
+    with pytest.warns(UserWarning, match="stored as float8_e4m3fn .* rounded"):
+        overlay.set([term])
+    assert 0.01 < overlay.rounding_error() < 0.2
+    overlay.verify()
+    overlay.close()
+    assert torch.equal(dict(pipe.transformer.named_parameters())[name].view(torch.uint8), before.view(torch.uint8))
+
+
+def test_weights_in_bfloat16_are_as_near_as_their_digits_allow(flux: Base, term: Term) -> None:
+    pipe = loaded(flux).to(torch.bfloat16)
+    overlay = Overlay(pipe, flux)
+    overlay.set([term])
+    assert 0 < overlay.rounding_error() < 0.02
+
+
+def test_weights_in_eight_bits_but_for_what_reads_the_prompt_take_a_patch_exactly(flux: Base, term: Term) -> None:
+    pipe = loaded(flux)
+    skipped = ("embedder", "norm", "proj_out")
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32, skip_modules_pattern=skipped)
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    overlay = Overlay(pipe, flux)
+    overlay.set([term])
+    assert overlay.rounding_error() == 0
+
+
+def test_of_a_gguf_model_what_is_quantised_is_refused_and_what_reads_the_prompt_is_changed_exactly(
+    flux: Base, term: Term
+) -> None:
+    pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFParameter
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    pipe, name = loaded(flux), "transformer/transformer_blocks.0.attn.to_q.weight"
+    attention = pipe.transformer.transformer_blocks[0].attn.to_q
+    blocks = np.zeros((len(attention.weight), 32), np.float32)  # 32 values are the least that is quantised together
+    packed = torch.from_numpy(quantize(blocks, GGMLQuantizationType.Q8_0))
+    attention.weight = GGUFParameter(packed, quant_type=GGMLQuantizationType.Q8_0)
+    overlay = Overlay(pipe, flux)
+    overlay.set([term])
+    assert overlay.rounding_error() == 0
+    quantised = Term("b", Dense({name: torch.ones(flux.places[name].shape)}))
+    with pytest.raises(BadPipeline, match="without quantisation"):
+        overlay.add(quantised)
+    overlay.verify()
