@@ -33,9 +33,8 @@ def base_add(ctx: click.Context, name: str, source: str | None) -> None:
     """Add a base under NAME.
 
     SOURCE is a diffusers folder, a single file (.safetensors, or .ckpt, of which only tensors are read), a model on the
-    Hub as ORG/MODEL or ORG/MODEL@REVISION (remembered with its commit), or an embedded base: `emoji`, a small Stable Diffusion, or
-    `emoji-dit`, a small diffusion transformer. It defaults to
-    NAME. One base may have several names.
+    Hub as ORG/MODEL or ORG/MODEL@REVISION (remembered with its commit), or an embedded base: `emoji`, a small Stable Diffusion,
+    or `emoji-dit`, a small diffusion transformer. It defaults to NAME. One base may have several names.
 
     \b
     Example:
