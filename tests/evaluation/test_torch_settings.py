@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from overpaint.bases.base import EMBEDDED, Base
 from overpaint.core.concepts import Concept
@@ -39,7 +41,7 @@ def results(base: Base, patches: list[Patch]) -> dict[str, str]:
     moved = crosstalk(Base.open(base.path), patches)
     solution = decoupled(EditProblem(base, CAT, (CAT, DOG), 0, CPU), patches[0].delta)
     patch = make_patch(base, CAT, solution.delta, {})
-    found = {"pictures": pictures, "judge": verdict, "cross-talk": moved.ratios}
+    found: dict[str, NDArray[Any]] = {"pictures": pictures, "judge": verdict, "cross-talk": moved.ratios}
     return {name: hashlib.sha256(each.tobytes()).hexdigest() for name, each in found.items()} | {"patch": patch.id}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,15 @@ def test_a_base_that_another_process_replaced_under_its_name_is_drawn_as_it_is_n
 ) -> None:
     here, elsewhere = (overpaint.open(tmp_path / "registry") for _ in range(2))
     first = here.add_base("mine", base_folder).fingerprint
-    studio, how = Studio(here, tmp_path / "pictures"), {"steps": 1, "guidance": 4.0}
-    assert studio.draw("mine", {}, PROMPT, 0, **how).weights == first
+    studio = Studio(here, tmp_path / "pictures")
+    draw = partial(studio.draw, "mine", prompt=PROMPT, seed=0, steps=1, guidance=4.0)
+    assert draw({}).weights == first
     elsewhere.remove_base("mine")
     second = elsewhere.add_base("mine", tiny_base(tmp_path / "second", seed=1).path).fingerprint
     erased = elsewhere.solve("cat", base="mine", solver="uce")
-    assert studio.draw("mine", {}, PROMPT, 0, **how).weights == second
+    assert draw({}).weights == second
     elsewhere.create_recipe("new", base="mine").add(erased, 2.0)
-    assert studio.draw("mine", {erased.id: 2.0}, PROMPT, 0, **how).weights == elsewhere.recipe("new").digest()
+    assert draw({erased.id: 2.0}).weights == elsewhere.recipe("new").digest()
     assert here.recipe("new").digest() == elsewhere.recipe("new").digest()
 
 

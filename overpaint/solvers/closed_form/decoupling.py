@@ -131,9 +131,9 @@ def _ways(
     before = keys_and_values(encoder, base, problem.concept)[0]
     after = before if patched is None else keys_and_values(patched, base, problem.concept)[0]
     ways = {"": after - before}
-    for part in delta.text_maps:
-        if part.encoder == text_input:
-            ways[""] = ways[""] + part.up.to(after) @ (part.down.to(after).T @ after)
+    for text_map in delta.text_maps:
+        if text_map.encoder == text_input:
+            ways[""] = ways[""] + text_map.up.to(after) @ (text_map.down.to(after).T @ after)
     # Residual bits are the last digits of what the other parts compose to, and no way of their own.
     others = [part for part in delta.parts if not isinstance(part, (TextMap, Xor))]
     changed = [(part, name) for part in others for name in part.targets(base)]
