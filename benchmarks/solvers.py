@@ -47,7 +47,8 @@ from overpaint.workspace.evaluating import versions
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / ("solvers" if ASKED_BASE == "emoji" else f"solvers-{ASKED_BASE}")
-PAGE, CHOOSING = ROOT / "docs" / "solvers.md", ROOT / "docs" / "choosing-a-solver.md"
+PAGE = ROOT / "docs" / ("solvers.md" if ASKED_BASE == "emoji" else "solvers-on-a-transformer.md")
+CHOOSING = ROOT / "docs" / "choosing-a-solver.md"
 DECOUPLED = {"": "", "decoupled": "ridge", "exact": "exact"}
 """What may stand behind a solver's name, and the rule by which its patches are decoupled then."""
 PAIRED = ("separable",)
@@ -255,7 +256,8 @@ def _write(chosen: Namespace, cells: Cells) -> None:
     found = cells.all()
     if chosen.page:
         write(PAGE, solvers_page(found, curves(chosen.work), measured_claims(chosen.work)).encode())
-        write(CHOOSING, filled(CHOOSING.read_text("utf-8"), short_table(found)).encode())
+        if ASKED_BASE == "emoji":
+            write(CHOOSING, filled(CHOOSING.read_text("utf-8"), short_table(found)).encode())
     columns, rows = short_rows(found)
     title = "Judged right, per cent: erased concepts (low is good), others (high is good)"
     save(chosen.json, show(title, columns, rows))

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.cells import BASE
-from benchmarks.protocol import ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, STYLES
+from benchmarks.protocol import ASKED_BASE, ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, STYLES
 from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
@@ -17,13 +17,23 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.reports.html import Table
 from overpaint.evaluation.reports.sections import percent, plain
 
-INTRO = """# Solvers, measured
+TITLES = {
+    "emoji": ("Solvers, measured", "the embedded base", ""),
+    "emoji-dit": (
+        "Solvers on a diffusion transformer, measured",
+        "the embedded transformer (`emoji-dit`, Stable Diffusion 3's architecture)",
+        "OVERPAINT_BENCHMARK_BASE=emoji-dit ",
+    ),
+}
+"""By base: title, what it is called, and what stands before the commands."""
 
-Written by `python -m benchmarks.solvers --page`; do not edit. `python -m benchmarks.solvers` and `python -m
+INTRO = """# {title}
+
+Written by `{v}python -m benchmarks.solvers --page`; do not edit. `{v}python -m benchmarks.solvers` and `{v}python -m
 benchmarks.composition` measure what it shows. Each goes on where it was, and `--shard 0/2` and `--shard 1/2` share the work
 between two processes.
 
-On the embedded base every concept is erased alone by every solver, with the solver's preset `emoji` where it has one, and
+On {base} every concept is erased alone by every solver, with the solver's preset `emoji` where it has one, and
 the same sentences and seeds are drawn and judged for all. Percentages are what the judge finds right, then the 95% interval
 (bootstrapped over sentences) and the number of pictures; *of the base* is the accuracy over that of the base on the same
 pictures. An erased concept should be at 0, everything else at 100% of the base. Solvers that listen are told of the listed
@@ -43,7 +53,8 @@ def solvers_page(
     if not seen:
         raise OverpaintError("no solver was measured yet; run python -m benchmarks.solvers first")
     base = Base.of(seen)
-    blocks = [INTRO]
+    title, called, variable = TITLES[ASKED_BASE]
+    blocks = [INTRO.format(title=title, base=called, v=variable)]
     for kind, heading in KINDS.items():
         some = [cell for cell in seen if cell.kind == kind]
         if some:
