@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+
+THOROUGH = int(os.environ.get("OVERPAINT_THOROUGH", "1"))
+"""How many times as much the tests of killed and racing processes do as they have time for in every run."""
 
 # Forked from a clean process that has imported what they need: a fork of the test run would carry whatever threads and
 # locks other tests left, and starting afresh takes a second each.

@@ -1,7 +1,8 @@
-"""Writers are killed at random moments, more than two hundred times: what they had committed is there, whole.
+"""Writers are killed at random moments, some seventy times: what they had committed is there, whole.
 
 After each kill the registry opens, `verify` finds nothing wrong, and everything the dead process had reported as done is
-there. A killed process leaves at most blobs that nothing names, and temporary files.
+there. A killed process leaves at most blobs that nothing names, and temporary files. `OVERPAINT_THOROUGH=3` kills three times as
+often.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .crash_workers import Tell
 from .freeze import LABELS
 from .old import thaw
 from .patch_maker import FINGERPRINT, keep
-from .processes import CLEAN
+from .processes import CLEAN, THOROUGH
 
 Work = Callable[[Path, int, Tell], None]
 
@@ -120,7 +121,9 @@ def fresh(template: Path, tmp_path: Path) -> Callable[[], Path]:
 
 def test_a_killed_writer_of_patches_loses_nothing_it_had_stored(fresh: Callable[[], Path]) -> None:
     between = 0
-    for seed in range(60):
+    for seed in range(THOROUGH * 60):
+        if seed >= THOROUGH * 20 and between:
+            break
         if seed % 12 == 0:
             folder, stored = fresh(), set[str]()
         stored.update(killed(workers.solve_and_store, folder, seed))
@@ -131,8 +134,8 @@ def test_a_killed_writer_of_patches_loses_nothing_it_had_stored(fresh: Callable[
 
 
 def test_a_killed_changer_of_recipes_loses_no_revision(fresh: Callable[[], Path]) -> None:
-    for seed in range(40):
-        if seed % 20 == 0:
+    for seed in range(THOROUGH * 16):
+        if seed % 8 == 0:
             folder, last = fresh(), 0
         told = [int(number) for number in killed(workers.change_recipes, folder, seed)]
         registry = opened_and_sound(folder)
@@ -143,8 +146,8 @@ def test_a_killed_changer_of_recipes_loses_no_revision(fresh: Callable[[], Path]
 
 
 def test_a_killed_collector_and_a_killed_writer_beside_it_lose_nothing(fresh: Callable[[], Path]) -> None:
-    for seed in range(25):
-        if seed % 9 == 0:
+    for seed in range(THOROUGH * 9):
+        if seed % 5 == 0:
             folder, stored = fresh(), set[str]()
         victims = [Victim(work, folder, seed) for work in (workers.collect_garbage, workers.solve_and_store)]
         pace = min([1.0, *(victim.hear() for victim in victims)])
@@ -171,7 +174,7 @@ def shared(template: Path, tmp_path: Path) -> Registry:
 def test_a_killed_pull_is_finished_by_the_next(shared: Registry, stocked: Path, tmp_path: Path, work: Work) -> None:
     folder = tmp_path / "registry"
     seconds = duration(work, Path(shutil.copytree(stocked, folder)))
-    for seed in range(15):
+    for seed in range(THOROUGH * 6):
         shutil.rmtree(folder)
         shutil.copytree(stocked, folder)
         done = killed(work, folder, seed, seconds)
@@ -188,7 +191,7 @@ def test_a_killed_push_or_export_leaves_nothing_half_done_under_its_name(
     fresh: Callable[[], Path], stocked: Path, tmp_path: Path
 ) -> None:
     seconds = 1.5 * duration(workers.push_and_export, fresh())
-    for seed in range(1, 19):
+    for seed in range(1, THOROUGH * 7 + 1):
         folder = fresh()
         told = killed(workers.push_and_export, folder, seed, seconds)[1:]
         pushed = [path for path in tmp_path.glob("pushed *") if (path / "index.json").exists()]
@@ -213,7 +216,7 @@ def test_a_killed_upgrade_is_finished_by_the_next(tmp_path: Path) -> None:
     thaw(tmp_path / "old", "0001")
     folder = tmp_path / "registry"
     seconds = duration(workers.upgrade, Path(shutil.copytree(tmp_path / "old", folder)))
-    for seed in range(15):
+    for seed in range(THOROUGH * 6):
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "old", folder)
         told = killed(workers.upgrade, folder, seed, seconds)[1:]

@@ -14,10 +14,10 @@ from overpaint.registry import Registry, models
 from overpaint.registry.database import database_at
 
 from .contents import add_patch, digest_of, stock
-from .processes import CLEAN, run_until_killed
+from .processes import CLEAN, THOROUGH, run_until_killed
 from .workers import die_before_commit, die_between_blob_and_row, make, write_much
 
-WRITERS, WRITES = 8, 200
+WRITERS, WRITES = 8, 64 * THOROUGH
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,13 @@ pytestmark = pytest.mark.slow
 YESTERDAY = date.today() - timedelta(days=2)
 
 
+def add_expired(workspace: Workspace, recipe: str, patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add a patch that has expired since: a change cannot name a day that is past."""
+    with monkeypatch.context() as then:
+        then.setattr(history, "today", lambda: YESTERDAY)
+        workspace.recipe(recipe).add(patch, until=YESTERDAY)
+
+
 @pytest.fixture
 def client(serve: Serve) -> Client:
     """A caller who may do everything."""
@@ -201,9 +208,11 @@ def test_a_token_for_some_recipes_draws_with_these_as_they_are_now(client: Clien
         assert "'cat' as they are now, and for nothing else" in message(refused)
 
 
-def test_a_token_for_some_recipes_changes_these_and_no_others(client: Client, workspace: Workspace) -> None:
+def test_a_token_for_some_recipes_changes_these_and_no_others(
+    client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("cat", "dog"):
-        workspace.recipe(name).add("fox", until=YESTERDAY)
+        add_expired(workspace, name, "fox", monkeypatch)
     bound = as_role(client, "change", recipes=("cat", "mine"))
     before = {each.name: each.revision for each in workspace.recipes()}
     for refused in (
@@ -346,10 +355,8 @@ def test_a_recipe_of_another_base_is_refused_and_not_listed(serve: Serve, worksp
 def test_expired_patches_stay_unless_the_server_is_told_to_enforce_expiry(
     serve: Serve, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as then:
-        then.setattr(history, "today", lambda: YESTERDAY)
-        workspace.recipe("plain").add("cat", until=YESTERDAY)
-        workspace.recipe("dog").add("cat", until=YESTERDAY)
+    for name in ("plain", "dog"):
+        add_expired(workspace, name, "cat", monkeypatch)
     patient = serve()
     assert texts(patient.picture("plain").content)[0] == workspace.recipe("cat").digest()
     assert {each["recipe"] for each in patient.get("/v1/expired").json()} == {"plain", "dog"}
@@ -382,9 +389,11 @@ def test_a_server_without_tokens_is_for_this_machine_alone(serve: Serve, workspa
         check(client.server.options, "0.0.0.0")
 
 
-def test_without_tokens_a_page_of_another_site_changes_nothing(serve: Serve, workspace: Workspace) -> None:
+def test_without_tokens_a_page_of_another_site_changes_nothing(
+    serve: Serve, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = serve(tokens=False)
-    workspace.recipe("cat").add("dog", until=YESTERDAY)
+    add_expired(workspace, "cat", "dog", monkeypatch)
     before = workspace.recipe("cat").record.revision
     for origin in ("http://evil.example", "null", "http://127.0.0.1:3000", "http://127.0.0.1.evil.example"):
         for path in ("/v1/expired/remove", "/v1/undo/cat"):

@@ -55,7 +55,7 @@ def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Sol
     started = time.perf_counter()
     settings, concept, base = Separable(), problem.concept, problem.base
     problem.report(0, 1, "decoupling")
-    reach = settings.style_reach if concept.kind == "style" else settings.reach
+    reach = settings.reach_on(base, concept)
     preserved = PreservedPrompts(problem.preserved_prompts(), settings.vocabulary, problem.cache)
     maps: list[Delta] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}

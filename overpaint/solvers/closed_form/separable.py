@@ -56,6 +56,12 @@ class Separable(Solver):
     vocabulary: int = setting(
         0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
     )
+    caught_reach: float = setting(
+        1.0,
+        "the same for objects on bases whose own pipeline encodes, as diffusion transformers",
+        low=1.0,
+        added_later=True,
+    )
     harden: int = setting(
         0, "rounds that erase what still calls the concept up, at most `rank` directions each", low=0, added_later=True
     )
@@ -100,12 +106,22 @@ class Separable(Solver):
                 f"the text encoder says of {concept.name!r} what it says of {concept.anchor or 'nothing'!r}, or weight is 0; "
                 "name another anchor or a larger weight"
             )
-        reach = self.style_reach if concept.kind == "style" else self.reach
+        reach = self.reach_on(base, concept)
         up, down, about = fitted(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
         if self.harden:
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
         return up.float(), down.float().contiguous(), {**about, "condition": known.condition}
+
+    def reach_on(self, base: Base, concept: Concept) -> float:
+        """How much farther than the target the keys of a concept may be sent on a base.
+
+        Measured rather than derived: on a diffusion transformer objects are gone with keys sent no farther, and going 1.5 times
+        as far moves objects that nobody listed (with sixteen erased on `emoji-dit`, 97% of them left against 81%).
+        """
+        if concept.kind == "style":
+            return self.style_reach
+        return self.caught_reach if base.layout.is_caught else self.reach
 
     def _hardened(
         self, known: Universe, edit: MapEdit, keys: Tensor, values: Tensor, reach: float, base: Base, text_input: str
