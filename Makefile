@@ -30,7 +30,7 @@ lint: venv
 
 # One process per core, each computing on one thread.
 test: lint
-	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope
+	OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder
 
 # What changes in minutes of work: no server, no training, nothing drawn. Under a minute.
 test-fast: venv

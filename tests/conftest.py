@@ -17,26 +17,32 @@ from tests.registry.s3_server import BUCKET, s3_server
 from tests.registry.sharing.hub_server import WRITER, Hub, hub_server
 
 SLOW_MODULES = """
-    test_ablation test_adapter_settings test_adapters test_adding_a_solver test_archives test_attacks test_backup
-    test_bases test_build test_build_killed test_build_streaming test_certificates test_channels test_choosing
-    test_cli test_commands test_composition_benchmark test_compression test_containers test_converting test_crash
-    test_crosstalk test_duplicate_weights test_esd test_evaluate_command test_exporting test_few_shot
-    test_few_shot_embedded test_few_shot_lora test_fingerprints test_gc test_hub test_image_generator test_importing
-    test_interchange test_interrupting test_judges test_judging test_live test_live_recipes test_load_matrix test_mace
-    test_maintenance test_many test_model_folders test_model_hub test_nullspace test_oci_registry test_patch_file
-    test_pipelines test_places test_postgres test_preserved_prompts test_processes test_push_pull test_rece
-    test_recipe_history test_recipe_report test_refusals test_registry test_report test_results_page test_sdd
-    test_separable test_separation test_sepme test_signing test_single_file test_solvers_benchmark test_spm
-    test_store_backends test_suites test_surgical test_tags test_teams test_text_encoders test_together
-    test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades
-    test_using_with test_verify test_vocabulary test_workspace test_interactive test_nodes test_page
+    test_ablation test_adapter_settings test_adapters test_adding_a_solver test_api test_archives test_attacks
+    test_backup test_bases test_blocks test_build test_build_killed test_build_streaming test_certificates
+    test_channels test_choosing test_cli test_commands test_composition_benchmark test_compression test_containers
+    test_converting test_crash test_crosstalk test_duplicate_weights test_embedded_transformer test_esd
+    test_evaluate_command test_examples test_exporting test_few_shot test_few_shot_embedded test_few_shot_lora
+    test_fingerprints test_gc test_hub test_image_generator test_importing test_interactive test_interchange
+    test_interrupting test_judges test_judging test_launch test_layouts test_lists test_live test_live_recipes
+    test_load_matrix test_mace test_maintenance test_many test_model_folders test_model_hub test_nodes test_nullspace
+    test_oci_registry test_offloading test_on_ray test_page test_patch_file test_pictures test_pipelines test_places
+    test_postgres test_preserved_prompts test_processes test_push_pull test_queue test_rece test_recipe_file
+    test_recipe_history test_recipe_report test_refusals test_registry test_report test_results_page test_running
+    test_schema test_sdd test_separable test_separation test_sepme test_signing test_single_file test_site
+    test_solvers_benchmark test_spm test_store_backends test_suites test_surgical test_tables test_tags test_teams
+    test_text_encoder test_text_encoders test_together test_torch_settings test_training test_two_encoders test_uce
+    test_uncovered_inputs test_universe test_upgrades test_using_with test_verify test_vocabulary test_workspace
 """
 """Test modules that train, draw, start servers or kill processes: `make test-fast` leaves them out."""
 SLOW = frozenset(SLOW_MODULES.split())
+LONGEST = ["test_on_ray", "test_page", "test_crash", "test_processes", "test_running", "test_adding_a_solver", "test_examples", "test_blocks", "test_suites", "test_embedded_transformer", "test_interrupting", "test_build_killed", "test_other_bases", "test_pictures"]
+"""Modules that take longest, which begin first: the last of a run should be short, or a core has nothing to do."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what stands in SLOW_MODULES, and whatever runs on a PostgreSQL server."""
+    """Put the longest modules first, and mark as slow what SLOW_MODULES names and whatever runs on a PostgreSQL server."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if item.path.stem in SLOW or "postgres" in item.nodeid:
             item.add_marker(pytest.mark.slow)
