@@ -35,7 +35,11 @@ SLOW_MODULES = """
 """
 """Test modules that train, draw, start servers or kill processes: `make test-fast` leaves them out."""
 SLOW = frozenset(SLOW_MODULES.split())
-LONGEST = ["test_on_ray", "test_page", "test_crash", "test_processes", "test_running", "test_adding_a_solver", "test_examples", "test_blocks", "test_suites", "test_embedded_transformer", "test_interrupting", "test_build_killed", "test_other_bases", "test_pictures"]
+LONGEST = (
+    *("test_on_ray", "test_page", "test_crash", "test_processes", "test_running", "test_adding_a_solver"),
+    *("test_examples", "test_blocks", "test_suites", "test_embedded_transformer", "test_interrupting"),
+    *("test_build_killed", "test_other_bases", "test_pictures"),
+)
 """Modules that take longest, which begin first: the last of a run should be short, or a core has nothing to do."""
 
 
