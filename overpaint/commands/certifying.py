@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from overpaint.commands.common import Day, json_option, open_workspace, show_table
+from overpaint.commands.common import ExpiryDay, json_option, open_workspace, show_table
 
 MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 
@@ -19,7 +19,7 @@ MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 @click.option(
     "--key", type=click.Path(path_type=Path), required=True, metavar="KEY", help="The private key to sign with."
 )
-@click.option("--expires", type=Day(), metavar="YYYY-MM-DD", help="Last day on which it is valid.")
+@click.option("--expires", type=ExpiryDay(), metavar="YYYY-MM-DD", help="Last day on which it is valid.")
 @click.option("--who", help="Who certifies; default: your user name.")
 @click.option("--erased-bar", default=0.05, show_default=True, help="At most this share may be left of what is hidden.")
 @click.option("--preserved-bar", default=0.97, show_default=True, help="At least this share must be left of the rest.")

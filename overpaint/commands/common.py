@@ -300,7 +300,7 @@ BASE = Named("base", lambda registry, incomplete: (each.name for each in registr
 SOLVER = Named("solver", _solver_names)
 
 
-class Day(click.types.StringParamType):
+class ExpiryDay(click.types.StringParamType):
     """A day, written YYYY-MM-DD; with `never`, also that word, which is given back as it is."""
 
     name = "date"

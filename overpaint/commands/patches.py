@@ -12,7 +12,7 @@ from overpaint.commands.common import (
     CONCEPT,
     PATCH,
     SOLVER,
-    Day,
+    ExpiryDay,
     Renamed,
     Strength,
     Terminal,
@@ -151,7 +151,7 @@ def _entry(entry: RecipeEntry) -> str:
     cls=Renamed,
     old=["--until"],
     metavar="DATE",
-    type=Day(never=True),
+    type=ExpiryDay(never=True),
     help="YYYY-MM-DD: `recipe expired` lists it from then on; or never.",
 )
 @why_option

@@ -12,7 +12,7 @@ import click
 from overpaint.commands.common import (
     BASE,
     RECIPE,
-    Day,
+    ExpiryDay,
     Terminal,
     device_option,
     digests_option,
@@ -303,7 +303,7 @@ def _line(line: HistoryRecord, as_json: bool) -> list[Any]:
 
 @recipe.command("expired")
 @click.argument("name", required=False, type=RECIPE)
-@click.option("--on", type=Day(), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
+@click.option("--on", type=ExpiryDay(), metavar="DATE", help="YYYY-MM-DD; default: today, in UTC.")
 @click.option("--remove", is_flag=True, help="Remove them, each recipe in one revision.")
 @why_option
 @digests_option

@@ -102,11 +102,11 @@ class Findings:
 
 
 SEPARABLE = (
-    Concept("pistol", "unsafe", ("gun", "handgun")),
-    Concept("dagger", "unsafe", ("knife", "blade")),
-    Concept("bomb", "unsafe", ("explosive",)),
-    Concept("cat", "object", ("kitty", "feline")),
-    Concept("car", "object", ("automobile", "sedan")),
+    Concept("pistol", "unsafe", ("gun", "handgun"), anchor="banana"),
+    Concept("dagger", "unsafe", ("knife", "blade"), anchor="key"),
+    Concept("bomb", "unsafe", ("explosive",), anchor="apple"),
+    Concept("cat", "object", ("kitty", "feline"), anchor="dog"),
+    Concept("car", "object", ("automobile", "sedan"), anchor="bicycle"),
     Concept("ink", "style", anchor="flat"),
 )
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from overpaint.evaluation.suites.probes import Probes
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
+from tests.bases.tiny_xl import tiny_xl
 from tests.small_bases import STEMS
 
 from .scripted import value
@@ -211,3 +213,13 @@ def test_probes_need_an_object(base: Base, image_generator: ImageGenerator) -> N
     held = (EvaluatedPatch(make_patch(base, concept, STRONG, {"name": "test"})),)
     with pytest.raises(OverpaintError, match="no patch here erases one"):
         Probes().run(EvalContext(base, prompt_set, judge, image_generator, held))
+
+
+def test_probes_of_a_base_that_they_cannot_attack_are_refused(image_generator: ImageGenerator, tmp_path: Path) -> None:
+    tiny_xl().save_pretrained(tmp_path)
+    base = Base.open(tmp_path)
+    prompt_set = ListedPrompts([Concept("cat")])
+    judge = Twin(prompt_set, np.zeros((1, 2, 2, 3), np.uint8))
+    context = EvalContext(base, prompt_set, judge, image_generator, ())
+    with pytest.raises(OverpaintError, match="this base is a stable-diffusion-xl; run another suite"):
+        Probes().run(context)

@@ -46,6 +46,10 @@ SENTENCES = 8
 """Pairs of prompts with and without the concept, from which the text search takes its direction."""
 
 
+KNOWN = "stable-diffusion"
+"""The layout whose U-Net, text encoder and scheduler the attacks drive by themselves."""
+
+
 @dataclass(frozen=True)
 class Probes:
     """Pictures judged of each concept after each attack; the base's steps in completion; training steps of inversion and
@@ -60,6 +64,10 @@ class Probes:
     restarts: int = 3
 
     def run(self, context: EvalContext) -> list[Measurement]:
+        if context.base.layout.name != KNOWN:
+            raise OverpaintError(
+                f"the probes attack Stable Diffusion 1.x and 2.x, and this base is a {context.base.layout.name}; run another suite"
+            )
         names = [name for head, name in context.erased() if head == OBJECT]
         if not names:
             raise OverpaintError("the probes bring objects back, and no patch here erases one")
