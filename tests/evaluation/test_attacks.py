@@ -31,7 +31,7 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import EvalPrompt, ListedPrompts
 from overpaint.evaluation.suites.probes import Probes
 from overpaint.patches.compose import Term
-from overpaint.patches.delta import TextMap
+from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch
 from tests.bases.tiny_xl import tiny_xl
 from tests.small_bases import STEMS
@@ -220,6 +220,8 @@ def test_probes_of_a_base_that_they_cannot_attack_are_refused(image_generator: I
     base = Base.open(tmp_path)
     prompt_set = ListedPrompts([Concept("cat")])
     judge = Twin(prompt_set, np.zeros((1, 2, 2, 3), np.uint8))
-    context = EvalContext(base, prompt_set, judge, image_generator, ())
+    name = base.projections()[0]
+    patch = make_patch(base, Concept("cat"), Dense({name: torch.ones(base.places[name].shape)}), {"name": "test"})
+    context = EvalContext(base, prompt_set, judge, image_generator, (EvaluatedPatch(patch),))
     with pytest.raises(OverpaintError, match="this base is a stable-diffusion-xl; run another suite"):
         Probes().run(context)

@@ -64,9 +64,10 @@ class Probes:
     restarts: int = 3
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        if context.base.layout.name != KNOWN:
+        layout = context.base.layout.name
+        if layout != KNOWN:
             raise OverpaintError(
-                f"the probes attack Stable Diffusion 1.x and 2.x, and this base is a {context.base.layout.name}; run another suite"
+                f"the probes attack Stable Diffusion 1.x and 2.x, and this base is a {layout}; run another suite"
             )
         names = [name for head, name in context.erased() if head == OBJECT]
         if not names:
