@@ -165,7 +165,7 @@ def _costs(cells: Cells) -> Table:
             each = (f(values) for values, which in zip(kinds, _SHOWN, strict=True) for f in which)
             rows.append((name, str(len(costs)), *map(plain, each)))
     output = (
-        "Solving one concept, after the vocabulary was heard once. Seconds are the clock's, in one of several processes with a "
+        "Solving one concept, after the vocabulary was encoded once. Seconds are the clock's, in one of several processes with a "
         "thread each: for comparing solvers with each other. MB is the most memory in use beyond what was in use before; bytes "
         "are those of the patch's file."
     )
@@ -192,8 +192,8 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     kept = next(row for some in curves.values() for row in some if row.subject == "base: kept")
     yield (
         "The first N listed objects are erased at once; kept are objects that nobody was told of. `separable` and `nullspace` "
-        "are told of all that is listed, `sepme` of as many as its sums go to, the others work alone. A plain sum lays patches "
-        "side by side as they are; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
+        "are told of all that is listed, `sepme` of as many as its sums go to, the others work alone. A plain sum adds patches "
+        "as they are; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
         f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )
     for metric, output in (
@@ -210,7 +210,7 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
                 f"restored in turn: {_spelled(row)} of the base's accuracy on it."
             )
     spread = max(row.value for row in rows if row.metric == "order spread")
-    yield f"Tensors that depend on the order in which patches are laid on: {plain(spread)}."
+    yield f"Tensors that depend on the order in which patches are added: {plain(spread)}."
 
 
 def _spelled(row: Measurement | None) -> str:

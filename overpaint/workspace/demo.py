@@ -190,9 +190,12 @@ class Demo:
         return recipe
 
     def sepme_settings(self) -> dict[str, str]:
-        """SepME preserves only the prompts that it is given: here, all other objects."""
+        """SepME preserves only the prompts that it is given: here, all other objects.
+
+        They are more than its null space has room for on so narrow a text encoder, so that weak directions count as free.
+        """
         kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
-        return {"preset": "emoji", "keep": "; ".join(kept)}
+        return {"preset": "emoji", "keep": "; ".join(kept), "tolerance": "0.05", "sentences": "24", "tau": "-0.01"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
