@@ -375,7 +375,7 @@ def test_the_page_has_a_table_for_each_question() -> None:
     assert "| (base) | 75.0% (" in page
     assert "| uce | 1 | 2 | 30 | 30 | 1,000 | 1,000 |" in page
     assert "| separable, plain sum | 99.0% (50.0% to 100.0%, n=108) | 98.0% (50.0% to 100.0%, n=108) |" in page
-    assert "laid on: 0." in page
+    assert "are added: 0." in page
     assert "- mace, cat: nothing is left" in page
     for table in re.findall(r"(?:^\|.*\|\n)+", page, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
