@@ -95,19 +95,18 @@ def never_listed() -> tuple[str, ...]:
 
 def concept_of(name: str) -> Concept:
     """The concept of an object with its synonyms, of a style, or of an object in a style. Raises NotFound."""
-    words = WORDS
-    if name in words.styles:
-        return Concept(name, "style", anchor=STYLES.get(name, next(style for style in words.styles if style != name)))
-    if name in words.names:
-        return Concept(name, "object", words.names[name][1:])
+    if name in WORDS.styles:
+        return Concept(name, "style", anchor=STYLES.get(name, next(style for style in WORDS.styles if style != name)))
+    if name in WORDS.names:
+        return Concept(name, "object", WORDS.names[name][1:])
     if name in PAIRS:
         thing, style = PAIRS[name]
-        said, other = words.templates[STYLE], STYLES[style]
+        said, other = WORDS.templates[STYLE], STYLES[style]
         synonyms = tuple(
             template.format(x=thing, s=style) for template in said if template.format(x=thing, s=style) != name
         )
         return Concept(name, "object", synonyms, anchor=said[0].format(x=thing, s=other))
-    known = ", ".join((*words.objects, *words.styles, *PAIRS))
+    known = ", ".join((*WORDS.objects, *WORDS.styles, *PAIRS))
     raise NotFound(f"the embedded base knows nothing called {name!r}; choose from {known}")
 
 
@@ -146,13 +145,12 @@ def _about_object(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
         ]
         for group in (SEEN, HELD_OUT)
     }
-    words = WORDS
     called = [
         template.format(a=article(word), o=word)
-        for template in words.templates[OBJECT]
-        for word in words.names[name][1:]
+        for template in WORDS.templates[OBJECT]
+        for word in WORDS.names[name][1:]
     ]
-    first = _SYNONYM_SEEDS + 1000 * words.objects.index(name)
+    first = _SYNONYM_SEEDS + 1000 * WORDS.objects.index(name)
     asked = [called[(_STRIDE * i) % len(called)] for i in range(counts.own)] if called else []
     return found | {SYNONYMS: [EvalPrompt(each, first + i, {OBJECT: name}) for i, each in enumerate(asked)]}
 
@@ -170,14 +168,14 @@ def _about_pair(name: str, counts: Counts) -> dict[str, list[EvalPrompt]]:
     """A picture shows the pair when the judge finds both in it."""
     thing, style = PAIRS[name]
     first, both = _PAIR_SEEDS + 10_000 * list(PAIRS).index(name), {OBJECT: thing, STYLE: style}
-    words, found = WORDS, {}
+    found = {}
     for group, held_out, offset in ((SEEN, False, 0), (HELD_OUT, True, 1000)):
         said = WORDS.captions(Scene(thing, style), held_out=held_out)
         # Synonyms of the object come after its own name.
-        said = said if held_out else said[: len(said) // len(words.names[thing])]
+        said = said if held_out else said[: len(said) // len(WORDS.names[thing])]
         turns = ((i, said[(_STRIDE * i) % len(said)]) for i in range(counts.own))
         found[group] = [EvalPrompt(each, first + offset + i, both) for i, each in turns]
-    others = [other for other in words.styles if other != style]
+    others = [other for other in WORDS.styles if other != style]
     said = [WORDS.captions(Scene(thing, other), held_out=True)[i % 4] for i, other in enumerate(others * counts.own)]
     found[ELSEWHERE] = [EvalPrompt(said[i], first + 2000 + i, {OBJECT: thing}) for i in range(counts.own)]
     clear = [

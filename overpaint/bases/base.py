@@ -135,7 +135,7 @@ class Base:
 
     @property
     def source(self) -> str:
-        """By what this base is opened again: its path, its id on the Hub with the commit, or `emoji`."""
+        """By what this base is opened again: its path, its id on the Hub with the commit, or the name of an embedded base."""
         embedded = {path: name for name, path in EMBEDDED_BASES.items()}
         return embedded.get(self.path) or str(self.hub or self.path)
 

@@ -117,8 +117,8 @@ def generate(
 
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[NDArray[np.uint8]]:
     size = {} if sampler.size is None else {"width": sampler.size[0], "height": sampler.size[1]}
-    asked = inspect.signature(pipe.__call__).parameters
-    length = {"max_sequence_length": sampler.prompt_length} if sampler.prompt_length else {}
+    has_length = sampler.prompt_length and "max_sequence_length" in inspect.signature(pipe.__call__).parameters
+    length = {"max_sequence_length": sampler.prompt_length} if has_length else {}
     result = pipe(
         prompts,
         num_inference_steps=sampler.steps,
@@ -126,7 +126,7 @@ def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler)
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type="pil",
         **size,
-        **{name: value for name, value in length.items() if name in asked},
+        **length,
         **blank_inputs(pipe, len(prompts)),
     )
     return [np.asarray(picture.convert("RGB")) for picture in result.images]

@@ -35,6 +35,10 @@ _WRAPPERS = ("_orig_mod", "base_layer")
 """Under which name `torch.compile` and PEFT keep the module that they stand in front of."""
 
 
+_HOOKS = "_diffusers_hook"
+"""Under which name diffusers keeps a module's hooks."""
+
+
 Step = tuple[nn.Module, str, nn.Module]
 """From a module to one that it holds, and under which name."""
 
@@ -51,9 +55,10 @@ class ParameterSlot:
     def value(self) -> Tensor | None:
         """The parameter, or the tensor in the CPU's memory that accelerate's offloading keeps in its stead; None without one."""
         parameter = self.module._parameters.get(self.attribute)
-        hook: Any = getattr(self.module, "_hf_hook", None)
-        if parameter is None or not parameter.is_meta or hook is None:
+        # Asked for at every change: what is not offloaded is answered without another look-up.
+        if parameter is None or not parameter.is_meta:
             return parameter
+        hook = self.module.__dict__.get("_hf_hook")
         maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
         stored = next((found[self.attribute] for found in maps if found is not None and self.attribute in found), None)
         return stored if isinstance(stored, Tensor) else parameter
@@ -62,8 +67,8 @@ class ParameterSlot:
     def is_on_disk(self) -> bool:
         """Whether diffusers' group offloading reads the parameter from a file before each use."""
         modules = (self.module, *(parent for parent, _, _ in self.way))
-        hooks = [hook for each in modules for hook in _hooks(each) if hasattr(hook, "group")]
-        return any(hook.group.offload_to_disk_path is not None for hook in hooks[:1])
+        groups = [hook.group for each in modules for hook in _hooks(each) if hasattr(hook, "group")]
+        return any(group.offload_to_disk_path is not None for group in groups)
 
     @property
     def is_fused(self) -> bool:
@@ -73,7 +78,7 @@ class ParameterSlot:
 
 def _hooks(module: nn.Module) -> list[Any]:
     """diffusers' hooks of a module."""
-    registry: Any = getattr(module, "_diffusers_hook", None)
+    registry = module.__dict__.get(_HOOKS)
     return [] if registry is None else list(registry.hooks.values())
 
 
@@ -97,9 +102,12 @@ class ParameterSlots:
         return self._is_whole
 
     @property
-    def may_be_fused(self) -> bool:
-        """Whether a module on the way to one of them says that it computes with copies of some weights."""
-        return any(parent.__dict__.get("fused_projections") for parent, _, _ in self._steps)
+    def may_be_elsewhere(self) -> bool:
+        """Whether a module on the way to one of them computes with copies of some weights, or has diffusers' hooks."""
+        for parent, _, child in self._steps:
+            if parent.__dict__.get("fused_projections") or _HOOKS in parent.__dict__ or _HOOKS in child.__dict__:
+                return True
+        return False
 
 
 class Parameters:
@@ -141,21 +149,21 @@ class Parameters:
         if not self._asked.are_current:
             self._all = self._found()
             self._asked = ParameterSlots(self._all, names)
-        may_be_fused = self._asked.may_be_fused
-        return {name: self._checked(name, slot, may_be_fused) for name, slot in self._asked.slots.items()}
+        may_be_elsewhere = self._asked.may_be_elsewhere
+        return {name: self._checked(name, slot, may_be_elsewhere) for name, slot in self._asked.slots.items()}
 
-    def _checked(self, name: str, slot: ParameterSlot | None, may_be_fused: bool) -> Tensor:
+    def _checked(self, name: str, slot: ParameterSlot | None, may_be_elsewhere: bool) -> Tensor:
         parameter = slot.value if slot else None
         if slot is None or parameter is None:
             raise BadPipeline(
                 f"the pipeline has no parameter {name}, which a patch changes; load the pipeline of the patch's own base"
             )
-        if parameter.is_meta or slot.is_on_disk:
+        if parameter.is_meta or (may_be_elsewhere and slot.is_on_disk):
             raise BadPipeline(
                 f"{name} is offloaded to where it cannot be written; offload the pipeline to the CPU's memory instead, or apply "
                 "patches first and offload then"
             )
-        if may_be_fused and slot.is_fused:
+        if may_be_elsewhere and slot.is_fused:
             raise BadPipeline(
                 f"the pipeline computes with a fused copy of {name}; undo the fusing (unfuse_qkv_projections) first"
             )
@@ -375,8 +383,7 @@ class Overlay:
         missed = changed = 0.0
         for name in self.touched:
             original = self._kept[name]
-            composed = torch.empty_like(original.values)
-            self._plan.write(name, Target(original, composed, self._work))
+            composed = self._composed(name, original)
             missed += float((parameters[name].cpu().double() - composed.double()).square().sum())
             changed += float((composed.double() - original.values.double()).square().sum())
         return math.sqrt(missed / changed) if changed else 0.0
@@ -428,16 +435,19 @@ class Overlay:
 
     @torch.inference_mode()
     def _compare(self, name: str, parameter: Tensor, original: Original) -> None:
-        expected = original.values
-        if name in self._plan.stacks:
-            expected = torch.empty_like(expected)
-            self._plan.write(name, Target(original, expected, self._work))
+        expected = self._composed(name, original) if name in self._plan.stacks else original.values
         if not identical(parameter.detach().cpu(), expected.to(parameter.dtype)):
             raise ForeignChange(
                 f"{name} is not what {'Overpaint left there' if name in self._kept else 'the base has there'}: something "
                 "else (a LoRA, a fine-tune, another overlay) changed it; undo that, or load the pipeline again and apply "
                 "the recipe first"
             )
+
+    def _composed(self, name: str, original: Original) -> Tensor:
+        """What a touched tensor should be, in the base's dtype, on the CPU."""
+        composed = torch.empty_like(original.values)
+        self._plan.write(name, Target(original, composed, self._work))
+        return composed
 
     # Weights from inference mode may be written in inference mode only, and others in it as well.
     @own_torch_settings()

@@ -527,7 +527,7 @@ def takedown(body: schemas.AddBody, server: Served, caller: Changer) -> schemas.
 
     The answer names the recipes that could not be changed, with the reason.
     """
-    base_name, names = server.painter.base_name, server.painter.base_names
+    base_name, names = server.painter.names_now()
     for patch in body.patches:
         server.workspace.registry.patch(patch, base=base_name)
     answer = schemas.TakedownAnswer(changed=[], failed={})

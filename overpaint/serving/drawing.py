@@ -138,13 +138,17 @@ class Painter:
     @property
     def base_name(self) -> str:
         """The name that was asked for, or another one of the same base where that is gone. Raises BaseReplaced."""
+        return self.names_now()[0]
+
+    def names_now(self) -> tuple[str, set[str]]:
+        """`base_name` and `base_names`, of one look at the registry. Raises BaseReplaced."""
         names = self.base_names
         if not names:
             raise BaseReplaced(
                 f"the base that this server loaded as {self._asked_for!r} (fingerprint {self.base.fingerprint[:12]}) is no "
                 "longer in the registry; start the server again with a base that is"
             )
-        return self._asked_for if self._asked_for in names else min(names)
+        return self._asked_for if self._asked_for in names else min(names), names
 
     @property
     def natural_size(self) -> int | None:
@@ -173,14 +177,14 @@ class Painter:
 
         Raises NotFound with the nearest name, OtherBase, BaseReplaced, OverpaintError for a patch that is named twice.
         """
-        registry, base_name = self.workspace.registry, self.base_name
+        registry, (base_name, names) = self.workspace.registry, self.names_now()
         if wanted.recipe is None:
-            return self._named(wanted.patches, base_name)
+            return self._named(wanted.patches, base_name, names)
         record = registry.recipe(wanted.recipe)
         if self.enforce_expiry and registry.has_recipe(wanted.recipe) and _expired(record):
             self.remove_expired(record.name)
             record = registry.recipe(wanted.recipe)
-        self._check_base(record.base, f"the recipe {record.name!r}")
+        _check_base(record.base, base_name, names, f"the recipe {record.name!r}")
         return PatchSet(record.patches, record.name, record.revision)
 
     def remove_expired(self, recipe: str | None = None) -> None:
@@ -209,21 +213,15 @@ class Painter:
             self._meter.drew(selected.recipe, time.perf_counter() - started)
         return Drawn(pixels, digest, selected, wanted, sampler.guidance)
 
-    def _named(self, patches: Sequence[tuple[str, float]], base_name: str) -> PatchSet:
+    def _named(self, patches: Sequence[tuple[str, float]], base_name: str, names: set[str]) -> PatchSet:
         strengths: dict[str, float] = {}
         for key, strength in patches:
             record = self.workspace.registry.patch(key, base=base_name)
-            self._check_base(record.base, f"the patch {record.id[:12]} ({record.concept})")
+            _check_base(record.base, base_name, names, f"the patch {record.id[:12]} ({record.concept})")
             if record.id in strengths:
                 raise OverpaintError(f"the patch {record.id[:12]} ({record.concept}) is named twice; name it once")
             strengths[record.id] = strength
         return PatchSet(tuple(sorted(strengths.items())))
-
-    def _check_base(self, name: str, what: str) -> None:
-        if name not in self.base_names:
-            raise OtherBase(
-                f"{what} is for the base {name!r}, and this server draws with {self.base_name!r}; ask the server of that base"
-            )
 
     def _digest(self, key: tuple[tuple[str, float], ...], terms: Sequence[Term]) -> str:
         digest = self._digests.get(key) or composition_digest(self.base, compose(self.base, terms))
@@ -232,6 +230,13 @@ class Painter:
         if len(self._digests) > MOST_DIGESTS:
             self._digests.popitem(last=False)
         return digest
+
+
+def _check_base(name: str, served: str, names: set[str], what: str) -> None:
+    if name not in names:
+        raise OtherBase(
+            f"{what} is for the base {name!r}, and this server draws with {served!r}; ask the server of that base"
+        )
 
 
 def _expired(record: RecipeRecord) -> bool:

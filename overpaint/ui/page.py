@@ -79,7 +79,6 @@ class Page:
 
     def __init__(self, workspace: Workspace, studio: Studio, folder: Path) -> None:
         self.workspace, self.studio, self.folder = workspace, studio, folder
-        self._stopped: set[int] = set()
         with gr.Blocks(title="Overpaint", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML(views.title(str(workspace.registry.folder)), elem_classes="op")
             self._head()
@@ -273,10 +272,9 @@ class Page:
             **private,
         }
         gr.on([self.draw.click, self.turn.change], **drawn)
-        switched = [self.switches, self.listed, self.turn]
         for button, on in ((self.all_off, False), (self.all_on, True)):
-            button.click(functools.partial(self.switch_all, on), at, switched, **private)
-        self.attempt.input(self.try_patch, [*at, self.attempt], [*switched, self.attempt], **private)
+            button.click(functools.partial(self.switch_all, on), at, at, **private)
+        self.attempt.input(self.try_patch, [*at, self.attempt], [*at, self.attempt], **private)
         self.save.click(self.save_switches, [*at, self.save_why], [*opened, self.save_why], **private)
         self.undo.click(self.undo_change, [*at, self.history_why], [*opened, self.history_why], **private)
         self.restore.click(
@@ -372,8 +370,7 @@ class Page:
 
         Ends early where the switches change meanwhile and pictures follow them.
         """
-        if switches is None:
-            raise OverpaintError("choose a recipe first")
+        switches = _chosen(switches)
         asked = [
             (line.strip(), int(seed or 0) + i)
             for line in prompts.splitlines()
@@ -503,7 +500,7 @@ class Page:
         switches = _chosen(switches)
         words = tuple(word.strip() for word in synonyms.split(",") if word.strip())
         concept = self._concept(name.strip(), kind, words, anchor.strip())
-        self._stopped.discard(id(switches))
+        report = self._reporting(progress, switches)
         progress(0, desc="waiting for the base")
         with self.studio.lock:
             solved = self.workspace.solve(
@@ -512,7 +509,7 @@ class Page:
                 solver=solver,
                 seed=int(seed or 0),
                 settings=_settings(settings),
-                progress=self._reporting(progress, switches),
+                progress=report,
             )
         done = f"{solved.record.concept}: patch {solved.id[:12]}, {solved.nbytes:,} bytes, {solved.seconds:.1f} s"
         if add:
@@ -534,8 +531,11 @@ class Page:
         return described
 
     def _reporting(self, progress: gr.Progress, switches: Switches) -> Progress:
+        """Progress of work that begins now; it ends where its visitor stops it from now on."""
+        switches.is_stopped = False
+
         def report(step: int, of: int, text: str) -> None:
-            if id(switches) in self._stopped:
+            if switches.is_stopped:
                 raise Stopped("stopped; nothing was stored")
             progress((step, of), desc=text)
 
@@ -543,7 +543,8 @@ class Page:
 
     def stop_solving(self, switches: Switches | None) -> None:
         """The visitor's solve ends at its next step."""
-        self._stopped.add(id(switches))
+        if switches is not None:
+            switches.is_stopped = True
 
     @in_a_sentence
     def build_file(
@@ -585,11 +586,10 @@ class Page:
     ) -> str:
         """The recipe judged by pictures; the numbers stay in the registry."""
         switches = _chosen(switches)
-        self._stopped.discard(id(switches))
+        report = self._reporting(progress, switches)
         with self.studio.lock:
-            done = self.workspace.recipe(switches.recipe).evaluate(
-                suite, settings=_settings(settings), progress=self._reporting(progress, switches)
-            )
+            recipe = self.workspace.recipe(switches.recipe)
+            done = recipe.evaluate(suite, settings=_settings(settings), progress=report)
         return views.note_html(f"{len(done.record.results)} numbers by {done.record.judge}; now show the report")
 
     @in_a_sentence
@@ -600,10 +600,10 @@ class Page:
     ) -> str:
         """What was measured of the recipe, as a page within the page and as files."""
         switches = _chosen(switches)
-        self._stopped.discard(id(switches))
+        report = self._reporting(progress, switches)
         with self.studio.lock:
             out = self._new_folder("report") / f"{switches.recipe}.html"
-            done = self.workspace.recipe(switches.recipe).report(out, progress=self._reporting(progress, switches))
+            done = self.workspace.recipe(switches.recipe).report(out, progress=report)
         links = views.files_html("The report and what is beside it", done.files, "; ".join(done.notices))
         return links + views.report_html(out.read_text("utf-8"))
 

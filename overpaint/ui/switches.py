@@ -25,10 +25,14 @@ class Switch:
 
 
 class Switches:
-    """The switches of one visitor, for one recipe as it was at one revision. `version` counts what was switched."""
+    """The switches of one visitor, for one recipe as it was at one revision.
+
+    `version` counts what was switched; `is_stopped` says that the visitor wants their long work to end.
+    """
 
     def __init__(self, record: RecipeRecord, patches: Sequence[tuple[PatchRecord, float]]) -> None:
         self.recipe, self.base, self.revision, self.version = record.name, record.base, record.revision, 0
+        self.is_stopped = False
         self.rows = {patch.id: Switch(patch, True, strength, strength) for patch, strength in patches}
 
     @property

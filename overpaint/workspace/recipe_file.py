@@ -272,13 +272,12 @@ class _Finder:
             (request,) = completed([entry.request], self._known, ())
             entry = replace(entry, patch=None, request=request)
             record = next(self._matching(request), None)
+        there = self._held.get(record.id) if record is not None else None
         try:
-            before = self._held.get(record.id) if record is not None else None
-            check_entry(before, RecipeEntry("", entry.strength, entry.expires))
+            check_entry(there, RecipeEntry("", entry.strength, entry.expires))
         except OverpaintError as error:
             raise BadConceptFile(f"{entry.at}: {error}") from error
         concept = record.concept if record is not None else entry.request.concept.name if entry.request else ""
-        there = self._held.get(record.id) if record is not None else None
         action: Action = "add" if there is None else "change"
         if there is not None and (there.strength, there.until) == (entry.strength, entry.expires):
             action = "keep"

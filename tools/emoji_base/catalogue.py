@@ -11,10 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from overpaint.bases.emoji.catalogue import EMOJI, Scene
+from overpaint.bases.emoji.catalogue import Catalogue as Words
+from overpaint.bases.emoji.catalogue import catalogue as words_of
+
 Colour: TypeAlias = tuple[int, int, int]
 
 PATH = Path(__file__).with_name("catalogue.json")
-EMOJI = Path(__file__).parents[2] / "overpaint" / "bases" / "emoji" / "model" / "overpaint.json"
+SETTINGS = EMOJI / "overpaint.json"
 
 ASKED: tuple[tuple[tuple[str, ...], float], ...] = (
     (("object",), 0.30),
@@ -28,48 +32,18 @@ ASKED: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a picture shows, or what a caption asks for; None where the caption leaves it open."""
-
-    object: str | None = None
-    style: str | None = None
-    background: str | None = None
-
-    def allows(self, other: Scene) -> bool:
-        """Whether a picture of `other` satisfies a caption that asks for this scene."""
-        pairs = ((self.object, other.object), (self.style, other.style), (self.background, other.background))
-        return all(wanted is None or wanted == shown for wanted, shown in pairs)
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """The vocabulary of the bases.
+class Catalogue(Words):
+    """What the package knows of the words, and where the pictures of them come from.
 
     `drawings` maps an object to its CLDR short name, `artwork` a style to its source set, `duotones` a style to the two
-    RGB values its darks and lights are redrawn in, `colours` a background to its RGB value, `names` an object to itself
-    and its synonyms.
+    RGB values its darks and lights are redrawn in, `colours` a background to its RGB value.
     """
 
     drawings: dict[str, str]
     groups: dict[str, str]
-    names: dict[str, tuple[str, ...]]
     artwork: dict[str, str]
     duotones: dict[str, tuple[Colour, Colour]]
     colours: dict[str, Colour]
-    templates: dict[str, tuple[str, ...]]
-    held_out_templates: dict[str, tuple[str, ...]]
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        return tuple(self.drawings)
-
-    @property
-    def styles(self) -> tuple[str, ...]:
-        return tuple(self.artwork)
-
-    @property
-    def backgrounds(self) -> tuple[str, ...]:
-        return tuple(self.colours)
 
     def scenes(self) -> Iterator[Scene]:
         """Every drawing on every background."""
@@ -85,9 +59,9 @@ def catalogue() -> Catalogue:
     raw: dict[str, Any] = json.loads(PATH.read_text("utf-8"))
     objects, styles = raw["objects"], raw["styles"]
     return Catalogue(
+        **vars(words_of(PATH.parent)),
         drawings={name: entry["drawing"] for name, entry in objects.items()},
         groups={name: entry["group"] for name, entry in objects.items()},
-        names={name: (name, *entry.get("synonyms", ())) for name, entry in objects.items()},
         artwork={name: entry["artwork"] for name, entry in styles.items()},
         duotones={
             name: (_colour(entry["duotone"][0]), _colour(entry["duotone"][1]))
@@ -95,8 +69,6 @@ def catalogue() -> Catalogue:
             if "duotone" in entry
         },
         colours={name: _colour(rgb) for name, rgb in raw["backgrounds"].items()},
-        templates={kind: tuple(items) for kind, items in raw["templates"].items()},
-        held_out_templates={kind: tuple(items) for kind, items in raw["held_out_templates"].items()},
     )
 
 
@@ -119,6 +91,7 @@ def small() -> Catalogue:
         drawings={name: whole.drawings[name] for name in objects},
         groups={name: whole.groups[name] for name in objects},
         names={name: whole.names[name] for name in objects},
+        styles=SMALL_STYLES,
         artwork={name: whole.artwork[name] for name in SMALL_STYLES},
     )
 
@@ -139,38 +112,24 @@ def write_words(folder: Path, words: Catalogue, settings: dict[str, Any]) -> Non
     unknown -= {word for name in words.objects for word in words.names[name]} | set(words.styles)
     sentences = {
         kind: [each for each in listed if not unknown & set(re.findall(r"\w+", str(each)))]
-        for kind, listed in json.loads(EMOJI.read_text("utf-8"))["sentences"].items()
+        for kind, listed in json.loads(SETTINGS.read_text("utf-8"))["sentences"].items()
     }
-    (folder / EMOJI.name).write_text(json.dumps({**settings, "sentences": sentences}, indent=1), "utf-8")
+    (folder / SETTINGS.name).write_text(json.dumps({**settings, "sentences": sentences}, indent=1), "utf-8")
 
 
 def _colour(rgb: Sequence[int]) -> Colour:
     return rgb[0], rgb[1], rgb[2]
 
 
-def article(noun: str) -> str:
-    """The indefinite article of an English noun, by its first letter ("unicorn" is the exception)."""
-    return "an" if noun[0] in "aeiou" and not noun.startswith("uni") else "a"
+def allows(asked: Scene, shown: Scene) -> bool:
+    """Whether a picture of `shown` satisfies a caption that asks for a scene."""
+    pairs = ((asked.object, shown.object), (asked.style, shown.style), (asked.background, shown.background))
+    return all(wanted is None or wanted == there for wanted, there in pairs)
 
 
 def captions(scene: Scene, *, held_out: bool = False) -> list[str]:
-    """Every sentence that asks for `scene`, over templates and synonyms.
-
-    With `held_out`, the templates that training never saw, and the object's own name only.
-    """
-    words = catalogue()
-    templates = words.held_out_templates if held_out else words.templates
-    if scene.object is None:
-        if scene.style is not None:
-            return [t.format(s=scene.style) for t in words.templates["style_only"]]
-        return [t.format(b=scene.background) for t in words.templates["background_only"]] if scene.background else [""]
-    names = words.names[scene.object][:1] if held_out else words.names[scene.object]
-    found = [t.format(a=article(n), o=n) for n in names for t in templates["object"]]
-    if scene.style is not None:
-        found = [t.format(x=x, s=scene.style) for x in found for t in templates["style"]]
-    if scene.background is not None:
-        found = [t.format(x=x, b=scene.background) for x in found for t in templates["background"]]
-    return found
+    """`Catalogue.captions` of the whole catalogue."""
+    return catalogue().captions(scene, held_out=held_out)
 
 
 def random_caption(shown: Scene, rng: random.Random) -> tuple[str, Scene]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from tools.emoji_base.catalogue import Scene, captions, catalogue, random_caption
+from tools.emoji_base.catalogue import Scene, allows, captions, catalogue, random_caption
 from tools.emoji_base.loop import Place, Schedule, train
 from tools.emoji_base.pictures import HELD_OUT_SEED, as_input, pool
 from tools.emoji_base.tokens import LENGTH, tokenize, tokenizer
@@ -80,7 +80,7 @@ def run(place: Place, schedule: Schedule) -> None:
         chosen = torch.randint(len(scenes), (schedule.batch,), generator=generator).tolist()
         rng = random.Random(place.seed * 1_000_003 + step)
         texts, asked = zip(*(random_caption(scenes[i], rng) for i in chosen), strict=True)
-        fits = torch.tensor([[a.allows(scenes[i]) for i in chosen] for a in asked], dtype=torch.float32)
+        fits = torch.tensor([[allows(a, scenes[i]) for i in chosen] for a in asked], dtype=torch.float32)
         ids = tokenize(tok, list(texts))
         # Padding follows the end in a causal tower and changes nothing before it: cut it off, but for one token.
         longest = int((ids == tok.eos_token_id).int().argmax(1).max()) + 1

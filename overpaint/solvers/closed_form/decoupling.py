@@ -136,9 +136,9 @@ def _ways(
             ways[""] = ways[""] + text_map.up.to(after) @ (text_map.down.to(after).T @ after)
     # Residual bits are the last digits of what the other parts compose to, and no way of their own.
     others = [part for part in delta.parts if not isinstance(part, (TextMap, Xor))]
-    changed = [(part, name) for part in others for name in part.targets(base)]
     projections = set(base.projections(text_input))
-    for part, name in [(part, name) for part, name in changed if name in projections]:
+    changed = [(part, name) for part in others for name in part.targets(base) if name in projections]
+    for part, name in changed:
         columns = base.columns(text_input, name)
         if factors := part.thin_factors(base, name):
             up, down = (factor.to(device) for factor in factors)
