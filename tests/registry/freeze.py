@@ -1,6 +1,7 @@
 """Freeze a registry at the revision of this program: `python -m tests.registry.freeze` writes `frozen/REVISION.sql`.
 
-Run it once for each revision that is released. `test_frozen.py` upgrades every file that lies there, and then uses it.
+It writes what the code of this checkout makes: run it before the tables change. `test_upgrades.py` upgrades every file of
+`frozen/`, and then uses it.
 """
 
 from __future__ import annotations
