@@ -340,7 +340,7 @@ all concepts at once, as above, they do not.
 | give back what was only hidden | yes | while it is loaded | no | no | no |
 | switch per picture, weights untouched | **no**: a change composes | yes, unfused | no | no | no |
 | strengths that vary within one picture | **no** | yes | no | no | no |
-| weights in 4 or 8 bits | **no** | yes, unfused | no | no | yes |
+| weights in 4 or 8 bits | where what reads the prompt stays in 16 | yes, unfused | no | no | yes |
 | add a style or a person | **no**: it only erases | yes | yes | no | yes |
 | programs that load it as it is | **few**: export or build | diffusers | all | diffusers | all |
 | stand against somebody who holds the weights | **no** | no | no | no | no |

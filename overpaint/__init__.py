@@ -21,7 +21,7 @@ __all__ = ["AlreadyExists", "Concept", "NotFound", "OverpaintError", "__version_
 
 
 def open(location: str | Path, *, create: bool = True) -> Workspace:
-    """Open the registry at `location` (a folder, or an sqlite:/// URL), made if nothing is there.
+    """Open the registry at `location` (a folder, or an sqlite:/// or postgresql:// URL), made if nothing is there.
 
     Raises OverpaintError when there is no registry and `create` is False, when its schema is of another version, or
     when nothing can be written there.

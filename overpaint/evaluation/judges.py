@@ -3,7 +3,7 @@
 - `cnn`: the small classifier that ships with the embedded base, trained on drawings alone;
 - `clip` or `clip:FOLDER-or-ID`: a CLIP that compares pictures with sentences, the base's own or any of `transformers`;
 - `classifier:FOLDER-or-ID`: any image classifier of `transformers`; a class is found by its label;
-- `hook:MODULE:FUNCTION`: one's own. The function is called with the `World` and returns something with the attributes and
+- `hook:MODULE:FUNCTION`: one's own. The function is called with the `PromptSet` and returns something with the attributes and
   methods of `Judge`; detectors of nudity or of celebrities are attached this way.
 """
 

@@ -298,9 +298,10 @@ def scale(numbers: Numbers) -> Section:
 def probes(numbers: Numbers) -> Section:
     """How far what was erased can be brought back."""
     text = (
-        "Accuracy on erased objects after four attacks on the patched model: the base draws the first steps; the sampler adds "
-        "noise; a new word is learned from pictures of the concept; the model is trained on pictures of other things. What "
-        "comes back was hidden and not destroyed."
+        "Accuracy on erased objects after seven attacks on the patched model: the base draws the first steps; the sampler adds "
+        "noise; the model starts from noised pictures of the concept; a new word is learned from such pictures; words before "
+        "the prompt are searched on the patched model; words that do not name the concept are searched on the text encoder "
+        "alone; the model is trained on pictures of other things. What comes back was hidden and not destroyed."
     )
     attacks = list(dict.fromkeys(r.metric for r in numbers.measurements if r.metric not in (ON_BASE, ACCURACY)))
     subjects = [subject for subject in numbers.subjects() if subject != "average of the concepts"]

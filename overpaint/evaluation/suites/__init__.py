@@ -30,7 +30,7 @@ SUITES = {
     ),
     "probes": (
         "overpaint.evaluation.suites.probes:Probes",
-        "eight ways to bring erased objects back, as they come out",
+        "seven ways to bring erased objects back, and how far each gets",
     ),
     "cost": ("overpaint.evaluation.suites.cost:Cost", "seconds, memory and bytes of every patch"),
 }
