@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.patches.compose import Term
-from overpaint.patches.delta import WORDS, Delta, Dense, LowRank, Sum, TextMap, Xor
+from overpaint.patches.delta import DELTAS, WORDS, Delta, Dense, LowRank, Sum, TextMap, Xor
 
 WIDTH = 8
-KINDS = ("text-map", "low-rank", "dense", "xor", "sum")
+KINDS = (*(delta.kind for delta in DELTAS), "sum")
 STEMS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 
 
@@ -101,7 +101,7 @@ def some_delta(
     if kind == "text-map":
         return TextMap("text_encoder", values(WIDTH, rank), values(WIDTH, rank))
     if kind == "sum":
-        parts = [some_delta(base, part, seed + i, rank, dtype, names) for i, part in enumerate(KINDS[:4])]
+        parts = [some_delta(base, part, seed + i, rank, dtype, names) for i, part in enumerate(KINDS[:-1])]
         return Sum(tuple(parts))
     found = names or [n for n in base.names if not n.startswith("vae/")]
     shapes = {name: base.places[name].shape for name in found}
@@ -110,6 +110,7 @@ def some_delta(
         return LowRank({n: (values(out, rank), values(rank, inner)) for n, (out, inner) in matrices.items()})
     if kind == "dense":
         return Dense({name: values(*shape) for name, shape in shapes.items()})
+    assert kind == "xor", f"this function makes no delta of the kind {kind}"
     word = WORDS[base.tensor(found[0]).element_size()]
     # Low bits of the fraction, so that no value becomes infinite.
     return Xor(

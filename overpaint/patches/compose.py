@@ -32,7 +32,7 @@ from overpaint.patches.arithmetic import (
     TensorUpdate,
     side_by_side,
 )
-from overpaint.patches.delta import BadDelta, Delta, Dense, Factors, LowRank, Sum, TextMap, Xor, all_finite, residual
+from overpaint.patches.delta import BadDelta, Delta, Factors, Sum, TextMap, Xor, all_finite, residual
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Stack:
 
     @cached_property
     def others(self) -> list[Piece]:
-        """Factors and arrays."""
+        """All that is neither a text map nor of a patch with residual bits."""
         return [(t, part) for t, part in self.pieces if t.id not in self.with_bits and not isinstance(part, TextMap)]
 
     @cached_property
@@ -194,10 +194,11 @@ class CompositionPlan:
         texts = tuple((self.base.columns(text_input, name), text) for text_input, text in stack.texts)
         if texts and not stack.others and not stack.with_bits:
             return stack.changes.setdefault(original.values.shape[-1], TensorUpdate(texts))
+        added = [(part.addend(self.base, name, original.values), term.strength) for term, part in stack.others]
         return TensorUpdate(
             texts=texts,
-            factors=tuple((*p.factors[name], t.strength) for t, p in stack.others if isinstance(p, LowRank)),
-            arrays=tuple((p.changes[name], t.strength) for t, p in stack.others if isinstance(p, Dense)),
+            factors=tuple((*each, strength) for each, strength in added if not isinstance(each, Tensor)),
+            arrays=tuple((each, strength) for each, strength in added if isinstance(each, Tensor)),
             results=tuple((self._result(name, stack, t, original), t.strength) for t in stack.with_bits.values()),
         )
 

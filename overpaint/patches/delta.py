@@ -1,7 +1,8 @@
 """The kinds of deltas, the change that each makes to a tensor, and how each is read back from the arrays that were stored.
 
 A text map changes every projection that reads a text input, by two factors; a low-rank delta holds two thin factors per
-tensor; a dense one the change itself; residual bits make an import exact; a sum holds several of these.
+tensor; a dense one the change itself; residual bits make an import exact; a sum holds several of these. A new kind is a
+class with `kind`, `since_format` and the methods of `Delta`, listed in `DELTAS`: nothing else names kinds one by one.
 
 Deltas of one kind are added by putting their factors side by side, never by adding factor to factor: a product of sums is
 not a sum of products. Deltas of different kinds become a `Sum`.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -93,10 +94,17 @@ class Delta(ABC):
     """An immutable map from canonical tensor name to a change. Its arrays must not be written to."""
 
     kind: ClassVar[str]
+    since_format: ClassVar[int]
+    """The first format of patches that has this kind in today's form, so that older programs read whatever they can."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The arrays to store, by storage name."""
+
+    @classmethod
+    @abstractmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> Sequence[Delta]:
+        """The deltas of this kind whose `tensors` these are, more than one only in a sum. Raises BadDelta for others."""
 
     @abstractmethod
     def targets(self, base: Base) -> list[str]:
@@ -120,6 +128,10 @@ class Delta(ABC):
     def directions(self, name: str) -> int | None:
         """r of `thin_factors`, without reading a weight; None where there are no factors."""
         return None
+
+    def addend(self, base: Base, name: str, original: Tensor) -> Factors | Tensor:
+        """What composing adds to a target: thin factors or, where it has none, the change; in any floating-point dtype."""
+        return self.thin_factors(base, name, original) or self.change(base, name, original)
 
     def reaches(self, name: str, columns: slice) -> bool:
         """Whether the change of a target may be other than zero in these columns."""
@@ -146,7 +158,12 @@ class Delta(ABC):
     @property
     def has_bits(self) -> bool:
         """Whether residual bits (`Xor`) are part of it."""
-        return any(part.kind == "xor" for part in self.parts)
+        return any(isinstance(part, Xor) for part in self.parts)
+
+    @property
+    def format(self) -> int:
+        """The first format of patches that can hold it."""
+        return self.since_format
 
     @cached_property
     def digest(self) -> str:
@@ -204,6 +221,7 @@ class Sum(Delta):
 
     summands: tuple[Delta, ...]
     kind: ClassVar[str] = "sum"
+    since_format: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         merged = _merge([part for summand in self.summands for part in summand.parts])
@@ -212,11 +230,27 @@ class Sum(Delta):
         object.__setattr__(self, "summands", tuple(merged))
 
     @property
+    def format(self) -> int:
+        return max(self.since_format, *(part.since_format for part in self.parts))
+
+    @property
     def parts(self) -> tuple[Delta, ...]:
         return self.summands
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{part.kind}/{name}": array for part in self.parts for name, array in part.tensors().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> list[Delta]:
+        """One sum, from the arrays of `tensors`. Raises BadDelta for a part of a kind that is not in `DELTAS`."""
+        by_kind: dict[str, dict[str, Tensor]] = {}
+        for key, array in arrays.items():
+            kind, _, name = key.partition("/")
+            by_kind.setdefault(kind, {})[name] = array
+        known = {each.kind: each for each in DELTAS}
+        if unknown := sorted(by_kind.keys() - known.keys()):
+            raise BadDelta(f"a sum with a part of the unknown kind {unknown[0]!r}; upgrade Overpaint")
+        return [cls(tuple(part for kind, own in by_kind.items() for part in known[kind].from_arrays(own)))]
 
     def targets(self, base: Base) -> list[str]:
         return sorted({name for part in self.parts for name in part.targets(base)})
@@ -232,11 +266,8 @@ class Sum(Delta):
         return None
 
 
-_ORDER = ("text-map", "low-rank", "dense", "xor")
-
-
 def _merge(parts: Iterable[Delta]) -> list[Delta]:
-    """Parts with those that merge merged, sorted by kind and storage names."""
+    """Parts with those that merge merged, sorted by kind and storage names. Raises BadDelta for a kind not in `DELTAS`."""
     distinct: list[Delta] = []
     for part in parts:
         for i, other in enumerate(distinct):
@@ -246,7 +277,9 @@ def _merge(parts: Iterable[Delta]) -> list[Delta]:
                 break
         else:
             distinct.append(part)
-    return sorted(distinct, key=lambda part: (_ORDER.index(part.kind), min(part.tensors())))
+    if unlisted := [type(part).__name__ for part in distinct if type(part) not in DELTAS]:
+        raise BadDelta(f"a sum cannot hold a {unlisted[0]}, which no program could read back; list it in DELTAS")
+    return sorted(distinct, key=lambda part: (DELTAS.index(type(part)), min(part.tensors())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,6 +288,7 @@ class Dense(Delta):
 
     changes: Mapping[str, Tensor]
     kind: ClassVar[str] = "dense"
+    since_format: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not self.changes:
@@ -265,6 +299,10 @@ class Dense(Delta):
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.changes)
 
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> list[Delta]:
+        return [cls(arrays)]
+
     def targets(self, base: Base) -> list[str]:
         for name in (names := present(base, self.changes)):
             if tuple(self.changes[name].shape) != base.places[name].shape:
@@ -273,6 +311,9 @@ class Dense(Delta):
 
     def change(self, base: Base, name: str, original: Tensor | None = None) -> Tensor:
         return self.changes[name].double()
+
+    def addend(self, base: Base, name: str, original: Tensor) -> Tensor:
+        return self.changes[name]
 
     def reaches(self, name: str, columns: slice) -> bool:
         return bool(self.changes[name][:, columns].any())
@@ -287,12 +328,12 @@ class Dense(Delta):
         for name in self.changes.keys() & other.changes.keys():
             if self.changes[name].shape != other.changes[name].shape:
                 raise misfit(name, self.changes[name].shape, other.changes[name].shape)
-            changes[name] = _added(self.changes[name], other.changes[name])
+            changes[name] = added(self.changes[name], other.changes[name])
         return Dense(changes)
 
 
-def _added(a: Tensor, b: Tensor) -> Tensor:
-    """The sum in the narrowest of both dtypes' union that holds it, else in float64."""
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two arrays, in the dtype that holds both where it holds the sum without loss, else in float64."""
     wide = a.double() + b.double()
     narrow = wide.to(torch.promote_types(a.dtype, b.dtype))
     return narrow if torch.equal(narrow.double(), wide) else wide
@@ -326,6 +367,7 @@ class LowRank(Delta):
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     kind: ClassVar[str] = "low-rank"
+    since_format: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not self.factors:
@@ -376,6 +418,9 @@ class LowRank(Delta):
         up, down = self.factors[name]
         return up.double(), down.double()
 
+    def addend(self, base: Base, name: str, original: Tensor) -> Factors:
+        return self.factors[name]
+
     def directions(self, name: str) -> int:
         return self.factors[name][0].shape[1]
 
@@ -412,6 +457,7 @@ class TextMap(Delta):
     up: Tensor
     down: Tensor
     kind: ClassVar[str] = "text-map"
+    since_format: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.up.shape != self.down.shape or not self.up.numel():
@@ -506,6 +552,7 @@ class Xor(Delta):
 
     bits: Mapping[str, tuple[Tensor, Tensor]]
     kind: ClassVar[str] = "xor"
+    since_format: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not self.bits:
@@ -579,32 +626,21 @@ def _checked(name: str, at: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return at, mask
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Tensor]], Sequence[Delta]]] = {
-    "text-map": TextMap.from_arrays,
-    "low-rank": LowRank.from_arrays,
-    "dense": lambda arrays: [Dense(arrays)],
-    "xor": Xor.from_arrays,
-}
-KINDS = (*_READERS, "sum")
+DELTAS: tuple[type[Delta], ...] = (TextMap, LowRank, Dense, Xor)
+"""The kinds that a patch can hold, alone or in a sum, in the order in which a sum holds them; bits refer to what is before."""
+
+
+def newest_format() -> int:
+    """The newest format of patches that this program reads."""
+    return max(kind.since_format for kind in (*DELTAS, Sum))
 
 
 def delta_from(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
     """Read back what `Delta.tensors` gave. Raises BadDelta on an unknown kind or arrays that do not belong to it."""
-    if kind not in KINDS:
-        raise BadDelta(f"unknown kind of delta {kind!r}; this program knows {', '.join(KINDS)}: upgrade Overpaint")
-    if kind == "sum":
-        return Sum(tuple(_summands(tensors)))
-    parts = _READERS[kind](tensors)
+    kinds = {each.kind: each for each in (*DELTAS, Sum)}
+    if kind not in kinds:
+        raise BadDelta(f"unknown kind of delta {kind!r}; this program knows {', '.join(kinds)}: upgrade Overpaint")
+    parts = kinds[kind].from_arrays(tensors)
     if len(parts) != 1:
         raise BadDelta(f"a {kind} delta is one part; its arrays {sorted(tensors)[:4]} are {len(parts)}")
     return parts[0]
-
-
-def _summands(tensors: Mapping[str, Tensor]) -> list[Delta]:
-    by_kind: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        by_kind.setdefault(kind, {})[name] = tensor
-    if unknown := sorted(by_kind.keys() - _READERS.keys()):
-        raise BadDelta(f"a sum with a part of the unknown kind {unknown[0]!r}; upgrade Overpaint")
-    return [part for kind, arrays in by_kind.items() for part in _READERS[kind](arrays)]

@@ -31,7 +31,7 @@ from overpaint.core.safetensors_header import (
     read_header,
     read_object,
 )
-from overpaint.patches.delta import BadDelta, Delta, TextMap, delta_from
+from overpaint.patches.delta import BadDelta, Delta, TextMap, delta_from, newest_format
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -166,9 +166,6 @@ def _damaged(why: str) -> BadPatch:
     return BadPatch(f"the patch file is damaged ({why}); take it from its source again")
 
 
-NEWEST = 2
-_FORMATS = {"text-map": 1, "dense": 1, "low-rank": 2, "xor": 2, "sum": 2}
-"""The first format that has a kind in today's form, so that older programs read whatever they can."""
 _FIELDS: Mapping[str, type] = {"kind": str, "concept": dict, "solver": dict, "subject": dict, "arrays": dict}
 _SUBJECT: Mapping[str, type] = {"fingerprint": str, "tensors": str, "count": int}
 
@@ -253,7 +250,7 @@ def make_patch(base: Base, concept: Concept, delta: Delta, solver: dict[str, Any
     Raises BadDelta when the delta does not fit the base.
     """
     manifest = {
-        "format": _FORMATS[delta.kind],
+        "format": delta.format,
         "kind": delta.kind,
         "concept": concept.as_json(),
         "solver": solver,
@@ -281,8 +278,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     version = manifest.get("format")
     if type(version) is not int or version < 1:
         raise BadPatch("the patch's manifest names no format; it is damaged: take it from its source again")
-    if version > NEWEST:
-        raise BadPatch(f"this patch has format {version}; this program reads up to format {NEWEST}: upgrade Overpaint")
+    if version > (newest := newest_format()):
+        raise BadPatch(f"this patch has format {version}; this program reads up to format {newest}: upgrade Overpaint")
     _check_fields(manifest, _FIELDS, "manifest")
     _check_fields(manifest["subject"], _SUBJECT, "subject")
     try:

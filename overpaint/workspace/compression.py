@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import CompositionPlan, Term, plan
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
+from overpaint.patches.delta import Delta, Dense, Factors, LowRank, Sum, TextMap, added, joined
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.workspace.planning import Truncation
 
@@ -41,29 +42,28 @@ class Truncated:
 def truncated(base: Base, delta: Delta, keep: Truncation) -> Truncated:
     """A delta with the part of every tensor's change that `keep` names, in float32 factors.
 
-    What would not get smaller stays as it is: vectors, and changes that have so few directions already. Residual bits
-    count as part of the change and are not kept as bits: they belong to the one result that is no longer wanted. Errors are
-    measured on the factors that are returned. Raises BadDelta when the delta does not fit the base.
+    What would not get smaller stays as composing adds it: vectors, and changes that have so few directions already. Residual
+    bits count as part of the change and are not kept as bits: they belong to the one result that is no longer wanted. Errors
+    are measured on the factors that are returned. Raises BadDelta when the delta does not fit the base.
     """
     whole = _without_bits(base, delta)
     texts = [_text_map(base, part, keep) for part in whole.text_maps]
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     arrays: dict[str, Tensor] = {}
-    for name, (pairs, dense) in _gathered(whole).items():
-        pair = _matrix(pairs, dense, keep)
+    for name, (pair, dense) in _gathered(base, whole).items():
+        if (small := _matrix(pair, dense, keep)) is not None:
+            factors[name] = small
+            continue
         if pair is not None:
             factors[name] = pair
-            continue
-        if pairs:
-            factors[name] = pairs[0]
         if dense is not None:
             arrays[name] = dense
     parts: list[Delta] = [*texts]
     parts += [LowRank(factors)] if factors else []
     parts += [Dense(arrays)] if arrays else []
-    small = parts[0] if len(parts) == 1 else Sum(tuple(parts))
-    planned, cut = plan(base, [Term("", whole)]), plan(base, [Term("", small)])
-    return Truncated(small, {name: _error(planned, cut, name) for name in planned.names})
+    cut = parts[0] if len(parts) == 1 else Sum(tuple(parts))
+    planned, after = plan(base, [Term("", whole)]), plan(base, [Term("", cut)])
+    return Truncated(cut, {name: _error(planned, after, name) for name in planned.names})
 
 
 def size_of(delta: Delta) -> int:
@@ -78,32 +78,35 @@ def _without_bits(base: Base, delta: Delta) -> Delta:
     return Dense({name: planned.change(name) for name in planned.names})
 
 
-def _gathered(delta: Delta) -> dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]]:
-    """By tensor, all that is not a text map: at most one pair of factors and one array."""
-    by_tensor: dict[str, tuple[list[tuple[Tensor, Tensor]], Tensor | None]] = {}
-    for part in delta.parts:
-        if isinstance(part, LowRank):
-            by_tensor |= {name: ([pair], by_tensor.get(name, ([], None))[1]) for name, pair in part.factors.items()}
-        elif isinstance(part, Dense):
-            by_tensor |= {name: (by_tensor.get(name, ([], None))[0], array) for name, array in part.changes.items()}
-    return by_tensor
+def _gathered(base: Base, delta: Delta) -> dict[str, tuple[Factors | None, Tensor | None]]:
+    """By tensor, all that is not a text map, as composing adds it: at most one pair of factors and one array."""
+    others = [part for part in delta.parts if not isinstance(part, TextMap)]
+    gathered: dict[str, tuple[Factors | None, Tensor | None]] = {}
+    for name in sorted({name for part in others for name in part.targets(base)}):
+        original = base.tensor(name)
+        adding = [part.addend(base, name, original) for part in others if name in part.targets(base)]
+        pairs = [each for each in adding if not isinstance(each, Tensor)]
+        arrays = [each for each in adding if isinstance(each, Tensor)]
+        pair = (joined([up for up, _ in pairs], 1), joined([down for _, down in pairs], 0)) if pairs else None
+        gathered[name] = pair, reduce(added, arrays) if arrays else None
+    return gathered
 
 
-def _matrix(pairs: list[tuple[Tensor, Tensor]], dense: Tensor | None, keep: Truncation) -> tuple[Tensor, Tensor] | None:
+def _matrix(pair: Factors | None, dense: Tensor | None, keep: Truncation) -> Factors | None:
     """Thin factors of the sum, or None where they would not be smaller than what is there."""
     if dense is not None and dense.ndim < 2:
         return None
     if dense is None:
-        ((up, down),) = pairs
-        left, sizes, right = thin_svd(up.double(), down.double().T)
+        assert pair is not None
+        left, sizes, right = thin_svd(pair[0].double(), pair[1].double().T)
     else:
         total = dense.double().reshape(dense.shape[0], -1)
-        for up, down in pairs:
-            total = total + up.double() @ down.double()
+        if pair is not None:
+            total = total + pair[0].double() @ pair[1].double()
         left, sizes, right_rows = torch.linalg.svd(total, full_matrices=False)
         right = right_rows.T
     rank = directions(sizes, keep)
-    before = sum(up.nbytes + down.nbytes for up, down in pairs) + (dense.nbytes if dense is not None else 0)
+    before = sum(side.nbytes for side in pair or ()) + (dense.nbytes if dense is not None else 0)
     if rank * (len(left) + len(right)) * torch.float32.itemsize >= before:
         return None
     return (left[:, :rank] * sizes[:rank]).float(), right[:, :rank].T.float()

@@ -22,7 +22,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.patches import arithmetic
 from overpaint.patches.compose import Term, compose, composition_digest, exactly, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
-from overpaint.patches.reference import compose_plainly
+from tests.patches.plain_composition import compose_plainly
 from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta, some_terms
 
 FEW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
