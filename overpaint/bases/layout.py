@@ -89,6 +89,7 @@ class Layout:
     `pipelines` are the classes of such a pipeline. Where `by_channels` names some too, the one that draws is found by the
     input channels of the tensor `input`: they alone distinguish an inpainting model.
     `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
+    `read_by` are the tools that load LoRAs of a diffusion transformer by diffusers' names (`formats.dialects.READERS`).
     Where prompts are caught, `norms` are the parameters through which they pass before a projection, and `arguments` what the
     pipeline is called with: small pictures, few frames, no guidance.
     """
@@ -102,21 +103,17 @@ class Layout:
     by_channels: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    read_by: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Layout:
         """As `layouts/*.json` and docs/adding-a-layout.md write it."""
         whole: dict[str, Any] = frozen(raw)
         return cls(
-            name=whole["name"],
-            pipelines=whole["pipelines"],
-            components={name: Component(**rules) for name, rules in whole["components"].items()},
-            text_inputs={name: TextInput(**rules) for name, rules in whole["text_inputs"].items()},
-            single_files=tuple(SingleFile.from_json(form) for form in whole.get("single_files", ())),
-            input=whole.get("input", ""),
-            by_channels=whole.get("by_channels", {}),
-            norms=whole.get("norms", ()),
-            arguments=whole.get("arguments", {}),
+            components={name: Component(**rules) for name, rules in whole.pop("components").items()},
+            text_inputs={name: TextInput(**rules) for name, rules in whole.pop("text_inputs").items()},
+            single_files=tuple(SingleFile.from_json(form) for form in whole.pop("single_files", ())),
+            **{key: value for key, value in whole.items() if key != "about"},
         )
 
     @property

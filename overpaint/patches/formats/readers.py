@@ -18,25 +18,25 @@ from overpaint.patches.formats.dialects import ENCODERS, UNET
 
 @dataclass(frozen=True)
 class Reader:
-    """A tool: what it is called, the formats that it reads, the best first, and what it makes of them.
+    """A tool: its name, what it is called, the formats that it reads of a U-Net, the best first, and what it makes of them.
 
-    `transformers` are the layouts of diffusion transformers of which it reads the diffusers format, the only one that is
-    written for them: kohya's names of text inputs alone load nothing in diffusers. It reads every U-Net.
+    Of diffusion transformers it reads those whose layout says so (`read_by`), and the diffusers format alone: kohya's names of
+    text inputs load nothing in diffusers.
     `skips` has, by format, patterns of the canonical names that it passes over; encoders that the tool builds by OpenCLIP
     are called `open_clip` there. `note` is what else is to be known of it.
     """
 
+    name: str
     about: str
     formats: tuple[str, ...]
     skips: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: str = ""
-    transformers: tuple[str, ...] = ()
 
     def formats_of(self, base: Base) -> tuple[str, ...]:
         """The formats that it reads for a base's architecture."""
         if UNET in base.layout.components:
             return self.formats
-        return ("diffusers",) if base.layout.name in self.transformers else ()
+        return ("diffusers",) if self.name in base.layout.read_by else ()
 
     def skipped(self, base: Base, format: str, names: Iterable[str]) -> list[str]:
         """The tensors of a file of a format that it reads, by canonical name, that it passes over."""
@@ -50,46 +50,26 @@ class Reader:
         return skipped
 
 
-READERS: Mapping[str, Reader] = {
-    "a1111": Reader(
+_TOOLS = (
+    Reader(
+        "a1111",
         "A1111",
         ("kohya", "comfy-diff"),
         # It adds to the four matrices of an attention at once, and to the bias of the last alone.
         {"comfy-diff": ("open_clip/*.self_attn.[qkv]_proj.bias",)},
         "adds in the precision of the weights: in half precision off by about 1e-3 of the change",
     ),
-    "kohya": Reader(
+    Reader(
+        "kohya",
         "kohya's scripts",
         ("kohya",),
         # It looks inside of transformers, residual blocks and samplers.
         {"kohya": ("unet/conv_in.*", "unet/conv_out.*", "unet/time_embedding.*", "unet/add_embedding.*")},
     ),
-    "comfyui": Reader(
-        "ComfyUI and Forge",
-        ("kohya", "comfy-diff"),
-        transformers=(
-            *("flux", "stable-diffusion-3", "auraflow", "pixart-alpha", "pixart-sigma", "qwen-image", "z-image"),
-        ),
-    ),
-    "diffusers": Reader(
-        "diffusers",
-        ("diffusers", "kohya"),
-        transformers=(
-            *(
-                "flux",
-                "flux2",
-                "flux2-klein",
-                "chroma",
-                "stable-diffusion-3",
-                "auraflow",
-                "sana",
-                "lumina2",
-                "qwen-image",
-            ),
-            *("z-image", "wan", "cogvideox", "ltx-video", "hunyuan-video"),
-        ),
-    ),
-}
+    Reader("comfyui", "ComfyUI and Forge", ("kohya", "comfy-diff")),
+    Reader("diffusers", "diffusers", ("diffusers", "kohya")),
+)
+READERS: Mapping[str, Reader] = {tool.name: tool for tool in _TOOLS}
 """The tools that an export can be for, by the name that `--for` has for each."""
 
 
