@@ -12,8 +12,7 @@ from benchmarks.rates import Base, by_solver, pooled, rate
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Score
-from overpaint.evaluation.reports.html import Table
-from overpaint.evaluation.reports.sections import percent, plain
+from overpaint.evaluation.report_page import Table, percent, plain
 
 BEGIN, END = "<!-- measured: python -m benchmarks.solvers --page -->", "<!-- end -->"
 

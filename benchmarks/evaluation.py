@@ -28,6 +28,7 @@ from benchmarks.solvers import Asked
 from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.evaluation.suites import SUITES as EVERY_SUITE
 from overpaint.registry.registry import EvaluationRecord
 from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import settings_of
@@ -53,7 +54,7 @@ AMONG_THEMSELVES = ("sepme",)
 """Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
 VARIANTS = ("separable:harden=2",)
 """Solvers that are attacked once more with another setting."""
-SUITES = ("quick", "generality", "grid", "scenes", "crosstalk", "probes", "cost")
+SUITES = tuple(suite for suite in EVERY_SUITE if suite != "scale")
 """What every solver goes through."""
 SCALED = ("separable", "uce", "rece", "nullspace")
 """Solvers of the suite `scale`, which belongs to no recipe in particular and is run with `separable`."""

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
 from overpaint.evaluation.metrics import rank_correlation
-from overpaint.evaluation.reports.html import Table
-from overpaint.evaluation.reports.sections import Numbers, percent, plain, published, spelled
+from overpaint.evaluation.report_page import Numbers, Table, as_text, percent, plain, published
 from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.registry import EvaluationRecord
@@ -32,22 +31,30 @@ ELSEWHERE = {"scale": "its curve, over 32 concepts and with the patches of that 
 def results_page(records: Sequence[EvaluationRecord], failed: Mapping[str, str]) -> str:
     """The page, Markdown."""
     blocks = [INTRO]
-    for suite, heading, tables in (
-        ("quick", "Erased, kept, restored", _quick),
-        ("grid", "Styles x objects, one patch at a time (protocol of UnlearnCanvas)", _grid),
-        ("generality", "Synonyms, and concepts that nobody listed (protocol of MACE)", _generality),
-        ("scenes", "Erase, restore, erase more (protocol of SRS-ME)", _scenes),
-        ("scale", "More and more concepts at once", _scale),
-        ("crosstalk", "Cross-talk, measured and predicted", _crosstalk),
-        ("probes", "Can it be brought back?", _probes),
-        ("cost", "Cost", _cost),
-    ):
+    tables_of = {
+        "quick": ("Erased, kept, restored", _quick),
+        "grid": ("Styles x objects, one patch at a time (protocol of UnlearnCanvas)", _grid),
+        "generality": ("Synonyms, and concepts that nobody listed (protocol of MACE)", _generality),
+        "scenes": ("Erase, restore, erase more (protocol of SRS-ME)", _scenes),
+        "scale": ("More and more concepts at once", _scale),
+        "crosstalk": ("Cross-talk, measured and predicted", _crosstalk),
+        "probes": ("Can it be brought back?", _probes),
+        "cost": ("Cost", _cost),
+    }
+    for suite in SUITES:
+        heading, tables = tables_of.get(suite, (suite, _every_number))
         found = {record.recipe or "": numbers_of(record) for record in records if record.suite == suite}
         if found:
             blocks += [f"## {heading}", *(markdown(table) for table in (*tables(found), *published(suite)))]
     if left_out := {**_missing(records), **failed}:
         blocks += ["## Not run", "\n".join(f"- {name}: {why}" for name, why in left_out.items())]
     return "\n\n".join([*blocks, _provenance(records)]) + "\n"
+
+
+def _every_number(found: NAMED) -> Iterable[Table]:
+    """Of a suite without a table of its own: every number of every recipe."""
+    for name, numbers in found.items():
+        yield numbers.table(numbers.subjects(), numbers.metrics(), name)
 
 
 def _missing(records: Sequence[EvaluationRecord]) -> dict[str, str]:
@@ -72,9 +79,9 @@ def _quick(found: NAMED) -> Iterable[Table]:
     for name, numbers in found.items():
         erased = [numbers.value(s, ACCURACY) or 0.0 for s in numbers.subjects("erased: ")]
         worst, mean = max(erased), sum(erased) / len(erased)
-        kept = (spelled(numbers.get(f"kept: other {what}", SHARE)) for what in ("objects", "styles"))
+        kept = (as_text(numbers.get(f"kept: other {what}", SHARE)) for what in ("objects", "styles"))
         wrong = numbers.value("restored: weights", WRONG) or 0.0
-        back = spelled(numbers.get("restored: concepts taken off", SHARE))
+        back = as_text(numbers.get("restored: concepts taken off", SHARE))
         rows.append((name, percent(mean), percent(worst), *kept, back, plain(wrong)))
     columns = (
         "recipe",
@@ -91,9 +98,9 @@ def _quick(found: NAMED) -> Iterable[Table]:
 def _grid(found: NAMED) -> Iterable[Table]:
     metrics = ("UA", "IRA", "CRA", "retention in the prompt", "probability of the erased concept")
     average = "average of the patches"
-    rows = [(name, *(spelled(n.get(average, metric)) for metric in metrics)) for name, n in found.items()]
+    rows = [(name, *(as_text(n.get(average, metric)) for metric in metrics)) for name, n in found.items()]
     base = next(iter(found.values()))
-    judged = ", ".join(f"{s.removeprefix('base: ')} {spelled(base.get(s, ACCURACY))}" for s in base.subjects("base"))
+    judged = ", ".join(f"{s.removeprefix('base: ')} {as_text(base.get(s, ACCURACY))}" for s in base.subjects("base"))
     yield Table(
         ("solver", *metrics), tuple(rows), f"Averages over six patches. The judge on the base itself: {judged}."
     )
@@ -109,7 +116,7 @@ def _generality(found: NAMED) -> Iterable[Table]:
         ("other objects the solvers never heard of", SHARE),
     )
     columns = ("recipe", "Acc_e", "Acc_s", "Acc_g", "H_o", "told of: left", "never heard of: left")
-    rows = [(name, *(spelled(n.get(subject, metric)) for subject, metric in parts)) for name, n in found.items()]
+    rows = [(name, *(as_text(n.get(subject, metric)) for subject, metric in parts)) for name, n in found.items()]
     yield Table(columns, tuple(rows), "All patches at once.")
 
 
@@ -118,10 +125,10 @@ def _scenes(found: NAMED) -> Iterable[Table]:
     columns = ["recipe", *(f"{step[-2:]} {what}" for step, whats in steps for what in whats)]
     rows, worst = [], []
     for name, n in found.items():
-        rows.append((name, *(spelled(n.get(f"{step}: {what}", ACCURACY)) for step, whats in steps for what in whats)))
+        rows.append((name, *(as_text(n.get(f"{step}: {what}", ACCURACY)) for step, whats in steps for what in whats)))
         last = "scene 1, t2: restored"
         spelt = [_shown(n.value(f"all scenes, worst step: {what}", metric), metric) for what, metric in _WORST]
-        worst.append((name, *spelt, spelled(n.get(last, DISTANCE))))
+        worst.append((name, *spelt, as_text(n.get(last, DISTANCE))))
     yield Table(tuple(columns), tuple(rows), "Scene 1: all erased (t0), then half of them restored (t2). Accuracy.")
     heads = ("recipe", *(f"{what}: {metric}" for what, metric in _WORST), "restored, scene 1, t2: distance")
     yield Table(heads, tuple(worst), "The worst step of all four scenes.")
@@ -140,9 +147,9 @@ def _scale(found: NAMED) -> Iterable[Table]:
     for numbers in found.values():
         ways = list(dict.fromkeys(s.rpartition(", N=")[0] for s in numbers.subjects() if ", N=" in s))
         counts = sorted({int(s.rpartition("=")[2]) for s in numbers.subjects() if ", N=" in s})
-        rows = [(way, *(spelled(numbers.get(f"{way}, N={n}", "H_c")) for n in counts)) for way in ways]
+        rows = [(way, *(as_text(numbers.get(f"{way}, N={n}", "H_c")) for n in counts)) for way in ways]
         spread = max(numbers.value(s, "order spread") or 0.0 for s in numbers.subjects() if ", N=" in s)
-        kept = spelled(numbers.get("base: kept", ACCURACY))
+        kept = as_text(numbers.get("base: kept", ACCURACY))
         output = (
             f"H_c over N. The judge on the base: {kept}. Tensors that depend on the order of patches: {plain(spread)}."
         )
@@ -186,7 +193,7 @@ def _all_pairs(found: NAMED, metrics: Sequence[str]) -> tuple[str, ...]:
 def _probes(found: NAMED) -> Iterable[Table]:
     average = "average of the concepts"
     attacks = list(dict.fromkeys(r.metric for n in found.values() for r in n.measurements if r.subject == average))
-    rows = [(name, *(spelled(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
+    rows = [(name, *(as_text(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
     yield Table(("recipe", *attacks), tuple(rows), "Accuracy on erased objects after each attack, averaged over them.")
 
 
@@ -195,7 +202,7 @@ def _cost(found: NAMED) -> Iterable[Table]:
     for name, n in found.items():
         patches = [s for s in n.subjects() if "(" in s]
         each = [sum(n.value(s, m) or 0.0 for s in patches) / len(patches) for m in _EACH]
-        peak = next((spelled(n.get(s, _PEAK)) for s in n.subjects() if n.get(s, _PEAK)), "—")
+        peak = next((as_text(n.get(s, _PEAK)) for s in n.subjects() if n.get(s, _PEAK)), "—")
         rows.append((name, *map(plain, each), peak))
     yield Table(("recipe", *_EACH, _PEAK), tuple(rows), "Means over six patches.")
 

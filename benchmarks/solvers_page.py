@@ -14,8 +14,7 @@ from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, SHARE
 from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.reports.html import Table
-from overpaint.evaluation.reports.sections import percent, plain
+from overpaint.evaluation.report_page import Table, percent, plain
 
 TITLES = {
     "emoji": ("Solvers, measured", "the embedded base", ""),

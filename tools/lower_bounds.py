@@ -64,7 +64,7 @@ def main_job(folder: Path) -> None:
 
     import overpaint
     from overpaint.cli import main
-    from overpaint.evaluation.reports.html import Report, Section, Table, render
+    from overpaint.evaluation.report_page import Report, Section, Table, render
     from overpaint.testing import tiny_base
 
     def command(*words: object) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from datetime import timezone
 from typing import Any
 
-from overpaint.certificates.statement import ATTACKS, Certificate, described, digest_of
+from overpaint.certificates.statement import Certificate, described, digest_of
 from overpaint.core import __version__
 from overpaint.core.digests import canonical_json
+from overpaint.evaluation.suites import is_attack
 from overpaint.registry.registry import EvaluationRecord
 
 LIMITS = (
@@ -114,8 +115,8 @@ def _metric(run: EvaluationRecord, subject: str, result: Any) -> dict[str, Any]:
 
 def _declarations(certificate: Certificate, model: str, issued: str) -> dict[str, Any]:
     evidence = [_evidence(certificate, run, issued) for run in certificate.runs]
-    supports = [f"run:{run.suite}" for run in certificate.runs if run.suite not in ATTACKS]
-    against = [f"run:{run.suite}" for run in certificate.runs if run.suite in ATTACKS]
+    supports = [f"run:{run.suite}" for run in certificate.runs if not is_attack(run.suite)]
+    against = [f"run:{run.suite}" for run in certificate.runs if is_attack(run.suite)]
     claims = [
         {
             "bom-ref": f"claim:{number}",

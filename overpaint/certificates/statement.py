@@ -24,14 +24,13 @@ from overpaint.certificates.envelope import STATEMENT, BadCertificate
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Measurement, verdict
+from overpaint.evaluation.suites import is_attack
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.patch import Patch, uncovered_inputs
 from overpaint.registry.registry import EvaluationRecord
 
 REPORT = "https://in-toto.io/attestation/scai/v0.3"
 TESTS = "https://in-toto.io/attestation/test-result/v0.1"
-ATTACKS = frozenset({"probes", "attacks"})
-"""Suites whose numbers speak against the erasure: they try to bring a concept back."""
 SIGNATURE = "model.sig"
 """The file beside a checkpoint's own that holds its OpenSSF signature."""
 CHUNK = 1 << 22
@@ -159,7 +158,7 @@ class Certificate:
             ("WEIGHTS", {"digest": made.weights, "changed": dict(made.tensors)}),
             *(("CONCEPT_HIDDEN", _hidden(patch, strength)) for patch, strength, _ in made.patches),
             ("TEXT_INPUTS", {"covered": list(made.covered), "uncovered": list(made.uncovered)}),
-            *(("COUNTER_EVIDENCE" if run.suite in ATTACKS else "MEASURED", described(run)) for run in self.runs),
+            *(("COUNTER_EVIDENCE" if is_attack(run.suite) else "MEASURED", described(run)) for run in self.runs),
             ("VALIDITY", validity),
         ]
         return [{"attribute": name, "conditions": conditions} for name, conditions in attributes]

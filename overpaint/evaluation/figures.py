@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.evaluation.reports.html import Chart
+from overpaint.evaluation.report_page import Chart, Section
 
 MARGIN, GAP, PADDING = 28, 10, 16
 """Pixels around the sheet, between pictures, and between pictures and words."""
@@ -116,6 +116,25 @@ def _write(
 
 
 MARKERS = "osD^vP"
+
+
+def save_figures(page: Path, sections: Sequence[Section]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The heat maps and charts of a page that have a file, as PNG beside it; and a sentence where they cannot be drawn."""
+    files: list[Path] = []
+    try:
+        for heat in (heat for section in sections for heat in section.heats if heat.file):
+            files.append(page.with_name(f"{page.stem}-{heat.file}.png"))
+            values = np.array(
+                [[np.nan if value is None else value for value in row] for row in heat.values], np.float64
+            )
+            labels = {"row_label": heat.corner, "column_label": "concept"}
+            heat_map(files[-1], values, heat.rows, heat.columns, title=heat.caption, **labels)
+        for chart in (chart for section in sections for chart in section.charts if chart.file):
+            files.append(page.with_name(f"{page.stem}-{chart.file}.png"))
+            line_chart(files[-1], chart)
+    except OverpaintError as error:
+        return tuple(files[:-1]), (f"no PNG figures: {error}",)
+    return tuple(files), ()
 
 
 def heat_map(

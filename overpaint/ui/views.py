@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from overpaint.core import __version__
 from overpaint.evaluation.crosstalk import WARN_ABOVE, Crosstalk
-from overpaint.evaluation.reports.html import HeatMap, templates
+from overpaint.evaluation.report_page import HeatMap, templates
 from overpaint.registry.records import HistoryRecord, RecipeRecord
 from overpaint.workspace.studio import DrawnPicture
 

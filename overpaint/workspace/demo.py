@@ -37,7 +37,7 @@ from overpaint.evaluation.metrics import (
     verdicts,
 )
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
-from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, write_report
+from overpaint.evaluation.report_page import Picture, PictureRow, Report, Section, Table, write_report
 from overpaint.workspace.planning import Solved
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace

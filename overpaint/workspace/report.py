@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,25 @@ from overpaint.core.atomic import require_parent, write_over
 from overpaint.core.display import html_table
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.progress import Progress, silent
-from overpaint.evaluation.context import EvaluatedPatch
+from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, EvaluatedPatch
+from overpaint.evaluation.figures import save_figures
 from overpaint.evaluation.images import ImageGenerator, Sampler
-from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet, evenly_spaced
-from overpaint.evaluation.reports import sections
-from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, rendered, write_report
-from overpaint.evaluation.reports.sections import Numbers, save_figures
+from overpaint.evaluation.report_page import (
+    Numbers,
+    Picture,
+    PictureRow,
+    Report,
+    Section,
+    Table,
+    as_text,
+    plain,
+    published,
+    rendered,
+    write_report,
+)
+from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR, SUITES, suite_class
 from overpaint.patches.compose import Term
 from overpaint.registry.records import PatchRecord, RecipeRecord
 from overpaint.registry.registry import EvaluationRecord
@@ -35,6 +47,8 @@ if TYPE_CHECKING:
 
 SHOWN = 6
 """Pictures in a row."""
+BySuite = Mapping[str, Numbers]
+GRID = ("UA", "IRA", "CRA", "retention in the prompt", "probability of the erased concept")
 
 
 @dataclass(frozen=True)
@@ -74,9 +88,10 @@ def report(
     weights = generator.digest([each.term for each in evaluated])
     provenance = _provenance(subject, runs, {"base fingerprint": base.fingerprint, "weights of the recipe": weights})
     numbers = {suite: numbers_of(record) for suite, record in runs.items()}
-    write_report(out, _page(registry.recipe(name), subject, runs, numbers, rows, provenance))
-    figures, notices = save_figures(out, numbers)
-    return Reported((out, *save_numbers(out, records), *figures), tuple(notices))
+    page = _page(registry.recipe(name), subject, runs, numbers, rows, provenance)
+    write_report(out, page)
+    figures, notices = save_figures(out, page.sections)
+    return Reported((out, *save_numbers(out, records), *figures), notices)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -138,25 +153,174 @@ def _page(
     rows: _PictureRows,
     provenance: tuple[tuple[str, str], ...],
 ) -> Report:
-    parts: list[Section] = [
-        sections.summary(numbers),
-        sections.erased(numbers, rows.erased),
-        sections.preserved(numbers, rows.preserved),
-        sections.restored(numbers, rows.restored),
-    ]
-    for suite in ("crosstalk", "scale", "probes"):
-        if suite in numbers:
-            parts.append(getattr(sections, suite)(numbers[suite]))
-    parts += [sections.cost(numbers, _patches(subject)), sections.limits()]
+    own = ((suite_class(suite), numbers[suite]) for suite in SUITES if suite in numbers)
+    parts = (
+        summary(numbers),
+        _erased(numbers, rows.erased),
+        _preserved(numbers, rows.preserved),
+        _restored(numbers, rows.restored),
+        *(suite.section(measured) for suite, measured in own if suite.heading),
+        _cost(numbers, _patches(subject)),
+        _limits(),
+    )
     names = ", ".join(patch.concept for patch, _ in subject.entries)
     return Report(
         title=f"Recipe {recipe.name}: what it erases, preserves and restores",
         intro=f"Recipe {recipe.name}, revision {recipe.revision}, applies {len(subject.entries)} patches to the base "
         f"{recipe.base}. Erased are: {names}. Every number says how many pictures it is of, and its 95% interval.",
-        sections=tuple(parts),
+        sections=parts,
         provenance=provenance,
         commands=tuple(_command(recipe.name, record) for record in runs.values()),
     )
+
+
+def summary(numbers: BySuite) -> Section:
+    """What was promised and what was measured, one line each; no verdict where the interval spans the bar."""
+    rows: list[tuple[str, ...]] = []
+    if quick := numbers.get("quick"):
+        if most := _worst(quick, quick.subjects("erased: "), ACCURACY, lowest=False):
+            question = "How often is what was erased still drawn?"
+            rows.append(_check(question, most[1], most[0].removeprefix("erased: "), at_most=ERASED_BAR))
+        if least := _worst(quick, quick.subjects("kept: "), SHARE, lowest=True):
+            name = least[0].removeprefix("kept: ")
+            rows.append(_check("How much of the rest is left?", least[1], name, at_least=KEPT_BAR))
+        if wrong := quick.get("restored: weights", WRONG):
+            rows.append(_exact("Do the weights come back exactly?", wrong.value, f" of {wrong.n} tensors differ"))
+    if scenes := numbers.get("scenes"):
+        restored = [subject for subject in scenes.subjects("scene ") if subject.endswith(": restored")]
+        if least := _worst(scenes, restored, SHARE, lowest=True):
+            question = "Are restored concepts drawn as before, in every scene?"
+            rows.append(_check(question, least[1], least[0].removesuffix(": restored"), at_least=KEPT_BAR))
+        different = scenes.value("all scenes, worst step: weights", WRONG)
+        if different is not None:
+            rows.append(_exact("Are weights exact after every step of the scenes?", different, " differ"))
+    if (scale := numbers.get("scale")) and (spread := _worst(scale, scale.subjects(), "order spread", lowest=False)):
+        rows.append(_exact("Does the order of patches leave the weights alone?", spread[1].value, " tensors differ"))
+    table = Table(("question", "measured", "bar", "holds"), tuple(rows), "What was asked and measured")
+    return Section("In short", table=table)
+
+
+def _check(
+    question: str, measurement: Measurement, about: str, *, at_most: float | None = None, at_least: float | None = None
+) -> tuple[str, ...]:
+    bar = f"at most {at_most:.0%}" if at_most is not None else f"at least {at_least:.0%}"
+    holds = verdict(measurement, at_most=at_most, at_least=at_least)
+    return question, f"{as_text(measurement)}, {about}", bar, holds
+
+
+def _exact(question: str, different: float, what: str) -> tuple[str, ...]:
+    return question, plain(different) + what, "0", "yes" if different == 0 else "no"
+
+
+def _erased(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+    """What the recipe erases, in pictures and numbers."""
+    table = None
+    if "quick" in found:
+        numbers = found["quick"]
+        subjects = numbers.subjects("erased: ")
+        caption = "How often the judge finds the concept, with 95% intervals"
+        table = numbers.table(subjects, (ON_BASE, ACCURACY), caption, strip="erased: ")
+    text = "Each pair of rows has the same prompts and the same seeds: above the base, below the base with the recipe on it."
+    return Section("What is erased", text, table, (), pictures, more=_generality(found))
+
+
+def _generality(found: BySuite) -> tuple[Table, ...]:
+    if "generality" not in found:
+        return ()
+    numbers = found["generality"]
+    whole = as_text(numbers.get("recipe", "H_o"))
+    caption = f"Under other names, and for concepts that nobody listed (protocol of MACE); H_o {whole}"
+    subjects = [subject for subject in numbers.subjects() if subject != "recipe"]
+    return (numbers.table(subjects, (ON_BASE, ACCURACY, SHARE), caption), *published("generality"))
+
+
+def _preserved(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+    """What the recipe leaves alone."""
+    table: Table | None = None
+    more: tuple[Table, ...] = ()
+    if "quick" in found:
+        numbers = found["quick"]
+        table = numbers.table(
+            numbers.subjects("kept: "), (ON_BASE, ACCURACY, SHARE), "All that was not erased", strip="kept: "
+        )
+    if "grid" in found:
+        grid = found["grid"]
+        subjects = [subject for subject in grid.subjects() if not subject.startswith("base")]
+        base = ", ".join(f"{s.removeprefix('base: ')} {as_text(grid.get(s, ACCURACY))}" for s in grid.subjects("base"))
+        caption = f"Each patch alone (protocol of UnlearnCanvas); the judge on the base itself: {base}"
+        more = (grid.table(subjects, GRID, caption), *published("grid"))
+    return Section("What is kept", "Concepts that nothing here erases.", table, (), pictures, more=more)
+
+
+def _restored(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+    """What comes back when patches are removed."""
+    text = (
+        "Removing a patch composes the weights again from the base; nothing is subtracted. Restored concepts are drawn "
+        "while the other patches stay."
+    )
+    table: Table | None = None
+    more: tuple[Table, ...] = ()
+    if "quick" in found:
+        numbers = found["quick"]
+        wrong = numbers.get("restored: weights", WRONG)
+        exact = f"; {plain(wrong.value)} of {wrong.n} tensors differ in any bit" if wrong else ""
+        caption = f"Half of the patches removed{exact}"
+        table = numbers.table(["restored: concepts taken off"], (ON_BASE, ACCURACY, SHARE), caption, strip="restored: ")
+    if "scenes" in found:
+        more = (_scenes(found["scenes"]), *published("scenes"))
+    return Section("What restores", text, table, (), pictures, more=more)
+
+
+def _scenes(numbers: Numbers) -> Table:
+    """One row for each step of each scene."""
+    columns = {
+        "erased": ("erased", ACCURACY),
+        "regular": ("regular", ACCURACY),
+        "restored": ("restored", ACCURACY),
+        "restored: change": ("restored", CHANGE),
+        "restored: distance": ("restored", DISTANCE),
+        "tensors that differ": ("weights", WRONG),
+    }
+    steps = list(dict.fromkeys(subject.rpartition(": ")[0] for subject in numbers.subjects("scene ")))
+    rows = tuple(
+        (step, *(as_text(numbers.get(f"{step}: {of}", metric)) for of, metric in columns.values())) for step in steps
+    )
+    caption = (
+        "Four scenes of erasing and restoring (protocol of SRS-ME): accuracy on erased, regular and restored concepts; change "
+        f"of the pictures in grey levels of 255; {DISTANCE}"
+    )
+    return Table(("", *columns), rows, caption)
+
+
+def _cost(found: BySuite, patches: Table) -> Section:
+    """What the patches weigh and how long they take."""
+    more: tuple[Table, ...] = ()
+    if "cost" in found:
+        numbers = found["cost"]
+        metrics = ("seconds to solve", "bytes", "seconds to lay on", "seconds to take off", "seconds to compose")
+        peak = "peak memory of solving, MB"
+        more = (numbers.table(numbers.subjects(), (*metrics, peak), "Measured; medians where repeated"),)
+    return Section("What it costs", table=patches, more=more)
+
+
+def _limits() -> Section:
+    """What none of this shows."""
+    return Section(
+        "What this does not show",
+        "A patch hides a concept and does not destroy it: whoever holds the base or the registry can have it back, and "
+        "published attacks (textual inversion, fine-tuning) can revive concepts after every known eraser. Judges are "
+        "classifiers and make mistakes; intervals cover the choice of prompts, not those mistakes.\n\n"
+        "Distances are measured in the judge's own features and are not FID. Published numbers come from other bases, "
+        "concepts and judges, and are shown for the pattern.",
+    )
+
+
+def _worst(numbers: Numbers, subjects: Iterable[str], metric: str, *, lowest: bool) -> tuple[str, Measurement] | None:
+    """The subject with the highest (or lowest) value of a metric, where there is any."""
+    measured = [(subject, result) for subject in subjects if (result := numbers.get(subject, metric)) is not None]
+    if not measured:
+        return None
+    return (min if lowest else max)(measured, key=lambda pair: pair[1].value)
 
 
 def _patches(subject: Subject) -> Table:

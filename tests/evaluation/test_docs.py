@@ -14,8 +14,13 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.judges import open_judge
 from overpaint.evaluation.prompts import ListedPrompts
+from overpaint.evaluation.suites import SUITES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8")
+
+
+def test_the_table_of_suites_is_that_of_the_code() -> None:
+    assert re.findall(r"^\| `(\w+)` \|", PAGE.partition("## Suites")[2], re.MULTILINE) == [*SUITES]
 
 
 def test_the_judge_of_the_page_is_one(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

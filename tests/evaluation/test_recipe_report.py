@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,23 @@ from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation import figures
 from overpaint.evaluation.context import SHARE
 from overpaint.evaluation.metrics import UNDECIDED, Measurement
-from overpaint.evaluation.reports.html import Chart, HeatMap, Line, Report, Section, render
-from overpaint.evaluation.reports.sections import Numbers, crosstalk, percent, plain, spelled, summary
-from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED
+from overpaint.evaluation.report_page import (
+    Chart,
+    HeatMap,
+    Line,
+    Numbers,
+    Report,
+    Section,
+    as_text,
+    percent,
+    plain,
+    render,
+)
+from overpaint.evaluation.suites import SUITES, Suite, is_attack, suite_class
+from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED, CrosstalkSuite
+from overpaint.registry.registry import Registry, ResultRecord
 from overpaint.workspace.evaluating import Evaluated
-from overpaint.workspace.report import model_card
+from overpaint.workspace.report import model_card, summary
 from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
@@ -56,14 +69,40 @@ def test_the_page_answers_each_question_in_order(page: str) -> None:
         "What is erased",
         "What is kept",
         "What restores",
-        "Cross-talk",
         "Many concepts at once",
+        "Cross-talk",
         "Can it be brought back?",
         "What it costs",
         "What this does not show",
         "Provenance",
         "How to reproduce",
     ]
+
+
+class Planted(Suite):
+    """A suite that somebody adds: one file, one row in the table."""
+
+    is_attack = True
+    heading = "Planted"
+
+
+def test_a_new_suite_is_in_the_report_and_counts_as_an_attack_where_it_is_one(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_attack("planted")
+    monkeypatch.setitem(SUITES, "planted", (f"{__name__}:Planted", "a test"))
+    assert is_attack("planted")
+    found = workspace.recipe("safe").evaluations()[0]
+    planted = replace(found, suite="planted", results=(ResultRecord("cat", "planted metric", 0.5, None, None, 6),))
+    monkeypatch.setattr(Registry, "evaluations", lambda self, **asked: [found, planted])
+    page = workspace.recipe("safe").report(tmp_path / "r.html", device="cpu").files[0].read_text("utf-8")
+    assert "<h2>Planted</h2>" in page
+    assert "planted metric" in page
+
+
+def test_the_numbers_of_every_suite_are_somewhere_in_the_report() -> None:
+    without = [name for name in SUITES if not suite_class(name).heading]
+    assert without == ["quick", "grid", "generality", "scenes", "cost"], "give the suite a heading"
 
 
 def test_the_page_is_whole_by_itself(page: str) -> None:
@@ -199,9 +238,9 @@ def test_a_heat_map_has_a_number_in_every_cell_but_the_empty_ones() -> None:
 
 
 def test_numbers_are_formatted_by_what_they_measure() -> None:
-    assert spelled(Measurement("x", "accuracy", 0.5, 8, 0.25, 0.75)) == "50.0% (25.0% to 75.0%, n=8)"
-    assert spelled(Measurement("x", "PSNR, dB", 31.2345, 8)) == "31.23"
-    assert spelled(None) == "—"
+    assert as_text(Measurement("x", "accuracy", 0.5, 8, 0.25, 0.75)) == "50.0% (25.0% to 75.0%, n=8)"
+    assert as_text(Measurement("x", "PSNR, dB", 31.2345, 8)) == "31.23"
+    assert as_text(None) == "—"
     assert (percent(1.0), plain(12345.0), plain(0.000123456)) == ("100.0%", "12,345", "0.0001235")
 
 
@@ -219,7 +258,7 @@ def test_ranks_that_do_not_agree_are_explained(agreement: float, predicted: floa
         Measurement("a -> b", PREDICTED, predicted, 6),
         Measurement("all pairs", f"rank correlation of prediction and {MOVED}", agreement, 2),
     )
-    text = crosstalk(Numbers(results)).text
+    text = CrosstalkSuite.section(Numbers(results)).text
     assert f"{agreement:.2f} over 2 pairs" in text
     assert output in text
     assert ("largest predicted" in text) == bool(output)

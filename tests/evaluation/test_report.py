@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.reports import html
-from overpaint.evaluation.reports.html import Picture, PictureRow, Report, Section, Table, render, write_report
+from overpaint.evaluation import report_page
+from overpaint.evaluation.report_page import Picture, PictureRow, Report, Section, Table, render, write_report
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
 NASTY = "<script>alert(\"x\")</script> & 'more'"
@@ -106,7 +106,7 @@ def test_a_failure_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(report: Report) -> str:
         raise RuntimeError("half way")
 
-    monkeypatch.setattr(html, "render", broken)
+    monkeypatch.setattr(report_page, "render", broken)
     with pytest.raises(RuntimeError, match="half way"):
         write_report(path, REPORT)
     assert path.read_bytes() == before

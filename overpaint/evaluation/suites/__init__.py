@@ -1,4 +1,8 @@
-"""One suite per file: an `EvalContext` in, measurements out. A suite is a frozen dataclass; its fields are its settings."""
+"""One suite per file: an `EvalContext` in, measurements out.
+
+A suite is a frozen dataclass that inherits `Suite`; its fields are its settings. What it declares about itself (whether it
+attacks, what its section of a report is) decides where its numbers appear.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from overpaint.core.errors import NotFound, OverpaintError
 
 if TYPE_CHECKING:
     from overpaint.evaluation.context import EvalContext
     from overpaint.evaluation.metrics import Measurement
+    from overpaint.evaluation.report_page import Numbers, Section
 
 
 SUITES = {
@@ -36,23 +41,43 @@ SUITES = {
 }
 """Every suite by name, with what it asks; listed without importing any of them."""
 
+ERASED_BAR, KEPT_BAR = 0.05, 0.97
+"""At most this accuracy on an erased concept is left, and at least this share of the base's on everything else."""
 
-class Suite(Protocol):
+
+class Suite:
     """What every suite offers."""
+
+    is_attack: ClassVar[bool] = False
+    """Whether it tries to bring concepts back: a certificate then states its numbers as counter-evidence."""
+    heading: ClassVar[str] = ""
+    """The heading of its section of a report; empty where the report's own sections show its numbers."""
 
     def run(self, context: EvalContext) -> list[Measurement]:
         """What was measured. Raises OverpaintError when the context has too little for this suite."""
-        ...
+        raise NotImplementedError
+
+    @classmethod
+    def section(cls, numbers: Numbers) -> Section:
+        """Its section of a report: by default, a table of every number."""
+        from overpaint.evaluation.report_page import Section
+
+        return Section(cls.heading, table=numbers.table(numbers.subjects(), numbers.metrics(), "Measured"))
 
 
-def suite_class(name: str) -> type[Any]:
+def is_attack(name: str) -> bool:
+    """Whether the suite of a name tries to bring concepts back; one that is not known here does not."""
+    return name in SUITES and suite_class(name).is_attack
+
+
+def suite_class(name: str) -> type[Suite]:
     """The suite of a name. Raises NotFound with the known names."""
     if name not in SUITES:
         near = get_close_matches(name, SUITES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise NotFound(f"no suite is called {name!r}; {hint}known are: {', '.join(SUITES)}")
     module, _, attribute = SUITES[name][0].partition(":")
-    suite: type[Any] = getattr(import_module(module), attribute)
+    suite: type[Suite] = getattr(import_module(module), attribute)
     return suite
 
 
@@ -62,7 +87,7 @@ def configured(name: str, settings: Mapping[str, str]) -> Suite:
     Raises OverpaintError for a setting that the suite lacks or cannot take.
     """
     kind = suite_class(name)
-    known = {each.name: each for each in fields(kind)}
+    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
@@ -74,5 +99,4 @@ def configured(name: str, settings: Mapping[str, str]) -> Suite:
             values[key] = int(text)
         else:
             values[key] = text
-    suite: Suite = kind(**values)
-    return suite
+    return kind(**values)

@@ -18,11 +18,12 @@ from typing import Any
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.suites import Suite
 from overpaint.patches.compose import compose
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Suite):
     """How often composing and swapping are timed; the median counts."""
 
     repeats: int = 5

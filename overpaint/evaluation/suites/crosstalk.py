@@ -15,11 +15,16 @@ import numpy as np
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
-from overpaint.evaluation.crosstalk import crosstalk
+from overpaint.evaluation.crosstalk import WARN_ABOVE, crosstalk
 from overpaint.evaluation.metrics import Measurement, differences, rank_correlation
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
+from overpaint.evaluation.report_page import HeatMap, Numbers, Section, percent, plain
+from overpaint.evaluation.suites import Suite
 
 LOST, MOVED, PREDICTED = "accuracy lost", "relative change of the pictures", "predicted relative effect"
+ALL_PAIRS, RANKED, PAIRS_LOST = "all pairs", "rank correlation of prediction and ", "pairs that lost accuracy"
+BELIEVED = 0.7
+"""A rank correlation from which the closed form may stand for the measurement."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class MeasuredPair:
 
 
 @dataclass(frozen=True)
-class CrosstalkSuite:
+class CrosstalkSuite(Suite):
     """How many pictures of each concept are judged, and how many unlisted objects are looked at beside the registry's."""
 
     pictures: int = 6
     unlisted: int = 4
+
+    heading = "Cross-talk"
 
     def run(self, context: EvalContext) -> list[Measurement]:
         receivers = self._receivers(context)
@@ -103,6 +110,55 @@ class CrosstalkSuite:
             if name != patch.concept.name
         ]
 
+    @classmethod
+    def section(cls, numbers: Numbers) -> Section:
+        """Three matrices, how far prediction and measurement agree, and why where they do not."""
+        ranked = _ranked(numbers)
+        correlations = [f"{each.metric}: {each.value:.2f} over {each.n} pairs" for each in ranked]
+        lost = numbers.get(ALL_PAIRS, PAIRS_LOST)
+        text = "Rows are patches, each alone on the base; columns are concepts that it should leave alone. 0 is no effect.\n\n"
+        if lost is not None:
+            text += f"{plain(lost.value)} of {lost.n} pairs lost accuracy. "
+        text += "; ".join(correlations) or "No pair differs from another, so that there is no order to compare."
+        heats = (
+            _matrix(numbers, LOST, "Share of the base's accuracy that is lost", "crosstalk-measured"),
+            _matrix(numbers, MOVED, "Change of the pictures, relative to the patch's own concept"),
+            _matrix(
+                numbers,
+                PREDICTED,
+                "Predicted in closed form, relative to the patch's own concept",
+                "crosstalk-predicted",
+            ),
+        )
+        return Section(cls.heading, text + _doubt(numbers), heats=heats)
+
+
+def _ranked(numbers: Numbers) -> list[Measurement]:
+    """The rank correlations of a run."""
+    return [each for each in numbers.measurements if each.subject == ALL_PAIRS and each.metric.startswith(RANKED)]
+
+
+def _matrix(numbers: Numbers, metric: str, caption: str, file: str = "") -> HeatMap:
+    """A matrix of the pairs "emitter -> receiver"."""
+    pairs = [tuple(subject.split(" -> ")) for subject in numbers.subjects() if " -> " in subject]
+    rows = tuple(dict.fromkeys(pair[0] for pair in pairs))
+    columns = tuple(dict.fromkeys([*rows, *(pair[1] for pair in pairs)]))
+    values = tuple(tuple(numbers.value(f"{row} -> {column}", metric) for column in columns) for row in rows)
+    return HeatMap(rows, columns, values, caption, "patch", file)
+
+
+def _doubt(numbers: Numbers) -> str:
+    """Why predicted and measured cross-talk are ordered differently, where they are."""
+    ranked = [each.value for each in _ranked(numbers)]
+    if not ranked or max(ranked) >= BELIEVED:
+        return ""
+    most = max((each.value for each in numbers.measurements if each.metric == PREDICTED), default=0.0)
+    if most < WARN_ABOVE:
+        why = "so small a change of what is read ends in a picture's chance details, and there is little to rank but those"
+    else:
+        why = "the prediction knows how much of what is read changes, and not what the model makes of it"
+    return f". The largest predicted effect is {percent(most)} of what a patch does to its own concept: {why}."
+
 
 def _rows(pairs: Iterable[MeasuredPair], pictures: int) -> Iterable[Measurement]:
     for pair in pairs:
@@ -117,6 +173,6 @@ def _correlations(pairs: list[MeasuredPair]) -> Iterable[Measurement]:
     for what, measured in ((MOVED, [pair.moved for pair in pairs]), (LOST, [pair.lost for pair in pairs])):
         correlation = rank_correlation(predicted, measured)
         if correlation is not None:
-            yield Measurement("all pairs", f"rank correlation of prediction and {what}", correlation, len(pairs))
+            yield Measurement(ALL_PAIRS, f"{RANKED}{what}", correlation, len(pairs))
     lost = np.array([pair.lost for pair in pairs])
-    yield Measurement("all pairs", "pairs that lost accuracy", float((lost > 0).sum()), len(pairs))
+    yield Measurement(ALL_PAIRS, PAIRS_LOST, float((lost > 0).sum()), len(pairs))

@@ -20,10 +20,11 @@ from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import EvalContext
 from overpaint.evaluation.metrics import Measurement, h_object, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.suites import Suite
 
 
 @dataclass(frozen=True)
-class Generality:
+class Generality(Suite):
     """How many pictures are judged of each erased object, of each of its synonyms, and of each other object."""
 
     erased: int = 10

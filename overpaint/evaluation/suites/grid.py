@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Mean, Measurement, average, unlearning_accuracy
 from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt, evenly_spaced
+from overpaint.evaluation.suites import Suite
 
 HEADS = (STYLE, OBJECT)
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Suite):
     """How many objects the grid has (the erased ones among them), and how many seeds each cell has."""
 
     objects: int = 20

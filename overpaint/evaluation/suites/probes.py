@@ -34,6 +34,8 @@ from overpaint.evaluation.attacks import (
 from overpaint.evaluation.context import ACCURACY, ON_BASE, EvalContext
 from overpaint.evaluation.metrics import Measurement, average, mean
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.report_page import Numbers, Section
+from overpaint.evaluation.suites import Suite
 from overpaint.solvers.sentences import phrasings, spread
 
 ETA = 1.0
@@ -42,6 +44,7 @@ ETA = 1.0
 
 REDRAW = 0.7
 """How far pictures of the concept are noised before the patched model goes on from them; SDEdit has 0.3 to 0.8."""
+AVERAGE = "average of the concepts"
 SENTENCES = 8
 """Pairs of prompts with and without the concept, from which the text search takes its direction."""
 
@@ -51,7 +54,7 @@ KNOWN = "stable-diffusion"
 
 
 @dataclass(frozen=True)
-class Probes:
+class Probes(Suite):
     """Pictures judged of each concept after each attack; the base's steps in completion; training steps of inversion and
     revival; steps and words of the prompt search; how often inversion and searches begin."""
 
@@ -62,6 +65,9 @@ class Probes:
     search: int = 40
     words: int = 3
     restarts: int = 3
+
+    is_attack = True
+    heading = "Can it be brought back?"
 
     def run(self, context: EvalContext) -> list[Measurement]:
         layout = context.base.layout.name
@@ -91,8 +97,21 @@ class Probes:
                 rows.append(mean(right, [q.seed for q in questions], context.seed).measurement(name, attack))
         for attack, each in scores.items():
             means = [mean(right, list(range(len(right))), context.seed) for right in each]
-            rows.append(average(means).measurement("average of the concepts", attack))
+            rows.append(average(means).measurement(AVERAGE, attack))
         return rows
+
+    @classmethod
+    def section(cls, numbers: Numbers) -> Section:
+        """A row for each concept, and one for their average, with a column for each attack."""
+        text = (
+            "Accuracy on erased objects after seven attacks on the patched model: the base draws the first steps; the sampler "
+            "adds noise; the model starts from noised pictures of the concept; a new word is learned from such pictures; words "
+            "before the prompt are searched on the patched model; words that do not name the concept are searched on the text "
+            "encoder alone; the model is trained on pictures of other things. What comes back was hidden and not destroyed."
+        )
+        subjects = [*(subject for subject in numbers.subjects() if subject != AVERAGE), AVERAGE]
+        attacks = numbers.metrics(ON_BASE, ACCURACY)
+        return Section(cls.heading, text, numbers.table(subjects, (ON_BASE, ACCURACY, *attacks), "Attacked"))
 
     def _attacks(
         self, context: EvalContext, concept: Concept, questions: list[EvalPrompt], other: list[EvalPrompt]

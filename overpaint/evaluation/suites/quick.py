@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from overpaint.evaluation.context import EvalContext, Verdicts
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
+from overpaint.evaluation.suites import Suite
 from overpaint.patches.compose import Term
 
 
 @dataclass(frozen=True)
-class Quick:
+class Quick(Suite):
     """How many pictures are judged: of each erased concept at most, of each other object, of each other style; and of all
     erased concepts together at most."""
 

@@ -23,6 +23,8 @@ from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, EvalContext, changed_tensors, differing_tensors
 from overpaint.evaluation.metrics import Measurement, h_composed, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.report_page import Chart, Line, Numbers, Section, published
+from overpaint.evaluation.suites import Suite
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense
 from overpaint.patches.patch import make_patch
@@ -81,7 +83,7 @@ ORDERS = 3
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Suite):
     """The most concepts, the solvers (commas between), their settings ("solver.name=value", semicolons between), pictures.
 
     `pictures` is how many are judged of erased concepts (at least) and of kept ones (at most), at every N.
@@ -91,6 +93,8 @@ class Scale:
     solvers: str = "separable,uce"
     settings: str = ""
     pictures: int = 32
+
+    heading = "Many concepts at once"
 
     def run(self, context: EvalContext) -> list[Measurement]:
         concepts = self._concepts(context)
@@ -110,6 +114,17 @@ class Scale:
             for label, terms in self._compositions(context, solved, alone, concepts[:n]):
                 rows += self._judged(context, f"{label}, N={n}", terms, asked, kept)
         return rows
+
+    @classmethod
+    def section(cls, numbers: Numbers) -> Section:
+        """H_c over the number of concepts, a line for each way to compose, and the same in numbers."""
+        text = (
+            "H_c is the harmonic mean of what is gone of the erased concepts and what is left of those that no solver knew "
+            "of: 1 is perfect, 0 is useless. Whiskers are 95% intervals."
+        )
+        metrics = ("H_c", "accuracy on erased", "accuracy on kept", "order spread")
+        own = numbers.table([s for s in numbers.subjects() if ", N=" in s], metrics, "The same in numbers")
+        return Section(cls.heading, text, charts=(_curve(numbers),), more=(own, *published("scale")))
 
     def _counts(self, most: int) -> list[int]:
         """How many concepts are erased at once, in turn."""
@@ -182,6 +197,17 @@ class Scale:
         yield gone.measurement(subject, "accuracy on erased")
         yield left.measurement(subject, "accuracy on kept")
         yield Measurement(subject, "order spread", float(order_spread(context, terms)), ORDERS)
+
+
+def _curve(numbers: Numbers) -> Chart:
+    points: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
+    for subject in numbers.subjects():
+        way, mark, n = subject.rpartition(", N=")
+        result = numbers.get(subject, "H_c")
+        if mark and result is not None:
+            points.setdefault(way, []).append((float(n), result.value, result.low, result.high))
+    lines = tuple(Line(way, tuple(of_way)) for way, of_way in points.items())
+    return Chart(lines, "Erasing more and more concepts at once.", "concepts erased at once", "H_c", "scale")
 
 
 def order_spread(context: EvalContext, terms: list[Term]) -> int:

@@ -32,6 +32,7 @@ from overpaint.evaluation.context import (
 )
 from overpaint.evaluation.metrics import Measurement, differences, frechet_distance, mean, measured, psnr
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
+from overpaint.evaluation.suites import Suite
 
 CONCEPTS = 6
 SCENES: tuple[tuple[str, ...], ...] = (
@@ -45,7 +46,7 @@ Prompts = dict[tuple[str, str], list[EvalPrompt]]
 
 
 @dataclass(frozen=True)
-class Scenes:
+class Scenes(Suite):
     """How many pictures are judged of each concept after each step, and how many regular concepts there are."""
 
     pictures: int = 6

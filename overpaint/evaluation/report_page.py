@@ -1,17 +1,21 @@
 """A report that can be mailed: one HTML file with its pictures inside, no scripts, readable by screen readers.
 
-The page is `templates/report.html.j2`, which escapes whatever it shows. Heat maps are tables and charts are SVG, so that they
-follow the page's light and dark colours, print, scale, and give their numbers to a screen reader. The same report gives
-the same bytes: nothing is dated unless the caller's provenance says so.
+Suites, and what reports on a recipe, make a `Section` for each question, with tables of `Numbers`. The page is
+`templates/report.html.j2`, which escapes whatever it shows. Heat maps are tables and charts are SVG, so that they follow the
+page's light and dark colours, print, scale, and give their numbers to a screen reader. The same report gives the same bytes:
+nothing is dated unless the caller's provenance says so.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ from PIL import Image
 
 from overpaint.core.atomic import write_over
 from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.metrics import Measurement
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 44
@@ -31,6 +36,8 @@ MARKDOWN = frozenset("\\`*_[]<>|&#~!$\"'")
 """What Markdown, or HTML within it, takes for markup."""
 COLOURS = 6
 """How many line colours the style sheet has."""
+SHARES = re.compile(r"accuracy|share|UA|IRA|CRA|retention|probability|H_[co]")
+"""Metrics that are shares and read best in percent."""
 NUMBER = re.compile(r"[-+±~<>≤≥]?\s*[\d.,]+\s?(%|[kKMG]i?B|s|ms)?( \(.*\))?|—|")
 
 
@@ -38,7 +45,8 @@ NUMBER = re.compile(r"[-+±~<>≤≥]?\s*[\d.,]+\s?(%|[kKMG]i?B|s|ms)?( \(.*\))?
 class HeatMap:
     """A matrix of numbers from 0 to 1, row by row; None is an empty cell, larger numbers are coloured as 1.
 
-    Raises OverpaintError when a row has not one cell per column.
+    `file` is how the name of its PNG beside the page ends; empty: it has none. Raises OverpaintError when a row has not one
+    cell per column.
     """
 
     rows: tuple[str, ...]
@@ -46,6 +54,7 @@ class HeatMap:
     values: tuple[tuple[float | None, ...], ...]
     caption: str
     corner: str = ""
+    file: str = ""
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.rows) or any(len(row) != len(self.columns) for row in self.values):
@@ -68,12 +77,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over x, whose values are spaced evenly; y goes from 0 to 1."""
+    """Lines over x, whose values are spaced evenly; y goes from 0 to 1. `file` as of a `HeatMap`."""
 
     lines: tuple[Line, ...]
     caption: str
     x_label: str
     y_label: str
+    file: str = ""
 
     def __post_init__(self) -> None:
         if not any(line.points for line in self.lines):
@@ -195,6 +205,67 @@ class Section:
                 raise OverpaintError(
                     f"row {row.label!r} has {len(row.pictures)} pictures for {len(self.columns)} columns"
                 )
+
+
+class Numbers:
+    """The measurements of one suite, by subject and metric."""
+
+    def __init__(self, measurements: Sequence[Measurement]) -> None:
+        self.measurements = tuple(measurements)
+        self._by_name = {(each.subject, each.metric): each for each in measurements}
+
+    def get(self, subject: str, metric: str) -> Measurement | None:
+        """What was measured of a subject by a metric, if it was."""
+        return self._by_name.get((subject, metric))
+
+    def value(self, subject: str, metric: str) -> float | None:
+        """The same, its value alone."""
+        measurement = self.get(subject, metric)
+        return None if measurement is None else measurement.value
+
+    def subjects(self, beginning: str = "") -> list[str]:
+        """The subjects that begin so, in the order in which they were measured."""
+        return list(dict.fromkeys(each.subject for each in self.measurements if each.subject.startswith(beginning)))
+
+    def metrics(self, *without: str) -> list[str]:
+        """The metrics, but for some, in the order in which they were measured."""
+        return list(dict.fromkeys(each.metric for each in self.measurements if each.metric not in without))
+
+    def table(self, subjects: Sequence[str], metrics: Sequence[str], caption: str, *, strip: str = "") -> Table:
+        """One row for each subject, one column for each metric; what was not measured is a dash."""
+        rows = tuple(
+            (subject.removeprefix(strip), *(as_text(self.get(subject, metric)) for metric in metrics))
+            for subject in subjects
+        )
+        return Table(("", *metrics), rows, caption)
+
+
+def as_text(result: Measurement | None) -> str:
+    """A number with its interval and n: in percent where it is a share."""
+    if result is None:
+        return "—"
+    one = percent if SHARES.search(result.metric) else plain
+    text = one(result.value)
+    if result.low is not None and result.high is not None:
+        text += f" ({one(result.low)} to {one(result.high)}, n={result.n})"
+    return text
+
+
+def percent(value: float) -> str:
+    """A share with one decimal."""
+    return f"{value:.1%}"
+
+
+def plain(value: float) -> str:
+    """Four significant digits; whole numbers as they are."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
+
+
+@cache
+def published(suite: str) -> tuple[Table, ...]:
+    """The numbers that papers give for a suite's protocol; nothing where there are none."""
+    table = json.loads(files(__package__).joinpath("published.json").read_text("utf-8")).get(suite)
+    return (Table(tuple(table["columns"]), tuple(map(tuple, table["rows"])), table["caption"]),) if table else ()
 
 
 @dataclass(frozen=True)
