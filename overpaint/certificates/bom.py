@@ -139,7 +139,7 @@ def _evidence(certificate: Certificate, run: EvaluationRecord, issued: str) -> d
         "author": {"name": run.who},
     }
     if certificate.expires:
-        evidence["expires"] = f"{certificate.expires.isoformat()}T23:59:59+00:00"
+        evidence["expires"] = f"{certificate.expires.isoformat()}T00:00:00+00:00"
     return evidence
 
 

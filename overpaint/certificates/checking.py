@@ -102,7 +102,7 @@ def check_certificate(
         )
     checks = [
         signer,
-        _validity(validity, today or datetime.now(timezone.utc).date()),
+        _validity(validity, recipe, today or datetime.now(timezone.utc).date()),
         *_consistency(report, tests, facts),
         *_files(report, checkpoint, file),
         *_composition(facts, find_base, find_patch, checkpoint, rerun),
@@ -117,16 +117,22 @@ def check_certificate(
     return Verification(tuple(checks), short)
 
 
-def _validity(validity: Mapping[str, Any], today: date) -> Finding:
-    last = validity.get("expires")
-    if last is None:
-        return Finding("VALIDITY.expires", "holds", "it does not expire")
+def _validity(validity: Mapping[str, Any], recipe: Mapping[str, Any], today: date) -> Finding:
+    """Whether the day on which it expires is still to come: the stated one, or an earlier one of a patch of the recipe."""
+    days = [
+        day
+        for day in (validity.get("expires"), *(each.get("expires") for each in recipe["patches"]))
+        if day is not None
+    ]
     try:
-        expired = date.fromisoformat(last) < today
+        first = min(map(date.fromisoformat, days), default=None)
     except (TypeError, ValueError):
-        return Finding("VALIDITY.expires", "fails", f"{last!r} is no date")
+        return Finding("VALIDITY.expires", "fails", f"one of {', '.join(map(repr, days))} is no date")
+    if first is None:
+        return Finding("VALIDITY.expires", "holds", "it does not expire")
+    expired = first <= today
     return Finding(
-        "VALIDITY.expires", "fails" if expired else "holds", f"{'expired on' if expired else 'until'} {last}"
+        "VALIDITY.expires", "fails" if expired else "holds", f"{'expired' if expired else 'expires'} on {first}"
     )
 
 
@@ -254,8 +260,8 @@ def _composition(
             why = "composing them again needs the patches, from a registry or with --from; not to be had: "
             yield Finding("WEIGHTS", "not checked", why + entry["patch"][:12])
             return
-        last = date.fromisoformat(entry["expires"]) if entry["expires"] else None
-        patches.append((patch, entry["strength"], last))
+        day = date.fromisoformat(entry["expires"]) if entry["expires"] else None
+        patches.append((patch, entry["strength"], day))
     made = Composition.of(base, named["name"], patches, recipe["name"], recipe["revision"])
     yield from _compared(facts, made, weights, inputs)
     runs = [*facts.get("MEASURED", ()), *facts.get("COUNTER_EVIDENCE", ())]

@@ -6,7 +6,8 @@ SHA-256 of its bytes, which is how OpenSSF Model Signing v1.0 digests them.
 
 Attributes: `RECIPE` (base, patches with their strengths, days of expiry), `WEIGHTS` (the digest of the composed model and of
 each changed tensor), `CONCEPT_HIDDEN` (one for each patch: concept, solver, settings), `TEXT_INPUTS` (which of them a patch
-covers), `MEASURED` and, for suites that attack, `COUNTER_EVIDENCE` (one for each run), `VALIDITY` (from, until, by whom).
+covers), `MEASURED` and, for suites that attack, `COUNTER_EVIDENCE` (one for each run), `VALIDITY` (when issued, from which day
+it holds no longer, by whom). Every day of expiry, of a patch or of the certificate, is the first on which it does not hold.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.certificates.envelope import STATEMENT, BadCertificate
 from overpaint.core.digests import canonical_json, combined_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.evaluation.context import ACCURACY, SHARE, WRONG
 from overpaint.evaluation.metrics import Measurement, verdict
-from overpaint.evaluation.suites import is_attack
+from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR, is_attack
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.patch import Patch, uncovered_inputs
 from overpaint.registry.registry import EvaluationRecord
@@ -40,13 +42,13 @@ CHUNK = 1 << 22
 class Thresholds:
     """What is promised: at most so much of an erased concept is left, at least so much of what else was there."""
 
-    erased: float = 0.05
-    preserved: float = 0.97
+    erased: float = ERASED_BAR
+    preserved: float = KEPT_BAR
 
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """What a base and patches come to: the base, each patch with its strength and last day, and the digests."""
+    """What a base and patches come to: the base, each patch with its strength and day of expiry, and the digests."""
 
     base_name: str
     fingerprint: str
@@ -92,16 +94,16 @@ class Composition:
     def record(self) -> dict[str, Any]:
         """The recipe's record: what the subject of that name is the digest of."""
         entries = [
-            {"patch": patch.id, "strength": strength, "expires": last.isoformat() if last else None}
-            for patch, strength, last in self.patches
+            {"patch": patch.id, "strength": strength, "expires": day.isoformat() if day else None}
+            for patch, strength, day in self.patches
         ]
         base = {"name": self.base_name, "fingerprint": self.fingerprint, "layout": self.layout}
         return {"name": self.recipe, "revision": self.revision, "base": base, "patches": entries}
 
     @property
     def expires(self) -> date | None:
-        """The last day on which all of it holds: the first day on which one of its patches expires."""
-        return min((last for _, _, last in self.patches if last is not None), default=None)
+        """The day from which not all of it holds: the first day from which one of its patches has expired."""
+        return min((day for _, _, day in self.patches if day is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Test:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Everything that is signed. `files` are a checkpoint's, by their names within it, with their SHA-256."""
+    """Everything that is signed: `expires` is the day from which it does not hold, None for never; `files` are a checkpoint's,
+    by their names within it, with their SHA-256."""
 
     composition: Composition
     runs: tuple[EvaluationRecord, ...]
@@ -191,11 +194,11 @@ def tests_of(run: EvaluationRecord, thresholds: Thresholds) -> list[Test]:
     for each in run.results if run.suite == "quick" else ():
         number = Measurement(each.subject, each.metric, each.value, each.n, each.low, each.high)
         about, metric = each.subject, each.metric
-        if about.startswith("erased: ") and metric == "accuracy":
+        if about.startswith("erased: ") and metric == ACCURACY:
             name, holds = f"at most {thresholds.erased:.0%}", verdict(number, at_most=thresholds.erased)
-        elif about.startswith(("kept: ", "restored: ")) and metric == "share of the base's accuracy":
+        elif about.startswith(("kept: ", "restored: ")) and metric == SHARE:
             name, holds = f"at least {thresholds.preserved:.0%}", verdict(number, at_least=thresholds.preserved)
-        elif metric == "tensors that differ in any bit":
+        elif metric == WRONG:
             name, holds = "none", verdict(number, at_most=0.0)
         else:
             continue

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from overpaint.commands.common import ExpiryDay, json_option, open_workspace, show_table
+from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR
 
 MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 
@@ -19,10 +20,19 @@ MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 @click.option(
     "--key", type=click.Path(path_type=Path), required=True, metavar="KEY", help="The private key to sign with."
 )
-@click.option("--expires", type=ExpiryDay(), metavar="YYYY-MM-DD", help="Last day on which it is valid.")
+@click.option(
+    "--expires",
+    type=ExpiryDay(),
+    metavar="YYYY-MM-DD",
+    help="When it expires; default: with the first patch that does.",
+)
 @click.option("--who", help="Who certifies; default: your user name.")
-@click.option("--erased-bar", default=0.05, show_default=True, help="At most this share may be left of what is hidden.")
-@click.option("--preserved-bar", default=0.97, show_default=True, help="At least this share must be left of the rest.")
+@click.option(
+    "--erased-bar", default=ERASED_BAR, show_default=True, help="At most this share may be left of what is hidden."
+)
+@click.option(
+    "--preserved-bar", default=KEPT_BAR, show_default=True, help="At least this share must be left of the rest."
+)
 @json_option
 @click.pass_context
 def certify(

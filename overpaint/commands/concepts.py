@@ -8,6 +8,7 @@ import click
 
 from overpaint.commands.common import (
     CONCEPT,
+    Terminal,
     digests_option,
     json_option,
     limit_option,
@@ -44,6 +45,58 @@ def concept_add(
     workspace = open_workspace(ctx, create=True)
     added = workspace.add_concept(name, kind=kind, synonyms=synonyms, anchor=anchor, prompts=prompts)
     click.echo(f"concept {added.name} ({added.kind})")
+
+
+@concept.command("edit")
+@click.argument("name", type=CONCEPT)
+@click.option("--kind", type=click.Choice(KINDS))
+@click.option("--synonym", "synonyms", multiple=True, help='All its synonyms, anew; may be repeated; "" for none.')
+@click.option("--anchor", help="What it should become; empty: nothing.")
+@click.option("--prompt", "prompts", multiple=True, help='All its prompts, anew; may be repeated; "" for none.')
+@click.pass_context
+def concept_edit(
+    ctx: click.Context,
+    name: str,
+    kind: str | None,
+    synonyms: tuple[str, ...],
+    anchor: str | None,
+    prompts: tuple[str, ...],
+) -> None:
+    """Change how a concept is described.
+
+    What is not given stays. Patches that are stored stay too, as they were solved; what is solved from now on is solved for the
+    new description.
+
+    \b
+    Example:
+      overpaint concept edit cat --synonym kitty --synonym feline --anchor dog
+    """
+    if kind is None and anchor is None and not synonyms and not prompts:
+        raise click.UsageError("say what changes: --kind, --synonym, --anchor or --prompt")
+    workspace = open_workspace(ctx)
+    words, sentences = (list(filter(None, given)) if given else None for given in (synonyms, prompts))
+    edited = workspace.edit_concept(name, kind=kind, synonyms=words, anchor=anchor, prompts=sentences)
+    click.echo(f"concept {edited.name} ({edited.kind})")
+    if count := workspace.registry.count_patches(concept=edited.name):
+        Terminal().note(
+            f"{count} patches are as they were solved; `overpaint solve` solves one for the new description"
+        )
+
+
+@concept.command("remove")
+@click.argument("name", type=CONCEPT)
+@click.pass_context
+def concept_remove(ctx: click.Context, name: str) -> None:
+    """Remove a concept that has no patch.
+
+    What is solved from now on does not preserve it. Refused while there are patches for it.
+
+    \b
+    Example:
+      overpaint concept remove cta
+    """
+    open_workspace(ctx).remove_concept(name)
+    click.echo(f"removed concept {name}")
 
 
 @concept.command("list")

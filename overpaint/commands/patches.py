@@ -1,4 +1,7 @@
-"""`overpaint patch`: stored patches, and which of them a recipe holds."""
+"""`overpaint patch`: stored patches, and which of them a recipe holds.
+
+A patch has no name of its own: it is called by its concept or its id; tags are the words that can be changed.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def _entry(entry: RecipeEntry) -> str:
     old=["--until"],
     metavar="DATE",
     type=ExpiryDay(never=True),
-    help="YYYY-MM-DD: `recipe expired` lists it from then on; or never.",
+    help="YYYY-MM-DD, the day from which it has expired: `recipe expired` lists it then; or never.",
 )
 @why_option
 @digests_option
@@ -227,6 +230,32 @@ def patch_remove(ctx: click.Context, patches: tuple[str, ...], recipe: str, why:
             "the bytes of a patch that is still in the recipe are lost, so its weights cannot be composed now; "
             "`overpaint verify` names it"
         )
+
+
+@patch.command("forget")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
+@click.option("--dry-run", is_flag=True, help="Only say what would be forgotten.")
+@digests_option
+@json_option
+@click.pass_context
+def patch_forget(ctx: click.Context, patches: tuple[str, ...], dry_run: bool, digests: bool, as_json: bool) -> None:
+    """Take patches out of the registry, with their tags and evaluations.
+
+    All are forgotten, or none. Refused for a patch that is in the history of a recipe: every revision can be restored. The bytes
+    go with `overpaint gc`, once they are older than its grace period.
+
+    \b
+    Example:
+      overpaint patch forget 3f9a12bc4d5e --dry-run
+    """
+    workspace = open_workspace(ctx)
+    ids = dict.fromkeys(workspace.registry.patch(key).id for key in patches)
+    records = [workspace.remove_patch(id, dry_run=True) for id in ids]
+    if not dry_run:
+        records = [workspace.remove_patch(id) for id in ids]
+    rows = [[record.concept, record.id, record.base, record.solver, record.nbytes] for record in records]
+    title = "Would be forgotten" if dry_run else "Forgotten"
+    show_table(title, ["concept", "patch", "base", "solver", "bytes"], rows, as_json, digests=digests)
 
 
 @patch.command("decouple")

@@ -72,6 +72,10 @@ class RecipeEntry:
     strength: float
     until: date | None = None
 
+    def has_expired(self, on: date) -> bool:
+        """Whether it no longer holds on a day: from the day `until` on."""
+        return self.until is not None and self.until <= on
+
 
 @dataclass(frozen=True)
 class RecipeRecord:

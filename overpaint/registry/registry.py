@@ -611,7 +611,7 @@ class Registry:
             if count:
                 raise OverpaintError(
                     f"the concept {row.name!r} stays: there {'is 1 patch' if count == 1 else f'are {count} patches'} for it; "
-                    "remove what no recipe needs first"
+                    "forget those that no recipe needs first (`overpaint patch forget`)"
                 )
             session.delete(row)
 
@@ -726,15 +726,18 @@ class Registry:
         with self._database.reading() as session:
             return PatchRecord.of(find_patch(session, key, base=base))
 
-    def remove_patch(self, key: str) -> PatchRecord:
+    def remove_patch(self, key: str, *, dry_run: bool = False) -> PatchRecord:
         """Forget a patch (see `patch` for `key`) with its tags and evaluations; its bytes go when garbage is collected.
 
-        Raises NotFound, OverpaintError when a recipe has it, or had it at a revision (deleted recipes too).
+        Raises NotFound, OverpaintError when a recipe has it, or had it at a revision (deleted recipes too). With `dry_run`
+        that is all it does.
         """
-        with self._database.writing() as session:
+        with self._database.reading() if dry_run else self._database.writing() as session:
             row = find_patch(session, key)
             record = PatchRecord.of(row)
             _refuse_needed_patch(session, row)
+            if dry_run:
+                return record
             runs = select(models.EvaluationRow.id).where(models.EvaluationRow.patch_id == row.id)
             session.execute(
                 delete(models.EvaluationResultRow).where(models.EvaluationResultRow.evaluation_id.in_(runs))

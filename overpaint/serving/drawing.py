@@ -27,7 +27,6 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
 from overpaint.registry.history import today
-from overpaint.registry.records import RecipeRecord
 from overpaint.workspace.workspace import Workspace
 
 MOST_IN_A_ROW = 16
@@ -181,7 +180,11 @@ class Painter:
         if wanted.recipe is None:
             return self._named(wanted.patches, base_name, names)
         record = registry.recipe(wanted.recipe)
-        if self.enforce_expiry and registry.has_recipe(wanted.recipe) and _expired(record):
+        if (
+            self.enforce_expiry
+            and registry.has_recipe(wanted.recipe)
+            and any(each.has_expired(today()) for each in record.entries)
+        ):
             self.remove_expired(record.name)
             record = registry.recipe(wanted.recipe)
         _check_base(record.base, base_name, names, f"the recipe {record.name!r}")
@@ -237,11 +240,6 @@ def _check_base(name: str, served: str, names: set[str], what: str) -> None:
         raise OtherBase(
             f"{what} is for the base {name!r}, and this server draws with {served!r}; ask the server of that base"
         )
-
-
-def _expired(record: RecipeRecord) -> bool:
-    now = today()
-    return any(entry.until is not None and entry.until <= now for entry in record.entries)
 
 
 @dataclass(eq=False)

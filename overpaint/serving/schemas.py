@@ -230,7 +230,7 @@ class AddBody(Body):
 
     patches: list[Name] = Field(min_length=1, max_length=MOST_PATCHES)
     strength: Strength = 1.0
-    expires: date | None = Field(None, description="the day on which they expire; omitted: never, or as before")
+    expires: date | None = Field(None, description="the day from which they have expired; omitted: never, or as before")
     why: Reason = ""
 
 

@@ -57,8 +57,9 @@ def certify(
     """Certify a recipe (NAME, NAME@REVISION) or a checkpoint that Overpaint built, in two new files: `out` and its bill.
 
     What is stated of pictures is every suite that was run on exactly these weights, the latest run of each. The
-    certificate expires on the first day on which a patch of the recipe does, or earlier with `expires`. Raises NotFound for
-    an unknown recipe or a checkpoint that is none of ours, OverpaintError when nothing was measured of these weights.
+    certificate expires with the first patch of the recipe that does, or earlier with `expires`: from that day (in UTC) on it
+    does not hold. Raises NotFound for an unknown recipe or a checkpoint that is none of ours, OverpaintError when nothing
+    was measured of these weights, or when that day has come already.
     """
     for path in (out, bill_beside(out)):
         require_parent(path)
@@ -72,13 +73,19 @@ def certify(
             f"nothing was measured of these weights ({composition.weights[:12]}); run "
             f"`overpaint evaluate {composition.recipe or 'RECIPE'}` first"
         )
-    days = [day for day in (expires, composition.expires) if day is not None]
+    first = min((day for day in (expires, composition.expires) if day is not None), default=None)
+    issued = datetime.now(timezone.utc)
+    if first is not None and first <= issued.date():
+        raise OverpaintError(
+            f"the certificate would have expired already: on {first}, by {'--expires' if first == expires else 'a patch'}, and "
+            f"today is {issued.date()}, in UTC; name a later day, for a patch with `overpaint patch add --expires`"
+        )
     certificate = Certificate(
         composition=composition,
         runs=runs,
         who=who,
-        issued=datetime.now(timezone.utc),
-        expires=min(days, default=None),
+        issued=issued,
+        expires=first,
         files=file_digests(checkpoint, but=(out, bill_beside(out))) if checkpoint else {},
         thresholds=thresholds or Thresholds(),
     )

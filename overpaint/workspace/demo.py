@@ -38,6 +38,7 @@ from overpaint.evaluation.metrics import (
 )
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
 from overpaint.evaluation.report_page import Picture, PictureRow, Report, Section, Table, write_report
+from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR
 from overpaint.workspace.planning import Solved
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
@@ -115,7 +116,7 @@ STRENGTHS = {"ink": 1.3}
 PUT_BACK = ("cat", "ink")
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""
-ERASED_BAR, KEPT_BAR, SECONDS_BAR, BYTES_BAR = 0.05, 0.97, 1.0, 16 << 10
+SECONDS_BAR, BYTES_BAR = 1.0, 16 << 10
 
 
 class Demo:

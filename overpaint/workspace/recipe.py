@@ -118,7 +118,7 @@ class Recipe:
         """Add a patch, or change the strength of one that is there; returns the line of history.
 
         A patch is what `solve` returned, or named by its id, the beginning of one, or its concept: the newest patch of that
-        concept for this recipe's base. `until` is the day on which it expires: `due` lists it from then on, and nothing is
+        concept for this recipe's base. `until` is the day from which it has expired: `due` lists it from then on, and nothing is
         removed by itself. If omitted, an expiry that is there is kept.
 
         Raises AlreadyExists when it is there like this (with `exist_ok`, its line is returned), WrongBase for a patch of
@@ -556,7 +556,7 @@ class Recipe:
         day = on or today()
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            return dict.fromkeys(each.patch for each in before.entries if each.until is not None and each.until <= day)
+            return dict.fromkeys(each.patch for each in before.entries if each.has_expired(day))
 
         return self._change(wanted, why or "expired", who)
 

@@ -210,7 +210,7 @@ class _RecipeReader(ConceptReader):
 
     def day(self, node: Node | None) -> date | None:
         """A day; None where there is none, or `never`."""
-        what = "the day on which a patch expires"
+        what = "the day from which a patch has expired"
         text = self.text(node, what)
         if node is None or text is None or text == "never":
             return None

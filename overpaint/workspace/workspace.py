@@ -342,13 +342,14 @@ class Workspace(OpenRegistry):
         """
         return self.registry.patches(concept=concept, base=base, solver=solver, tag=tag, limit=limit, offset=offset)
 
-    def remove_patch(self, key: str) -> PatchRecord:
+    def remove_patch(self, key: str, *, dry_run: bool = False) -> PatchRecord:
         """Forget a patch (id, beginning of one, or concept); its bytes go when garbage is collected.
 
-        Raises NotFound, OverpaintError while a recipe's history needs it.
+        Raises NotFound, OverpaintError while a recipe's history needs it; with `dry_run` that is all it does.
         """
-        record = self.registry.remove_patch(key)
-        self._patches.pop(record.id, None)
+        record = self.registry.remove_patch(key, dry_run=dry_run)
+        if not dry_run:
+            self._patches.pop(record.id, None)
         return record
 
     def recipe(self, name: str = "default") -> Recipe:

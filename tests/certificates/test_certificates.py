@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from overpaint.certificates.statement import REPORT, TESTS
 from overpaint.core.digests import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import evenly_spaced
+from overpaint.registry.history import today
 from overpaint.registry.sharing.signing import load_keyring, load_signer, new_key
 from overpaint.workspace.certifying import Certified, bill_beside, certify, sign_checkpoint, verify
 from overpaint.workspace.workspace import Workspace
@@ -139,13 +140,41 @@ def test_another_checkpoint_is_not_what_was_certified(
     assert "WEIGHTS.digest of the checkpoint" in outcomes(found, "fails")
 
 
-def test_an_expired_certificate_does_not_hold(workspace: Workspace, folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "soon.cert"
-    certify(workspace, "safe", file, key=folder / "me", who="Alice", expires=date(2030, 1, 31))
+@pytest.mark.parametrize(("by_signer", "by_patch"), [(31, None), (None, 31), (31, 30), (30, 31), (31, 31)])
+def test_a_certificate_does_not_hold_from_the_day_on_which_it_or_a_patch_expires(
+    workspace: Workspace, folder: Path, tmp_path: Path, by_signer: int | None, by_patch: int | None
+) -> None:
+    given, of_patch = (day and date(2990, 1, day) for day in (by_signer, by_patch))
+    first = min(day for day in (given, of_patch) if day)
+    recipe, file = workspace.recipe("safe"), tmp_path / "soon.cert"
+    recipe.add("cat", until=of_patch or "never", exist_ok=True)
+    try:
+        done = certify(workspace, "safe", file, key=folder / "me", who="Alice", expires=given)
+    finally:
+        recipe.add("cat", until="never", exist_ok=True)
     keys = load_keyring([folder / "me.pub"])
-    assert check_certificate(file, keys=keys, today=date(2030, 1, 31)).good
-    late = check_certificate(file, keys=keys, today=date(2030, 2, 1))
+    assert check_certificate(file, keys=keys, today=first - timedelta(days=1)).good
+    late = check_certificate(file, keys=keys, today=first)
     assert outcomes(late, "fails") == ["VALIDITY.expires"]
+    evidence = json.loads(done.bill.read_text("utf-8"))["declarations"]["evidence"]
+    assert {each["expires"] for each in evidence} == {f"{first}T00:00:00+00:00"}
+
+
+@pytest.mark.parametrize("by_patch", [False, True])
+def test_what_has_expired_today_is_not_certified(
+    workspace: Workspace, folder: Path, tmp_path: Path, by_patch: bool
+) -> None:
+    recipe = workspace.recipe("safe")
+    if by_patch:
+        recipe.add("cat", until=today(), exist_ok=True)
+    try:
+        with pytest.raises(OverpaintError, match=r"would have expired already: on .* name a later day"):
+            certify(
+                workspace, "safe", tmp_path / "late.cert", key=folder / "me", who="Alice",
+                expires=None if by_patch else today(),
+            )  # fmt: skip
+    finally:
+        recipe.add("cat", until="never", exist_ok=True)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

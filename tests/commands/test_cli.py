@@ -36,6 +36,9 @@ base keep tiny
 concept list
 concept add fox
 concept show cat
+concept edit fox --synonym vixen
+concept remove fox
+patch forget dog
 patch list
 patch show cat
 recipe list
@@ -63,6 +66,7 @@ push shared
 
 def test_what_computes_nothing_imports_no_torch(ready: Shell, tmp_path: Path) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
+    ready.ok("solve", "dog", "--base", "tiny")
     ready.ok("patch", "add", "cat", "--recipe", "safe")
     ready.ok("patch", "add", "cat", "--recipe", "safe", "--strength", "0.5")
     code = f"""
@@ -116,6 +120,38 @@ def test_from_a_base_to_a_checkpoint(ready: Shell, tmp_path: Path) -> None:
     assert [(row["did"], row["why"]) for row in log] == [("add", "takedown")] * 2 + [("remove", "licence")] * 2
     fingerprint = json.loads(ready.ok("base", "list", "--json"))[0]["fingerprint"]
     assert log[-1]["weights"] == fingerprint
+
+
+def test_a_concept_is_described_anew_and_removed(ready: Shell) -> None:
+    ready.ok("concept", "add", "cat", "--synonym", "kity", "--synonym", "puss", "--anchor", "dog", "--prompt", "a cat")
+    edited = ready("concept", "edit", "cat", "--synonym", "kitty", "--prompt", "")
+    assert (edited.exit_code, edited.stdout, edited.stderr) == (0, "concept cat (object)\n", "")
+    shown = {row["what"]: row["value"] for row in json.loads(ready.ok("concept", "show", "cat", "--json"))}
+    assert shown == {"name": "cat", "kind": "object", "synonyms": "kitty", "anchor": "dog"}
+    ready.ok("concept", "edit", "cat", "--kind", "style", "--anchor", "")
+    shown = {row["what"]: row["value"] for row in json.loads(ready.ok("concept", "show", "cat", "--json"))}
+    assert (shown["kind"], shown["anchor"]) == ("style", "")
+    assert "did you mean 'cat'" in ready.fails("concept", "edit", "cta", "--anchor", "dog")
+    assert ready("concept", "edit", "cat").exit_code == 2, "what changes has to be named"
+    assert ready.ok("concept", "remove", "cat") == "removed concept cat\n"
+    assert json.loads(ready.ok("concept", "list", "--json")) == []
+
+
+def test_patches_that_no_recipe_needs_are_forgotten_and_their_bytes_collected(ready: Shell) -> None:
+    ready.ok("solve", "cat", "dog", "fox", "--base", "tiny")
+    ready.ok("patch", "add", "fox", "--recipe", "safe")
+    ready.ok("patch", "remove", "fox", "--recipe", "safe")
+    assert "the history of 'safe' needs it" in ready.fails("patch", "forget", "cat", "fox")
+    assert "overpaint patch forget" in ready.fails("concept", "remove", "cat")
+    would = json.loads(ready.ok("patch", "forget", "cat", "--dry-run", "--json"))
+    assert len(json.loads(ready.ok("patch", "list", "--json"))) == 3, "neither a refusal nor a dry run forgets any"
+    before = sum(1 for path in (ready.registry / "blobs").rglob("*") if path.is_file())
+    assert json.loads(ready.ok("patch", "forget", "cat", "dog", "cat", "--json"))[0] == would[0]
+    assert [row["concept"] for row in json.loads(ready.ok("patch", "list", "--json"))] == ["fox"]
+    ready.ok("concept", "remove", "cat")
+    ready.ok("gc", "--grace", "0")
+    assert sum(1 for path in (ready.registry / "blobs").rglob("*") if path.is_file()) < before
+    assert "all as it was" in ready("verify").stderr
 
 
 def test_every_table_is_also_json(ready: Shell) -> None:

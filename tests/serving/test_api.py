@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date, timedelta
 from typing import Any
 
 import pytest
@@ -19,14 +18,10 @@ from tests.serving.conftest import Client, Serve, as_role, texts
 
 pytestmark = pytest.mark.slow
 
-YESTERDAY = date.today() - timedelta(days=2)
 
-
-def add_expired(workspace: Workspace, recipe: str, patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add a patch that has expired since: a change cannot name a day that is past."""
-    with monkeypatch.context() as then:
-        then.setattr(history, "today", lambda: YESTERDAY)
-        workspace.recipe(recipe).add(patch, until=YESTERDAY)
+def add_expired(workspace: Workspace, recipe: str, patch: str) -> None:
+    """Add a patch that expires today, which is the first day on which it does not hold."""
+    workspace.recipe(recipe).add(patch, until=history.today())
 
 
 @pytest.fixture
@@ -208,11 +203,9 @@ def test_a_token_for_some_recipes_draws_with_these_as_they_are_now(client: Clien
         assert "'cat' as they are now, and for nothing else" in message(refused)
 
 
-def test_a_token_for_some_recipes_changes_these_and_no_others(
-    client: Client, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_for_some_recipes_changes_these_and_no_others(client: Client, workspace: Workspace) -> None:
     for name in ("cat", "dog"):
-        add_expired(workspace, name, "fox", monkeypatch)
+        add_expired(workspace, name, "fox")
     bound = as_role(client, "change", recipes=("cat", "mine"))
     before = {each.name: each.revision for each in workspace.recipes()}
     for refused in (
@@ -352,11 +345,9 @@ def test_a_recipe_of_another_base_is_refused_and_not_listed(serve: Serve, worksp
     assert not client.get("/v1/recipes/elsewhere").json()["served"]
 
 
-def test_expired_patches_stay_unless_the_server_is_told_to_enforce_expiry(
-    serve: Serve, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expired_patches_stay_unless_the_server_is_told_to_enforce_expiry(serve: Serve, workspace: Workspace) -> None:
     for name in ("plain", "dog"):
-        add_expired(workspace, name, "cat", monkeypatch)
+        add_expired(workspace, name, "cat")
     patient = serve()
     assert texts(patient.picture("plain").content)[0] == workspace.recipe("cat").digest()
     assert {each["recipe"] for each in patient.get("/v1/expired").json()} == {"plain", "dog"}
@@ -389,11 +380,9 @@ def test_a_server_without_tokens_is_for_this_machine_alone(serve: Serve, workspa
         check(client.server.options, "0.0.0.0")
 
 
-def test_without_tokens_a_page_of_another_site_changes_nothing(
-    serve: Serve, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_tokens_a_page_of_another_site_changes_nothing(serve: Serve, workspace: Workspace) -> None:
     client = serve(tokens=False)
-    add_expired(workspace, "cat", "dog", monkeypatch)
+    add_expired(workspace, "cat", "dog")
     before = workspace.recipe("cat").record.revision
     for origin in ("http://evil.example", "null", "http://127.0.0.1:3000", "http://127.0.0.1.evil.example"):
         for path in ("/v1/expired/remove", "/v1/undo/cat"):
