@@ -1,12 +1,14 @@
-"""`overpaint patch`: stored patches, and which of them a recipe holds.
+"""`overpaint patch`: stored patches, which of them a recipe holds, and other tools' files.
 
 A patch has no name of its own: it is called by its concept or its id; tags are the words that can be changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import date
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -30,13 +32,19 @@ from overpaint.commands.common import (
     offset_option,
     open_workspace,
     recipe_option,
+    short,
     show_change,
+    show_json,
     show_table,
     universe_option,
     why_option,
 )
 from overpaint.commands.evaluating import show_evaluations
 from overpaint.registry.records import RecipeEntry
+
+if TYPE_CHECKING:
+    from overpaint.patches.formats.exporting import Exported
+    from overpaint.patches.formats.reading import Meaning
 
 
 @click.group()
@@ -338,3 +346,170 @@ def patch_compress(ctx: click.Context, patches: tuple[str, ...], size: str, dige
             rows.append([*row, error, tensor, smaller.errors] if as_json else [*row, f"{error:.2%}", tensor])
     columns = ["concept", "patch", "from", "kind", "bytes before", "bytes", "largest error", "tensor"]
     show_table("Compressed", [*columns, *(["errors"] if as_json else [])], rows, as_json, digests=digests)
+
+
+FORMATS = ("kohya", "diffusers", "comfy-diff", "full")
+READERS = ("a1111", "kohya", "comfyui", "diffusers")
+DTYPES = ("float32", "float16", "bfloat16")
+MEANINGS = ("change", "weights")
+
+
+def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What both exports to other tools share."""
+    for option in (
+        json_option,
+        click.option(
+            "--truncate",
+            type=click.IntRange(1, 4096),
+            metavar="RANK",
+            help="Let changes that are not of low rank into a LoRA, cut to this rank; the error of each layer is printed.",
+        ),
+        click.option(
+            "--dtype", default=DTYPES[0], show_default=True, type=click.Choice(DTYPES), help="Of what is stored."
+        ),
+        click.option(
+            "--format",
+            "format",
+            type=click.Choice(FORMATS),
+            help="kohya: LoRA by kohya's names, which most tools read; the default without --for. diffusers: LoRA for diffusers, "
+            "PEFT. comfy-diff: also full differences, for ComfyUI, A1111, Forge. full: the edited weights.",
+        ),
+        click.option(
+            "--for",
+            "for_",
+            type=click.Choice(READERS),
+            help="The tool that is to load it: a format is chosen of which it loads everything, or the export is refused.",
+        ),
+        click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"),
+    ):
+        command = option(command)
+    return command
+
+
+@patch.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", "base_name", required=True, type=BASE, help="Name of the base that the file is for.")
+@click.option(
+    "--concept",
+    required=True,
+    type=CONCEPT,
+    help="What it erases; a name the registry does not know becomes an object.",
+)
+@click.option("--allow-unmatched", is_flag=True, help="Leave out keys that name nothing in the base.")
+@click.option("--meaning", type=click.Choice(MEANINGS), help="What plain tensors are, where that is not clear.")
+@click.option(
+    "--keep-rounding", is_flag=True, help="Also reproduce where the file is merely rounded more coarsely than the base."
+)
+@click.option(
+    "--tolerance",
+    cls=Renamed,
+    old=["--within"],
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    metavar="ERROR",
+    help="Be content with low rank within this relative error of each change.",
+)
+@json_option
+@click.pass_context
+def patch_import(
+    ctx: click.Context,
+    file: Path,
+    base_name: str,
+    concept: str,
+    allow_unmatched: bool,
+    meaning: Meaning | None,
+    keep_rounding: bool,
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Store another tool's erasure as a patch.
+
+    FILE, or a folder, holds a LoRA, differences, or edited weights. What `overpaint export` wrote is taken by `overpaint
+    import`.
+
+    \b
+    Example:
+      overpaint patch import esd.safetensors --base sd15 --concept "van gogh"
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).import_patch(
+            file,
+            base=base_name,
+            concept=concept,
+            meaning=meaning,
+            allow_unmatched=allow_unmatched,
+            keep_rounding=keep_rounding,
+            tolerance=tolerance,
+            progress=terminal.progress,
+        )
+    imported, record = done.found, done.record
+    if as_json:
+        facts = {"patch": record.id, "concept": record.concept, "kind": record.kind, "bytes": record.nbytes}
+        show_json({**facts, **imported.settings()})
+        return
+    for sentence in imported.sentences():
+        terminal.note(sentence)
+    click.echo(f"patch {short(record.id)} for {record.concept}: {record.kind}, {record.nbytes} bytes")
+
+
+@patch.command("export")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
+@click.option("--strength", type=Strength(), default=1.0, show_default=True, help="Of every patch in the file.")
+@export_options
+@click.pass_context
+def patch_export(
+    ctx: click.Context,
+    patches: tuple[str, ...],
+    strength: float,
+    out: Path,
+    format: str | None,
+    for_: str | None,
+    dtype: str,
+    truncate: int | None,
+    as_json: bool,
+) -> None:
+    """Write patches as a file for other tools.
+
+    To share patches with other registries: `overpaint export`.
+
+    \b
+    Example:
+      overpaint patch export cat -o cat.safetensors
+    """
+    with Terminal() as terminal:
+        done = open_workspace(ctx, terminal=terminal).export_patches(
+            patches,
+            out,
+            format,
+            for_=for_,
+            strength=strength,
+            dtype=dtype,
+            truncate=truncate,
+            progress=terminal.progress,
+        )
+    show_exported(done, as_json)
+
+
+def show_exported(done: Exported, as_json: bool) -> None:
+    """What an export wrote, how exact it is, and for which tools it is whole."""
+    if as_json:
+        show_json(
+            {
+                "file": str(done.path),
+                "format": done.format,
+                "bytes": done.nbytes,
+                "exact": done.is_exact,
+                "whole_for": done.whole_for,
+                "passed_over": {name: names for name, names in done.skipped.items() if names},
+                "differing": done.differing,
+                "of": done.of,
+                "errors": dict(done.errors),
+            }
+        )
+        return
+    if not done.is_exact:
+        for name, error in sorted(done.errors.items(), key=lambda item: -item[1]):
+            click.echo(f"{error:.2e}  {name}", err=True)
+    click.echo(f"exported {len(done.errors)} tensors to {done.path} as {done.format}, {done.nbytes} bytes")
+    click.echo(done.sentence())
+    click.echo(done.readers_sentence())

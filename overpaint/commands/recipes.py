@@ -29,6 +29,8 @@ from overpaint.commands.common import (
     why_option,
 )
 from overpaint.commands.evaluating import show_evaluations
+from overpaint.commands.patches import export_options, show_exported
+from overpaint.core.atomic import atomic_output
 
 if TYPE_CHECKING:
     from overpaint.registry.records import HistoryRecord, RecipeEntry, RecipeRecord
@@ -417,6 +419,42 @@ def _day(entry: RecipeEntry) -> str | None:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+@recipe.command("export")
+@click.argument("name", metavar="RECIPE", type=RECIPE)
+@click.option("--as-file", is_flag=True, help="Write what the recipe says, as YAML for `recipe apply`.")
+@export_options
+@click.pass_context
+def recipe_export(
+    ctx: click.Context,
+    name: str,
+    as_file: bool,
+    out: Path,
+    format: str | None,
+    for_: str | None,
+    dtype: str,
+    truncate: int | None,
+    as_json: bool,
+) -> None:
+    """Write a recipe as a file for other tools.
+
+    To share it with other registries: `overpaint export --recipe`.
+
+    \b
+    Example:
+      overpaint recipe export safe --for comfyui -o safe.safetensors
+    """
+    with Terminal() as terminal:
+        wanted = open_workspace(ctx, terminal=terminal).recipe(name)
+        if as_file:
+            text = wanted.as_file()
+            with atomic_output(out) as scratch:
+                scratch.write_text(text, "utf-8")
+            click.echo(str(out))
+            return
+        done = wanted.export(out, format, for_=for_, dtype=dtype, truncate=truncate, progress=terminal.progress)
+    show_exported(done, as_json)
 
 
 @recipe.command("reseparate")

@@ -1,5 +1,4 @@
-"""What leaves a registry and comes in: `export`, `import`, `push`, `pull`, `key`; and other tools' files (`patch import`,
-`patch export`, `recipe export`)."""
+"""What leaves a registry and comes in: `export`, `import`, `push`, `pull`, `key`."""
 
 from __future__ import annotations
 
@@ -11,27 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from overpaint.commands.common import (
-    BASE,
-    CONCEPT,
     PATCH,
     RECIPE,
-    Renamed,
-    Strength,
     Terminal,
     digests_option,
     json_option,
     open_workspace,
-    short,
-    show_json,
     show_table,
 )
-from overpaint.commands.patches import patch
-from overpaint.commands.recipes import recipe
-from overpaint.core.atomic import atomic_output
 
 if TYPE_CHECKING:
-    from overpaint.patches.formats.exporting import Exported
-    from overpaint.patches.formats.reading import Meaning
     from overpaint.registry.sharing.browsing import Listed
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
@@ -315,205 +303,3 @@ def show_listed(listed: Sequence[Listed], digests: bool, as_json: bool) -> None:
     show_table("There", columns, rows, as_json, digests=digests)
     if not as_json:
         Terminal().note(would_change(listed))
-
-
-FORMATS = ("kohya", "diffusers", "comfy-diff", "full")
-READERS = ("a1111", "kohya", "comfyui", "diffusers")
-DTYPES = ("float32", "float16", "bfloat16")
-MEANINGS = ("change", "weights")
-
-
-def export_options(command: Command) -> Command:
-    """What both exports to other tools share."""
-    for option in (
-        json_option,
-        click.option(
-            "--truncate",
-            type=click.IntRange(1, 4096),
-            metavar="RANK",
-            help="Let changes that are not of low rank into a LoRA, cut to this rank; the error of each layer is printed.",
-        ),
-        click.option(
-            "--dtype", default=DTYPES[0], show_default=True, type=click.Choice(DTYPES), help="Of what is stored."
-        ),
-        click.option(
-            "--format",
-            "format",
-            type=click.Choice(FORMATS),
-            help="kohya: LoRA by kohya's names, which most tools read; the default without --for. diffusers: LoRA for diffusers, "
-            "PEFT. comfy-diff: also full differences, for ComfyUI, A1111, Forge. full: the edited weights.",
-        ),
-        click.option(
-            "--for",
-            "for_",
-            type=click.Choice(READERS),
-            help="The tool that is to load it: a format is chosen of which it loads everything, or the export is refused.",
-        ),
-        click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"),
-    ):
-        command = option(command)
-    return command
-
-
-@patch.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--base", "base_name", required=True, type=BASE, help="Name of the base that the file is for.")
-@click.option(
-    "--concept",
-    required=True,
-    type=CONCEPT,
-    help="What it erases; a name the registry does not know becomes an object.",
-)
-@click.option("--allow-unmatched", is_flag=True, help="Leave out keys that name nothing in the base.")
-@click.option("--meaning", type=click.Choice(MEANINGS), help="What plain tensors are, where that is not clear.")
-@click.option(
-    "--keep-rounding", is_flag=True, help="Also reproduce where the file is merely rounded more coarsely than the base."
-)
-@click.option(
-    "--tolerance",
-    cls=Renamed,
-    old=["--within"],
-    default=0.0,
-    type=click.FloatRange(0, 1),
-    metavar="ERROR",
-    help="Be content with low rank within this relative error of each change.",
-)
-@json_option
-@click.pass_context
-def patch_import(
-    ctx: click.Context,
-    file: Path,
-    base_name: str,
-    concept: str,
-    allow_unmatched: bool,
-    meaning: Meaning | None,
-    keep_rounding: bool,
-    tolerance: float,
-    as_json: bool,
-) -> None:
-    """Store another tool's erasure as a patch.
-
-    FILE, or a folder, holds a LoRA, differences, or edited weights. What `overpaint export` wrote is taken by `overpaint
-    import`.
-
-    \b
-    Example:
-      overpaint patch import esd.safetensors --base sd15 --concept "van gogh"
-    """
-    with Terminal() as terminal:
-        done = open_workspace(ctx, terminal=terminal).import_patch(
-            file,
-            base=base_name,
-            concept=concept,
-            meaning=meaning,
-            allow_unmatched=allow_unmatched,
-            keep_rounding=keep_rounding,
-            tolerance=tolerance,
-            progress=terminal.progress,
-        )
-    imported, record = done.found, done.record
-    if as_json:
-        facts = {"patch": record.id, "concept": record.concept, "kind": record.kind, "bytes": record.nbytes}
-        show_json({**facts, **imported.settings()})
-        return
-    for sentence in imported.sentences():
-        terminal.note(sentence)
-    click.echo(f"patch {short(record.id)} for {record.concept}: {record.kind}, {record.nbytes} bytes")
-
-
-@patch.command("export")
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH...", type=PATCH)
-@click.option("--strength", type=Strength(), default=1.0, show_default=True, help="Of every patch in the file.")
-@export_options
-@click.pass_context
-def patch_export(
-    ctx: click.Context,
-    patches: tuple[str, ...],
-    strength: float,
-    out: Path,
-    format: str | None,
-    for_: str | None,
-    dtype: str,
-    truncate: int | None,
-    as_json: bool,
-) -> None:
-    """Write patches as a file for other tools.
-
-    To share patches with other registries: `overpaint export`.
-
-    \b
-    Example:
-      overpaint patch export cat -o cat.safetensors
-    """
-    with Terminal() as terminal:
-        done = open_workspace(ctx, terminal=terminal).export_patches(
-            patches,
-            out,
-            format,
-            for_=for_,
-            strength=strength,
-            dtype=dtype,
-            truncate=truncate,
-            progress=terminal.progress,
-        )
-    _show_exported(done, as_json)
-
-
-@recipe.command("export")
-@click.argument("name", metavar="RECIPE", type=RECIPE)
-@click.option("--as-file", is_flag=True, help="Write what the recipe says, as YAML for `recipe apply`.")
-@export_options
-@click.pass_context
-def recipe_export(
-    ctx: click.Context,
-    name: str,
-    as_file: bool,
-    out: Path,
-    format: str | None,
-    for_: str | None,
-    dtype: str,
-    truncate: int | None,
-    as_json: bool,
-) -> None:
-    """Write a recipe as a file for other tools.
-
-    To share it with other registries: `overpaint export --recipe`.
-
-    \b
-    Example:
-      overpaint recipe export safe --for comfyui -o safe.safetensors
-    """
-    with Terminal() as terminal:
-        wanted = open_workspace(ctx, terminal=terminal).recipe(name)
-        if as_file:
-            text = wanted.as_file()
-            with atomic_output(out) as scratch:
-                scratch.write_text(text, "utf-8")
-            click.echo(str(out))
-            return
-        done = wanted.export(out, format, for_=for_, dtype=dtype, truncate=truncate, progress=terminal.progress)
-    _show_exported(done, as_json)
-
-
-def _show_exported(done: Exported, as_json: bool) -> None:
-    if as_json:
-        show_json(
-            {
-                "file": str(done.path),
-                "format": done.format,
-                "bytes": done.nbytes,
-                "exact": done.is_exact,
-                "whole_for": done.whole_for,
-                "passed_over": {name: names for name, names in done.skipped.items() if names},
-                "differing": done.differing,
-                "of": done.of,
-                "errors": dict(done.errors),
-            }
-        )
-        return
-    if not done.is_exact:
-        for name, error in sorted(done.errors.items(), key=lambda item: -item[1]):
-            click.echo(f"{error:.2e}  {name}", err=True)
-    click.echo(f"exported {len(done.errors)} tensors to {done.path} as {done.format}, {done.nbytes} bytes")
-    click.echo(done.sentence())
-    click.echo(done.readers_sentence())

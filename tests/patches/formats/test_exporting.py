@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from overpaint.bases.base import Base
-from overpaint.commands.sharing import DTYPES, MEANINGS
-from overpaint.commands.sharing import FORMATS as OFFERED
-from overpaint.commands.sharing import READERS as TOOLS
+from overpaint.commands.patches import DTYPES, MEANINGS
+from overpaint.commands.patches import FORMATS as OFFERED
+from overpaint.commands.patches import READERS as TOOLS
 from overpaint.core.errors import AlreadyExists
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, Sum, TextMap, Xor
