@@ -12,14 +12,11 @@ positions, written as angles: the ratio of two neighbouring numbers survives pad
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.checkpoint import read_tensors
-from overpaint.bases.layout import PROJECTION
+from overpaint.bases.encoder_models import component_class, layers_of, text_model
 from overpaint.bases.loading import own_torch_settings, quiet_loading
-from overpaint.core.errors import OverpaintError
-from overpaint.core.safetensors_header import TensorEntry
 
-HELD = 600 << 20
-"""Bytes in float32. All of a base's text encoders together are held whole up to here."""
-LARGE_MATRIX = 64 << 20
 PADDING_ROWS = 4
 """So many embeddings, at equal distances, stand for all of a prompt's padding."""
 HIDDEN_BYTES = 256 << 20
@@ -116,9 +107,7 @@ class CapturingPipeline:
     def of(cls, base: Base, device: torch.device | str = "cpu") -> CapturingPipeline:
         """Raises BrokenBase for a base without one of its text encoders or text inputs, NotFound for unknown projections."""
         with quiet_loading():
-            encoders = {
-                name: _text_model(base, name, torch.device(device)) for name in base.layout.encoders(base.names)
-            }
+            encoders = {name: text_model(base, name, torch.device(device)) for name in base.layout.encoders(base.names)}
             pipe = _without_weights(base, encoders, torch.device(device))
         places = {name: base.projections(name)[0].removesuffix(".weight").partition("/") for name in base.text_inputs}
         (component,) = {component for component, _, _ in places.values()}
@@ -144,7 +133,8 @@ class CapturingPipeline:
             config: Any = encoder.config
             config = getattr(config, "text_config", config)
             width = int(getattr(config, "hidden_size", 0) or config.d_model)
-            size += 4 * width * (self.length or 77) * (4 if _is_t5(config) else layer_count(encoder) + 1)
+            is_t5 = "t5" in str(getattr(config, "model_type", ""))
+            size += 4 * width * (self.length or 77) * (4 if is_t5 else len(layers_of(encoder)) + 1)
         return max(1, min(16, HIDDEN_BYTES // size))
 
     @own_torch_settings()
@@ -339,15 +329,6 @@ def prompt_length(base: Base, kind: type) -> int | None:
     return None if extent is None else int(base.extras.get("prompt_length", extent))
 
 
-def layer_count(encoder: nn.Module) -> int:
-    """How many layers a text encoder has."""
-    return len(_layers(encoder)[1])
-
-
-def _is_t5(config: Any) -> bool:
-    return "t5" in str(getattr(config, "model_type", ""))
-
-
 def _positions(call: _Call, slots: int) -> Any:
     """A text encoder's answer with each embedding replaced by its position, as an angle; anything pooled is zero."""
     count, length = call.ids.shape
@@ -393,9 +374,6 @@ def _norms(base: Base, denoiser: nn.Module, component: str) -> dict[nn.Parameter
     return found
 
 
-# A pipeline without weights.
-
-
 def _without_weights(base: Base, encoders: Mapping[str, nn.Module], device: torch.device) -> Any:
     """The pipeline, its tokenizers and scheduler loaded, its denoisers and VAE on the meta device, nothing else."""
     import diffusers
@@ -427,151 +405,6 @@ def _part(folder: Path, kind: Any) -> Any:
         return kind.from_config(kind.load_config(folder, local_files_only=True)).requires_grad_(False).eval()
 
 
-def component_class(entry: Sequence[str]) -> Any:
-    """The class of `["transformers", "T5EncoderModel"]` or the like. Raises BrokenBase for one that would be a program's own."""
-    import diffusers
-    import transformers
-
-    library, name = entry
-    homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-    if library not in homes and hasattr(diffusers.pipelines, library):
-        homes[library] = importlib.import_module(f"diffusers.pipelines.{library}")
-    home = homes.get(library)
-    found = getattr(home, name, None) or getattr(home, name.removesuffix("Fast"), None)
-    if found is None:
-        raise BrokenBase(
-            f"the base asks for {library[:80]}.{name[:80]}, which is no class of diffusers or transformers; code that comes with "
-            "a model is never run: use a folder that names a class of theirs"
-        )
-    return found
-
-
-# Text encoders with the weights of a base, held whole, or with one layer at a time read from its files.
-
-
-def _text_model(base: Base, component: str, device: torch.device) -> Any:
-    kind = component_class(base.index[component])
-    rules = base.layout.components[component]
-    config = kind.config_class.from_pretrained(base.config_folder / component, local_files_only=True)
-    with _parameters_on_meta():
-        model = kind(config).requires_grad_(False).eval()
-    if hasattr(model, "lm_head"):
-        model.lm_head = nn.Identity()  # nobody reads what it would say of 150,000 tokens
-    ties = getattr(model, "all_tied_weights_keys", {})
-    names = {
-        key: f"{component}/{rules.canonical(ties.get(key, key))}"
-        for key, _ in model.named_parameters(remove_duplicate=False)
-    }
-    names = {key: name for key, name in names.items() if not rules.is_unread(name.partition("/")[2])}
-    if lacking := sorted(set(names.values()) - base.places.keys()):
-        raise BrokenBase(f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again")
-    whole = device.type != "cpu" or _size(base) <= HELD
-    streamed = {} if whole else _streamed(base, model, names)
-    held = {key: name for key, name in names.items() if key not in streamed}
-    values = base.tensors(sorted(set(held.values())))
-    for key, name in held.items():
-        _put(model, key, values[name].float().to(device))
-    return model.to(device) if whole and not _has_meta(model) else model
-
-
-def _has_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _size(base: Base) -> int:
-    return sum(
-        4 * math.prod(place.shape)
-        for name, place in base.places.items()
-        if name.split("/")[0] in base.layout.encoders(base.names)
-    )
-
-
-def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Let layers and large matrices of embeddings be read when they are used; what is read so."""
-    path, layers = _layers(model)
-    found: dict[str, str] = {}
-    # Pipelines send tokens to where a model's first parameter is; this one is never on the meta device.
-    model.register_parameter("first", nn.Parameter(torch.empty(0), requires_grad=False))
-    for number, layer in enumerate(layers):
-        start = f"{path}.{number}."
-        part = {key.removeprefix(start): name for key, name in names.items() if key.startswith(start)}
-        found.update({f"{start}{key}": name for key, name in part.items()})
-        layer.register_forward_pre_hook(
-            functools.partial(_load, base.containers, {k: base.places[n] for k, n in part.items()})
-        )
-        layer.register_forward_hook(functools.partial(_drop, tuple(part)), always_call=True)
-    for where, module in model.named_modules(remove_duplicate=False):
-        key = f"{where}.weight"
-        if isinstance(module, nn.Embedding) and key in names and key not in found:
-            place = base.places[names[key]]
-            if 4 * math.prod(place.shape) >= LARGE_MATRIX and not place.transposed:
-                module.register_forward_pre_hook(
-                    functools.partial(_load_rows, base.containers[place.file], place.entry)
-                )
-                module.register_forward_hook(functools.partial(_drop, ("weight",)), always_call=True)
-                found[key] = names[key]
-    return found
-
-
-def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The layers that read text: the list with the most parameters, and where it is."""
-    lists = [
-        (path, each) for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and "vis" not in path
-    ]
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _load(containers: Any, places: Any, module: nn.Module, args: Any) -> None:
-    for key, stored in read_tensors(places, containers):
-        _put(module, key, stored.float())
-
-
-def _drop(keys: Sequence[str], module: nn.Module, args: Any, answer: Any) -> None:
-    for key in keys:
-        holder, _, attribute = key.rpartition(".")
-        parameters = module.get_submodule(holder)._parameters
-        gone: Any = parameters[attribute]
-        parameters[attribute] = nn.Parameter(gone.to("meta"), requires_grad=False)
-
-
-def read_rows(container: Any, entry: TensorEntry, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a matrix in a file, the rows of some tokens, and which of these is whose."""
-    unique, which = tokens.unique(return_inverse=True)
-    size = entry.size // entry.shape[0]
-    rows = {
-        str(row): TensorEntry(entry.dtype, entry.shape[1:], entry.start + row * size, size) for row in unique.tolist()
-    }
-    # They come in the order of the file, which is that of `unique`.
-    return torch.stack([row for _, row in container.read(rows)]).float(), which
-
-
-def _load_rows(container: Any, entry: TensorEntry, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    rows, which = read_rows(container, entry, args[0])
-    _put(module, "weight", rows)
-    module.padding_idx = None  # type: ignore[assignment]
-    return (which, *args[1:])
-
-
-def _put(model: nn.Module, key: str, values: Tensor) -> None:
-    holder, _, attribute = key.rpartition(".")
-    model.get_submodule(holder)._parameters[attribute] = nn.Parameter(values, requires_grad=False)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within the block, new modules have their parameters on the meta device; buffers, which are computed, are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: Any) -> None:
-        register(self, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -594,244 +427,3 @@ def _mapped(value: Any, change: Any) -> Any:
         parts = [_mapped(each, change) for each in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
-
-
-# What solvers ask of a text input.
-
-MEMORY = 256 << 20
-"""Bytes of embeddings that are kept for all text inputs of a base."""
-SAMPLED_WORDS, LARGE = 256, 1_000_000_000
-"""Of the vocabulary of an encoder of so many parameters, so many words at equal distances stand for all."""
-_PROBES = ("a photo of it", "a photo of us", "")
-
-
-class PromptTooLong(OverpaintError):
-    """A concept whose tokens lie past the end of what the text encoder reads."""
-
-
-class CaughtPrompts:
-    """The newest prompts that were caught. Which ones are encoded together follows from the request alone, and so do the bits."""
-
-    def __init__(self, pipeline: CapturingPipeline) -> None:
-        self.pipeline = pipeline
-        self._known: OrderedDict[tuple[str, ...], list[dict[str, CaughtPrompt]]] = OrderedDict()
-        self._nbytes = 0
-
-    def of(self, prompts: Sequence[str]) -> dict[str, dict[str, CaughtPrompt]]:
-        """What every text input reads of each prompt, by prompt and text input."""
-        unique, count = list(dict.fromkeys(prompts)), self.pipeline.prompts_at_a_time()
-        found: dict[str, dict[str, CaughtPrompt]] = {}
-        for start in range(0, len(unique), count):
-            chunk = tuple(unique[start : start + count])
-            if chunk not in self._known:
-                self._keep(chunk, self.pipeline.catch(chunk))
-            self._known.move_to_end(chunk)
-            found.update(zip(chunk, self._known[chunk], strict=True))
-        return found
-
-    def _keep(self, chunk: tuple[str, ...], caught: list[dict[str, CaughtPrompt]]) -> None:
-        self._known[chunk] = caught
-        self._nbytes += _nbytes(caught)
-        while self._nbytes > MEMORY and len(self._known) > 1:
-            self._nbytes -= _nbytes(self._known.popitem(last=False)[1])
-
-    @cached_property
-    def probes(self) -> tuple[dict[str, CaughtPrompt], ...]:
-        """Two prompts that differ in their ends, and the empty one."""
-        caught = self.of(_PROBES)
-        return tuple(caught[prompt] for prompt in _PROBES)
-
-
-def _nbytes(caught: Sequence[Mapping[str, CaughtPrompt]]) -> int:
-    return sum(each.embeddings.nbytes for one in caught for each in one.values())
-
-
-@dataclass(eq=False)
-class PipelineTextInput:
-    """One text input of a base whose prompts are caught. All inputs of a base share one pipeline and what it caught."""
-
-    name: str
-    source: CaughtPrompts
-    output: str = PROJECTION
-    group: str = "pipeline"
-
-    @property
-    def _pipeline(self) -> CapturingPipeline:
-        return self.source.pipeline
-
-    @property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self._pipeline.pipe, self._pipeline.base.text_input(self.name).encoder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where embeddings are computed."""
-        found: torch.device = self._pipeline.pipe.device
-        return found
-
-    @cached_property
-    def is_pooled(self) -> bool:
-        """Whether a prompt is one embedding rather than one per token."""
-        return not self.source.probes[0][self.name].segments
-
-    @property
-    def width(self) -> int:
-        """Numbers in one embedding, d."""
-        columns = self._pipeline.base.columns(self.name, self._pipeline.base.projections(self.name)[0])
-        return int(columns.stop - columns.start)
-
-    @property
-    def length(self) -> int:
-        """Tokens that are read of a prompt."""
-        limit = self._pipeline.length or self.tokenizer.model_max_length
-        return int(min(limit, self.tokenizer.model_max_length))
-
-    @cached_property
-    def begin(self) -> Tensor | None:
-        """The embedding with which every prompt begins, float64 [d]; None where there is none that is always the same."""
-        first, _, empty = (probe[self.name] for probe in self.source.probes)
-        for one, other in zip(first.segments[:1], empty.segments[:1], strict=True):
-            if self._is_causal(one.call) and one.ids[:1] == other.ids[:1] and 0 in one.rows and 0 in other.rows:
-                return empty.embeddings[other.rows[0]].double()
-        return None
-
-    def _is_causal(self, call: int) -> bool:
-        """Whether what a text encoder makes of a token does not depend on what follows it."""
-        if call not in self._causal:
-            prompts = [probe[self.name] for probe in self.source.probes[:2]]
-            one, other = (next(s for s in prompt.segments if s.call == call) for prompt in prompts)
-            shared = _common_prefix(one.ids, other.ids)
-            rows = [(one.rows[i], other.rows[i]) for i in range(shared) if i in one.rows and i in other.rows]
-            a, b = (prompt.embeddings[[pair[i] for pair in rows]] for i, prompt in enumerate(prompts))
-            self._causal[call] = bool(rows) and float((a - b).norm()) <= 1e-4 * float(a.norm())
-        return self._causal[call]
-
-    @cached_property
-    def _causal(self) -> dict[int, bool]:
-        return {}
-
-    def tokens(self, text: str) -> list[int]:
-        """Token ids of a text without begin, end and padding."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return found
-
-    def first_position(self, template: str, word: str) -> int:
-        """Always 0, for all positions count. Raises PromptTooLong when the word would be cut off."""
-        if len(self.tokens(template.partition("{}")[0] + word)) >= self.length:
-            raise PromptTooLong(
-                f"{word!r} in {template!r} ends past the {self.length} tokens this text encoder reads; use a shorter name"
-            )
-        return 0
-
-    def words(self) -> list[str]:
-        """Whole words of the tokenizer's vocabulary, sorted; a sample of them where encoding them all would take days."""
-        vocabulary = self.tokenizer.get_vocab()
-        whole = {token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>")}
-        whole = whole or {token[1:] for token in vocabulary if token[:1] in ("▁", "Ġ")}  # SentencePiece, byte-level BPE
-        known = sorted(word for word in whole if len(word) > 1 and word.isalpha() and word.isascii() and word.islower())
-        parameters = sum(p.numel() for encoder in self._pipeline.encoders.values() for p in encoder.parameters())
-        count = min(len(known), SAMPLED_WORDS) if parameters > LARGE else len(known)
-        return [known[i * len(known) // count] for i in range(count)]
-
-    def hidden(self, prompts: Sequence[str]) -> list[Tensor]:
-        """What the projection reads of each prompt, float32 [rows, d]: its tokens, and some positions for its padding."""
-        caught = self.source.of(prompts)
-        return [caught[prompt][self.name].embeddings for prompt in prompts]
-
-    def keys_and_values(
-        self, pairs: Sequence[tuple[str, str]], padding: float, *, own: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted embeddings of both prompts of each pair, where the first differs from the second: float64 [d, m] each.
-
-        Token by token: what is before the first difference, what is behind the last one, what is between them, and padding,
-        which weighs as much as `padding` tokens at most. A prompt weighs 1. Where tokens depend on later ones, it differs
-        everywhere; so does one that is paired with itself. Without its `own`, what is between the first and the last
-        difference is left out, and a prompt that has nothing else, too.
-        """
-        caught = self.source.of([prompt for pair in pairs for prompt in pair])
-        nothing = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
-        keys, values = [nothing], [nothing]
-        for prompt, other in pairs:
-            a, b = caught[prompt][self.name], caught[other][self.name]
-            rows = self._lined_up(a, b, padding, own)
-            roots = torch.tensor([weight for _, _, weight in rows], dtype=torch.float64).sqrt()[:, None].to(self.device)
-            keys.append(a.embeddings[[row for row, _, _ in rows]].double() * roots)
-            values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
-        return torch.cat(keys).T, torch.cat(values).T
-
-    def last_keys_and_values(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """The last token in which each prompt differs from the other, and its counterpart: float64 [d, m] each.
-
-        Without a counterpart, it is the token before; where there is none before, the one that follows.
-        """
-        caught = self.source.of([prompt for pair in pairs for prompt in pair])
-        rows = [row for a, b in pairs for row in _last_rows(caught[a][self.name], caught[b][self.name])]
-        return torch.stack([k for k, _ in rows], 1).double(), torch.stack([v for _, v in rows], 1).double()
-
-    def _lined_up(self, a: CaughtPrompt, b: CaughtPrompt, padding: float, own: bool) -> list[tuple[int, int, float]]:
-        """Rows of two prompts that answer each other, with weights that make 1 together; segments weigh the same."""
-        if self.is_pooled:
-            return [(0, 0, 1.0)]
-        others = {segment.call: segment for segment in b.segments}
-        found = []
-        for segment in a.segments:
-            if rows := self._lined_up_in(segment, others.get(segment.call), a is b, padding, own):
-                total = sum(weight for _, _, weight in rows)
-                found.append([(row, other, weight / total) for row, other, weight in rows])
-        if not found and own:
-            raise PromptTooLong(
-                f"two prompts that differ past the end of what {self.name} reads are the same to it; use shorter ones"
-            )
-        return [(row, other, weight / len(found)) for rows in found for row, other, weight in rows]
-
-    def _lined_up_in(
-        self, one: Segment, other: Segment | None, whole: bool, padding: float, own: bool
-    ) -> list[tuple[int, int, float]]:
-        if other is None:
-            return []
-        before = _common_prefix(one.ids, other.ids)
-        start = before if self._is_causal(one.call) and not whole else 0
-        end = len(one.ids) - _common_suffix(one.ids, other.ids, before)
-        chosen = {i: row for i, row in one.rows.items() if i >= start and (own or not before <= i < end)}
-        rows = [
-            (row, other.rows[target], 1.0)
-            for index, row in chosen.items()
-            if (target := _counterpart(index, one.ids, other.ids, before)) in other.rows
-        ]
-        share = min(padding, one.padded) / max(1, len(one.padding))
-        if other.padding:
-            rows += [(row, other.padding[min(i, len(other.padding) - 1)], share) for i, row in enumerate(one.padding)]
-        return rows
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
-
-
-def _common_suffix(a: Sequence[int], b: Sequence[int], before: int) -> int:
-    return min(_common_prefix(a[::-1], b[::-1]), len(a) - before, len(b) - before)
-
-
-def _counterpart(index: int, ids: Sequence[int], other: Sequence[int], before: int) -> int:
-    """The index in `other` of the token that stands where `ids` has one."""
-    after = _common_suffix(ids, other, before)
-    middle, theirs = len(ids) - before - after, len(other) - before - after
-    if index < before:
-        return index
-    if index >= len(ids) - after:
-        return len(other) - len(ids) + index
-    return min(before + (index - before) * theirs // middle, len(other) - 1)
-
-
-def _last_rows(a: CaughtPrompt, b: CaughtPrompt) -> Iterator[tuple[Tensor, Tensor]]:
-    """The embeddings of the last token that differs, and of its counterpart, in each segment."""
-    if not a.segments:
-        yield a.embeddings[0], b.embeddings[0]
-    others = {segment.call: segment for segment in b.segments}
-    for one in a.segments:
-        other = others[one.call]
-        before = _common_prefix(one.ids, other.ids)
-        after = _common_suffix(one.ids, other.ids, before)
-        last, target = len(one.ids) - after - 1, max(0, len(other.ids) - after - 1)
-        if last in one.rows and target in other.rows:
-            yield a.embeddings[one.rows[last]], b.embeddings[other.rows[target]]

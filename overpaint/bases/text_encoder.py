@@ -1,183 +1,72 @@
-"""From prompts to embeddings: what each text input of a base hands to the denoiser for a word in a sentence."""
+"""From prompts to embeddings: what each text input of a base hands to the denoiser for a word in a sentence.
+
+`TextEncoder` computes it for the bases whose layout says how; `PipelineTextInput` asks the pipeline itself (`capture`).
+"""
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, PromptTooLong, read_rows
-from overpaint.bases.checkpoint import TensorLocation, read_tensors
-from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, TextInput
+from overpaint.bases.base import Base
+from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, tokenizer_of
+from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
+from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import check_tokenizer, loading
-from overpaint.bases.safetensors_file import SafetensorsFile
+from overpaint.core.errors import OverpaintError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# The text encoders of a base as models in float32: held whole, or, where they are large, with one layer at a time.
-#
-# Stable Diffusion XL's would take 3.3 GB. Their layers are read from the base's files each time a batch of prompts comes by,
-# turned into float32, used and dropped, and of the tokens' embeddings just those are read that the batch has. On two cores,
-# reading costs about a twentieth of what computing costs. Both ways compute the same from the same numbers: where batches are
-# equal, so are the bits.
-
-
-HELD = 600 << 20
-"""Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""
+Answer = TypeVar("Answer")
 
 BATCH, READ_BATCH = 128, 16
 """Prompts at a time: for a text encoder of SD 1.x's size that is held, fewer for larger ones; and where layers are read."""
-
-
-class _Read(torch.nn.Module):
-    """A layer whose weights are there while it is used; `shell` has their shapes alone."""
-
-    def __init__(self, shell: torch.nn.Module, weights: Callable[[], dict[str, Tensor]]) -> None:
-        super().__init__()
-        self.shell, self.weights = shell, weights
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.shell, self.weights(), args, kwargs)
-
-
-class _Rows(torch.nn.Module):
-    """Embeddings of tokens, read when tokens come by; `place` is that of the matrix which has them as rows."""
-
-    def __init__(self, place: TensorLocation, container: SafetensorsFile) -> None:
-        super().__init__()
-        assert not place.transposed, "its rows would not lie together"
-        self.entry, self.container = place.entry, container
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows, which = read_rows(self.container, self.entry, tokens)
-        return rows[which]
-
-
-@own_torch_settings()
-def text_model(base: Base, component: str, device: torch.device | str) -> Any:
-    """A text encoder with the weights that the base has, whatever files they lie in, ready to be used.
-
-    What is held follows from the base and the kind of device alone, never from the memory there is. Raises BrokenBase for a
-    base that lacks one of its weights.
-    """
-    import transformers
-
-    rules = base.layout.components[component]
-    kind = getattr(transformers, rules.model)
-    with loading(component, base.path):
-        config = transformers.CLIPTextConfig.from_pretrained(base.config_folder / component, local_files_only=True)
-        with torch.device("meta"):
-            shell = kind(config)
-        names = {key: f"{component}/{rules.canonical(key)}" for key in shell.state_dict()}
-        if lacking := sorted(set(names.values()) - base.places.keys()):
-            raise BrokenBase(
-                f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again"
-            )
-        # The memory of an accelerator is its own, and a layer would take longer to be moved there than to be used.
-        if torch.device(device).type != "cpu" or _size(base) <= HELD:
-            return _held(kind, config, base, names).to(device).eval()
-        return _streamed(kind, config, base, names, shell)
-
-
-def prompts_at_a_time(model: Any) -> int:
-    """How many prompts to hand to a text encoder at once, so that large ones need no more memory than small ones."""
-    if any(isinstance(layer, _Read) for layer in layers_of(model)):
-        return READ_BATCH
-    config = model.config
-    return max(1, min(BATCH, BATCH * 768 * 12 // int(config.hidden_size * config.num_hidden_layers)))
-
-
-def layers_of(model: Any) -> torch.nn.ModuleList:
-    """The layers of a text encoder, wherever in the model they are."""
-    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-
-
-def _size(base: Base) -> int:
-    """Bytes of all text encoders of a base in float32."""
-    components = {text_input.encoder for text_input in base.layout.text_inputs.values()}
-    return sum(4 * torch.Size(p.shape).numel() for name, p in base.places.items() if name.split("/")[0] in components)
-
-
-def _held(kind: Any, config: Any, base: Base, names: dict[str, str]) -> Any:
-    weights = base.tensors(names.values())
-    state = {key: weights[name] for key, name in names.items()}
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-
-
-def _streamed(kind: Any, config: Any, base: Base, names: dict[str, str], shell: Any) -> Any:
-    """The model without its layers and without the embeddings of tokens; in their place, such as are read."""
-    layers, where = layers_of(shell), _path_of_layers(shell)
-    inside = {key: name for key, name in names.items() if key.startswith(f"{where}.")}
-    bare = copy.deepcopy(config)
-    bare.num_hidden_layers = 0
-    model = _held(kind, bare, base, {key: name for key, name in names.items() if key not in inside}).eval()
-    model.config.num_hidden_layers = config.num_hidden_layers
-    words = model.get_input_embeddings()
-    (key,) = (key for key, held in model.named_parameters() if held is words.weight)
-    place = base.places[names[key]]
-    model.set_input_embeddings(_Rows(place, base.containers[place.file]))
-    held = layers_of(model)
-    for number, layer in enumerate(layers.eval()):
-        start = f"{where}.{number}."
-        part = {key.removeprefix(start): name for key, name in inside.items() if key.startswith(start)}
-        held.append(_Read(layer, _reading(base, part)))
-    return model
-
-
-def _path_of_layers(model: Any) -> str:
-    layers = layers_of(model)
-    where: str = next(path for path, module in model.named_modules() if module is layers)
-    return where
-
-
-def _reading(base: Base, names: dict[str, str]) -> Callable[[], dict[str, Tensor]]:
-    """Reads some weights of a base in float32, without keeping the base itself."""
-    places, containers = {key: base.places[name] for key, name in names.items()}, base.containers
-    return lambda: {key: stored.float() for key, stored in read_tensors(places, containers)}
-
-
 REMEMBERED = 64 << 20
 """Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one."""
+CAUGHT_BYTES = 256 << 20
+"""Bytes of embeddings that are kept for all text inputs of a base."""
+SAMPLED_WORDS, LARGE = 256, 1_000_000_000
+"""Of the vocabulary of an encoder of so many parameters, so many words at equal distances stand for all."""
+_PROBES = ("a photo of it", "a photo of us", "")
 
 
-class _OutputCache:
-    """The newest answers of some text encoders, by encoder and prompts: as many as fit into `REMEMBERED`."""
+class PromptTooLong(OverpaintError):
+    """A concept whose tokens lie past the end of what the text encoder reads."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+
+class _NewestAnswers(Generic[Answer]):
+    """The newest answers by what was asked: as many as fit into `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._stored: OrderedDict[tuple[str, ...], tuple[Answer, int]] = OrderedDict()
         self._size = 0
 
-    def recall(self, asked: tuple[str, ...]) -> dict[str, Tensor] | None:
-        if asked in self._kept:
-            self._kept.move_to_end(asked)
-        return self._kept.get(asked)
+    def recall(self, asked: tuple[str, ...]) -> Answer | None:
+        if asked not in self._stored:
+            return None
+        self._stored.move_to_end(asked)
+        return self._stored[asked][0]
 
-    def keep(self, asked: tuple[str, ...], found: dict[str, Tensor]) -> None:
-        size = _nbytes(found)
-        if size > REMEMBERED:
-            return
-        self.make_room(size)
-        self._kept[asked] = found
-        self._size += size
+    def store(self, asked: tuple[str, ...], answer: Answer, size: int) -> None:
+        """Unless it is larger than the limit itself."""
+        if size <= self.limit:
+            self.make_room(size)
+            self._stored[asked] = answer, size
+            self._size += size
 
     def make_room(self, size: int) -> None:
         """Forget the oldest until so many bytes fit: before they are computed, or both would be in memory."""
-        while self._kept and self._size + size > REMEMBERED:
-            self._size -= _nbytes(self._kept.popitem(last=False)[1])
-
-
-def _nbytes(answer: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in answer.values())
+        while self._stored and self._size + size > self.limit:
+            self._size -= self._stored.popitem(last=False)[1][1]
 
 
 @dataclass
@@ -186,7 +75,7 @@ class _BaseCache:
 
     encoder: str
     output: frozenset[str]
-    answers: _OutputCache
+    answers: _NewestAnswers[dict[str, Tensor]]
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -290,17 +179,25 @@ class TextEncoder:
         # A prompt must have its end where the pooled embedding is read.
         width = max(length, *map(len, ids))
         padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
-        batch = max(1, prompts_at_a_time(self.model) * self.length // width)
+        batch = max(1, self._prompts_at_a_time * self.length // width)
         outputs: dict[str, Tensor] = {}
         for start in range(0, len(prompts), batch):
             part_of = slice(start, start + batch)
             for output, part in self._forward(padded.input_ids[part_of], padded.attention_mask[part_of]).items():
                 if output not in outputs:
                     outputs[output] = part.new_empty((len(prompts), *part[:, :length].shape[1:]))
-                    answers.make_room(_nbytes(outputs))
+                    answers.make_room(sum(tensor.nbytes for tensor in outputs.values()))
                 outputs[output][start : start + batch] = part[:, :length]
-        answers.keep(key, outputs)
+        answers.store(key, outputs, sum(tensor.nbytes for tensor in outputs.values()))
         return outputs
+
+    @cached_property
+    def _prompts_at_a_time(self) -> int:
+        """So many that large text encoders need no more memory than small ones."""
+        if is_streamed(self.model):
+            return READ_BATCH
+        config = self.model.config
+        return max(1, min(BATCH, BATCH * 768 * 12 // int(config.hidden_size * config.num_hidden_layers)))
 
     def _forward(self, ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         # As StableDiffusionPipeline does where a configuration asks for it; StableDiffusionXLPipeline never does.
@@ -341,6 +238,224 @@ class TextEncoder:
         return sorted(word for word in ending if len(word) > 1 and word.isalpha() and word.isascii())
 
 
+class CaughtPrompts:
+    """The newest prompts that were caught. Which ones are encoded together follows from the request alone, and so do the bits."""
+
+    def __init__(self, pipeline: CapturingPipeline) -> None:
+        self.pipeline = pipeline
+        self._newest = _NewestAnswers[list[dict[str, CaughtPrompt]]](CAUGHT_BYTES)
+
+    def of(self, prompts: Sequence[str]) -> dict[str, dict[str, CaughtPrompt]]:
+        """What every text input reads of each prompt, by prompt and text input."""
+        unique, count = list(dict.fromkeys(prompts)), self.pipeline.prompts_at_a_time()
+        found: dict[str, dict[str, CaughtPrompt]] = {}
+        for start in range(0, len(unique), count):
+            chunk = tuple(unique[start : start + count])
+            if (caught := self._newest.recall(chunk)) is None:
+                caught = self.pipeline.catch(chunk)
+                size = sum(each.embeddings.nbytes for one in caught for each in one.values())
+                self._newest.store(chunk, caught, size)
+            found.update(zip(chunk, caught, strict=True))
+        return found
+
+    @cached_property
+    def probes(self) -> tuple[dict[str, CaughtPrompt], ...]:
+        """Two prompts that differ in their ends, and the empty one."""
+        caught = self.of(_PROBES)
+        return tuple(caught[prompt] for prompt in _PROBES)
+
+
+@dataclass(eq=False)
+class PipelineTextInput:
+    """One text input of a base whose prompts are caught. All inputs of a base share one pipeline and what it caught."""
+
+    name: str
+    source: CaughtPrompts
+    output: str = PROJECTION
+    group: str = "pipeline"
+
+    @property
+    def _pipeline(self) -> CapturingPipeline:
+        return self.source.pipeline
+
+    @property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self._pipeline.pipe, self._pipeline.base.text_input(self.name).encoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are computed."""
+        found: torch.device = self._pipeline.pipe.device
+        return found
+
+    @cached_property
+    def is_pooled(self) -> bool:
+        """Whether a prompt is one embedding rather than one per token."""
+        return not self.source.probes[0][self.name].segments
+
+    @property
+    def width(self) -> int:
+        """Numbers in one embedding, d."""
+        columns = self._pipeline.base.columns(self.name, self._pipeline.base.projections(self.name)[0])
+        return int(columns.stop - columns.start)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read of a prompt."""
+        limit = self._pipeline.length or self.tokenizer.model_max_length
+        return int(min(limit, self.tokenizer.model_max_length))
+
+    @cached_property
+    def begin(self) -> Tensor | None:
+        """The embedding with which every prompt begins, float64 [d]; None where there is none that is always the same."""
+        first, _, empty = (probe[self.name] for probe in self.source.probes)
+        for one, other in zip(first.segments[:1], empty.segments[:1], strict=True):
+            if self._is_causal(one.call) and one.ids[:1] == other.ids[:1] and 0 in one.rows and 0 in other.rows:
+                return empty.embeddings[other.rows[0]].double()
+        return None
+
+    def _is_causal(self, call: int) -> bool:
+        """Whether what a text encoder makes of a token does not depend on what follows it."""
+        if call not in self._causal:
+            prompts = [probe[self.name] for probe in self.source.probes[:2]]
+            one, other = (next(s for s in prompt.segments if s.call == call) for prompt in prompts)
+            shared = _common_prefix(one.ids, other.ids)
+            rows = [(one.rows[i], other.rows[i]) for i in range(shared) if i in one.rows and i in other.rows]
+            a, b = (prompt.embeddings[[pair[i] for pair in rows]] for i, prompt in enumerate(prompts))
+            self._causal[call] = bool(rows) and float((a - b).norm()) <= 1e-4 * float(a.norm())
+        return self._causal[call]
+
+    @cached_property
+    def _causal(self) -> dict[int, bool]:
+        return {}
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text without begin, end and padding."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return found
+
+    def first_position(self, template: str, word: str) -> int:
+        """Always 0, for all positions count. Raises PromptTooLong when the word would be cut off."""
+        if len(self.tokens(template.partition("{}")[0] + word)) >= self.length:
+            raise PromptTooLong(
+                f"{word!r} in {template!r} ends past the {self.length} tokens this text encoder reads; use a shorter name"
+            )
+        return 0
+
+    def words(self) -> list[str]:
+        """Whole words of the tokenizer's vocabulary, sorted; a sample of them where encoding them all would take days."""
+        vocabulary = self.tokenizer.get_vocab()
+        whole = {token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>")}
+        whole = whole or {token[1:] for token in vocabulary if token[:1] in ("▁", "Ġ")}  # SentencePiece, byte-level BPE
+        known = sorted(word for word in whole if len(word) > 1 and word.isalpha() and word.isascii() and word.islower())
+        parameters = sum(p.numel() for encoder in self._pipeline.encoders.values() for p in encoder.parameters())
+        count = min(len(known), SAMPLED_WORDS) if parameters > LARGE else len(known)
+        return [known[i * len(known) // count] for i in range(count)]
+
+    def hidden(self, prompts: Sequence[str]) -> list[Tensor]:
+        """What the projection reads of each prompt, float32 [rows, d]: its tokens, and some positions for its padding."""
+        caught = self.source.of(prompts)
+        return [caught[prompt][self.name].embeddings for prompt in prompts]
+
+    def keys_and_values(
+        self, pairs: Sequence[tuple[str, str]], padding: float, *, own: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted embeddings of both prompts of each pair, where the first differs from the second: float64 [d, m] each.
+
+        Token by token: what is before the first difference, what is behind the last one, what is between them, and padding,
+        which weighs as much as `padding` tokens at most. A prompt weighs 1. Where tokens depend on later ones, it differs
+        everywhere; so does one that is paired with itself. Without its `own`, what is between the first and the last
+        difference is left out, and a prompt that has nothing else, too.
+        """
+        caught = self.source.of([prompt for pair in pairs for prompt in pair])
+        nothing = torch.zeros(0, self.width, dtype=torch.float64, device=self.device)
+        keys, values = [nothing], [nothing]
+        for prompt, other in pairs:
+            a, b = caught[prompt][self.name], caught[other][self.name]
+            rows = self._lined_up(a, b, padding, own)
+            roots = torch.tensor([weight for _, _, weight in rows], dtype=torch.float64).sqrt()[:, None].to(self.device)
+            keys.append(a.embeddings[[row for row, _, _ in rows]].double() * roots)
+            values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
+        return torch.cat(keys).T, torch.cat(values).T
+
+    def last_keys_and_values(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """The last token in which each prompt differs from the other, and its counterpart: float64 [d, m] each.
+
+        Without a counterpart, it is the token before; where there is none before, the one that follows.
+        """
+        caught = self.source.of([prompt for pair in pairs for prompt in pair])
+        rows = [row for a, b in pairs for row in _last_rows(caught[a][self.name], caught[b][self.name])]
+        return torch.stack([k for k, _ in rows], 1).double(), torch.stack([v for _, v in rows], 1).double()
+
+    def _lined_up(self, a: CaughtPrompt, b: CaughtPrompt, padding: float, own: bool) -> list[tuple[int, int, float]]:
+        """Rows of two prompts that answer each other, with weights that make 1 together; segments weigh the same."""
+        if self.is_pooled:
+            return [(0, 0, 1.0)]
+        others = {segment.call: segment for segment in b.segments}
+        found = []
+        for segment in a.segments:
+            if rows := self._lined_up_in(segment, others.get(segment.call), a is b, padding, own):
+                total = sum(weight for _, _, weight in rows)
+                found.append([(row, other, weight / total) for row, other, weight in rows])
+        if not found and own:
+            raise PromptTooLong(
+                f"two prompts that differ past the end of what {self.name} reads are the same to it; use shorter ones"
+            )
+        return [(row, other, weight / len(found)) for rows in found for row, other, weight in rows]
+
+    def _lined_up_in(
+        self, one: Segment, other: Segment | None, whole: bool, padding: float, own: bool
+    ) -> list[tuple[int, int, float]]:
+        if other is None:
+            return []
+        before = _common_prefix(one.ids, other.ids)
+        start = before if self._is_causal(one.call) and not whole else 0
+        end = len(one.ids) - _common_suffix(one.ids, other.ids, before)
+        chosen = {i: row for i, row in one.rows.items() if i >= start and (own or not before <= i < end)}
+        rows = [
+            (row, other.rows[target], 1.0)
+            for index, row in chosen.items()
+            if (target := _counterpart(index, one.ids, other.ids, before)) in other.rows
+        ]
+        share = min(padding, one.padded) / max(1, len(one.padding))
+        if other.padding:
+            rows += [(row, other.padding[min(i, len(other.padding) - 1)], share) for i, row in enumerate(one.padding)]
+        return rows
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+
+
+def _common_suffix(a: Sequence[int], b: Sequence[int], before: int) -> int:
+    return min(_common_prefix(a[::-1], b[::-1]), len(a) - before, len(b) - before)
+
+
+def _counterpart(index: int, ids: Sequence[int], other: Sequence[int], before: int) -> int:
+    """The index in `other` of the token that stands where `ids` has one."""
+    after = _common_suffix(ids, other, before)
+    middle, theirs = len(ids) - before - after, len(other) - before - after
+    if index < before:
+        return index
+    if index >= len(ids) - after:
+        return len(other) - len(ids) + index
+    return min(before + (index - before) * theirs // middle, len(other) - 1)
+
+
+def _last_rows(a: CaughtPrompt, b: CaughtPrompt) -> Iterator[tuple[Tensor, Tensor]]:
+    """The embeddings of the last token that differs, and of its counterpart, in each segment."""
+    if not a.segments:
+        yield a.embeddings[0], b.embeddings[0]
+    others = {segment.call: segment for segment in b.segments}
+    for one in a.segments:
+        other = others[one.call]
+        before = _common_prefix(one.ids, other.ids)
+        after = _common_suffix(one.ids, other.ids, before)
+        last, target = len(one.ids) - after - 1, max(0, len(other.ids) - after - 1)
+        if last in one.rows and target in other.rows:
+            yield a.embeddings[one.rows[last]], b.embeddings[other.rows[target]]
+
+
 AnyTextEncoder: TypeAlias = "TextEncoder | PipelineTextInput"
 """Who gives the embeddings of a text input."""
 
@@ -363,7 +478,7 @@ def encoders(
     """
     chosen = {name: base.text_input(name) for name in (base.text_inputs if text_inputs is None else text_inputs)}
     by_input: dict[str, TextEncoder] = {}
-    answers = _OutputCache()
+    answers = _NewestAnswers[dict[str, Tensor]](REMEMBERED)
     for name, text_input in chosen.items():
         same = [other for other, spec in chosen.items() if spec.encoder == text_input.encoder]
         if same[0] in by_input:
@@ -371,9 +486,8 @@ def encoders(
             by_input[name] = TextEncoder(first.tokenizer, first.model, text_input.output, first._memory)
         else:
             memory = _BaseCache(text_input.encoder, frozenset(chosen[other].output for other in same), answers)
-            by_input[name] = TextEncoder(
-                _tokenizer(base, text_input), text_model(base, text_input.encoder, device), text_input.output, memory
-            )
+            model = text_model(base, text_input.encoder, torch.device(device))
+            by_input[name] = TextEncoder(_tokenizer(base, text_input), model, text_input.output, memory)
     return by_input
 
 

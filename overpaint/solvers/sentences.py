@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import PipelineTextInput
-from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
 from overpaint.solvers.problem import EditProblem
 

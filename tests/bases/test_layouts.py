@@ -17,12 +17,11 @@ from torch import Tensor
 
 import overpaint
 from overpaint import Concept
-from overpaint.bases import capture
+from overpaint.bases import encoder_models
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.capture import PipelineTextInput, PromptTooLong
 from overpaint.bases.layout import layouts
 from overpaint.bases.safetensors_file import SafetensorsFile
-from overpaint.bases.text_encoder import text_sources
+from overpaint.bases.text_encoder import PipelineTextInput, PromptTooLong, text_sources
 from overpaint.core.errors import OverpaintError
 from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Unsolvable
@@ -218,13 +217,13 @@ def test_a_text_encoder_read_layer_by_layer_gives_the_same_bits(
 ) -> None:
     base = Base.open(folder(layout))
     held = text_sources(base)["context"].hidden([PROMPT, ""])
-    monkeypatch.setattr(capture, "HELD", 0)
-    monkeypatch.setattr(capture, "LARGE_MATRIX", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "LARGE_MATRIX", 0)
     streamed = text_sources(base)["context"]
     assert isinstance(streamed, PipelineTextInput)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(streamed.hidden([PROMPT, ""]), held, strict=True))
-        streamed.source._known.clear()
+        streamed.source._newest.make_room(streamed.source._newest.limit)
     for encoder in streamed._pipeline.encoders.values():
-        layers = capture._layers(encoder)[1]
+        layers = encoder_models.layers_of(encoder)
         assert all(parameter.is_meta for parameter in layers.parameters()), "a layer is there while it is used alone"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from overpaint.bases import text_encoder
+from overpaint.bases import encoder_models, text_encoder
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile
 from overpaint.bases.text_encoder import TextEncoder, encoders
@@ -22,6 +22,7 @@ from overpaint.solvers.problem import EditProblem
 from tests.bases.containers import single_file_tensors
 from tests.bases.tiny_xl import tiny_xl_base
 
+CPU = torch.device("cpu")
 PROMPTS = ["a photo of a cat", "", "the moon in the style of a fox", "a dog"]
 
 
@@ -57,24 +58,25 @@ def test_layers_that_are_read_when_needed_give_the_same_bits(
         (tmp_path / "model").symlink_to(xl.path)
         base = Base.open(file)
     whole = heard(base)
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
     parts = heard(base)
     assert list(parts) == list(whole)
     assert all(torch.equal(parts[text_input], whole[text_input]) for text_input in whole)
 
 
 def test_layers_are_not_held_between_batches(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "LARGE_MATRIX", 0)
     found = encoders(xl)["text_encoder_2"]
     config, before = found.model.config, numbers_held(found.model)
-    outside = (config.max_position_embeddings + 2 + config.projection_dim) * config.hidden_size
+    outside = (2 + config.projection_dim) * config.hidden_size
     assert before == outside + config.max_position_embeddings  # and the numbers of positions
     found.hidden(PROMPTS)
     assert numbers_held(found.model) == before
 
 
 def test_what_reads_layers_does_not_keep_the_base(xl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
     opened = Base.open(xl_folder)
     found, kept = encoders(opened), weakref.ref(opened)
     del opened
@@ -89,7 +91,7 @@ def test_a_solve_does_not_depend_on_what_is_held(xl_folder: Path, monkeypatch: p
         return [tensor for _, tensor in sorted(solution.delta.tensors().items())]
 
     whole = solved()
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
     monkeypatch.setattr(text_encoder, "READ_BATCH", text_encoder.BATCH)
     monkeypatch.setattr(text_encoder, "REMEMBERED", 0)
     assert all(torch.equal(one, other) for one, other in zip(solved(), whole, strict=True))
@@ -100,19 +102,19 @@ def test_what_is_held_follows_from_all_text_encoders_of_a_base_together(
 ) -> None:
     sizes = {}
     for component in ("text_encoder", "text_encoder_2"):
-        model = text_encoder.text_model(xl, component, "cpu")
+        model = encoder_models.text_model(xl, component, CPU)
         sizes[component] = 4 * sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(text_encoder, "HELD", sum(sizes.values()))
-    assert numbers_held(text_encoder.text_model(xl, "text_encoder", "cpu")) > sizes["text_encoder"] // 4
-    monkeypatch.setattr(text_encoder, "HELD", sum(sizes.values()) - 1)
-    assert numbers_held(text_encoder.text_model(xl, "text_encoder", "cpu")) < sizes["text_encoder"] // 4
+    monkeypatch.setattr(encoder_models, "HELD", sum(sizes.values()))
+    assert numbers_held(encoder_models.text_model(xl, "text_encoder", CPU)) > sizes["text_encoder"] // 4
+    monkeypatch.setattr(encoder_models, "HELD", sum(sizes.values()) - 1)
+    assert numbers_held(encoder_models.text_model(xl, "text_encoder", CPU)) < sizes["text_encoder"] // 4
 
 
 def test_a_file_that_is_cut_after_opening_is_noticed_when_its_layer_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_xl_base(tmp_path / "xl")
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
     found = TextEncoder.of(base)
     file = base.path / "text_encoder" / "model.safetensors"
     with file.open("r+b") as opened:
@@ -124,21 +126,21 @@ def test_a_file_that_is_cut_after_opening_is_noticed_when_its_layer_is_read(
 def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [f"a photo of {number}" for number in range(40)]
     whole = TextEncoder.of(xl).hidden(many)
-    monkeypatch.setattr(text_encoder, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "HELD", 0)
     found = TextEncoder.of(xl)
     sizes: list[int] = []
-    text_encoder.layers_of(found.model)[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    encoder_models.layers_of(found.model)[0].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     torch.testing.assert_close(found.hidden(many), whole)
     assert sizes == [16, 16, 8]
 
 
-def test_embeddings_are_cached_up_to_a_number_of_bytes(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_cached_up_to_a_number_of_bytes(xl: Base) -> None:
     """Text inputs of one model share even many prompts; what is too much is computed again."""
     found = encoders(xl)["text_encoder"]
     many = [f"a photo of {number}" for number in range(text_encoder.BATCH + 1)]
     first = found.hidden(many)
     assert found.hidden(many).data_ptr() == first.data_ptr()
-    monkeypatch.setattr(text_encoder, "REMEMBERED", first.nbytes - 1)
+    found._memory.answers.limit = first.nbytes - 1
     few = found.hidden(PROMPTS)
     assert found.hidden(PROMPTS).data_ptr() == few.data_ptr()
     again = found.hidden(many)

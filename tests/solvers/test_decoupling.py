@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from overpaint.bases import encoder_models
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
@@ -152,6 +153,15 @@ def test_a_change_of_the_text_encoder_becomes_a_text_map(base: Base) -> None:
     assert float((own.up.double() @ (own.down.double().T @ before)).norm()) > 0.1 * float(before.norm())
     for other in (DOG, CAR):
         assert moved(base, own, keys(base, other)) < 0.3 * moved(base, own, before)
+
+
+def test_a_changed_text_encoder_that_is_read_layer_by_layer_is_refused(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_models, "HELD", 0)
+    name = next(n for n in base.names if n.startswith("text_encoder/") and n.endswith("layers.1.mlp.fc2.weight"))
+    with pytest.raises(Unsolvable, match="too large here to be held with the change"):
+        decoupled(problem(base), Dense({name: torch.ones(base.places[name].shape)}))
 
 
 def test_what_does_not_act_through_the_text_is_left_out_and_counted(base: Base) -> None:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import PromptTooLong
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.text_encoder import PromptTooLong, TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import Delta

@@ -186,7 +186,8 @@ def _patched_encoders(base: Base, delta: Delta, device: torch.device) -> dict[st
     for text_input, encoder in found.items():
         component = base.text_input(text_input).encoder
         rules = base.layout.components[component]
-        held |= {f"{component}/{rules.canonical(key)}": p for key, p in encoder.model.named_parameters()}
+        parameters = encoder.model.named_parameters()
+        held |= {f"{component}/{rules.canonical(key)}": p for key, p in parameters if not p.is_meta}
     if lacking := sorted(set(changed) - held.keys()):
         raise Unsolvable(
             f"this patch changes a text encoder ({lacking[0]}) that is too large here to be held with the change, or that only "

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import PipelineTextInput
-from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, TextMap
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overpaint.bases.capture import PipelineTextInput
-from overpaint.bases.text_encoder import AnyTextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
 from overpaint.patches.delta import LowRank
 from overpaint.solvers.closed_form.edits import (
     ALL,

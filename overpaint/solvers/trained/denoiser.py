@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import CapturingPipeline, CaughtPrompts, PipelineTextInput, prompt_length
+from overpaint.bases.capture import CapturingPipeline, prompt_length
 from overpaint.bases.layout import Layout
 from overpaint.bases.loading import quiet_loading
-from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, CaughtPrompts, PipelineTextInput, TextEncoder
 from overpaint.solvers.problem import EditProblem, Unsolvable
 
 TOGETHER = 16

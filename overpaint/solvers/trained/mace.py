@@ -28,9 +28,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from overpaint.bases.capture import PipelineTextInput
 from overpaint.bases.layout import Layout
-from overpaint.bases.text_encoder import TextEncoder
+from overpaint.bases.text_encoder import PipelineTextInput, TextEncoder
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import (
     ALL,

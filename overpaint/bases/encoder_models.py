@@ -1,0 +1,191 @@
+"""The text encoders of a base as models of transformers, in float32: held whole, or, where they are large, layer by layer.
+
+Stable Diffusion XL's would take 3.3 GB. Their layers are read from the base's files each time a batch of prompts comes by,
+turned into float32, used and dropped, and of the tokens' embeddings just those are read that the batch has. On two cores,
+reading costs about a twentieth of what computing costs. Both ways compute the same from the same numbers: where batches are
+equal, so are the bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overpaint.bases.base import Base, BrokenBase
+from overpaint.bases.checkpoint import read_tensors
+from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.pipelines import loading
+from overpaint.core.safetensors_header import TensorEntry
+
+HELD = 600 << 20
+"""Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""
+LARGE_MATRIX = 64 << 20
+"""Bytes in float32 from which a matrix of embeddings is read row by row, where layers are read."""
+
+
+@own_torch_settings()
+def text_model(base: Base, component: str, device: torch.device) -> Any:
+    """A text encoder with the weights that the base has, whatever files they lie in, ready to be used.
+
+    What is held follows from the base and the kind of device alone, never from the memory there is. Raises BrokenBase for a
+    base that lacks one of its weights, or whose configuration cannot be read.
+    """
+    rules = base.layout.components[component]
+    with loading(component, base.path):
+        kind = component_class(("transformers", rules.model) if rules.model else base.index[component])
+        config = kind.config_class.from_pretrained(base.config_folder / component, local_files_only=True)
+        with _parameters_on_meta():
+            model = kind(config).requires_grad_(False).eval()
+        if hasattr(model, "lm_head"):
+            model.lm_head = nn.Identity()  # nobody reads what it would say of 150,000 tokens
+        names = _names(base, component, model)
+        # The memory of an accelerator is its own, and a layer would take longer to be moved there than to be used.
+        is_whole = device.type != "cpu" or _size(base) <= HELD
+        streamed = {} if is_whole else _streamed(base, model, names)
+        held = {key: name for key, name in names.items() if key not in streamed}
+        values = base.tensors(sorted(set(held.values())))
+        for key, name in held.items():
+            _put(model, key, values[name].float().to(device))
+        # Parameters that no prompt needs have no values.
+        has_all = not any(parameter.is_meta for parameter in model.parameters())
+        return model.to(device) if has_all else model
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers that read text: the list with the most parameters."""
+    return _layers(model)[1]
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the layers of a text encoder are read each time that they are used."""
+    return any(parameter.is_meta for parameter in layers_of(model).parameters())
+
+
+def component_class(entry: Sequence[str]) -> Any:
+    """The class of `["transformers", "T5EncoderModel"]` or the like. Raises BrokenBase for one that would be a program's own."""
+    import diffusers
+    import transformers
+
+    library, name = entry
+    homes: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+    if library not in homes and hasattr(diffusers.pipelines, library):
+        homes[library] = importlib.import_module(f"diffusers.pipelines.{library}")
+    home = homes.get(library)
+    found = getattr(home, name, None) or getattr(home, name.removesuffix("Fast"), None)
+    if found is None:
+        raise BrokenBase(
+            f"the base asks for {library[:80]}.{name[:80]}, which is no class of diffusers or transformers; code that comes with "
+            "a model is never run: use a folder that names a class of theirs"
+        )
+    return found
+
+
+def _names(base: Base, component: str, model: nn.Module) -> dict[str, str]:
+    """By parameter, the canonical name of its weight; without those that no prompt needs."""
+    rules = base.layout.components[component]
+    ties = getattr(model, "all_tied_weights_keys", {})
+    keys = [key for key, _ in model.named_parameters(remove_duplicate=False)]
+    names = {key: f"{component}/{rules.canonical(ties.get(key, key))}" for key in keys}
+    names = {key: name for key, name in names.items() if not rules.is_unread(name.partition("/")[2])}
+    if lacking := sorted(set(names.values()) - base.places.keys()):
+        raise BrokenBase(f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again")
+    return names
+
+
+def _size(base: Base) -> int:
+    """Bytes of all text encoders of a base in float32."""
+    encoders = base.layout.encoders(base.names)
+    return sum(4 * math.prod(place.shape) for name, place in base.places.items() if name.split("/")[0] in encoders)
+
+
+def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Let layers and large matrices of embeddings be read when they are used; what is read so."""
+    path, layers = _layers(model)
+    found: dict[str, str] = {}
+    # Pipelines send tokens to where a model's first parameter is; this one is never on the meta device.
+    model.register_parameter("first", nn.Parameter(torch.empty(0), requires_grad=False))
+    for number, layer in enumerate(layers):
+        start = f"{path}.{number}."
+        part = {key.removeprefix(start): name for key, name in names.items() if key.startswith(start)}
+        found.update({f"{start}{key}": name for key, name in part.items()})
+        layer.register_forward_pre_hook(
+            functools.partial(_load, base.containers, {k: base.places[n] for k, n in part.items()})
+        )
+        layer.register_forward_hook(functools.partial(_drop, tuple(part)), always_call=True)
+    for where, module in model.named_modules(remove_duplicate=False):
+        key = f"{where}.weight"
+        if isinstance(module, nn.Embedding) and key in names and key not in found:
+            place = base.places[names[key]]
+            if 4 * math.prod(place.shape) >= LARGE_MATRIX and not place.transposed:
+                module.register_forward_pre_hook(
+                    functools.partial(_load_rows, base.containers[place.file], place.entry)
+                )
+                module.register_forward_hook(functools.partial(_drop, ("weight",)), always_call=True)
+                found[key] = names[key]
+    return found
+
+
+def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The layers that read text, and where they are."""
+    lists = [
+        (path, each) for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and "vis" not in path
+    ]
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _load(containers: Any, places: Any, module: nn.Module, args: Any) -> None:
+    for key, stored in read_tensors(places, containers):
+        _put(module, key, stored.float())
+
+
+def _drop(keys: Sequence[str], module: nn.Module, args: Any, answer: Any) -> None:
+    for key in keys:
+        holder, _, attribute = key.rpartition(".")
+        parameters = module.get_submodule(holder)._parameters
+        gone: Any = parameters[attribute]
+        parameters[attribute] = nn.Parameter(gone.to("meta"), requires_grad=False)
+
+
+def _rows(container: Any, entry: TensorEntry, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a matrix in a file, the rows of some tokens, and which of these is whose."""
+    unique, which = tokens.unique(return_inverse=True)
+    size = entry.size // entry.shape[0]
+    rows = {
+        str(row): TensorEntry(entry.dtype, entry.shape[1:], entry.start + row * size, size) for row in unique.tolist()
+    }
+    # They come in the order of the file, which is that of `unique`.
+    return torch.stack([row for _, row in container.read(rows)]).float(), which
+
+
+def _load_rows(container: Any, entry: TensorEntry, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    rows, which = _rows(container, entry, args[0])
+    _put(module, "weight", rows)
+    module.padding_idx = None  # type: ignore[assignment]
+    return (which, *args[1:])
+
+
+def _put(model: nn.Module, key: str, values: Tensor) -> None:
+    holder, _, attribute = key.rpartition(".")
+    model.get_submodule(holder)._parameters[attribute] = nn.Parameter(values, requires_grad=False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within the block, new modules have their parameters on the meta device; buffers, which are computed, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: Any) -> None:
+        register(self, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
