@@ -12,13 +12,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.patch import Patch, make_patch, read_patch
@@ -94,7 +93,7 @@ class Cells:
 
     def _place(self, solver: str, concept: str) -> Path:
         plain = re.sub(r"[^a-z0-9_]+", "-", f"{solver}-{concept}".casefold()).strip("-")
-        return self.folder / f"{plain[:60]}-{sha256(canonical_json([solver, concept])).hexdigest()[:8]}.json"
+        return self.folder / f"{plain[:60]}-{json_digest([solver, concept])[:8]}.json"
 
 
 class Patches:
@@ -125,7 +124,7 @@ class Patches:
         return patch, costs
 
     def _place(self, concept: Concept, origin: Mapping[str, Any]) -> Path:
-        key = sha256(canonical_json([self.base.fingerprint, concept.as_json(), dict(origin)])).hexdigest()
+        key = json_digest([self.base.fingerprint, concept.as_json(), dict(origin)])
         return self.folder / f"{key}.safetensors"
 
 

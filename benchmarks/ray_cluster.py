@@ -19,7 +19,7 @@ from benchmarks import tables
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.clusters import open_executor
 from overpaint.core.executors import Piece, Resources
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 
 EMPTY = 200
 

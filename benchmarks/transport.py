@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.registry import Registry
 from overpaint.registry.gc import plan
 from overpaint.registry.integrity import verify

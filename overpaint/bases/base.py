@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -29,11 +28,11 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import absent_components, check_configuration, load_pipeline, mended_index
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
 from overpaint.core.atomic import write_over
-from overpaint.core.digests import canonical_json, combined_digest
+from overpaint.core.encoding import combined_digest, json_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.executors import machine_name
 from overpaint.core.names import typed_path
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 
 __all__ = ["EMBEDDED", "EMBEDDED_BASES", "Base", "BrokenBase", "TensorLocation"]
 
@@ -81,11 +80,13 @@ class Base:
         resolved = open_single_file(path) if path.is_file() else open_folder(path)
         containers = {part.container.path: part.container for part in resolved.parts}
         base = cls(path, resolved.layout, resolved.places(), containers, resolved.variant, resolved.form, hub)
-        base.pipeline_class  # noqa: B018  raises for a denoiser of other channels, whatever container it comes in
-        base._check_text_inputs()
+        base._check()
         return base
 
-    def _check_text_inputs(self) -> None:
+    def _check(self) -> None:
+        """Raise UnknownLayout for a denoiser of other channels, whatever container it comes in; BrokenBase for a text input
+        without its projection."""
+        _ = self.pipeline_class
         for name in self.text_inputs if self.layout.is_caught else ():
             if not self.projections(name):
                 raise BrokenBase(
@@ -156,7 +157,7 @@ class Base:
     def save_digests(self, cache: Path) -> None:
         """Write the digests known so far to a file that `load_digests` reads while the weight files are the same."""
         content = {"stamp": self._stamps(), "digests": self._digests}
-        text = json.dumps({**content, "check": _check(content)}).encode()
+        text = json.dumps({**content, "check": json_digest(content)}).encode()
         with suppress(OSError):  # only time is lost: the digests are computed again
             same = all(file_stamp(file.stat()) == container.stamp for file, container in self.containers.items())
             if same and not (cache.is_file() and cache.read_bytes() == text):
@@ -168,7 +169,7 @@ class Base:
             kept = json.loads(cache.read_text("utf-8"))
             check = kept.pop("check")
             if (
-                check == _check(kept)
+                check == json_digest(kept)
                 and kept["stamp"] == self._stamps()
                 and kept["digests"].keys() <= self.places.keys()
             ):
@@ -260,7 +261,7 @@ class Base:
         assert self.form is not None
         beside = self.path.with_suffix("")
         published = self.form.configs.get(str(self.channels), self.form.config)
-        for folder in (beside, _in_hub_cache(published)):
+        for folder in (beside, cached(HubId(published))):
             if folder is not None and (folder / "model_index.json").is_file():
                 check_configuration(folder, self.layout, self.channels, self.path)
                 return folder
@@ -348,13 +349,3 @@ def _opened_here(source: str, fingerprint: str) -> Base:
             f"{fingerprint[:12]}; copy the base there, or name it by its id on the Hub"
         )
     return base
-
-
-def _check(content: Any) -> str:
-    """A checksum by which a damaged or edited cache is recognised."""
-    return hashlib.sha256(canonical_json(content)).hexdigest()
-
-
-def _in_hub_cache(repository: str) -> Path | None:
-    """The folder of a published base that was downloaded before; nothing is downloaded here."""
-    return cached(HubId(repository))

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from overpaint.bases.key_mapping import KeyMapping, SingleFile
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, read_index
-from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile, is_key, raw_bytes, tensor_beginning
+from overpaint.bases.safetensors_file import SafetensorsFile, is_key, raw_bytes
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
+from overpaint.core.encoding import DTYPE_NAMES, TensorEntry, tensor_label
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
-from overpaint.core.safetensors_header import TensorEntry
+from overpaint.core.reporting import Progress, silent
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -311,7 +311,7 @@ def _batches(places: Mapping[str, TensorLocation]) -> Iterator[list[str]]:
 
 
 def _digests(places: Mapping[str, TensorLocation], container: SafetensorsFile) -> dict[str, str]:
-    sums = {n: hashlib.sha256(tensor_beginning(n, DTYPES[p.entry.dtype], p.shape)) for n, p in places.items()}
+    sums = {n: hashlib.sha256(tensor_label(n, DTYPE_NAMES[p.entry.dtype], p.shape)) for n, p in places.items()}
     straight = {name: place.entry for name, place in places.items() if not place.transposed}
     with closing(container.passing(straight)) as passing:
         for name, piece in passing:

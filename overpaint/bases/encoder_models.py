@@ -22,7 +22,7 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import read_tensors
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import loading
-from overpaint.core.safetensors_header import TensorEntry
+from overpaint.core.encoding import TensorEntry
 
 HELD = 600 << 20
 """Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import (
+    DTYPE_NAMES,
+    BadHeader,
+    TensorEntry,
+    header_length,
+    read_header,
+    tensor_label,
+)
 from overpaint.core.errors import OverpaintError
-from overpaint.core.safetensors_header import BadHeader, TensorEntry, header_length, read_header
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -38,14 +44,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """sha256 of one tensor under its canonical name."""
-    digest = hashlib.sha256(tensor_beginning(name, tensor.dtype, tensor.shape))
+    digest = hashlib.sha256(tensor_label(name, dtype_name(tensor.dtype), tensor.shape))
     digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_beginning(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """What a tensor's digest is over before its bytes."""
-    return canonical_json([name, dtype_name(dtype), list(shape)])
 
 
 HEADER_LIMIT = 16 << 20
@@ -57,26 +58,8 @@ TENSOR_LIMIT, KEY_LIMIT = 30_000, 500
 WINDOW = 16 << 20
 """Bytes that are mapped at a time."""
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-
-
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
+"""PyTorch's dtypes by the format's names."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What a change can be added to. The steps of an fp8 weight are as large as the change that a patch makes to it."""
 

@@ -29,7 +29,7 @@ from overpaint.bases.safetensors_file import (
     other_kind,
     raw_bytes,
 )
-from overpaint.core.safetensors_header import TensorEntry
+from overpaint.core.encoding import TensorEntry
 
 # A container whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
 #

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from datetime import timezone
 from typing import Any
 
-from overpaint.certificates.statement import Certificate, described, digest_of
+from overpaint.certificates.statement import Certificate, described
 from overpaint.core import __version__
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.evaluation.suites import is_attack
 from overpaint.registry.registry import EvaluationRecord
 
@@ -42,7 +42,7 @@ def bill_of_materials(certificate: Certificate) -> bytes:
         },
         "declarations": _declarations(certificate, model, issued),
     }
-    serial = uuid.uuid5(uuid.NAMESPACE_OID, digest_of(bill))
+    serial = uuid.uuid5(uuid.NAMESPACE_OID, json_digest(bill))
     return canonical_json({**bill, "serialNumber": f"urn:uuid:{serial}"}) + b"\n"
 
 
@@ -134,7 +134,7 @@ def _evidence(certificate: Certificate, run: EvaluationRecord, issued: str) -> d
     evidence: dict[str, Any] = {
         "bom-ref": f"run:{run.suite}",
         "propertyName": f"overpaint.suite.{run.suite}",
-        "description": f"judge {run.judge}, seed {run.seed}; SHA-256 of the run: {digest_of(described(run))}",
+        "description": f"judge {run.judge}, seed {run.seed}; SHA-256 of the run: {json_digest(described(run))}",
         "created": issued,
         "author": {"name": run.who},
     }

@@ -18,12 +18,12 @@ from overpaint.certificates.statement import (
     TESTS,
     Composition,
     Thresholds,
-    digest_of,
     file_digests,
     stated,
     subjects_of,
     tests_of,
 )
+from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.patch import Patch
 from overpaint.registry.registry import EvaluationRecord, ResultRecord
@@ -165,7 +165,7 @@ def _tests_follow(predicate: Mapping[str, Any], runs: list[Mapping[str, Any]]) -
     try:
         outcomes: dict[str, list[str]] = {"yes": [], "no": [], "undecided": []}
         for entry in predicate["configuration"]:
-            (run,) = (run for run in runs if digest_of(run) == entry["digest"]["sha256"])
+            (run,) = (run for run in runs if json_digest(run) == entry["digest"]["sha256"])
             thresholds = Thresholds(**entry["annotations"]["thresholds"])
             for test in tests_of(_record(run), thresholds):
                 outcomes[test.holds if test.holds in outcomes else "undecided"].append(test.name)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.registry.sharing.signing import Keyring, Signer, key_id
 from overpaint.registry.store.patch_files import BadManifest, read_json

@@ -22,7 +22,7 @@ from typing import Any
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.certificates.envelope import STATEMENT, BadCertificate
-from overpaint.core.digests import canonical_json, combined_digest
+from overpaint.core.encoding import combined_digest, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, SHARE, WRONG
 from overpaint.evaluation.metrics import Measurement, verdict
@@ -174,7 +174,7 @@ class Certificate:
         configuration = [
             {
                 "name": f"suite {run.suite}",
-                "digest": {"sha256": digest_of(described(run))},
+                "digest": {"sha256": json_digest(described(run))},
                 "annotations": {"thresholds": asdict(self.thresholds)},
             }
             for run in self.runs
@@ -236,13 +236,8 @@ def _hidden(patch: Patch, strength: float) -> dict[str, Any]:
 
 def subjects_of(record: Mapping[str, Any], files: Mapping[str, str]) -> list[dict[str, Any]]:
     """The subjects: the recipe's record, and files by name."""
-    named = [("recipe", digest_of(record)), *sorted(files.items())]
+    named = [("recipe", json_digest(record)), *sorted(files.items())]
     return [{"name": name, "digest": {"sha256": digest}} for name, digest in named]
-
-
-def digest_of(value: Mapping[str, Any]) -> str:
-    """The SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def file_digests(checkpoint: Path, but: Iterable[Path] = ()) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from overpaint.core import __version__
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Piece, Resources, Result, machine_name
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 
 _ray: Any = ray
 """Ray's functions without their types, which are there in part."""

@@ -11,7 +11,6 @@ on the model instead (`probe`).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import json_digest
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
@@ -83,7 +82,7 @@ class ConceptMoments:
             "sentences": self._templates(concept),
             "padding": [PADDING, KEPT_PADDING],
         }
-        return hashlib.sha256(canonical_json(meant)).hexdigest()
+        return json_digest(meant)
 
     def _templates(self, concept: Concept) -> list[str]:
         asked = [template for template, _ in sentence_pairs(self._base, concept.kind)]

@@ -27,11 +27,11 @@ from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.atomic import replacing
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, Piece, Resources
 from overpaint.core.names import checked_number, checked_seed
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.evaluation.prompts import EvalPrompt, checked_prompt
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay

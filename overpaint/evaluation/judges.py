@@ -23,7 +23,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import tensor_digest
-from overpaint.core.digests import combined_digest
+from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.metrics import PICTURES_AT_ONCE, load_judge
 from overpaint.evaluation.prompts import PromptSet

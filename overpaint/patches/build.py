@@ -25,12 +25,11 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import VirtualCheckpoint
 from overpaint.core.atomic import atomic_output, refuse_taken, write_new
-from overpaint.core.digests import combined_digest
+from overpaint.core.encoding import KEY, TensorEntry, combined_digest, header_bytes
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
-from overpaint.core.progress import Progress, silent
-from overpaint.core.safetensors_header import TensorEntry, header_bytes
-from overpaint.patches.build_record import KEY, metadata_with, record_of, with_digests
+from overpaint.core.reporting import Progress, silent
+from overpaint.patches.build_record import metadata_with, record_of, with_digests
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.conversion import Form, configuration, converted, form_of, index_bytes
 from overpaint.patches.duplicate_weights import Survey, survey

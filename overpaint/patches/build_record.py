@@ -13,11 +13,10 @@ from typing import Any
 
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import SafetensorsFile
-from overpaint.core.digests import canonical_json, combined_digest
+from overpaint.core.encoding import KEY, canonical_json, combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import Term
 
-KEY = "overpaint"
 FORMAT = 1
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """What other programs write about the bytes that follow; no longer true when these change."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import dtype_name, tensor_digest
-from overpaint.core.digests import combined_digest
+from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import checked_number
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.arithmetic import (
     DenseMap,
     FactoredMap,

@@ -24,7 +24,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, dtype_name, tensor_digest
-from overpaint.core.digests import combined_digest
+from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import OverpaintError
 
 Factors = tuple[Tensor, Tensor]

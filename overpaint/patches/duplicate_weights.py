@@ -20,7 +20,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile
-from overpaint.core.safetensors_header import TensorEntry
+from overpaint.core.encoding import TensorEntry
 
 SAMPLE = 1024
 ALIKE = 0.5

@@ -15,10 +15,10 @@ from overpaint.bases.checkpoint import open_weights
 from overpaint.bases.layout import UnknownLayout, layouts
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
-from overpaint.core.digests import combined_digest
+from overpaint.core.encoding import KEY, combined_digest
 from overpaint.core.errors import NotFound
 from overpaint.core.names import typed_path
-from overpaint.patches.build_record import KEY, BadRecord, component_digests, read_record
+from overpaint.patches.build_record import BadRecord, component_digests, read_record
 from overpaint.patches.duplicate_weights import survey
 from overpaint.patches.patch import read_patch, untouched_inputs
 

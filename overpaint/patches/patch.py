@@ -6,7 +6,6 @@ than the file is long.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,17 +19,20 @@ from overpaint.bases.base import Base
 from overpaint.bases.layout import LAST, PENULTIMATE
 from overpaint.bases.safetensors_file import DTYPES, dtype_name, raw_bytes, tensor_digest
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json, combined_digest
-from overpaint.core.display import html_table
-from overpaint.core.errors import OverpaintError
-from overpaint.core.safetensors_header import (
+from overpaint.core.encoding import (
+    KEY,
     BadHeader,
     TensorEntry,
+    canonical_json,
+    combined_digest,
     header_bytes,
     header_length,
+    json_digest,
     read_header,
     read_object,
 )
+from overpaint.core.errors import OverpaintError
+from overpaint.core.reporting import html_table
 from overpaint.patches.delta import BadDelta, Delta, TextMap, delta_from, newest_format
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -88,7 +90,6 @@ def _deciding(base: Base, text_input: str) -> list[str]:
 
 HEADER_LIMIT = 24 << 20
 """Bytes. The manifest's 8 MB, with every quotation mark escaped, and the list of arrays."""
-KEY = "overpaint"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -205,7 +206,7 @@ class Patch:
     @cached_property
     def id(self) -> str:
         """sha256 of the canonical manifest, which names every array's digest."""
-        return hashlib.sha256(canonical_json(self.manifest)).hexdigest()
+        return json_digest(self.manifest)
 
     @property
     def concept(self) -> Concept:

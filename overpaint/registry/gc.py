@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry.integrity import PAGE, StoredPatch, patch_rows
 from overpaint.registry.ledger import ledger
 from overpaint.registry.registry import Registry

@@ -18,7 +18,7 @@ from sqlalchemy import select, type_coerce
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.types import NullType
 
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry import models
 from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of

@@ -33,7 +33,7 @@ from starlette.exceptions import HTTPException
 from overpaint.bases.checkpoint import BrokenBase
 from overpaint.core import __version__
 from overpaint.core.asgi import OwnPages
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import SEEDS, sought_name
 from overpaint.core.urls import printed

@@ -15,7 +15,7 @@ from uvicorn.supervisors import Multiprocess
 
 from overpaint.core.asgi import is_local
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.serving.options import METRICS_FOLDER, ServeOptions
 from overpaint.serving.tokens import TokenFile
 from overpaint.workspace.workspace import Workspace

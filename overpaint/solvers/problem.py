@@ -26,7 +26,7 @@ from overpaint.bases.layout import Layout
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.delta import Delta
 
 S = TypeVar("S")

@@ -31,8 +31,8 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
-from overpaint.core.progress import Progress, silent
+from overpaint.core.encoding import canonical_json
+from overpaint.core.reporting import Progress, silent
 from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file

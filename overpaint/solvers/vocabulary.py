@@ -31,9 +31,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
 from overpaint.bases.text_encoder import AnyTextEncoder
 from overpaint.core.atomic import replacing
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, neutral_sentences
 
 FORMAT, KEY = 1, "overpaint-vocabulary"
@@ -97,7 +97,7 @@ class EncodingTask:
         order = tuple(sorted(first.words(), key=lambda word: hashlib.sha256(word.encode()).digest()))
         encoder = {
             "encoder": base.encoder_digest(next(iter(encoders))),
-            "tokenizer": hashlib.sha256(canonical_json(first.tokenizer.get_vocab())).hexdigest(),
+            "tokenizer": json_digest(first.tokenizer.get_vocab()),
             "length": first.length,
             "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
             "padding": PADDING,
@@ -147,7 +147,7 @@ class EncodingTask:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the moments, as JSON."""
-        words = hashlib.sha256(canonical_json(self.words())).hexdigest()
+        words = json_digest(self.words())
         identity = {**self.encoder, "sentences": list(self.templates), "words": words, "count": self.count}
         # Named only where it differs: it is part of the names of files that others have already.
         return identity if self.at_once == CHUNK else {**identity, "at once": self.at_once}
@@ -225,7 +225,7 @@ def _recalled(task: EncodingTask, folder: Path | None, report: Progress) -> Mome
 
 def vocabulary_name(identity: Mapping[str, Any]) -> str:
     """What a vocabulary is called: the digest of everything that decides it."""
-    return hashlib.sha256(canonical_json({"format": FORMAT, **identity})).hexdigest()
+    return json_digest({"format": FORMAT, **identity})
 
 
 def vocabulary_file(identity: Mapping[str, Any], folder: Path, *, complete: bool = True) -> Path:

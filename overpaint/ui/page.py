@@ -19,7 +19,7 @@ import gradio as gr
 
 from overpaint.core.concepts import KINDS, Concept
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.core.urls import printed
 from overpaint.evaluation.suites import SUITES
 from overpaint.patches.formats.readers import READERS

@@ -24,7 +24,7 @@ from overpaint.certificates.statement import (
 )
 from overpaint.core.atomic import refuse_taken, require_parent, write_new
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.progress import silent
+from overpaint.core.reporting import silent
 from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.suites import configured
 from overpaint.patches.build_record import records

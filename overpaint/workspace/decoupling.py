@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.solvers.closed_form.decoupling import decoupled
 from overpaint.solvers.problem import EditProblem

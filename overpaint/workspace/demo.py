@@ -22,7 +22,7 @@ from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.metrics import (

@@ -17,10 +17,9 @@ from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
 from overpaint.core.clusters import open_executor
 from overpaint.core.concepts import Concept
-from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler

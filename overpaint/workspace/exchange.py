@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.sharing.ingest import PullRequest
 from overpaint.registry.sharing.signing import load_keyring

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from overpaint.bases.hub import HubId
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.evaluation.report_page import rendered
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.sharing.documents import NAME, PATCH, RECIPE, REF, Descriptor

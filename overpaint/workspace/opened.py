@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry.records import BaseRecord, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
-from overpaint.core.display import html_table
+from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed
+from overpaint.core.reporting import html_table
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, refusals
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -292,7 +292,7 @@ def same_but_for_universe(manifest: Mapping[str, Any], request: SolveRequest, me
 
 
 def _digest_of_inputs(fingerprint: str, concept: Mapping[str, Any], inputs: Mapping[str, Any], universe: str) -> str:
-    return hashlib.sha256(canonical_json([fingerprint, concept, inputs, universe])).hexdigest()
+    return json_digest([fingerprint, concept, inputs, universe])
 
 
 @lru_cache(maxsize=1024)

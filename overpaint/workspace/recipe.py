@@ -9,9 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from overpaint.core.display import html_table
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import Note, StaleRevision, today
 from overpaint.registry.records import (
     Difference,

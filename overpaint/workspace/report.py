@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from overpaint.bases.loading import resolve_device
 from overpaint.core.atomic import require_parent, write_over
-from overpaint.core.display import html_table
 from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, EvaluatedPatch
 from overpaint.evaluation.figures import save_figures
 from overpaint.evaluation.images import ImageGenerator, Sampler

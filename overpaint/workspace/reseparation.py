@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing

@@ -17,7 +17,7 @@ import torch
 
 from overpaint.bases.base import Base, BaseReference
 from overpaint.core.executors import Executor, InProcess, Piece, Resources
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
-from overpaint.core.display import html_table
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
 from overpaint.registry.registry import Registry

@@ -21,7 +21,7 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, digests_of
 from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap

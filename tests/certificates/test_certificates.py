@@ -18,7 +18,7 @@ from in_toto_attestation.v1.statement import Statement
 from overpaint.certificates.checking import Verification, check_certificate
 from overpaint.certificates.envelope import BadCertificate, producer, signed_lines
 from overpaint.certificates.statement import REPORT, TESTS
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import evenly_spaced
 from overpaint.registry.history import today

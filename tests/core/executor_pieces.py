@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 
 
 def double(shared: int, number: int, progress: Progress) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 
 

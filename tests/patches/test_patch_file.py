@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import BadDelta, Dense, LowRank, TextMap
 from overpaint.patches.patch import BadPatch, Patch, WrongBase, described, file_of, make_patch, read_patch

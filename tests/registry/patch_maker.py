@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.registry import PatchRecord, Registry
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import Parts, embedded_manifest, joined, read_manifest

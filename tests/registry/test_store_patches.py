@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
-from overpaint.core.digests import canonical_json as canonical_json_of_bases
+from overpaint.core.encoding import canonical_json
+from overpaint.core.encoding import canonical_json as canonical_json_of_bases
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch, read_patch
 from overpaint.registry import Registry

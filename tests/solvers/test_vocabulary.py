@@ -11,7 +11,7 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import encoders
 from overpaint.core.concepts import Concept
-from overpaint.core.progress import silent
+from overpaint.core.reporting import silent
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import universe, vocabulary
 from overpaint.solvers.closed_form.separable import Separable

@@ -18,10 +18,9 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, raw_bytes
 from overpaint.core import __version__
 from overpaint.core.atomic import atomic_output, refuse_taken
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json, header_bytes
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
-from overpaint.core.safetensors_header import header_bytes
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Factors, all_finite
 from overpaint.patches.formats import dialects

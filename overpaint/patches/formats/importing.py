@@ -19,7 +19,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, dtype_name
 from overpaint.core.errors import NotFound
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, identical, residual
 from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from overpaint.core.concepts import Concept
+from overpaint.core.encoding import header_length
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note
-from overpaint.core.progress import Progress, silent
-from overpaint.core.safetensors_header import header_length
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry

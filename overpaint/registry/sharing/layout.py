@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import quoted
 from overpaint.registry.sharing.documents import (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import printed_url, reported
 from overpaint.registry.sharing.documents import (

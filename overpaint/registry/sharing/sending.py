@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.progress import Progress, silent
+from overpaint.core.reporting import Progress, silent
 from overpaint.registry.history import compare_histories
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.store.patch_files import BadManifest, read_json

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import BYTES, DTYPE_NAMES, KEY, canonical_json, header_bytes, header_length, tensor_label
 from overpaint.core.errors import OverpaintError
-from overpaint.core.safetensors_header import header_bytes, header_length
 from overpaint.registry.store.blobs import DIGEST, BlobCorrupt, BlobMissing, BlobStore, digest_of
 
 # The manifest of a patch, read without PyTorch: which arrays the patch has, and how they lie in its file.
@@ -26,21 +25,8 @@ from overpaint.registry.store.blobs import DIGEST, BlobCorrupt, BlobMissing, Blo
 
 LIMIT = 8 << 20
 """The most bytes a manifest may have."""
-DTYPES = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint64": ("U64", 8),
-    "uint32": ("U32", 4),
-    "uint16": ("U16", 2),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-}
+CODES = {name: code for code, name in DTYPE_NAMES.items() if not code.startswith(("F8", "C"))}
+"""The dtypes that arrays of a patch may have, as a safetensors header spells them."""
 LARGEST = 1 << 40
 LONGEST_NAME = 1000
 
@@ -61,12 +47,12 @@ class Array:
     @property
     def nbytes(self) -> int:
         """Size of the values, in bytes."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
+        return math.prod(self.shape) * BYTES[CODES[self.dtype]]
 
     @property
     def label(self) -> bytes:
         """What is hashed before the values. Label and values are the array's blob, so its digest is the manifest's."""
-        return canonical_json([self.name, self.dtype, list(self.shape)])
+        return tensor_label(self.name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -85,8 +71,8 @@ class Manifest:
     @property
     def head(self) -> bytes:
         """The beginning of the patch's file, up to the first array."""
-        arrays = ((array.name, DTYPES[array.dtype][0], array.shape) for array in self.arrays)
-        return header_bytes({"overpaint": self.raw.decode()}, arrays)
+        arrays = ((array.name, CODES[array.dtype], array.shape) for array in self.arrays)
+        return header_bytes({KEY: self.raw.decode()}, arrays)
 
     def named(self, digest: str) -> list[Array]:
         """The arrays of this digest."""
@@ -130,7 +116,7 @@ def _array(name: str, entry: Any) -> Array:
     if name == "__metadata__" or not isinstance(entry, dict):
         raise BadManifest(f"the manifest's array {shown!r} has no description; take the patch from its source again")
     dtype, shape, digest = entry.get("dtype"), entry.get("shape"), entry.get("digest")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in CODES:
         raise BadManifest(f"the array {shown!r} has the dtype {dtype!r}, which no patch has")
     if not isinstance(shape, list) or any(type(side) is not int or side < 0 for side in shape) or len(shape) > 16:
         raise BadManifest(f"the array {shown!r} has no sensible shape; take the patch from its source again")
@@ -230,7 +216,7 @@ def embedded_manifest(file: bytes) -> Manifest | None:
         return None
     try:
         metadata = read_json(file[8 : 8 + length], "the header").get("__metadata__")
-        text = metadata.get("overpaint") if isinstance(metadata, dict) else None
+        text = metadata.get(KEY) if isinstance(metadata, dict) else None
         return read_manifest(text.encode()) if isinstance(text, str) else None
     except (BadManifest, UnicodeEncodeError):
         return None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overpaint.core.progress import Progress
+from overpaint.core.reporting import Progress
 from overpaint.solvers.trained.denoiser import TOGETHER, Conditioning, Denoiser
 
 

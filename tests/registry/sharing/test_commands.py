@@ -11,7 +11,7 @@ import torch
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from overpaint.core.concepts import Concept
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.integrity import verify

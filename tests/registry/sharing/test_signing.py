@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason='cryptography is not installed; pip install -e ".[dev]" does')
 
-from overpaint.core.digests import canonical_json
+from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.sharing.archive import ArchiveReader

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from overpaint.bases.safetensors_file import DTYPES, SafetensorsFile
-from overpaint.core.safetensors_header import BYTES, BadHeader, header_bytes, header_length, read_header
+from overpaint.core.encoding import BYTES, BadHeader, header_bytes, header_length, read_header
 
 TENSORS = [("b.weight", "F16", (2, 3)), ("a", "F32", ()), ("ö", "U8", (0, 4))]
 

@@ -1,11 +1,13 @@
-"""The header of a safetensors file: written one way, and read only where every byte of the file belongs to one tensor.
+"""Content as bytes, written one way: canonical JSON and digests over it, and the header of a safetensors file.
 
-A file is eight bytes with the header's length, the header (JSON: each tensor's dtype, shape and place, and a map of texts as
-metadata), and the tensors (https://github.com/huggingface/safetensors). No PyTorch is needed here.
+A safetensors file is eight bytes with the header's length, the header (JSON: each tensor's dtype, shape and place, and a map
+of texts as metadata), and the tensors (https://github.com/huggingface/safetensors). A header is read only where every byte of
+the file belongs to one tensor. No PyTorch is needed here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -13,11 +15,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from overpaint.core.digests import canonical_json
-
+KEY = "overpaint"
+"""Under which name a header's metadata holds a patch's manifest or a build's record."""
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
-"""By dtype, the size of one value."""
+"""By dtype as the format spells it, the size of one value."""
+DTYPE_NAMES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+DTYPE_NAMES |= {"U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32"}
+DTYPE_NAMES |= {"F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64"}
+"""By dtype as the format spells it, PyTorch's name, which is that in digests and manifests."""
+
+
+def canonical_json(value: Any) -> bytes:
+    """The canonical JSON of a value: sorted keys, no spaces, UTF-8. Raises ValueError on NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of the canonical JSON of a value. Raises ValueError on NaN or infinity."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """One digest of many tensors: over their names and digests, sorted by name."""
+    return json_digest(dict(digests))
+
+
+def tensor_label(name: str, dtype: str, shape: Iterable[int]) -> bytes:
+    """What a tensor's digest is over before its bytes; `dtype` is one of `DTYPE_NAMES`' values."""
+    return canonical_json([name, dtype, list(shape)])
 
 
 class BadHeader(ValueError):
