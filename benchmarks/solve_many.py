@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import overpaint
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.text_encoder import TextEncoder
-from overpaint.workspace.planning import Solved
+from overpaint.workspace.solving import Solved
 from overpaint.workspace.workspace import Workspace
 
 T = TypeVar("T")

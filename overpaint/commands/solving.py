@@ -188,7 +188,7 @@ def _show(outcomes: list[SolveOutcome], digests: bool, as_json: bool) -> None:
     failed: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.error:
-            failed.setdefault(outcome.error, []).append(outcome.task.order.concept.name)
+            failed.setdefault(outcome.error, []).append(outcome.task.request.concept.name)
     if failed:
         raise click.ClickException("\n".join(_failure(names, error) for error, names in failed.items()))
 
@@ -211,19 +211,19 @@ def _show_plan(plan: SolvePlan, digests: bool, as_json: bool) -> None:
     unknown = {concept.name: "new" for concept in plan.new} | {concept.name: "changed" for concept in plan.changed}
     rows = []
     for task in plan.tasks if as_json else plan.tasks[:SHOWN]:
-        order = task.order
-        settings = [f"{name}={value}" for name, value in order.settings.items()]
-        settings += [f"decoupled ({order.decoupled})"] if order.decoupled else []
-        settings += [f"compressed to {size}" for size in order.keeps]
-        name = order.concept.name
+        request = task.request
+        settings = [f"{name}={value}" for name, value in request.settings.items()]
+        settings += [f"decoupled ({request.decoupled})"] if request.decoupled else []
+        settings += [f"compressed to {size}" for size in request.truncations]
+        name = request.concept.name
         done = task.done.id if task.done else None
-        rows.append([name, unknown.get(name, "known"), order.solver, ", ".join(settings), order.seed, done])
+        rows.append([name, unknown.get(name, "known"), request.solver, ", ".join(settings), request.seed, done])
     columns = ["concept", "in the registry", "solver", "settings", "seed", "solved before"]
     show_table(f"Would solve on {plan.base.name}", columns, rows, as_json, digests=digests)
     if len(rows) < len(plan.tasks):
         Terminal().note(f"and {len(plan.tasks) - len(rows)} more; --json shows all")
     Terminal().note(
-        f"{len(plan.open)} of {len(plan.tasks)} to solve, with {len(plan.around.universe)} concepts in the universe"
+        f"{len(plan.open)} of {len(plan.tasks)} to solve, with {len(plan.context.universe)} concepts in the universe"
     )
 
 

@@ -328,7 +328,7 @@ class BadConceptFile(OverpaintError):
 def read_concepts(
     path: Path, *, solver: str | None = None, settings: Mapping[str, str] | None = None, seed: int | None = None
 ) -> tuple[SolveRequest, ...]:
-    """The orders of a file, in its order; `solver`, `settings` and `seed` go before its defaults.
+    """The requests of a file, in its order; `solver`, `settings` and `seed` go before its defaults.
 
     Raises NotFound for a file that is not there, BadConceptFile for one that is not as it should be, and NotFound or
     BadSetting for a solver or settings that cannot go before its defaults.
@@ -338,11 +338,11 @@ def read_concepts(
     listed = reading.head(root)
     if not reading.mistakes:
         reading.defaults = reading.defaults.overridden(solver, settings or {}, seed)
-        reading.defaults.order(Concept("any")).method()
-    orders = reading.orders(listed)
+        reading.defaults.request(Concept("any")).configured()
+    requests = reading.requests(listed)
     if reading.mistakes:
         raise BadConceptFile(reading.message(str(path)))
-    return orders
+    return requests
 
 
 def read_nodes(path: Path, what: str) -> Node | None:
@@ -374,10 +374,10 @@ class ConceptReader(NodeReader):
             self.defaults = self.read_defaults(top["defaults"])
         return top.get("concepts")
 
-    def orders(self, listed: Node | None) -> tuple[SolveRequest, ...]:
-        """The order of every concept without a mistake."""
+    def requests(self, listed: Node | None) -> tuple[SolveRequest, ...]:
+        """The request for every concept without a mistake."""
         if isinstance(listed, Items) and listed.items:
-            return tuple(order for node in listed.items if (order := self.concept(node)) is not None)
+            return tuple(request for node in listed.items if (request := self.concept(node)) is not None)
         if not self.mistakes:
             at = listed.at if listed is not None else TextPosition(1, 1)
             self.wrong(at, "no concept is listed; write `concepts:` and below it one line `- NAME` for each")
@@ -393,7 +393,7 @@ class ConceptReader(NodeReader):
         return Defaults(kind or Defaults.kind, anchor or "", chosen.solver, chosen.settings, chosen.seed)
 
     def concept(self, node: Node, others: tuple[str, ...] = (), *, once: bool = True) -> SolveRequest | None:
-        """The order of one entry, which may have `others` of keys that somebody else reads; None where it has a mistake.
+        """The request of one entry, which may have `others` of keys that somebody else reads; None where it has a mistake.
 
         With `once`, no other entry may have a word of it.
         """
@@ -413,14 +413,14 @@ class ConceptReader(NodeReader):
         anchor = self.anchor(values.get("anchor"), words, node.at)
         kind, prompts = self.kind(values.get("kind")), self.prompts(values.get("prompts"), words)
         solver, seed = self.solver(values.get("solver")), self.seed(values.get("seed"))
-        method = solver or self.defaults.solver
-        settings = self.settings(values.get("settings"), method) | self.images(values.get("images"), method)
+        effective = solver or self.defaults.solver
+        settings = self.settings(values.get("settings"), effective) | self.images(values.get("images"), effective)
         if len(self.mistakes) > before:
             return None
         concept = Concept(name, kind or self.defaults.kind, words[1:], anchor, prompts)
-        order = self.defaults.order(concept, solver, settings, seed)
-        self.takes(node.at, order.solver, order.settings)
-        return replace(order, described=self.describe or bool(DESCRIPTION & values.keys()))
+        request = self.defaults.request(concept, solver, settings, seed)
+        self.takes(node.at, request.solver, request.settings)
+        return replace(request, is_bare_name=not self.describe and not DESCRIPTION & values.keys())
 
     def take(self, words: list[tuple[str, TextPosition]]) -> None:
         """A word can call up one concept only: what erases one would have to leave the other alone."""

@@ -39,8 +39,8 @@ from overpaint.evaluation.metrics import (
 from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
 from overpaint.evaluation.report_page import Picture, PictureRow, Report, Section, Table, write_report
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR
-from overpaint.workspace.planning import Solved
 from overpaint.workspace.recipe import Recipe
+from overpaint.workspace.solving import Solved
 from overpaint.workspace.workspace import Workspace
 
 __all__ = ["run"]

@@ -46,10 +46,11 @@ class CannotFollow(OverpaintError):
 class LivePipelines:
     """The pipelines of this process that carry recipes, by the name of the recipe; they are referred to weakly."""
 
-    def __init__(self) -> None:
+    def __init__(self, term: ReadTerm) -> None:
+        self._term = term
         self._overlays: dict[str, weakref.WeakSet[Overlay]] = {}
 
-    def apply(self, recipe: str | None, pipe: Any, base: Base, strengths: Mapping[str, float], term: ReadTerm) -> None:
+    def apply(self, recipe: str | None, pipe: Any, base: Base, strengths: Mapping[str, float]) -> None:
         """Make `pipe` carry these patches (strengths by id) and follow `recipe`, or nothing if None.
 
         Raises CannotFollow when the pipeline carries patches of another base, and what `Overlay` raises; the pipeline is
@@ -65,7 +66,7 @@ class LivePipelines:
                 f"the pipeline carries a recipe on the base {overlay.base.fingerprint[:12]}, and this one is on "
                 f"{base.fingerprint[:12]}; load another pipeline"
             )
-        overlay.set(_terms(overlay, strengths, term))
+        overlay.set(self._terms(overlay, strengths))
         setattr(pipe, ATTRIBUTE, overlay)
         self._forget(overlay)
         if recipe is not None:
@@ -93,7 +94,7 @@ class LivePipelines:
         self._overlays.pop(recipe, None)
 
     @contextmanager
-    def changing(self, recipe: str, strengths: Mapping[str, float], term: ReadTerm) -> Iterator[None]:
+    def changing(self, recipe: str, strengths: Mapping[str, float]) -> Iterator[None]:
         """Make every pipeline of `recipe` carry these patches; all are as before when one cannot, or when the block raises.
 
         Raises CannotFollow.
@@ -103,7 +104,7 @@ class LivePipelines:
             for overlay in list(self._overlays.get(recipe, ())):
                 before = overlay.terms
                 try:
-                    overlay.set(_terms(overlay, strengths, term))
+                    overlay.set(self._terms(overlay, strengths))
                 except OverpaintError as error:
                     raise CannotFollow(
                         f"a pipeline that follows the recipe {recipe!r} cannot take the change, so the recipe stays as it "
@@ -120,11 +121,10 @@ class LivePipelines:
         for overlays in self._overlays.values():
             overlays.discard(overlay)
 
-
-def _terms(overlay: Overlay, strengths: Mapping[str, float], term: ReadTerm) -> list[Term]:
-    """Terms that the overlay carries already are taken from it, so that removing one reads no file."""
-    carried = {(each.id, each.strength): each for each in overlay.terms}
-    return [carried.get(each) or term(*each, overlay.base) for each in strengths.items()]
+    def _terms(self, overlay: Overlay, strengths: Mapping[str, float]) -> list[Term]:
+        """Terms that the overlay carries already are taken from it, so that removing one reads no file."""
+        carried = {(each.id, each.strength): each for each in overlay.terms}
+        return [carried.get(each) or self._term(*each, overlay.base) for each in strengths.items()]
 
 
 def _weakly(pipe: Any) -> Any:
@@ -146,7 +146,7 @@ class OpenRegistry:
         self.registry = registry
         self.progress: Progress = silent
         self.on_base: Callable[[Base], None] = lambda base: None
-        self.pipelines = LivePipelines()
+        self.pipelines = LivePipelines(self.term_on)
         self._bases: dict[str, tuple[BaseRecord, Base]] = {}
         self._patches: dict[str, Patch] = {}
 

@@ -19,7 +19,6 @@ from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed
-from overpaint.core.reporting import html_table
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, refusals
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -84,22 +83,22 @@ class SolveRequest:
     """A concept, the solver that is to erase it with its settings (texts, as `--set` takes them), and the seed.
 
     `decoupled` is the rule by which the change is decoupled from all other concepts afterwards, empty for not at all, and
-    `keeps` are the compressions that follow, one after the other. What is not `described` is a name and nothing else: where
-    a registry knows the concept, its description counts.
+    `truncations` are the compressions that follow, one after the other. Of a concept that `is_bare_name`, a name and nothing
+    else, the registry's description counts where it knows it.
     """
 
     concept: Concept
     solver: str = DEFAULT_SOLVER
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)
     seed: int = 0
-    keeps: tuple[Truncation, ...] = ()
-    described: bool = True
+    truncations: tuple[Truncation, ...] = ()
+    is_bare_name: bool = False
     decoupled: str = ""
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
 
-    def method(self) -> Solver:
+    def configured(self) -> Solver:
         """The configured solver. Raises NotFound for an unknown one, BadSetting for settings that it cannot take."""
         from overpaint.solvers import solver_class
         from overpaint.solvers.problem import configure
@@ -145,7 +144,7 @@ class Defaults:
     settings: Mapping[str, str] = field(default_factory=dict, hash=False)
     seed: int = 0
 
-    def order(
+    def request(
         self,
         concept: Concept,
         solver: str | None = None,
@@ -153,30 +152,30 @@ class Defaults:
         seed: int | None = None,
     ) -> SolveRequest:
         """The request for a concept, with its own settings before the defaults."""
-        method = solver or self.solver
-        inherited = self.settings if method == self.solver else {}
-        return SolveRequest(concept, method, {**inherited, **(settings or {})}, self.seed if seed is None else seed)
+        name = solver or self.solver
+        inherited = self.settings if name == self.solver else {}
+        return SolveRequest(concept, name, {**inherited, **(settings or {})}, self.seed if seed is None else seed)
 
     def overridden(self, solver: str | None, settings: Mapping[str, str], seed: int | None) -> Defaults:
         """These defaults, with the values of a command line before them."""
-        order = self.order(Concept("any"), solver, settings, seed)
-        return Defaults(self.kind, self.anchor, order.solver, order.settings, order.seed)
+        request = self.request(Concept("any"), solver, settings, seed)
+        return Defaults(self.kind, self.anchor, request.solver, request.settings, request.seed)
 
 
 def completed(
-    orders: Iterable[SolveRequest], known: Iterable[Concept], keeps: tuple[Truncation, ...], decoupled: str = ""
+    requests: Iterable[SolveRequest], known: Iterable[Concept], truncations: tuple[Truncation, ...], decoupled: str = ""
 ) -> list[SolveRequest]:
     """Requests completed with the known descriptions of concepts that they only name, with decoupling and compressions."""
     by_name = {concept.name: concept for concept in known}
     return [
         replace(
-            order,
-            concept=order.concept if order.described else by_name.get(order.concept.name, order.concept),
-            keeps=keeps,
-            described=True,
+            request,
+            concept=by_name.get(request.concept.name, request.concept) if request.is_bare_name else request.concept,
+            truncations=truncations,
+            is_bare_name=False,
             decoupled=decoupled,
         )
-        for order in orders
+        for request in requests
     ]
 
 
@@ -185,31 +184,31 @@ FEW = 20
 _PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 
 
-def provenance(request: SolveRequest, method: Solver, context: SolveContext) -> dict[str, Any]:
+def provenance(request: SolveRequest, solver: Solver, context: SolveContext) -> dict[str, Any]:
     """The entry `solver` of a manifest: how the patch was solved, before any compression.
 
     An input is recorded where the solver declares that it reads it: the universe without the request's own concept,
     preserved prompts, pictures by the digests of their files.
     """
-    recorded = _inputs(request, method, context)
-    if method.uses_universe:
+    recorded = _inputs(request, solver, context)
+    if solver.uses_universe:
         others = (each for name, each in context.by_name.items() if name != request.concept.name)
         recorded["universe"] = [brief(each) for each in others]
     return recorded
 
 
-def _inputs(request: SolveRequest, method: Solver, context: SolveContext) -> dict[str, Any]:
+def _inputs(request: SolveRequest, solver: Solver, context: SolveContext) -> dict[str, Any]:
     """All that is recorded but the universe."""
     from overpaint.solvers.problem import distinct_prompts, settings_of
     from overpaint.solvers.trained.pictures import picture_files
 
-    settings = settings_of(method)
+    settings = settings_of(solver)
     recorded: dict[str, Any] = {"name": request.solver, "settings": _without_folder(settings), "seed": request.seed}
-    if method.revision > 1:
-        recorded["revision"] = method.revision
-    if method.uses_preserved_prompts and (prompts := distinct_prompts(context.preserve_prompts)):
+    if solver.revision > 1:
+        recorded["revision"] = solver.revision
+    if solver.uses_preserved_prompts and (prompts := distinct_prompts(context.preserve_prompts)):
         recorded["keep"] = list(prompts)
-    if method.uses_pictures:
+    if solver.uses_pictures:
         recorded["pictures"] = list(picture_files(settings["images"]))
     return recorded
 
@@ -244,17 +243,17 @@ def universe_digest(concepts: Iterable[Mapping[str, Any]]) -> str:
     return hashlib.sha256(b"\n".join(sorted(map(canonical_json, concepts)))).hexdigest()
 
 
-def digest_of_request(request: SolveRequest, method: Solver, context: SolveContext, fingerprint: str) -> str:
+def digest_of_request(request: SolveRequest, solver: Solver, context: SolveContext, fingerprint: str) -> str:
     """The digest of the inputs of a request on a base."""
-    inputs = _inputs(request, method, context)
-    if request.keeps:
-        inputs["compressed"] = [keep.as_json() for keep in request.keeps]
+    inputs = _inputs(request, solver, context)
+    if request.truncations:
+        inputs["compressed"] = [truncation.as_json() for truncation in request.truncations]
     if request.decoupled:
         inputs["decoupled"] = {
             **decoupling_inputs(request.decoupled, context),
             "of": context.digest_with(request.concept),
         }
-    universe = context.digest_with(request.concept) if method.uses_universe else ""
+    universe = context.digest_with(request.concept) if solver.uses_universe else ""
     return _digest_of_inputs(fingerprint, request.concept.as_json(), inputs, universe)
 
 
@@ -268,7 +267,7 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     inputs = {key: value for key, value in recorded.items() if key not in not_inputs}
     inputs["settings"] = _without_folder(recorded.get("settings", {}))
     if "compressed" in inputs:
-        inputs["compressed"] = [keep.as_json() for keep in truncations_of(manifest)]
+        inputs["compressed"] = [truncation.as_json() for truncation in truncations_of(manifest)]
     if "decoupled" in inputs:
         step = inputs["decoupled"]
         kept = {key: step[key] for key in ("rule", "keep", "after") if key in step}
@@ -282,12 +281,12 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     return _digest_of_inputs(manifest["subject"]["fingerprint"], manifest["concept"], inputs, universe)
 
 
-def same_but_for_universe(manifest: Mapping[str, Any], request: SolveRequest, method: Solver) -> bool:
+def same_but_for_universe(manifest: Mapping[str, Any], request: SolveRequest, solver: Solver) -> bool:
     """Whether a patch was solved as a request asks, whatever else was known or preserved then."""
     others = ("universe", "vocabulary", "keep")
     recorded = {key: value for key, value in manifest["solver"].items() if key not in others}
     recorded["settings"] = _without_folder(recorded.get("settings", {}))
-    asked = {key: value for key, value in _inputs(request, method, SolveContext()).items() if key not in others}
+    asked = {key: value for key, value in _inputs(request, solver, SolveContext()).items() if key not in others}
     return bool(manifest["concept"] == request.concept.as_json()) and canonical_json(recorded) == canonical_json(asked)
 
 
@@ -301,10 +300,10 @@ def _reads_universe(name: str, settings: bytes) -> bool:
     from overpaint.solvers import solver_class
 
     try:
-        method: Solver = solver_class(name)(**json.loads(settings))
+        solver: Solver = solver_class(name)(**json.loads(settings))
     except (OverpaintError, TypeError):
         return True
-    return method.uses_universe
+    return solver.uses_universe
 
 
 def decoupling_inputs(rule: str, context: SolveContext) -> dict[str, Any]:
@@ -360,11 +359,11 @@ def solved_before(registry: Registry, base: str, requests: Sequence[SolveRequest
     return solved
 
 
-def _candidates(registry: Registry, base: str, orders: Sequence[SolveRequest]) -> Iterator[PatchRecord]:
+def _candidates(registry: Registry, base: str, requests: Sequence[SolveRequest]) -> Iterator[PatchRecord]:
     """The patches of a few concepts one by one; of many, all that their solvers made."""
-    names = sorted({order.concept.name for order in orders})
+    names = sorted({request.concept.name for request in requests})
     if len(names) > FEW:
-        for solver in sorted({order.solver for order in orders}):
+        for solver in sorted({request.solver for request in requests}):
             yield from registry.patches(base=base, solver=solver)
         return
     for name in names:
@@ -372,26 +371,21 @@ def _candidates(registry: Registry, base: str, orders: Sequence[SolveRequest]) -
             yield from registry.patches(base=base, concept=name)
 
 
-def as_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as provenance has them, written as `--set` reads them back."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-
-
 @dataclass(frozen=True)
 class PlannedSolve:
     """A request, and the patch if it is there already."""
 
-    order: SolveRequest
+    request: SolveRequest
     done: PatchRecord | None = None
 
 
 @dataclass(frozen=True)
 class SolvePlan:
-    """Tasks on one base. The universe of `around` has all concepts that will be known; `new` and `changed` are not yet."""
+    """Tasks on one base. The universe of `context` has all concepts that will be known; `new` and `changed` are not yet."""
 
     base: BaseRecord
     tasks: tuple[PlannedSolve, ...]
-    around: SolveContext
+    context: SolveContext
     new: tuple[Concept, ...]
     changed: tuple[Concept, ...]
 
@@ -403,83 +397,56 @@ class SolvePlan:
 
 def plan_solves(
     registry: Registry,
-    orders: Iterable[SolveRequest],
-    around: SolveContext,
+    requests: Iterable[SolveRequest],
+    context: SolveContext,
     *,
     base: str,
     update: bool = False,
-    again: bool = False,
+    force: bool = False,
     known_concepts: Iterable[Concept] | None = None,
 ) -> SolvePlan:
-    """The plan for `orders`: which are solved already, and the universe with all that is ordered added.
+    """The plan for `requests`: which are solved already, and the universe with all concepts asked for added.
 
     `known_concepts` are those of the registry, where the universe has not all of them.
 
-    An order whose inputs are those of a stored patch is done, unless `again`. Raises ConceptDiffers for concepts that are
+    A request whose inputs are those of a stored patch is done, unless `force`. Raises ConceptDiffers for concepts that are
     known by another description, unless `update`; NotFound and BadSetting for a base, a solver or settings that are none;
-    OverpaintError for a concept that is ordered by two descriptions.
+    OverpaintError for a concept that is asked for with two descriptions.
     """
-    orders, on = tuple(dict.fromkeys(orders)), registry.base(base)
-    wanted = _concepts(orders)
-    known = {concept.name: concept for concept in (around.universe if known_concepts is None else known_concepts)}
-    new = tuple(concept for name, concept in wanted.items() if name not in known)
-    changed = tuple(concept for name, concept in wanted.items() if name in known and known[name] != concept)
+    requests, on = tuple(dict.fromkeys(requests)), registry.base(base)
+    asked = _concepts(requests)
+    known = {concept.name: concept for concept in (context.universe if known_concepts is None else known_concepts)}
+    new = tuple(concept for name, concept in asked.items() if name not in known)
+    changed = tuple(concept for name, concept in asked.items() if name in known and known[name] != concept)
     if changed and not update:
         raise ConceptDiffers(refusals([(known[concept.name], concept) for concept in changed]))
-    around = replace(around, universe=tuple({**{each.name: each for each in around.universe}, **wanted}.values()))
-    _check_methods(orders)
-    before = {} if again else solved_before(registry, base, orders)
-    named = {(record.concept, record.solver, record.seed) for record in before.values()}
+    context = replace(context, universe=tuple({**{each.name: each for each in context.universe}, **asked}.values()))
+    _check_solvers(requests)
+    candidates = {} if force else solved_before(registry, base, requests)
+    solved = {(record.concept, record.solver, record.seed) for record in candidates.values()}
     tasks = []
-    for order in orders:
+    for request in requests:
+        done = None
         # A digest is over all other concepts too: it is worth its time only where there is a patch to compare.
-        maybe = (order.concept.name, order.solver, order.seed) in named
-        done = before.get(digest_of_request(order, order.method(), around, on.fingerprint)) if maybe else None
-        tasks.append(PlannedSolve(order, done))
-    return SolvePlan(on, tuple(tasks), around, new, changed)
+        if (request.concept.name, request.solver, request.seed) in solved:
+            done = candidates.get(digest_of_request(request, request.configured(), context, on.fingerprint))
+        tasks.append(PlannedSolve(request, done))
+    return SolvePlan(on, tuple(tasks), context, new, changed)
 
 
-def _check_methods(requests: Iterable[SolveRequest]) -> None:
+def _check_solvers(requests: Iterable[SolveRequest]) -> None:
     """Raise NotFound or BadSetting for the first solver or setting that there is not; each combination is tried once."""
     for request in {(each.solver, *sorted(each.settings.items())): each for each in requests}.values():
-        request.method()
+        request.configured()
 
 
-def _concepts(orders: tuple[SolveRequest, ...]) -> dict[str, Concept]:
-    """The ordered concepts by name. Raises OverpaintError when a name means two of them."""
+def _concepts(requests: Iterable[SolveRequest]) -> dict[str, Concept]:
+    """The concepts asked for, by name. Raises OverpaintError when a name means two of them."""
     concepts: dict[str, Concept] = {}
-    for order in orders:
-        if concepts.setdefault(order.concept.name, order.concept) != order.concept:
-            raise OverpaintError(f"{order.concept.name!r} is ordered by two descriptions; keep one of them")
+    for request in requests:
+        if concepts.setdefault(request.concept.name, request.concept) != request.concept:
+            raise OverpaintError(f"{request.concept.name!r} is asked for with two descriptions; keep one of them")
     return concepts
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A patch that was solved and stored, what its solver reported, and the seconds it took."""
-
-    record: PatchRecord
-    diagnostics: Mapping[str, Any]
-    seconds: float
-
-    @property
-    def id(self) -> str:
-        """The patch's id: the digest of its manifest."""
-        return self.record.id
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the patch's file, in bytes."""
-        return self.record.nbytes
-
-    def __repr__(self) -> str:
-        return f"<Solved {self.id[:12]}: {self.record.concept} on {self.record.base}, {self.nbytes:,} bytes>"
-
-    def _repr_html_(self) -> str:
-        record = self.record
-        rows = [("solver", record.solver), *record.settings.items(), ("seed", record.seed), ("kind", record.kind)]
-        numbers = [("bytes", f"{self.nbytes:,}"), ("seconds", f"{self.seconds:.3g}"), *self.diagnostics.items()]
-        return html_table(repr(self), ["what", "value"], [*rows, *numbers])
 
 
 def truncations(compress: str | None) -> tuple[Truncation, ...]:
@@ -502,7 +469,11 @@ def setting_texts(settings: Mapping[str, object]) -> dict[str, str]:
     nested = given.pop("settings", None) or {}
     if not isinstance(nested, Mapping):
         raise OverpaintError(f"settings is a mapping of a solver's settings by name; got {nested!r}")
+    return as_texts({**nested, **given})
+
+
+def as_texts(settings: Mapping[str, object]) -> dict[str, str]:
+    """Settings, a manifest's for example, written as `--set` reads them back."""
     return {
-        name: value if isinstance(value, str) else json.dumps(value, default=str)
-        for name, value in {**nested, **given}.items()
+        name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in settings.items()
     }

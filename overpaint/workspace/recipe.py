@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +25,6 @@ from overpaint.registry.records import (
 )
 from overpaint.registry.registry import EvaluationRecord
 from overpaint.workspace.opened import LostPatch, OpenRegistry
-from overpaint.workspace.planning import Solved
 
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from overpaint.workspace.evaluating import Evaluated
     from overpaint.workspace.report import Reported
     from overpaint.workspace.reseparation import Reseparated
+    from overpaint.workspace.solving import Solved
     from overpaint.workspace.widget import RecipeWidget
 
 
@@ -57,6 +59,14 @@ def refuse_stale(record: RecipeRecord, revision: int) -> None:
             f"the recipe {record.name!r} is at revision {record.revision} by now, and this change was made from {revision}; "
             "look at what changed and try again"
         )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a recipe holds after a change (strengths by id), and what records it and returns the revision: None for nothing."""
+
+    strengths: Mapping[str, float]
+    commit: Callable[[Note], int] | None
 
 
 class Recipe:
@@ -207,12 +217,12 @@ class Recipe:
         Raises NotFound for what is not there, AlreadyExists for a patch that would be here twice, WrongBase.
         """
 
-        def commit(before: RecipeRecord, note: Note) -> int:
-            return self._opened.registry.exchange_patches(self.name, new, note, expected=before.revision)
+        def planned(before: RecipeRecord) -> _Change:
+            strengths = {new.get(each, each): strength for each, strength in before.patches}
+            exchange = self._opened.registry.exchange_patches
+            return _Change(strengths, partial(exchange, self.name, new, expected=before.revision))
 
-        return self._record(
-            lambda before: {new.get(each, each): strength for each, strength in before.patches}, commit, why, who
-        )
+        return self._record(planned, why, who)
 
     def checkout(self, revision: int | str, *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Restore the patches of an earlier revision, by number or tag; returns the lines of the new revision.
@@ -221,14 +231,12 @@ class Recipe:
         to be added whose bytes are lost.
         """
 
-        def then(before: RecipeRecord) -> RecipeRecord:
-            return self._opened.registry.recipe(f"{before.name}@{revision}")
+        def planned(before: RecipeRecord) -> _Change:
+            then = self._opened.registry.recipe(f"{before.name}@{revision}")
+            checkout = self._opened.registry.checkout_recipe
+            return _Change(dict(then.patches), partial(checkout, self.name, then.revision, expected=before.revision))
 
-        def commit(before: RecipeRecord, note: Note) -> int:
-            number = then(before).revision
-            return self._opened.registry.checkout_recipe(self.name, number, note, expected=before.revision)
-
-        return self._record(lambda before: dict(then(before).patches), commit, why, who)
+        return self._record(planned, why, who)
 
     def undo(self, *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Revert the newest change, as a new revision (so undoing twice brings it back). Raises NotFound without any."""
@@ -240,41 +248,33 @@ class Recipe:
     def _change(
         self, wanted: Callable[[RecipeRecord], dict[str, RecipeEntry | None]], why: str, who: str
     ) -> list[HistoryRecord]:
-        changes: dict[str, RecipeEntry | None] = {}
+        """Set what `wanted` says of a revision: entries by patch, None to remove one."""
 
-        def after(before: RecipeRecord) -> dict[str, float]:
-            nonlocal changes
+        def planned(before: RecipeRecord) -> _Change:
             changes = wanted(before)
             strengths = {each: strength for each, strength in before.patches if each not in changes}
-            return strengths | {entry.patch: entry.strength for entry in changes.values() if entry is not None}
+            strengths |= {entry.patch: entry.strength for entry in changes.values() if entry is not None}
+            change = self._opened.registry.change_patches
+            commit = partial(change, self.name, changes, expected=before.revision) if changes else None
+            return _Change(strengths, commit)
 
-        def commit(before: RecipeRecord, note: Note) -> int:
-            if not changes:
-                return 0  # of which there are no lines
-            return self._opened.registry.change_patches(self.name, changes, note, expected=before.revision)
+        return self._record(planned, why, who)
 
-        return self._record(after, commit, why, who)
-
-    def _record(
-        self,
-        after: Callable[[RecipeRecord], Mapping[str, float]],
-        commit: Callable[[RecipeRecord, Note], int],
-        why: str,
-        who: str,
-    ) -> list[HistoryRecord]:
+    def _record(self, planned: Callable[[RecipeRecord], _Change], why: str, who: str) -> list[HistoryRecord]:
         """Compose, bring the pipelines along, then record; again from the start when another process was faster."""
         for attempt in range(TRIES):
             before = self.record
-            strengths = after(before)
-            note = Note(why, who or current_user(), self._digest_of(before), self._digest_after(before, strengths))
+            change = planned(before)
+            after = self._digest_after(before, change.strengths)
+            note = Note(why, who or current_user(), self._digest_of(before), after)
             try:
-                with self._opened.pipelines.changing(before.name, strengths, self._opened.term_on):
-                    revision = commit(before, note)
+                with self._opened.pipelines.changing(before.name, change.strengths):
+                    revision = change.commit(note) if change.commit else None
             except StaleRevision:
                 if attempt == TRIES - 1:
                     raise
             else:
-                return self._opened.registry.log(self.name, revision=revision)
+                return [] if revision is None else self._opened.registry.log(self.name, revision=revision)
         raise AssertionError("unreachable")
 
     def _digest_of(self, record: RecipeRecord) -> str | None:
@@ -343,7 +343,7 @@ class Recipe:
         """
         record = self.record
         follows = record.name if self._opened.registry.has_recipe(self.name) else None
-        self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches), self._opened.term_on)
+        self._opened.pipelines.apply(follows, pipe, self.base, dict(record.patches))
         return pipe
 
     def applied(self, pipe: Any) -> AppliedRecipe:
@@ -379,7 +379,7 @@ class Recipe:
     def refresh(self) -> None:
         """Bring the pipelines that follow this recipe to what it holds now, whoever changed it. Raises CannotFollow."""
         record = self.record
-        with self._opened.pipelines.changing(record.name, dict(record.patches), self._opened.term_on):
+        with self._opened.pipelines.changing(record.name, dict(record.patches)):
             pass
 
     def release(self, pipe: Any) -> None:

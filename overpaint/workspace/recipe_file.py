@@ -299,24 +299,24 @@ class _Finder:
 
     def _matching(self, request: SolveRequest) -> Iterator[PatchRecord]:
         """Sound patches that were solved for a request, those on the recipe first, then the newest."""
-        method, files = request.method(), PatchFiles(self._registry.blobs)
+        solver, files = request.configured(), PatchFiles(self._registry.blobs)
         with suppress(NotFound):  # a concept that is new here
             records = self._registry.patches(concept=request.concept.name, base=self._base, newest_first=True)
             for record in sorted(records, key=lambda each: each.id not in self._held):
                 fits = (record.solver, record.seed) == (request.solver, request.seed)
                 if fits and files.holds(record.id, record.blob):
                     with suppress(BlobCorrupt, BlobMissing):
-                        if same_but_for_universe(manifest_of(self._registry, record), request, method):
+                        if same_but_for_universe(manifest_of(self._registry, record), request, solver):
                             yield record
 
 
 def wanted_entries(plan: RecipePlan, outcomes: Sequence[SolveOutcome]) -> list[RecipeEntry]:
     """What the recipe is to hold once the plan's solves came out. Raises OverpaintError when one could not be solved."""
-    if failed := [f"{each.task.order.concept.name}: {each.error}" for each in outcomes if each.record is None]:
+    if failed := [f"{each.task.request.concept.name}: {each.error}" for each in outcomes if each.record is None]:
         raise OverpaintError(
             "the recipe is as it was, because not everything could be solved:\n  " + "\n  ".join(failed)
         )
-    solved = {each.task.order: each.record for each in outcomes if each.record is not None}
+    solved = {each.task.request: each.record for each in outcomes if each.record is not None}
     entries = []
     for planned in plan.entries:
         if planned.asked is None:
@@ -350,8 +350,8 @@ def _described(registry: Registry, record: PatchRecord) -> dict[str, Any]:
     concept = registry.concept(record.concept)
     request = SolveRequest(concept, record.solver, as_texts(record.settings), record.seed)
     try:
-        manifest, method = manifest_of(registry, record), request.method()
-        if method.uses_pictures or not same_but_for_universe(manifest, request, method):
+        manifest, solver = manifest_of(registry, record), request.configured()
+        if solver.uses_pictures or not same_but_for_universe(manifest, request, solver):
             return {}
     except OverpaintError:
         return {}
@@ -362,7 +362,7 @@ def _described(registry: Registry, record: PatchRecord) -> dict[str, Any]:
         described["seed"] = record.seed
     node = parse(_yaml(described).encode())
     entry = node and _RecipeReader(Path()).entry(node)
-    again = entry and entry.request and replace(entry.request, described=True)
+    again = entry and entry.request and replace(entry.request, is_bare_name=False)
     return described if again == request else {}
 
 

@@ -129,23 +129,25 @@ def reseparate(
         return Reseparated([], left, len(context.universe))
     plan = plan_solves(opened.registry, stale.values(), context, base=record.base)
     _refuse_collisions(opened, recipe, stale, plan)
-    made = dict[SolveRequest, str]()
+    new_ids = dict[SolveRequest, str]()
     for outcome in carry_out(opened.registry, plan, opened.base, resolve_device(device), report=progress):
         if outcome.record is None:
             raise OverpaintError(
-                f"{outcome.task.order.concept.name}: {outcome.error}; the recipe {recipe!r} is as it was"
+                f"{outcome.task.request.concept.name}: {outcome.error}; the recipe {recipe!r} is as it was"
             )
-        made[outcome.task.order] = outcome.record.id
-    concepts = len(plan.around.universe)
-    lines = exchange({old: made[order] for old, order in stale.items()}, f"re-separated for {_concepts(concepts)}")
+        new_ids[outcome.task.request] = outcome.record.id
+    concepts = len(plan.context.universe)
+    lines = exchange(
+        {old: new_ids[request] for old, request in stale.items()}, f"re-separated for {_concepts(concepts)}"
+    )
     return Reseparated(lines, left, concepts)
 
 
 def _stale(
-    opened: OpenRegistry, recipe: str, around: SolveContext
+    opened: OpenRegistry, recipe: str, context: SolveContext
 ) -> tuple[dict[str, SolveRequest], tuple[PatchRecord, ...]]:
-    """By id, the orders of patches to solve again; and those of other solvers, solved for another universe than today's."""
-    known = {concept.name: concept for concept in around.universe}
+    """By id, the requests that solve patches again; and patches of other solvers, for another universe than today's."""
+    known = {concept.name: concept for concept in context.universe}
     stale, left = dict[str, SolveRequest](), []
     records = [record for record, _ in opened.registry.patches_on(recipe)]
     closed_form = _closed_form(records)
@@ -153,13 +155,13 @@ def _stale(
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
             settings, rule = as_texts(record.settings), decoupled_of(manifest)
-            order = SolveRequest(
+            request = SolveRequest(
                 concept, record.solver, settings, record.seed, truncations_of(manifest), decoupled=rule
             )
             fingerprint = manifest["subject"]["fingerprint"]
-            if digest_of_request(order, order.method(), around, fingerprint) != digest_of_manifest(manifest):
-                stale[record.id] = order
-        elif universe_digest(universe_of(manifest)) != universe_digest(each.as_json() for each in around.universe):
+            if digest_of_request(request, request.configured(), context, fingerprint) != digest_of_manifest(manifest):
+                stale[record.id] = request
+        elif universe_digest(universe_of(manifest)) != universe_digest(each.as_json() for each in context.universe):
             left.append(record)
     return stale, tuple(left)
 
@@ -167,14 +169,14 @@ def _stale(
 def _refuse_collisions(opened: OpenRegistry, recipe: str, stale: Mapping[str, SolveRequest], plan: SolvePlan) -> None:
     """Two patches for one concept that differ in nothing but their universe would be one patch afterwards."""
     applied = {record.id for record, _ in opened.registry.patches_on(recipe)}
-    reused = {task.order for task in plan.tasks if task.done is not None and task.done.id in applied}
-    for order in stale.values():
-        if order in reused:
+    reused = {task.request for task in plan.tasks if task.done is not None and task.done.id in applied}
+    for request in stale.values():
+        if request in reused:
             raise NotReseparable(
-                f"two patches for {order.concept.name!r} are on the recipe {recipe!r} and differ in nothing but their "
+                f"two patches for {request.concept.name!r} are on the recipe {recipe!r} and differ in nothing but their "
                 "universe; remove one of them first"
             )
-        reused.add(order)
+        reused.add(request)
 
 
 def _concepts(count: int) -> str:

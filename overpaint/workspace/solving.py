@@ -17,7 +17,7 @@ import torch
 
 from overpaint.bases.base import Base, BaseReference
 from overpaint.core.executors import Executor, InProcess, Piece, Resources
-from overpaint.core.reporting import Progress, silent
+from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
@@ -28,21 +28,21 @@ from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, 
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class SolvedPatch:
     """A patch that is not stored yet, what its solver reported, and the seconds that took."""
 
-    order: SolveRequest
+    request: SolveRequest
     patch: Patch
     diagnostics: Mapping[str, Any]
     seconds: float
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes the patch travels as its file, whose digests are checked where it is read."""
-        return _made_of_file, (self.order, self.patch.blob, dict(self.diagnostics), self.seconds)
+        return _solved_of_file, (self.request, self.patch.blob, dict(self.diagnostics), self.seconds)
 
 
-def _made_of_file(order: SolveRequest, blob: bytes, diagnostics: Mapping[str, Any], seconds: float) -> Made:
-    return Made(order, read_patch(blob), diagnostics, seconds)
+def _solved_of_file(request: SolveRequest, blob: bytes, diagnostics: Mapping[str, Any], seconds: float) -> SolvedPatch:
+    return SolvedPatch(request, read_patch(blob), diagnostics, seconds)
 
 
 @dataclass(frozen=True)
@@ -50,50 +50,73 @@ class SolveInputs:
     """What all pieces of a run read: the base, the concepts and prompts around, the device."""
 
     base: BaseReference
-    around: SolveContext
+    context: SolveContext
     device: str
 
 
-def solve_piece(inputs: SolveInputs, order: SolveRequest, progress: Progress) -> Made:
-    """Solve one order, in whichever process."""
-    return make(order, inputs.base.open(), inputs.around, torch.device(inputs.device), progress)
+def solve_piece(inputs: SolveInputs, request: SolveRequest, progress: Progress) -> SolvedPatch:
+    """Carry out one request, in whichever process."""
+    return solve_request(request, inputs.base.open(), inputs.context, torch.device(inputs.device), progress)
 
 
-def make(
-    order: SolveRequest,
+def solve_request(
+    request: SolveRequest,
     base: Base,
-    around: SolveContext,
+    context: SolveContext,
     device: torch.device,
     report: Progress,
-) -> Made:
-    """Solve an order. Nothing is stored; what the solver raises passes through."""
-    method = order.method()
-    if reason := method.supports(base.layout):
+) -> SolvedPatch:
+    """Carry out a request. Nothing is stored; what the solver raises passes through."""
+    solver = request.configured()
+    if reason := solver.supports(base.layout):
         raise Unsolvable(reason)
     problem = EditProblem(
-        base, order.concept, around.universe, order.seed, device, report, around.preserve_prompts, around.cache
+        base, request.concept, context.universe, request.seed, device, report, context.preserve_prompts, context.cache
     )
     started = time.perf_counter()
-    solution = method.solve(problem)
+    solution = solver.solve(problem)
     seconds = time.perf_counter() - started
     # Another backend sums in another order, so its patch has other bits and an id of its own.
     backend = {} if device.type == "cpu" else {"backend": device.type}
-    recorded = {**provenance(order, method, around), **solution.record, **backend}
-    patch = make_patch(base, order.concept, solution.delta, recorded)
+    recorded = {**provenance(request, solver, context), **solution.record, **backend}
+    patch = make_patch(base, request.concept, solution.delta, recorded)
     errors: dict[str, float] = {}
-    if order.decoupled:
-        separate = decoupled_patch(base, patch, order.decoupled, around, device, report)
+    if request.decoupled:
+        separate = decoupled_patch(base, patch, request.decoupled, context, device, report)
         patch, errors = separate.patch, {f"decoupled: {name}": value for name, value in separate.diagnostics.items()}
-    for keep in order.keeps:
-        smaller = compressed(base, patch, keep)
+    for truncation in request.truncations:
+        smaller = compressed(base, patch, truncation)
         patch = smaller.patch
         errors["compression error"] = max(smaller.errors.values())
-    return Made(order, patch, {**solution.diagnostics, **errors}, seconds)
+    return SolvedPatch(request, patch, {**solution.diagnostics, **errors}, seconds)
 
 
-def store(registry: Registry, made: Made, base: str) -> PatchRecord:
-    """Store a patch of the base of that name. Its concept must be known."""
-    return store_patch(registry, made.patch, base, made.seconds)
+@dataclass(frozen=True)
+class Solved:
+    """A patch that was solved and stored, what its solver reported, and the seconds it took."""
+
+    record: PatchRecord
+    diagnostics: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def id(self) -> str:
+        """The patch's id: the digest of its manifest."""
+        return self.record.id
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the patch's file, in bytes."""
+        return self.record.nbytes
+
+    def __repr__(self) -> str:
+        return f"<Solved {self.id[:12]}: {self.record.concept} on {self.record.base}, {self.nbytes:,} bytes>"
+
+    def _repr_html_(self) -> str:
+        record = self.record
+        rows = [("solver", record.solver), *record.settings.items(), ("seed", record.seed), ("kind", record.kind)]
+        numbers = [("bytes", f"{self.nbytes:,}"), ("seconds", f"{self.seconds:.3g}"), *self.diagnostics.items()]
+        return html_table(repr(self), ["what", "value"], [*rows, *numbers])
 
 
 def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> PatchRecord:
@@ -113,7 +136,7 @@ def store_patch(registry: Registry, patch: Patch, base: str, seconds: float) -> 
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def deferring_interrupts() -> Iterator[None]:
     """Within the block, the first Ctrl-C is deferred to its end; a second one is not.
 
     Where somebody else has decided what Ctrl-C does, or in a thread that it does not reach, nothing changes.
@@ -176,40 +199,34 @@ def carry_out(
     }
     for outcome in outcomes.values():
         on_result(outcome)
-    places = [index for index, task in enumerate(plan.tasks) if task.done is None]
-    if places:
-        inputs = SolveInputs(BaseReference(open_base(plan.base.name)), plan.around, device.type)
-        pieces = [
-            Piece(f"solving {plan.tasks[index].order.concept.name}", solve_piece, (plan.tasks[index].order,))
-            for index in places
-        ]
-        clock = Clock(len(places), report)
+    indices = [index for index, task in enumerate(plan.tasks) if task.done is None]
+    if indices:
+        inputs = SolveInputs(BaseReference(open_base(plan.base.name)), plan.context, device.type)
+        requests = [plan.tasks[index].request for index in indices]
+        pieces = [Piece(f"solving {request.concept.name}", solve_piece, (request,)) for request in requests]
+        clock = Clock(len(pieces), report)
         needs = Resources(gpus=float(device.type == "cuda"))
         learnt = False
         with closing((executor or InProcess()).results(pieces, inputs, needs, clock.progress)) as results:
             for result in results:
-                index = places[result.index]
-                with held_back():
-                    if result.error:
-                        outcomes[index] = SolveOutcome(plan.tasks[index], None, error=result.error)
-                    else:
+                index = indices[result.index]
+                with deferring_interrupts():
+                    outcome = SolveOutcome(plan.tasks[index], None, error=result.error)
+                    if not result.error:
                         if not learnt:
-                            _learn(registry, plan)
+                            concepts = {task.request.concept.name: task.request.concept for task in plan.tasks}
+                            registry.learn_concepts(concepts.values(), update=bool(plan.changed))
                             learnt = True
-                        outcomes[index] = _stored(registry, plan, plan.tasks[index], result.value)
-                    on_result(outcomes[index])
+                        outcome = _stored(registry, plan.base.name, plan.tasks[index], result.value)
+                    outcomes[index] = outcome
+                    on_result(outcome)
                 clock.tick()
     return [outcomes[index] for index in range(len(plan.tasks))]
 
 
-def _learn(registry: Registry, plan: SolvePlan) -> None:
-    wanted = {task.order.concept.name: task.order.concept for task in plan.tasks}
-    registry.learn_concepts(wanted.values(), update=bool(plan.changed))
-
-
-def _stored(registry: Registry, plan: SolvePlan, task: PlannedSolve, made: Made) -> SolveOutcome:
-    record = store(registry, made, plan.base.name)
-    return SolveOutcome(task, record, diagnostics=made.diagnostics, seconds=made.seconds)
+def _stored(registry: Registry, base: str, task: PlannedSolve, solved: SolvedPatch) -> SolveOutcome:
+    record = store_patch(registry, solved.patch, base, solved.seconds)
+    return SolveOutcome(task, record, diagnostics=solved.diagnostics, seconds=solved.seconds)
 
 
 class Clock:
@@ -264,7 +281,7 @@ def solver_infos() -> list[SolverInfo]:
     infos = []
     for each in solvers()[0].values():
         with suppress(BrokenSolver):
-            method = solver_class(each.name)
-            settings = {name: spec.default for name, spec in settable(method).items()}
-            infos.append(SolverInfo(each.name, each.about, each.package, settings, method.PRESETS))
+            kind = solver_class(each.name)
+            settings = {name: spec.default for name, spec in settable(kind).items()}
+            infos.append(SolverInfo(each.name, each.about, each.package, settings, kind.PRESETS))
     return infos

@@ -18,7 +18,6 @@ from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
 from overpaint.workspace.planning import (
     Defaults,
-    Solved,
     SolvePlan,
     SolveRequest,
     Truncation,
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from overpaint.workspace.decoupling import DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
     from overpaint.workspace.recipe_file import RecipeFileOutcome, RecipePlan
-    from overpaint.workspace.solving import SolveOutcome, SolverInfo
+    from overpaint.workspace.solving import Solved, SolveOutcome, SolverInfo
 
 
 class Workspace(OpenRegistry):
@@ -171,7 +170,7 @@ class Workspace(OpenRegistry):
         in the message) or cannot take, OverpaintError for what the solver refuses; nothing is stored then.
         """
         from overpaint.bases.loading import resolve_device
-        from overpaint.workspace.solving import make, store
+        from overpaint.workspace.solving import Solved, solve_request, store_patch
 
         base_name = self.base_name(base)
         request = SolveRequest(
@@ -182,11 +181,12 @@ class Workspace(OpenRegistry):
             truncations(compress),
             decoupled=decoupling_rule(decoupled),
         )
-        request.method()  # so that a setting that cannot be is refused before a base is opened
+        request.configured()  # so that a setting that cannot be is refused before a base is opened
         context = self.solve_context(base_name, universe)
-        made = make(request, self.base(base_name), context, resolve_device(device), progress)
+        solved = solve_request(request, self.base(base_name), context, resolve_device(device), progress)
         self.registry.ensure_concept(request.concept)
-        return Solved(store(self.registry, made, base_name), made.diagnostics, made.seconds)
+        record = store_patch(self.registry, solved.patch, base_name, solved.seconds)
+        return Solved(record, solved.diagnostics, solved.seconds)
 
     def solve_many(
         self,
@@ -249,14 +249,14 @@ class Workspace(OpenRegistry):
 
         given, base_name = setting_texts(settings), self.base_name(base)
         defaults = Defaults().overridden(solver, given, seed)
-        requests = [replace(defaults.order(Concept(name)), described=False) for name in concepts]
+        requests = [replace(defaults.request(Concept(name)), is_bare_name=True) for name in concepts]
         if file is not None:
             requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
-        requests = completed(requests, self.concepts(), truncations(compress), decoupling_rule(decoupled))
-        context = self.solve_context(base_name, universe)
         known = self.concepts()
+        requests = completed(requests, known, truncations(compress), decoupling_rule(decoupled))
+        context = self.solve_context(base_name, universe)
         return plan_solves(
-            self.registry, requests, context, base=base_name, update=update, again=force, known_concepts=known
+            self.registry, requests, context, base=base_name, update=update, force=force, known_concepts=known
         )
 
     def carry_out(

@@ -34,7 +34,7 @@ def refused(folder: Path, text: str | bytes) -> str:
 
 
 def test_a_name_is_enough_and_defaults_fill_the_rest(tmp_path: Path) -> None:
-    orders = read_concepts(
+    requests = read_concepts(
         written(
             tmp_path,
             """
@@ -54,7 +54,7 @@ def test_a_name_is_enough_and_defaults_fill_the_rest(tmp_path: Path) -> None:
             """,
         )
     )
-    assert orders == (
+    assert requests == (
         SolveRequest(Concept("watercolor", "style", anchor="photo"), "counting", {"size": "0.5"}, 3),
         SolveRequest(
             Concept("dog", "object", ("hound", "puppy"), "", ("a hound at the hunt", "two {} at play")),
@@ -79,7 +79,9 @@ def test_the_command_line_goes_before_the_defaults_and_not_before_a_concept(tmp_
 
 
 def test_values_are_what_was_written(tmp_path: Path) -> None:
-    names = [order.concept.name for order in read_concepts(written(tmp_path, "[1984, no, 2.50, 2027-01-31, 'null']"))]
+    names = [
+        request.concept.name for request in read_concepts(written(tmp_path, "[1984, no, 2.50, 2027-01-31, 'null']"))
+    ]
     assert names == ["1984", "no", "2.50", "2027-01-31", "null"]
 
 
@@ -221,8 +223,8 @@ def test_pictures_lie_beside_the_file_and_only_some_solvers_take_them(tmp_path: 
     text = "[{name: dog, solver: counting, images: dogs}]"
     assert "holds no picture" in refused(tmp_path, text)
     Image.new("RGB", (8, 8)).save(tmp_path / "dogs" / "1.png")
-    (order,) = read_concepts(written(tmp_path, text))
-    assert order.settings == {"images": str(tmp_path / "dogs")}
+    (request,) = read_concepts(written(tmp_path, text))
+    assert request.settings == {"images": str(tmp_path / "dogs")}
     assert "takes no pictures" in refused(tmp_path, "[{name: dog, images: dogs}]")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import overpaint
 from overpaint.registry.integrity import verify
-from overpaint.workspace.solving import held_back
+from overpaint.workspace.solving import deferring_interrupts
 from overpaint.workspace.workspace import Workspace
 
 RUN = """
@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_a_whole_registry_and_the_next_run_goes_on(workspace: Work
 
 
 def store(done: list[str], interrupts: int) -> None:
-    with held_back():
+    with deferring_interrupts():
         for _ in range(interrupts):
             signal.raise_signal(signal.SIGINT)
         done.append("stored")
@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
 
 
 def test_an_error_while_storing_is_reported() -> None:
-    with pytest.raises(OSError, match="full"), held_back():
+    with pytest.raises(OSError, match="full"), deferring_interrupts():
         raise OSError("full")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -114,7 +114,7 @@ def test_another_handler_of_ctrl_c_is_left_alone() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     try:
-        with held_back():
+        with deferring_interrupts():
             signal.raise_signal(signal.SIGINT)
             assert heard == [signal.SIGINT]
     finally:
@@ -125,7 +125,7 @@ def test_a_thread_stores_without_ado() -> None:
     done: list[str] = []
 
     def work() -> None:
-        with held_back():
+        with deferring_interrupts():
             done.append("stored")
 
     thread = threading.Thread(target=work)

@@ -83,7 +83,7 @@ def test_what_differs_is_solved_again(workspace: Workspace, file: Path, old: str
 
 
 def test_named_and_listed_concepts_give_the_same_patches(workspace: Workspace, file: Path, tmp_path: Path) -> None:
-    listed = {outcome.task.order.concept.name: outcome.record for outcome in solved(workspace, file)}
+    listed = {outcome.task.request.concept.name: outcome.record for outcome in solved(workspace, file)}
     for name, record in listed.items():
         assert record is not None
         assert workspace.solve(name, base="tiny", solver="counting", device="cpu").id == record.id
@@ -189,7 +189,7 @@ def test_an_interrupted_run_keeps_the_reported_patches_and_goes_on_there(
     with pytest.raises(KeyboardInterrupt):
         workspace.carry_out(plan, device="cpu", on_result=told.append)
     done = ["cat", "dog", "sun"].index(at)
-    assert [patch.concept for patch in workspace.patches()] == [o.task.order.concept.name for o in told]
+    assert [patch.concept for patch in workspace.patches()] == [o.task.request.concept.name for o in told]
     assert len(told) == done
     assert (workspace.concepts() == []) == (done == 0)
     assert verify(workspace.registry).problems == ()

@@ -11,7 +11,7 @@ from overpaint.workspace.planning import SolveContext, SolveRequest, digest_of_m
 from overpaint.workspace.workspace import Workspace
 
 CAT, DOG = Concept("cat"), Concept("dog")
-AROUND = SolveContext((CAT, DOG), ("a sunny day", " a house "))
+CONTEXT = SolveContext((CAT, DOG), ("a sunny day", " a house "))
 
 
 def test_an_input_is_recorded_only_where_the_solver_reads_it() -> None:
@@ -25,21 +25,21 @@ def test_an_input_is_recorded_only_where_the_solver_reads_it() -> None:
 
 
 def test_a_patch_of_an_earlier_version_is_not_solved_again_for_a_universe_that_was_never_read() -> None:
-    order = SolveRequest(CAT, "esd")
+    request = SolveRequest(CAT, "esd")
     context = SolveContext((CAT, DOG, Concept("fox")))
-    before = _of_0_1(provenance(order, order.method(), context), universe=[DOG.as_json()])
-    assert digest_of_manifest(before) == digest_of_request(order, order.method(), context, "base")
+    before = _of_0_1(provenance(request, request.configured(), context), universe=[DOG.as_json()])
+    assert digest_of_manifest(before) == digest_of_request(request, request.configured(), context, "base")
 
 
 def test_a_patch_of_an_earlier_version_that_ignored_preserved_prompts_is_solved_again() -> None:
-    order = SolveRequest(CAT, "esd")
-    before = _of_0_1(provenance(order, order.method(), AROUND), universe=[])
-    assert digest_of_manifest(before) != digest_of_request(order, order.method(), AROUND, "base")
+    request = SolveRequest(CAT, "esd")
+    before = _of_0_1(provenance(request, request.configured(), CONTEXT), universe=[])
+    assert digest_of_manifest(before) != digest_of_request(request, request.configured(), CONTEXT, "base")
 
 
 def _recorded(solver: str, **settings: str) -> dict[str, Any]:
-    order = SolveRequest(CAT, solver, settings)
-    return provenance(order, order.method(), AROUND)
+    request = SolveRequest(CAT, solver, settings)
+    return provenance(request, request.configured(), CONTEXT)
 
 
 def _of_0_1(recorded: dict[str, object], universe: list[object]) -> dict[str, object]:
