@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.checkpoints import single_file_keys, single_file_shape
 from overpaint.bases.base import Base
+from overpaint.testing import tiny_pipeline
 from tests.bases.tiny_xl import tiny_xl
 from tests.checkpoints import rename_weights, shard
-from tests.conftest import tiny_pipeline
 
 ARCHITECTURES = ("1.x", "2.x", "XL")
 CONTAINERS = ("folder", "shards", "variant", "single file", "pickle", "bare pickle")

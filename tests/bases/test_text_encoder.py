@@ -10,8 +10,8 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.testing import tiny_pipeline
 from tests.bases.containers import folder_of
-from tests.conftest import tiny_pipeline
 
 PROMPTS = [
     "",

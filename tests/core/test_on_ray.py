@@ -17,7 +17,7 @@ import overpaint
 from overpaint.bases.base import Base, BaseReference
 from overpaint.core.clusters import open_executor
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Piece, Resources
+from overpaint.core.executors import Executor, Piece, Resources
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.testing.tiny import tiny_pipeline
@@ -53,62 +53,66 @@ def cluster() -> Iterator[Any]:
         gc.collect()
 
 
-def on_cluster(pieces: list[Piece], shared: Any, needs: Resources = LIGHT) -> list[tuple[Any, str]]:
-    """Values and errors, in the order of the pieces."""
+@pytest.fixture(scope="module")
+def executor(cluster: Any) -> Iterator[Executor]:
+    """One for all tests: what dies in one of them is started again in the next, and a start takes seconds."""
     executor = open_executor("ray")
-    try:
-        results = sorted(executor.results(pieces, shared, needs), key=lambda result: result.index)
-        return [(result.value, result.error) for result in results]
-    finally:
-        executor.close()
+    yield executor
+    executor.close()
 
 
-def test_every_piece_is_done_once_and_values_are_its_own(cluster: Any) -> None:
+def done(executor: Executor, pieces: list[Piece], shared: Any, needs: Resources = LIGHT) -> list[tuple[Any, str]]:
+    """Values and errors, in the order of the pieces."""
+    results = sorted(executor.results(pieces, shared, needs), key=lambda result: result.index)
+    return [(result.value, result.error) for result in results]
+
+
+def test_every_piece_is_done_once_and_values_are_its_own(executor: Executor) -> None:
     pieces = [Piece(f"piece {i}", double, (i,)) for i in range(40)]
-    assert on_cluster(pieces, 3) == [(3 * i, "") for i in range(40)]
+    assert done(executor, pieces, 3) == [(3 * i, "") for i in range(40)]
 
 
-def test_pieces_are_spread_over_the_nodes(cluster: Any) -> None:
-    found = on_cluster([Piece("wait", worker_id)] * 6, 0.2)
+def test_pieces_are_spread_over_the_nodes(executor: Executor) -> None:
+    found = done(executor, [Piece("wait", worker_id)] * 6, 0.2)
     assert len({value[0] for value, _ in found}) == 3
     assert len({value[1] for value, _ in found}) == 2
 
 
-def test_refusals_and_faults_are_results_with_their_reason(cluster: Any) -> None:
-    refused, failed, fine = on_cluster([Piece("a", refuse), Piece("b", fail), Piece("c", double, (1,))], 1)
+def test_refusals_and_faults_are_results_with_their_reason(executor: Executor) -> None:
+    refused, failed, fine = done(executor, [Piece("a", refuse), Piece("b", fail), Piece("c", double, (1,))], 1)
     assert refused == (None, "this piece is refused")
     assert failed[1].startswith("KeyError: 'a fault of the piece' (in fail, on ")
     assert fine == (1, "")
 
 
-def test_a_killed_worker_loses_nothing(cluster: Any, tmp_path: Path) -> None:
-    assert on_cluster([Piece("dies once", die_once)], str(tmp_path / "mark")) == [("done", "")]
+def test_a_killed_worker_loses_nothing(executor: Executor, tmp_path: Path) -> None:
+    assert done(executor, [Piece("dies once", die_once)], str(tmp_path / "mark")) == [("done", "")]
 
 
-def test_a_piece_that_kills_its_workers_is_reported(cluster: Any) -> None:
-    [(value, error)] = on_cluster([Piece("dies", die)], None)
+def test_a_piece_that_kills_its_workers_is_reported(executor: Executor) -> None:
+    [(value, error)] = done(executor, [Piece("dies", die)], None)
     assert value is None
     assert error.startswith("lost its worker 3 times: ")
 
 
-def test_a_piece_without_memory_gets_twice_the_share(cluster: Any, tmp_path: Path) -> None:
-    assert on_cluster([Piece("hungry", hungry)], str(tmp_path / "mark")) == [("done", "")]
+def test_a_piece_without_memory_gets_twice_the_share(executor: Executor, tmp_path: Path) -> None:
+    assert done(executor, [Piece("hungry", hungry)], str(tmp_path / "mark")) == [("done", "")]
 
 
-def test_a_larger_share_waits_until_it_is_free_and_the_others_are_done(cluster: Any, tmp_path: Path) -> None:
+def test_a_larger_share_waits_until_it_is_free_and_the_others_are_done(executor: Executor, tmp_path: Path) -> None:
     pieces = [Piece("hungry", hungry), *(Piece("marks", marked) for _ in range(6))]
-    assert on_cluster(pieces, str(tmp_path / "mark")) == [("done", "")] + [("marked", "")] * 6
+    assert done(executor, pieces, str(tmp_path / "mark")) == [("done", "")] + [("marked", "")] * 6
 
 
-def test_more_than_any_node_has_is_refused(cluster: Any) -> None:
+def test_more_than_any_node_has_is_refused(executor: Executor) -> None:
     with pytest.raises(OverpaintError, match="no node of the cluster can do this: a piece needs 64 CPU"):
-        on_cluster([Piece("large", double, (1,))], 1, Resources(cpus=64))
+        done(executor, [Piece("large", double, (1,))], 1, Resources(cpus=64))
 
 
-def test_another_version_on_a_worker_is_refused_by_name(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_on_a_worker_is_refused_by_name(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overpaint.core.on_ray.__version__", "9.9")
     with pytest.raises(OverpaintError, match=r"the worker on .+ has Overpaint .+ and this program 9\.9"):
-        on_cluster([Piece("any", double, (1,))], 1)
+        done(executor, [Piece("any", double, (1,))], 1)
 
 
 def test_a_node_that_is_removed_in_the_middle_loses_nothing(cluster: Any) -> None:
@@ -140,11 +144,11 @@ def test_patches_solved_on_a_cluster_are_those_of_this_process(cluster: Any, tmp
     assert ids[0] == ids[1]
 
 
-def test_a_worker_without_the_base_says_which_machine_lacks_it(cluster: Any, tmp_path: Path) -> None:
+def test_a_worker_without_the_base_says_which_machine_lacks_it(executor: Executor, tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "base")
     base = BaseReference(Base.open(tmp_path / "base"))
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    [(_, error)] = on_cluster([Piece("any", opens)], base)
+    [(_, error)] = done(executor, [Piece("any", opens)], base)
     assert error.startswith("the worker on ")
     assert "has not the base: " in error
 

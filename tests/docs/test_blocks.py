@@ -23,8 +23,8 @@ from click.testing import CliRunner
 
 from overpaint.bases.base import EMBEDDED
 from overpaint.cli import main
+from overpaint.testing import tiny_pipeline
 from overpaint.workspace.opened import OpenRegistry
-from tests.conftest import tiny_pipeline
 from tests.docs.pages import REASONS, ROOT, Block, blocks, name_of, pages
 
 FEW_STEPS = {"generate": ("--steps", "2", "--count", "1")}

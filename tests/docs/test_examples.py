@@ -37,7 +37,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
             "-q",
             "-p",
             "no:cacheprovider",
-            "--nbmake",
+            "--nbmake",  # the repository's own settings, which leave this plug-in out, do not reach a folder elsewhere
             "--nbmake-timeout=900",
             notebook.name,
         ],

@@ -18,7 +18,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.patches.compose import CompositionPlan, Term, compose
 from overpaint.patches.delta import BadDelta, Dense, TextMap
 from overpaint.patches.live import BadPipeline, ForeignChange, Overlay
-from tests.conftest import tiny_pipeline
+from overpaint.testing import tiny_pipeline
 from tests.small_bases import WIDTH, equal, small_base, small_pipeline, some_delta, some_terms, weights
 
 KEY, VALUE, OTHER = (f"unet/{n}.weight" for n in ("down.attn2.to_k", "down.attn2.to_v", "up.attn2.to_v"))

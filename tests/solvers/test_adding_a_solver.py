@@ -78,7 +78,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python with the example installed."""
     path = os.pathsep.join([str(installed / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
+    # Plug-ins of pytest that are installed here take longer to load than the tests take to run.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=installed, capture_output=True, text=True)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from overpaint.bases.base import Base
 from overpaint.patches.compose import compose
-from tests.conftest import tiny_pipeline
+from overpaint.testing import tiny_pipeline
 from tests.shell import Shell
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

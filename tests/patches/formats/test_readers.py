@@ -148,7 +148,7 @@ def test_the_command_line_says_for_whom_a_file_is(tmp_path: Path) -> None:
 
     import overpaint
     from overpaint.cli import main
-    from tests.conftest import tiny_pipeline
+    from overpaint.testing import tiny_pipeline
 
     tiny_pipeline().save_pretrained(tmp_path / "base")
     workspace = overpaint.open(tmp_path / "registry")

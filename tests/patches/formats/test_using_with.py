@@ -16,7 +16,7 @@ import overpaint
 from overpaint.cli import main
 from overpaint.patches.formats.exporting import FORMATS
 from overpaint.patches.formats.readers import READERS
-from tests.conftest import tiny_pipeline
+from overpaint.testing import tiny_pipeline
 
 PAGE = Path(__file__).parents[3] / "docs" / "using-with.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
