@@ -50,7 +50,7 @@ def test_the_python_block_of_the_readme_runs_twice_and_gives_the_weights_it_prom
     for _ in range(2):
         names: dict[str, Any] = {}
         exec(steps, names)
-        plain = weights(names["reg"].base("emoji").pipeline())
+        plain = weights(names["workspace"].base("emoji").pipeline())
         assert changed(weights(names["pipe"]), plain), "the pipeline carries the patch"
         exec(last, names)
         assert changed(weights(names["pipe"]), plain) == [], "every tensor is the base's again"
