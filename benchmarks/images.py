@@ -11,7 +11,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.prompts import object_prompts
+from overpaint.evaluation.prompts import object_scenes
 
 BAR = 240.0
 """Seconds for 1,000 pictures of 20 steps on two cores."""
@@ -26,17 +26,17 @@ def main() -> None:
     device, base = resolve_device(asked.device), Base.open("emoji")
     pipe = base.pipeline(device=str(device))
     objects = catalogue().objects
-    trials = object_prompts(objects, -(-asked.count // len(objects)), held_out=True)[: asked.count]
-    prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
+    scenes = object_scenes(objects, -(-asked.count // len(objects)), held_out=True)[: asked.count]
+    prompts, seeds = [scene.prompt for scene in scenes], [scene.seed for scene in scenes]
     generate(pipe, prompts[:50], seeds[:50], Sampler.of(base, 1))  # warm
     started = time.perf_counter()
     generate(pipe, prompts, seeds, Sampler.of(base, asked.steps))
     seconds = time.perf_counter() - started
-    each = 1000 * seconds / len(trials)
+    each = 1000 * seconds / len(scenes)
     title = f"Pictures of the embedded base, {asked.steps} steps, {device}, {torch.get_num_threads()} threads"
     save(
         asked.json,
-        show(title, ["pictures", "seconds", "seconds for 1,000", "bar"], [[len(trials), seconds, each, BAR]]),
+        show(title, ["pictures", "seconds", "seconds for 1,000", "bar"], [[len(scenes), seconds, each, BAR]]),
     )
 
 

@@ -22,7 +22,7 @@ SLOW_MODULES = """
     test_converting test_crash test_crosstalk test_duplicate_weights test_embedded_transformer test_esd
     test_evaluate_command test_examples test_exporting test_few_shot test_few_shot_embedded test_few_shot_lora
     test_fingerprints test_gc test_hostile test_hub test_image_generator test_importing test_interactive
-    test_interchange test_interrupting test_judges test_judging test_launch test_layouts test_lists test_live
+    test_interchange test_interrupting test_judges test_launch test_layouts test_lists test_live
     test_live_recipes test_load_matrix test_mace test_maintenance test_many test_model_folders test_model_hub
     test_nodes test_nullspace test_oci_registry test_offloading test_on_ray test_other_bases test_page test_patch_file
     test_pictures test_pipelines test_places test_postgres test_preserved_prompts test_processes test_push_pull

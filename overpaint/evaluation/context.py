@@ -68,8 +68,7 @@ class EvaluatedPatch:
     @property
     def known_words(self) -> frozenset[str]:
         """The words, in lower case, of every concept that the patch's solver knew of: its own and its universe's."""
-        universe = self.patch.manifest["solver"].get("universe", [])
-        known = [self.concept, *(Concept.from_json(each) for each in universe)]
+        known = (self.concept, *self.patch.universe)
         return frozenset(word.casefold() for concept in known for word in (*concept.words, concept.anchor) if word)
 
 

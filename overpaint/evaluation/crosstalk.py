@@ -5,8 +5,13 @@ For deltas that change nothing but what reads the prompt it has a closed form. A
 `effect(i, j)^2 = sum_l |dW_l K_j|^2 / sum_l |W_l K_j|^2 = tr(H_i S_j) / tr(G S_j)`, with `H_i = sum_l dW_l^T dW_l` and
 `G = sum_l W_l^T W_l`. Where tensors read several text inputs side by side, keys are those of all of them together;
 where others read another text input, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
-none, 1 is as much as the patch does to its own concept. A delta that changes other tensors has no such form; it is probed
-on the model instead (`probe`).
+none, 1 is as much as the patch does to its own concept. S_j is kept as a thin factor F, `S_j = F F^T`: encoding a concept's
+sentences takes seconds on a large text encoder, F is a few hundred kilobytes, and is read again while base and sentences are
+the same.
+
+A delta that changes other tensors has no such form; it is probed on the model instead (`probe`): at a few noise levels,
+`|eps_i(x, c_j) - eps_0(x, c_j)|` relative to what the prompt contributes without the patch, `|eps_0(x, c_j) - eps_0(x, '')|`,
+with Gaussian x, the same for all.
 """
 
 from __future__ import annotations
@@ -37,14 +42,13 @@ from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
 from overpaint.solvers.trained.denoiser import Denoiser
 
-# What a base reads of a concept, as a thin factor F of its keys' second moment: `K K^T = F F^T`.
-#
-# Encoding a concept's sentences takes seconds on a large text encoder, the factor is a few hundred kilobytes; so it is
-# kept beside the registry and read again while base and sentences are the same.
-
-
 ENERGY = 1 - 1e-6
 """Share of the second moment's trace that the factor keeps."""
+LEVELS = (0.9, 0.6, 0.3)
+"""Where to look, as shares of the noise schedule; the first decides the composition, the last the details."""
+SENTENCES, SAMPLES = 4, 2
+WARN_ABOVE = 0.2
+"""Cross-talk from which `patch add` warns."""
 
 
 class ConceptMoments:
@@ -120,17 +124,6 @@ class ConceptMoments:
             pass  # a read-only registry can still be asked
 
 
-# How far a patch moves what the model draws of a concept, measured on the model itself.
-#
-# For deltas that reach beyond cross-attention. At a few noise levels, `|eps_i(x, c_j) - eps_0(x, c_j)|` relative to what
-# the prompt contributes without the patch, `|eps_0(x, c_j) - eps_0(x, '')|`; x is Gaussian, the same for all.
-
-
-LEVELS = (0.9, 0.6, 0.3)
-"""Where to look, as shares of the noise schedule; the first decides the composition, the last the details."""
-SENTENCES, SAMPLES = 4, 2
-
-
 @torch.no_grad()
 def probe(base: Base, patch: Patch, concepts: Sequence[Concept], device: torch.device) -> list[float]:
     """The relative change of what is predicted for each concept, in their order. Raises Unsolvable for a base whose denoiser
@@ -160,10 +153,6 @@ def _predicted(denoiser: Denoiser, prompts: list[str]) -> Tensor:
     levels = [int(share * (denoiser.levels - 1)) for share in LEVELS]
     times = [denoiser.time(torch.tensor([level])).expand(len(x)) for level in levels]
     return torch.stack([denoiser(x, t, text) for t in times])
-
-
-WARN_ABOVE = 0.2
-"""Cross-talk from which `patch add` warns."""
 
 
 @dataclass(frozen=True)

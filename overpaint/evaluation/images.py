@@ -1,7 +1,8 @@
 """Where pictures come from: a base with any set of patches on, each picture drawn once and then remembered.
 
 Pictures are known by the digest of the composed weights, so that the base, and any two recipes that compose to the same
-bits, are drawn once; what an interrupted run has drawn is there for the next one.
+bits, are drawn once; what an interrupted run has drawn is there for the next one. One seed per picture: it does not depend on
+its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.evaluation.prompts import EvalPrompt, checked_prompt
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
-
-# Pictures from a pipeline: one seed per picture, and the picture does not depend on its neighbours in the batch.
 
 
 @dataclass(frozen=True)
@@ -143,17 +142,15 @@ def _silenced(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**kept)
 
 
-# Pictures that were drawn before, kept on disk by what determines them: weights, sampler, prompt and seed.
-#
-# Each is a PNG file that says in its own text what it shows and what the digest of its pixels is, so that a damaged one is
-# found when it is read, and drawn again. A cache that cannot be written costs time and nothing else.
-
-
 Picture = NDArray[np.uint8]
 
 
 class ImageCache:
-    """A folder of pictures; None keeps nothing. `damaged` lists the files that were not what they should be."""
+    """A folder of pictures by what determines them: weights, sampler, prompt and seed; None keeps nothing.
+
+    Each is a PNG file that has in its own text what it shows and the digest of its pixels, so that a damaged one is noticed when
+    it is read, and drawn again; `damaged` lists them. A cache that cannot be written costs time and nothing else.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder

@@ -21,14 +21,16 @@ from PIL import Image
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.emoji.judge import JudgeNetwork
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.evaluation.metrics import PICTURES_AT_ONCE, load_judge
 from overpaint.evaluation.prompts import PromptSet
 
 Pictures = NDArray[np.uint8]
+PICTURES_AT_ONCE = 256
+"""Pictures judged at once."""
 
 
 @runtime_checkable
@@ -74,6 +76,21 @@ def open_judge(spec: str, base: Base, prompt_set: PromptSet, device: torch.devic
     )
 
 
+@own_torch_settings()
+def load_judge(folder: Path) -> JudgeNetwork:
+    """The judge in a base's folder, in `judge/`.
+
+    Raises NotFound when the base has none: only the embedded base ships with one.
+    """
+    place = folder / "judge"
+    if missing := [name for name in ("judge.json", "judge.safetensors") if not (place / name).is_file()]:
+        raise NotFound(
+            f"no judge in {folder}: {' and '.join(missing)} not found under judge/. Only the embedded base has "
+            "a judge; for another base name one with --judge, such as clip:openai/clip-vit-base-patch32"
+        )
+    return JudgeNetwork.load(place)
+
+
 class EmbeddedJudge:
     """The classifier in a base's own `judge/` folder. Raises NotFound when it has none."""
 
@@ -90,8 +107,10 @@ class EmbeddedJudge:
         return _in_batches(self._model.features, self._pixels(pictures), self._device)
 
     def _pixels(self, pictures: Pictures) -> Tensor:
-        if pictures.shape[1:] != (64, 64, 3):
-            raise OverpaintError(f"the embedded judge reads pictures [n, 64, 64, 3]; got {pictures.shape}")
+        if pictures.dtype != np.uint8 or pictures.shape[1:] != (64, 64, 3):
+            raise OverpaintError(
+                f"the embedded judge reads uint8 pictures [n, 64, 64, 3]; got {pictures.dtype} {pictures.shape}"
+            )
         return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 

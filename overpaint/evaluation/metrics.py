@@ -3,6 +3,10 @@
 Accuracies are shares from 0 to 1. Where a function takes several numbers it takes arrays of them as well, entry by entry, so
 that the same line gives a value and its bootstrap replicates.
 
+Pictures of one prompt are alike, so it is prompts that are drawn again (a cluster bootstrap), and the interval is the
+percentile one. A `Mean` carries its replicates: `harmonic_mean(1 - erased, kept)` of two of them is a bootstrap of the
+harmonic mean. Means over the same prompts are resampled alike, so that the ratio of a model to its base is a paired one.
+
 Sources: UA, IRA and CRA are UnlearnCanvas (Zhang et al., NeurIPS 2024); H_o and H_c are MACE (Lu et al., CVPR 2024); the
 Frechet distance is that of FID (Heusel et al., NeurIPS 2017), here in the feature space of whatever judge is used.
 """
@@ -13,21 +17,23 @@ import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
-from overpaint.bases.emoji.judge import JudgeNetwork
-from overpaint.bases.loading import own_torch_settings
-from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.errors import OverpaintError
 
-PICTURES_AT_ONCE = 256
-"""Pictures judged at once."""
 Z95 = 1.959963984540054
 """The normal quantile that leaves 2.5% on either side."""
+REPLICATES = 2000
+REPLICATES_AT_ONCE = 200
+"""Replicates worked out at once, so that memory stays small for thousands of prompts."""
+UNDECIDED = "not enough pictures"
+PEAK = 255.0
+SAME_PICTURE = 100.0
+"""What `psnr` says in decibels of two pictures that are equal, so that a mean over pictures stays a number."""
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,69 +67,6 @@ class Score:
         return f"{self.rate:.1%} ({low:.1%} to {high:.1%}, n={self.n})"
 
 
-@own_torch_settings()
-def load_judge(folder: Path) -> JudgeNetwork:
-    """The judge in a base's folder, in `judge/`.
-
-    Raises NotFound when the base has none: only the embedded base ships with one.
-    """
-    place = folder / "judge"
-    if missing := [name for name in ("judge.json", "judge.safetensors") if not (place / name).is_file()]:
-        raise NotFound(
-            f"no judge in {folder}: {' and '.join(missing)} not found under judge/. Only the embedded base has "
-            "a judge; for another base name one with --judge, such as clip:openai/clip-vit-base-patch32"
-        )
-    return JudgeNetwork.load(place)
-
-
-@own_torch_settings()
-@torch.no_grad()
-def verdicts(judge: JudgeNetwork, pictures: NDArray[np.uint8], head: str) -> list[str]:
-    """The class that `head` ("object", "style" or "background") finds most likely in each picture.
-
-    `pictures` is uint8 [n, 64, 64, 3]. Raises OverpaintError on another shape or type, NotFound on an unknown head.
-    """
-    if head not in judge.classes:
-        raise NotFound(f"the judge has no head {head!r}; choose one of {', '.join(judge.classes)}")
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
-        raise OverpaintError(f"the judge reads uint8 pictures [n, 64, 64, 3]; got {pictures.dtype} {pictures.shape}")
-    device = next(judge.parameters()).device
-    classes: list[int] = []
-    for start in range(0, len(pictures), PICTURES_AT_ONCE):
-        part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + PICTURES_AT_ONCE].transpose(0, 3, 1, 2)))
-        classes += judge(part.to(device).float() / 127.5 - 1)[head].argmax(1).tolist()
-    return [judge.classes[head][i] for i in classes]
-
-
-def accuracy(judge: JudgeNetwork, pictures: NDArray[np.uint8], truth: Sequence[str], head: str) -> Score:
-    """How many of `pictures` (uint8 [n, 64, 64, 3]) the judge takes for what `truth` says they should show.
-
-    Raises OverpaintError when the lengths differ or nothing is given, NotFound when the judge does not know a word.
-    """
-    if len(pictures) != len(truth):
-        raise OverpaintError(
-            f"one true class per picture is needed; got {len(pictures)} pictures, {len(truth)} classes"
-        )
-    seen = verdicts(judge, pictures, head)
-    if strangers := sorted(set(truth) - set(judge.classes[head])):
-        raise NotFound(
-            f"the judge does not know {', '.join(strangers)}; its {head} head knows {', '.join(judge.classes[head])}"
-        )
-    return Score(sum(a == b for a, b in zip(seen, truth, strict=True)), len(truth))
-
-
-# A number with its doubt: means over pictures, bootstrapped over the prompts they were drawn for.
-#
-# Pictures of one prompt are alike, so it is prompts that are drawn again (a cluster bootstrap), and the interval is the
-# percentile one. A `Mean` carries its replicates: `harmonic_mean(1 - erased, kept)` of two of them is a bootstrap of the
-# harmonic mean. Means over the same prompts are resampled alike, so that the ratio of a model to its base is a paired one.
-
-
-REPLICATES = 2000
-REPLICATES_AT_ONCE = 200
-"""Replicates worked out at once, so that memory stays small for thousands of prompts."""
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One number that a suite found: what it is about, what was measured, and over how many pictures or things.
@@ -137,9 +80,6 @@ class Measurement:
     n: int
     low: float | None = None
     high: float | None = None
-
-
-UNDECIDED = "not enough pictures"
 
 
 def verdict(measurement: Measurement, *, at_most: float | None = None, at_least: float | None = None) -> str:
@@ -216,13 +156,7 @@ def average(means: Sequence[Mean]) -> Mean:
     return Mean(np.mean([each.draws for each in means], axis=0), n, hits if hits in (0, n) else None)
 
 
-Numbers = NDArray[np.float64]
-PEAK = 255.0
-SAME_PICTURE = 100.0
-"""What `psnr` says in decibels of two pictures that are equal, so that a mean over pictures stays a number."""
-
-
-def harmonic_mean(*shares: ArrayLike) -> Numbers:
+def harmonic_mean(*shares: ArrayLike) -> Floats:
     """The harmonic mean of shares, 0 where one of them is 0. Raises OverpaintError when nothing is given."""
     if not shares:
         raise OverpaintError("the harmonic mean of nothing was asked for; give at least one share")
@@ -231,17 +165,17 @@ def harmonic_mean(*shares: ArrayLike) -> Numbers:
         return np.asarray(len(shares) / (1 / stacked).sum(0))
 
 
-def h_object(erased: ArrayLike, others: ArrayLike, synonyms: ArrayLike) -> Numbers:
+def h_object(erased: ArrayLike, others: ArrayLike, synonyms: ArrayLike) -> Floats:
     """MACE's H_o: accuracy on the erased class and on its synonyms should be 0, on all other classes 1."""
     return harmonic_mean(1 - np.asarray(erased), others, 1 - np.asarray(synonyms))
 
 
-def h_composed(erased: ArrayLike, kept: ArrayLike) -> Numbers:
+def h_composed(erased: ArrayLike, kept: ArrayLike) -> Floats:
     """MACE's H_c of many concepts at once: accuracy on those erased should be 0, on those kept 1."""
     return harmonic_mean(1 - np.asarray(erased), kept)
 
 
-def unlearning_accuracy(erased: ArrayLike) -> Numbers:
+def unlearning_accuracy(erased: ArrayLike) -> Floats:
     """UnlearnCanvas' UA: the share of the erased concept's pictures that are no longer taken for it."""
     return 1 - np.asarray(erased, np.float64)
 
@@ -263,20 +197,20 @@ def frechet_distance(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(max(0.0, apart @ apart + spread))
 
 
-def _centred(features: NDArray[Any]) -> Numbers:
+def _centred(features: NDArray[Any]) -> Floats:
     """X with `X^T X` the sample covariance."""
     wide = np.asarray(features, np.float64)
     return np.asarray((wide - wide.mean(0)) / np.sqrt(len(wide) - 1))
 
 
-def psnr(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> Numbers:
+def psnr(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> Floats:
     """The peak signal-to-noise ratio of each pair of pictures [n, h, w, 3], in dB; `SAME_PICTURE` at most."""
     error = differences(pictures, others)
     with np.errstate(divide="ignore"):
         return np.asarray(np.minimum(SAME_PICTURE, 20 * np.log10(PEAK / error)))
 
 
-def differences(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> Numbers:
+def differences(pictures: NDArray[np.uint8], others: NDArray[np.uint8]) -> Floats:
     """The root mean square difference of each pair of pictures [n, h, w, 3], in grey levels: 0 when they are equal.
 
     Raises OverpaintError when there are not as many of one size on both sides.
@@ -299,7 +233,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return float(a @ b / scale) if scale > 0 else None
 
 
-def ranks(values: Sequence[float]) -> Numbers:
+def ranks(values: Sequence[float]) -> Floats:
     """The place of each value in their order, from 0; equal values share the mean of their places."""
     _, which, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)

@@ -14,21 +14,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from overpaint.bases.emoji.catalogue import Catalogue, Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed, shown
 
-# What to ask the embedded base when it is judged: sentences over its catalogue, the same ones every time.
-#
-# A third of an object's prompts name the object alone, a third a style too, a third a background too; styles, backgrounds
-# and templates rotate. An object's prompts and seeds do not depend on which other objects are asked for, so that
-# the same pictures come up before and after something is erased.
-
-
 T = TypeVar("T")
+OBJECT, STYLE = "object", "style"
 SPREAD = 10_000
 """Seeds set aside for each object or style."""
 
@@ -39,14 +33,6 @@ class CatalogueScene:
 
     prompt: str
     scene: Scene
-    seed: int
-
-
-class Trial(NamedTuple):
-    """A sentence, the class that a judge's head should find in its picture, and the picture's seed."""
-
-    prompt: str
-    truth: str
     seed: int
 
 
@@ -91,22 +77,6 @@ def style_scenes(
     return prompts
 
 
-def object_prompts(
-    objects: Sequence[str], per_object: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
-) -> list[Trial]:
-    """`object_scenes` as (prompt, object, seed), for the judge's object head."""
-    scenes = object_scenes(objects, per_object, held_out=held_out, seed0=seed0, words=words)
-    return [Trial(found.prompt, found.scene.object or "", found.seed) for found in scenes]
-
-
-def style_prompts(
-    styles: Sequence[str], per_style: int, *, held_out: bool, seed0: int = 0, words: Catalogue | None = None
-) -> list[Trial]:
-    """`style_scenes` as (prompt, style, seed), for the judge's style head."""
-    scenes = style_scenes(styles, per_style, held_out=held_out, seed0=seed0, words=words)
-    return [Trial(found.prompt, found.scene.style or "", found.seed) for found in scenes]
-
-
 def _caption(words: Catalogue, scene: Scene, turn: int, held_out: bool) -> str:
     """The sentence number `turn` for the object's own name; synonyms are a test of their own."""
     assert scene.object is not None
@@ -125,9 +95,6 @@ def _checked(count: int) -> int:
     if not 1 <= count <= SPREAD:
         raise OverpaintError(f"between 1 and {SPREAD} prompts can be made for each word; got {count}")
     return count
-
-
-OBJECT, STYLE = "object", "style"
 
 
 @dataclass(frozen=True)

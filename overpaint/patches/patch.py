@@ -213,6 +213,11 @@ class Patch:
         """What the patch erases."""
         return Concept.from_json(self.manifest["concept"])
 
+    @property
+    def universe(self) -> tuple[Concept, ...]:
+        """The other concepts that its solver knew of and preserved, as the manifest lists them."""
+        return tuple(map(Concept.from_json, self.manifest["solver"].get("universe", ())))
+
     @cached_property
     def blob(self) -> bytes:
         """The file: a safetensors container, arrays sorted by name, the manifest in its header. Same patch, same bytes."""

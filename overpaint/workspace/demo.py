@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-import overpaint
 from overpaint.bases.base import Base
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists
 from overpaint.core.reporting import Progress, silent
+from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.figures import labelled_grid
-from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.metrics import (
-    Mean,
-    Measurement,
-    Score,
-    accuracy,
-    load_judge,
-    mean,
-    measured,
-    verdict,
-    verdicts,
+from overpaint.evaluation.images import generate
+from overpaint.evaluation.metrics import Measurement, verdict
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.report_page import (
+    Picture,
+    PictureRow,
+    Report,
+    Section,
+    Table,
+    as_text,
+    percent,
+    write_report,
 )
-from overpaint.evaluation.prompts import Trial, object_prompts, style_prompts
-from overpaint.evaluation.report_page import Picture, PictureRow, Report, Section, Table, write_report
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR
+from overpaint.workspace.evaluating import EvaluationRequest, open_context, versions
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.solving import Solved
 from overpaint.workspace.workspace import Workspace
@@ -58,14 +57,12 @@ class Check:
 
 @dataclass
 class Findings:
-    """Everything the tables and the report say."""
+    """Everything that the tables and the report show: accuracies by concept, and under "kept" those of all other objects."""
 
     solved: dict[str, Solved] = field(default_factory=dict)
-    base_scores: dict[str, Score] = field(default_factory=dict)
-    erased_scores: dict[str, Score] = field(default_factory=dict)
-    restored_scores: dict[str, Score] = field(default_factory=dict)
-    kept_base: Score = field(init=False)
-    kept: Score = field(init=False)
+    on_base: dict[str, Measurement] = field(default_factory=dict)
+    patched: dict[str, Measurement] = field(default_factory=dict)
+    put_back: dict[str, Measurement] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     pictures: dict[str, list[NDArray[np.uint8]]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -81,24 +78,23 @@ class Findings:
         """Write down a check; a verdict in words stays as it is."""
         self.checks.append(Check(what, value, bar, holds if isinstance(holds, str) else "yes" if holds else "no"))
 
-    def check_erased(self, scores: Mapping[str, Score]) -> None:
+    def check_erased(self, verdicts: Mapping[str, Verdicts]) -> None:
         """Check how often the judge still sees the concepts: all together, and the worst of them."""
-        together = Score(sum(s.correct for s in scores.values()), sum(s.n for s in scores.values()))
-        name, worst = max(scores.items(), key=lambda item: item[1].rate)
-        for what, score in (("erased: all concepts together", together), (f"erased: worst, {name}", worst)):
-            measurement = Measurement(what, "accuracy", score.rate, score.n, *score.interval)
-            holds = verdict(measurement, at_most=ERASED_BAR)
-            self.check(what, with_interval(measurement), "<= 5%", holds)
+        name, worst = max(verdicts.items(), key=lambda item: float(item[1].right.mean()))
+        together = Verdicts.joined([*verdicts.values()])
+        for what, each in (("erased: all concepts together", together), (f"erased: worst, {name}", worst)):
+            measured = each.accuracy().measurement(what, ACCURACY)
+            self.check(what, as_text(measured), f"<= {ERASED_BAR:.0%}", verdict(measured, at_most=ERASED_BAR))
 
     def concept_table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and a row per concept: the judge's accuracy on the base, erased, put back; seconds and bytes."""
         rows = []
         for name, solved in self.solved.items():
-            back = self.restored_scores.get(name)
-            scores = [f"{self.base_scores[name].rate:.0%}", f"{self.erased_scores[name].rate:.0%}"]
-            scores.append(f"{back.rate:.0%}" if back else "")
-            rows.append([name, solved.record.solver, *scores, f"{solved.seconds:.2f}", f"{solved.nbytes:,}"])
-        rows.append(["all others", "", f"{self.kept_base.rate:.1%}", f"{self.kept.rate:.1%} (kept)", "", "", ""])
+            accuracies = (self.on_base[name], self.patched[name], self.put_back.get(name))
+            cells = [f"{each.value:.0%}" if each else "" for each in accuracies]
+            rows.append([name, solved.record.solver, *cells, f"{solved.seconds:.2f}", f"{solved.nbytes:,}"])
+        before, after = (percent(each["kept"].value) for each in (self.on_base, self.patched))
+        rows.append(["all others", "", before, f"{after} (kept)", "", "", ""])
         return ["concept", "solver", "base", "erased", "put back", "seconds", "bytes"], rows
 
 
@@ -124,42 +120,41 @@ class Demo:
 
     def __init__(self, out: Path, quick: bool, progress: Progress, on_base: Callable[[Base], None]) -> None:
         self.out, self.progress = out, progress
+        self.per_concept, self.per_kept = (3, 1) if quick else (20, 4)
         self.workspace = Workspace.open(out / "registry")
         self.workspace.on_base = on_base
         self.base = self.workspace.base(self.workspace.add_base("emoji", "emoji").name)
-        self.sampler = Sampler.of(self.base)
-        self.judge = load_judge(self.base.path)
         self.concepts = (*SEPARABLE, BY_SEPME)
-        self.trials = self._trials(3 if quick else 20, 1 if quick else 4)
         self.findings = Findings()
-        self.drawn = 0
-        self.to_draw = 2 * sum(map(len, self.trials.values())) + sum(len(self.trials[name]) for name in PUT_BACK)
-        self.to_draw += 2 * len(self.concepts) + 2 * sum(len(self.trials[c.name][:3]) for c in self.concepts)
-
-    def _trials(self, per_concept: int, per_kept: int) -> dict[str, list[Trial]]:
-        """Prompts by erased concept, and under "kept" those of every other object, none of which names an erased style."""
-        trials = {}
-        for concept in self.concepts:
-            ask = style_prompts if concept.kind == "style" else object_prompts
-            trials[concept.name] = ask([concept.name], per_concept, held_out=True)
-        erased = {c.name for c in self.concepts}
-        others = [name for name in catalogue().objects if name not in erased]
-        kept = object_prompts(others, per_kept, held_out=True)
-        trials["kept"] = [t for t in kept if not any(f" {c.name} style" in t.prompt for c in self.concepts)]
-        return trials
+        self.drawn = self.to_draw = 0
 
     def run(self) -> Findings:
         started = time.monotonic()
         recipe = self.solve()
         unpatched, pipe = self.base.pipeline(device=str(resolve_device("auto"))), recipe.pipeline()
         self.judge_all(unpatched, pipe)
-        self.put_back(recipe, pipe)
+        self.restore_two(recipe, pipe)
         self.build_and_reload(recipe, pipe)
         self.remove_everything(recipe, pipe, unpatched)
         self.findings.seconds = time.monotonic() - started
         return self.findings
 
-    def draw(self, pipe: Any, trials: Sequence[Trial], text: str) -> NDArray[np.uint8]:
+    @cached_property
+    def context(self) -> EvalContext:
+        """What the suite `quick` chooses prompts and judges pictures with; asked for when everything is solved."""
+        patches = [
+            EvaluatedPatch(self.workspace.patch(solved.id), STRENGTHS.get(name, 1.0))
+            for name, solved in self.findings.solved.items()
+        ]
+        return open_context(self.workspace.registry, self.base, patches, EvaluationRequest(), self.progress, fresh=True)
+
+    @cached_property
+    def prompts(self) -> dict[str, list[EvalPrompt]]:
+        """By erased concept, and under "kept" those of every other object, none of which names what is erased."""
+        asked = {c.name: self.context.prompts(*self.context.class_of(c), self.per_concept) for c in self.concepts}
+        return asked | {"kept": self.context.prompts_for_others(OBJECT, self.per_kept)}
+
+    def draw(self, pipe: Any, prompts: Sequence[EvalPrompt], text: str) -> NDArray[np.uint8]:
         self.progress(self.drawn, self.to_draw, text)
         before = self.drawn
 
@@ -167,7 +162,8 @@ class Demo:
             self.drawn = before + count
             self.progress(self.drawn, self.to_draw, text)
 
-        return generate(pipe, [t.prompt for t in trials], [t.seed for t in trials], self.sampler, on_batch=report)
+        texts, seeds = [each.prompt for each in prompts], [each.seed for each in prompts]
+        return generate(pipe, texts, seeds, self.context.image_generator.sampler, on_batch=report)
 
     def solve(self) -> Recipe:
         """A patch for each concept, all of them in one recipe."""
@@ -200,30 +196,28 @@ class Demo:
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
-        for name, trials in self.trials.items():
-            head = "style" if any(c.name == name and c.kind == "style" for c in self.concepts) else "object"
-            truth = [t.truth for t in trials]
-            before = self.draw(unpatched, trials, f"drawing {name} with the base")
-            after = self.draw(pipe, trials, f"drawing {name}, erased" if name != "kept" else "drawing what is kept")
-            scores = accuracy(self.judge, before, truth, head), accuracy(self.judge, after, truth, head)
+        asked = self.prompts
+        self.to_draw = 2 * sum(map(len, asked.values())) + sum(len(asked[name]) for name in PUT_BACK)
+        self.to_draw += 2 * len(self.concepts) + 2 * sum(len(asked[c.name][:3]) for c in self.concepts)
+        heads = {concept.name: self.context.class_of(concept)[0] for concept in self.concepts}
+        erased = {}
+        for name, prompts in asked.items():
+            before = self.draw(unpatched, prompts, f"drawing {name} with the base")
+            after = self.draw(pipe, prompts, f"drawing {name}, erased" if name != "kept" else "drawing what is kept")
+            self.findings.pictures[f"{name} before"], self.findings.pictures[f"{name} after"] = (
+                some(before),
+                some(after),
+            )
+            verdicts = [self.context.judged(pictures, prompts, heads.get(name, OBJECT)) for pictures in (before, after)]
+            rows = self.context.preserved(name, *verdicts)
+            self.findings.on_base[name], self.findings.patched[name], share = rows
             if name == "kept":
-                self.findings.kept_base, self.findings.kept = scores
-                self._check_kept(self._right(before, trials), self._right(after, trials))
+                holds = verdict(share, at_least=KEPT_BAR)
+                self.findings.check(f"kept: {SHARE}", as_text(share), f">= {KEPT_BAR:.0%}", holds)
             else:
-                self.findings.base_scores[name], self.findings.erased_scores[name] = scores
-            self.findings.pictures[f"{name} before"] = some(before)
-            self.findings.pictures[f"{name} after"] = some(after)
-        self.findings.check_erased(self.findings.erased_scores)
+                erased[name] = verdicts[1]
+        self.findings.check_erased(erased)
         self._check_solving()
-
-    def _right(self, pictures: NDArray[np.uint8], trials: Sequence[Trial]) -> Mean:
-        seen = verdicts(self.judge, pictures, "object")
-        return mean([float(a == t.truth) for a, t in zip(seen, trials, strict=True)], [t.prompt for t in trials])
-
-    def _check_kept(self, before: Mean, after: Mean) -> None:
-        kept = measured("kept", "share", after.draws / np.maximum(before.draws, 1e-9), after.n)
-        holds = verdict(kept, at_least=KEPT_BAR)
-        self.findings.check("kept: share of the base's accuracy", with_interval(kept), ">= 97%", holds)
 
     def _check_solving(self) -> None:
         fast = [self.findings.solved[c.name] for c in SEPARABLE]
@@ -231,22 +225,21 @@ class Demo:
         self.findings.check("separable: slowest concept", f"{seconds:.2f} s", "<= 1 s", seconds <= SECONDS_BAR)
         self.findings.check("separable: largest patch", f"{size / 1024:.1f} KiB", "<= 16 KiB", size <= BYTES_BAR)
 
-    def put_back(self, recipe: Recipe, pipe: Any) -> None:
+    def restore_two(self, recipe: Recipe, pipe: Any) -> None:
         """Two patches removed again: the same bits as if they had never been added."""
         for name in PUT_BACK:
             recipe.remove(name, why="demo: licence deal")
         never = self.workspace.create_recipe("never-erased", base="emoji")
-        for concept in self.concepts:
-            if concept.name not in PUT_BACK:
-                never.add(self.findings.solved[concept.name], STRENGTHS.get(concept.name, 1.0))
+        for name, solved in self.findings.solved.items():
+            if name not in PUT_BACK:
+                never.add(solved, STRENGTHS.get(name, 1.0))
         equal = recipe.digest() == never.digest()
-        digest = recipe.digest()[:12]
-        self.findings.check("two put back: weights as if never erased", digest, "equal digests", equal)
-        for name in PUT_BACK:
-            trials = self.trials[name]
-            head = "style" if any(c.name == name and c.kind == "style" for c in self.concepts) else "object"
-            pictures = self.draw(pipe, trials, f"drawing {name}, put back")
-            self.findings.restored_scores[name] = accuracy(self.judge, pictures, [t.truth for t in trials], head)
+        self.findings.check("two put back: weights as if never erased", recipe.digest()[:12], "equal digests", equal)
+        for concept in (each for each in self.concepts if each.name in PUT_BACK):
+            name, prompts = concept.name, self.prompts[concept.name]
+            pictures = self.draw(pipe, prompts, f"drawing {name}, put back")
+            judged = self.context.judged(pictures, prompts, self.context.class_of(concept)[0])
+            self.findings.put_back[name] = judged.accuracy().measurement(name, ACCURACY)
             self.findings.pictures[f"{name} put back"] = some(pictures)
 
     def build_and_reload(self, recipe: Recipe, pipe: Any) -> None:
@@ -258,9 +251,9 @@ class Demo:
             plain = StableDiffusionPipeline.from_pretrained(
                 built.folder, dtype=pipe.unet.dtype, low_cpu_mem_usage=False
             )
-        trials = [self.trials[c.name][0] for c in self.concepts]
+        prompts = [self.prompts[c.name][0] for c in self.concepts]
         text = "comparing the checkpoint"
-        same = bool(np.array_equal(self.draw(plain, trials, text), self.draw(pipe, trials, text)))
+        same = bool(np.array_equal(self.draw(plain, prompts, text), self.draw(pipe, prompts, text)))
         value = "identical" if same else "different"
         self.findings.check("checkpoint in plain diffusers: pictures", value, "identical", same)
 
@@ -271,9 +264,9 @@ class Demo:
         self.findings.digests["all removed"] = recipe.digest()
         equal = recipe.digest() == self.base.fingerprint
         self.findings.check("all removed: weights", recipe.digest()[:12], "the base's digest", equal)
-        trials = [t for c in self.concepts for t in self.trials[c.name][:3]]
+        prompts = [each for c in self.concepts for each in self.prompts[c.name][:3]]
         text = "comparing with the base"
-        same = bool(np.array_equal(self.draw(unpatched, trials, text), self.draw(pipe, trials, text)))
+        same = bool(np.array_equal(self.draw(unpatched, prompts, text), self.draw(pipe, prompts, text)))
         self.findings.check("all removed: pictures", "identical" if same else "different", "the base's", same)
 
 
@@ -282,104 +275,76 @@ def some(pictures: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     return list(pictures[np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).astype(int)])
 
 
-def with_interval(measurement: Measurement) -> str:
-    """A share with its 95% interval."""
-    return f"{measurement.value:.1%} ({measurement.low:.1%} to {measurement.high:.1%})"
-
-
 def save_report(out: Path, demo: Demo, findings: Findings) -> None:
     """Write `report.html` and `overview.png` into `out`."""
-    sections = (_summary(findings), _erased(findings), _kept(findings), _put_back(findings))
     report = Report(
         title="Overpaint: what was erased, what was kept, what came back",
         intro="Seven concepts were erased from the embedded base, each by a patch of its own; two patches were removed "
         "again; a checkpoint was built; at last everything was removed. A patch hides a concept and does not destroy it: "
         "who holds the base can have it back, and published attacks can revive it in a checkpoint.",
-        sections=sections,
-        provenance=_provenance(demo, findings),
+        sections=tuple(_sections(findings)),
+        provenance=tuple(_provenance(demo, findings)),
         commands=("overpaint demo",),
     )
     write_report(out / "report.html", report)
     _overview(findings).save(out / "overview.png")
 
 
-def _summary(findings: Findings) -> Section:
-    rows = tuple((c.what, c.value, c.bar, c.holds) for c in findings.checks)
-    return Section(
-        "Checks", table=Table(("what", "measured", "bar", "holds"), rows, "What was promised and what was measured")
-    )
+def _sections(findings: Findings) -> Iterator[Section]:
+    checks = tuple((check.what, check.value, check.bar, check.holds) for check in findings.checks)
+    columns, promised = ("what", "measured", "bar", "holds"), "What was promised and what was measured"
+    yield Section("Checks", table=Table(columns, checks, promised))
 
+    def row(key: str, label: str, shows: str) -> PictureRow:
+        shown = enumerate(findings.pictures[key], 1)
+        return PictureRow(label, tuple(Picture(pixels, f"{shows}, picture {number}") for number, pixels in shown))
 
-def _row(findings: Findings, key: str, label: str, output: str) -> PictureRow:
-    return PictureRow(
-        label, tuple(Picture(p, f"{output}, picture {i + 1}") for i, p in enumerate(findings.pictures[key]))
-    )
-
-
-def _erased(findings: Findings) -> Section:
-    rows = tuple(
-        (
-            name,
-            s.record.solver,
-            str(findings.base_scores[name]),
-            str(findings.erased_scores[name]),
-            f"{s.seconds:.2f} s",
-            f"{s.nbytes:,}",
-        )
-        for name, s in findings.solved.items()
+    on_base, patched, put_back = (
+        {name: as_text(each) for name, each in accuracies.items()}
+        for accuracies in (findings.on_base, findings.patched, findings.put_back)
     )
     pictures = []
     for name in findings.solved:
-        pictures.append(_row(findings, f"{name} before", f"{name}: base", f"The base asked for {name}"))
-        pictures.append(_row(findings, f"{name} after", f"{name}: erased", f"The safe recipe asked for {name}"))
-    return Section(
+        pictures.append(row(f"{name} before", f"{name}: base", f"The base asked for {name}"))
+        pictures.append(row(f"{name} after", f"{name}: erased", f"The safe recipe asked for {name}"))
+    rows = tuple(
+        (name, each.record.solver, on_base[name], patched[name], f"{each.seconds:.2f} s", f"{each.nbytes:,}")
+        for name, each in findings.solved.items()
+    )
+    yield Section(
         "Erased",
         "The judge is a small classifier trained on drawings, never on generated pictures. Prompts are from templates that "
         "training did not see. Each pair of rows has the same prompts and the same seeds.",
         Table(("concept", "solver", "base", "erased", "time", "bytes"), rows, "Accuracy with 95% intervals"),
         pictures=tuple(pictures),
     )
-
-
-def _kept(findings: Findings) -> Section:
-    return Section(
-        "Kept",
-        f"All other objects: {findings.kept} with all seven patches, {findings.kept_base} on the base.",
-        pictures=(
-            _row(findings, "kept before", "others: base", "The base asked for other objects"),
-            _row(findings, "kept after", "others: all patches", "The safe recipe asked for other objects"),
-        ),
+    others = (
+        row("kept before", "others: base", "The base asked for other objects"),
+        row("kept after", "others: all patches", "The safe recipe asked for other objects"),
     )
-
-
-def _put_back(findings: Findings) -> Section:
-    rows = tuple(
-        (name, str(findings.base_scores[name]), str(score)) for name, score in findings.restored_scores.items()
-    )
-    pictures = tuple(
-        _row(findings, f"{n} put back", f"{n}: put back", f"{n} after its patch was removed")
-        for n in findings.restored_scores
-    )
-    return Section(
+    text = f"All other objects: {patched['kept']} with all seven patches, {on_base['kept']} on the base."
+    yield Section("Kept", text, pictures=others)
+    yield Section(
         "Put back",
         "Their patches were removed from the recipe and the weights composed again; the other five stay.",
-        Table(("concept", "base", "put back"), rows, "Accuracy with 95% intervals"),
-        pictures=pictures,
-    )
-
-
-def _provenance(demo: Demo, findings: Findings) -> tuple[tuple[str, str], ...]:
-    return (
-        *((f"weights, {name}", digest) for name, digest in findings.digests.items()),
-        *((f"patch, {name}", solved.id) for name, solved in findings.solved.items()),
-        ("vocabulary and concepts, encoded once", f"{findings.prepare_seconds:.2f} s"),
-        ("sampler", f"DDIM, {demo.sampler.steps} steps, guidance {demo.sampler.guidance:g}"),
-        (
-            "versions",
-            f"overpaint {overpaint.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}",
+        Table(
+            ("concept", "base", "put back"),
+            tuple((name, on_base[name], accuracy) for name, accuracy in put_back.items()),
+            "Accuracy with 95% intervals",
         ),
-        ("machine", f"{platform.machine()}, Python {platform.python_version()}, {torch.get_num_threads()} threads"),
+        pictures=tuple(row(f"{n} put back", f"{n}: put back", f"{n} after its patch was removed") for n in put_back),
     )
+
+
+def _provenance(demo: Demo, findings: Findings) -> Iterator[tuple[str, str]]:
+    yield from ((f"weights, {name}", digest) for name, digest in findings.digests.items())
+    yield from ((f"patch, {name}", solved.id) for name, solved in findings.solved.items())
+    yield "vocabulary and concepts, encoded once", f"{findings.prepare_seconds:.2f} s"
+    sampler = demo.context.image_generator.sampler
+    yield "sampler", f"DDIM, {sampler.steps} steps, guidance {sampler.guidance:g}"
+    yield "judge", demo.context.judge.name
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield "threads", str(torch.get_num_threads())
 
 
 def _overview(findings: Findings) -> Image.Image:

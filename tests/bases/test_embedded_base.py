@@ -11,7 +11,7 @@ from overpaint.bases.base import EMBEDDED, Base
 from overpaint.bases.emoji.catalogue import Scene, catalogue
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.metrics import load_judge
+from overpaint.evaluation.judges import load_judge
 
 
 @pytest.fixture(scope="module")

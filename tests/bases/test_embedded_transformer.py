@@ -9,8 +9,8 @@ from overpaint.bases.base import EMBEDDED_BASES, Base
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.metrics import load_judge, verdicts
-from overpaint.evaluation.prompts import object_prompts
+from overpaint.evaluation.judges import EmbeddedJudge, load_judge
+from overpaint.evaluation.prompts import EmojiPrompts
 from overpaint.patches.compose import Term
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import uncovered_inputs
@@ -47,7 +47,7 @@ def test_its_card_states_measurements_and_licences() -> None:
 
 
 def test_one_concept_is_erased_through_both_inputs_others_stay_and_the_base_comes_back(transformer: Base) -> None:
-    words, judge = catalogue(FOLDER), load_judge(FOLDER)
+    words, judge = catalogue(FOLDER), EmbeddedJudge(transformer, torch.device("cpu"))
     concepts = tuple(Concept(name) for name in words.objects)
     cat = next(concept for concept in concepts if concept.name == "cat")
     delta = Separable(vocabulary=60).solve(EditProblem(transformer, cat, concepts[::4])).delta
@@ -60,10 +60,10 @@ def test_one_concept_is_erased_through_both_inputs_others_stay_and_the_base_come
     overlay = Overlay(pipe, transformer)
 
     def share(names: list[str], each: int) -> float:
-        asked = object_prompts(names, each, held_out=True, words=words)
+        asked = [prompt for name in names for prompt in EmojiPrompts(words).prompts("object", name, each)]
         pictures = generate(pipe, [a.prompt for a in asked], [a.seed for a in asked], sampler)
-        found = verdicts(judge, pictures, "object")
-        return sum(int(name == a.truth) for name, a in zip(found, asked, strict=True)) / len(asked)
+        seen = [judge.heads["object"][i] for i in judge.probabilities(pictures, "object").argmax(1)]
+        return sum(name == a.shows["object"] for name, a in zip(seen, asked, strict=True)) / len(asked)
 
     others = ["dog", "sun", "car"]
     assert share(["cat"], 6) >= 4 / 6

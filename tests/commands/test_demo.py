@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from overpaint.bases.base import Base
 from overpaint.cli import main
 from overpaint.commands import common
-from overpaint.evaluation.metrics import UNDECIDED, Score
+from overpaint.evaluation.context import Verdicts
+from overpaint.evaluation.metrics import UNDECIDED
 from overpaint.workspace.demo import Demo, Findings
 
 
@@ -36,16 +38,22 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+def verdicts(seen: int, of: int) -> Verdicts:
+    """A concept that is seen in some of its pictures, each of a prompt of its own."""
+    right = np.array([1.0] * seen + [0.0] * (of - seen))
+    return Verdicts(right, right, [f"prompt {number}" for number in range(of)])
+
+
 def test_few_pictures_settle_nothing_and_fail_nothing() -> None:
     findings = Findings()
-    findings.check_erased({"cat": Score(0, 10)})
+    findings.check_erased({"cat": verdicts(0, 10)})
     assert {check.holds for check in findings.checks} == {UNDECIDED}
     assert findings.hold
-    findings.check_erased({"cat": Score(0, 200), "ink": Score(150, 200)})
+    findings.check_erased({"cat": verdicts(0, 200), "ink": verdicts(150, 200)})
     assert findings.checks[-1].holds == "no"
     assert not findings.hold
     many = Findings()
-    many.check_erased({"cat": Score(0, 200)})
+    many.check_erased({"cat": verdicts(0, 200)})
     assert {check.holds for check in many.checks} == {"yes"}
 
 

@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.attacks import (
+from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
+from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import EvalPrompt, ListedPrompts
+from overpaint.evaluation.suites.probes import (
     Genetics,
+    Probes,
     called_up,
     completed,
     inverted,
@@ -25,11 +30,6 @@ from overpaint.evaluation.attacks import (
     revived,
     searched,
 )
-from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
-from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
-from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.prompts import EvalPrompt, ListedPrompts
-from overpaint.evaluation.suites.probes import Probes
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch

@@ -84,3 +84,22 @@ def test_no_verdict_where_the_interval_spans_the_bar(
     assert verdict(measurement, at_least=0.05) == at_least
     with pytest.raises(OverpaintError, match="one bar"):
         verdict(measurement)
+
+
+@pytest.mark.parametrize(
+    ("score", "low", "high"),
+    # Newcombe (1998), table I, Wilson without continuity correction.
+    [(Score(81, 263), 0.2553, 0.3662), (Score(15, 148), 0.0624, 0.1605), (Score(0, 20), 0.0, 0.1611)],
+)
+def test_the_interval_of_a_score_is_wilsons(score: Score, low: float, high: float) -> None:
+    assert score.interval == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_score_reads_as_a_sentence() -> None:
+    assert str(Score(9, 10)) == "90.0% (59.6% to 98.2%, n=10)"
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_impossible_scores_are_refused(correct: int, n: int) -> None:
+    with pytest.raises(OverpaintError):
+        Score(correct, n)

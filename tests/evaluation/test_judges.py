@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from overpaint.bases.base import Base
+from overpaint.bases.emoji.judge import JudgeNetwork
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation import judges
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import Judge, open_judge
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, read_prompts
@@ -48,6 +50,29 @@ def test_the_embedded_judges_see_what_the_embedded_base_draws(emoji: Base, drawi
     assert sum(a == q.shows["object"] for a, q in zip(seen, asked, strict=True)) >= 3
     assert judge.features(pictures).shape[0] == 4
     assert len(judge.name.split()[1]) == 12
+
+
+def test_batches_do_not_change_what_a_judge_sees(emoji: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = open_judge("cnn", emoji, EmojiPrompts(), CPU)
+    whole = judge.probabilities(NOISE, "object")
+    monkeypatch.setattr(judges, "PICTURES_AT_ONCE", 2)
+    assert judge.probabilities(NOISE, "object") == pytest.approx(whole, abs=1e-5)  # sums in another order
+
+
+def test_the_embedded_judge_refuses_pictures_of_another_kind(emoji: Base) -> None:
+    judge = open_judge("cnn", emoji, EmojiPrompts(), CPU)
+    floats: Any = NOISE / 255
+    with pytest.raises(OverpaintError, match="got float64"):
+        judge.probabilities(floats, "object")
+    with pytest.raises(OverpaintError, match="32, 32"):
+        judge.features(NOISE[:, ::2, ::2])
+
+
+def test_a_base_without_a_judge_is_refused_with_the_reason(tmp_path: Path, judge: JudgeNetwork) -> None:
+    with pytest.raises(NotFound, match="no judge in"):
+        judges.load_judge(tmp_path)
+    judge.save(tmp_path / "judge")
+    assert judges.load_judge(tmp_path).classes == judge.classes
 
 
 @pytest.fixture(scope="module")

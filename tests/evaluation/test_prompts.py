@@ -6,7 +6,7 @@ import pytest
 
 from overpaint.bases.emoji.catalogue import catalogue
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.evaluation.prompts import object_prompts, object_scenes, style_prompts, style_scenes
+from overpaint.evaluation.prompts import object_scenes, style_scenes
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -33,28 +33,28 @@ def test_a_third_of_the_prompts_each_names_nothing_else_a_style_a_background() -
 
 
 def test_an_objects_prompts_do_not_depend_on_its_company() -> None:
-    alone = object_prompts(["fox"], 6, held_out=True, seed0=5)
-    among = object_prompts(["cat", "fox", "sun"], 6, held_out=True, seed0=5)
+    alone = object_scenes(["fox"], 6, held_out=True, seed0=5)
+    among = object_scenes(["cat", "fox", "sun"], 6, held_out=True, seed0=5)
     assert alone == among[6:12]
-    assert alone == object_prompts(["fox"], 9, held_out=True, seed0=5)[:6]
+    assert alone == object_scenes(["fox"], 9, held_out=True, seed0=5)[:6]
 
 
 def test_no_seed_is_used_twice() -> None:
-    found = object_prompts(catalogue().objects, 20, held_out=False, seed0=100)
-    assert len({trial.seed for trial in found}) == 1000
-    assert min(trial.seed for trial in found) == 100
+    found = object_scenes(catalogue().objects, 20, held_out=False, seed0=100)
+    assert len({one.seed for one in found}) == 1000
+    assert min(one.seed for one in found) == 100
 
 
 def test_styles_come_with_every_object() -> None:
-    found = style_prompts(["ink", "clay"], 50, held_out=False)
-    assert [trial.truth for trial in found] == ["ink"] * 50 + ["clay"] * 50
+    found = style_scenes(["ink", "clay"], 50, held_out=False)
+    assert [one.scene.style for one in found] == ["ink"] * 50 + ["clay"] * 50
     assert len({one.scene.object for one in style_scenes(["ink"], 50, held_out=False)}) == 50
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(NotFound, match="no object 'unicorn'"):
-        object_prompts(["unicorn"], 1, held_out=False)
+        object_scenes(["unicorn"], 1, held_out=False)
     with pytest.raises(NotFound, match="no style 'cubist'"):
-        style_prompts(["cubist"], 1, held_out=False)
+        style_scenes(["cubist"], 1, held_out=False)
     with pytest.raises(OverpaintError, match="got 0"):
-        object_prompts(["cat"], 0, held_out=False)
+        object_scenes(["cat"], 0, held_out=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from overpaint.bases.base import EMBEDDED, Base
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.metrics import accuracy, load_judge
-from overpaint.evaluation.prompts import object_prompts
+from overpaint.evaluation.judges import EmbeddedJudge
+from overpaint.evaluation.prompts import EmojiPrompts
 from overpaint.patches.compose import Term
 from overpaint.patches.live import Overlay
 from overpaint.solvers.problem import EditProblem
@@ -20,12 +21,13 @@ pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded base
 def test_the_preset_erases_an_object_and_preserves_others() -> None:
     base = Base.open("emoji")
     delta = FewShot.preset("emoji").solve(EditProblem(base, Concept("pistol", "unsafe", ("gun", "handgun")))).delta
-    pipe, judge = base.pipeline(), load_judge(base.path)
+    pipe, judge = base.pipeline(), EmbeddedJudge(base, torch.device("cpu"))
     rates = []
     with Overlay(pipe, base).applied([Term("a", delta)]):
         for names in (["pistol"], ["cat", "car", "pizza", "rose", "house", "key"]):
-            trials = object_prompts(names, 6 // len(names), held_out=True)
-            pictures = generate(pipe, [t.prompt for t in trials], [t.seed for t in trials], Sampler(10, 3.0))
-            rates.append(accuracy(judge, pictures, [t.truth for t in trials], "object").rate)
+            asked = [prompt for name in names for prompt in EmojiPrompts().prompts("object", name, 6 // len(names))]
+            pictures = generate(pipe, [a.prompt for a in asked], [a.seed for a in asked], Sampler(10, 3.0))
+            seen = [judge.heads["object"][i] for i in judge.probabilities(pictures, "object").argmax(1)]
+            rates.append(sum(name == a.shows["object"] for name, a in zip(seen, asked, strict=True)) / len(asked))
     assert rates[0] <= 1 / 6
     assert rates[1] >= 5 / 6

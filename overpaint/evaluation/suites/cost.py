@@ -20,6 +20,7 @@ from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.suites import Suite
 from overpaint.patches.compose import compose
+from overpaint.patches.patch import Patch
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,8 @@ class Cost(Suite):
             rows.append(Measurement(subject, "seconds to solve", patch.seconds, 1))
             rows.append(Measurement(subject, "bytes", float(patch.nbytes), 1))
             rows += self._swapped(context, patch, subject)
-        rows.append(
-            Measurement(
-                "all patches", "bytes", float(sum(patch.nbytes for patch in context.patches)), len(context.patches)
-            )
-        )
+        together = float(sum(patch.nbytes for patch in context.patches))
+        rows.append(Measurement("all patches", "bytes", together, len(context.patches)))
         seconds = [_timed(lambda: compose(context.base, context.terms())) for _ in range(self.repeats)]
         rows.append(Measurement("all patches", "seconds to compose", median(seconds), self.repeats))
         for solver, patch in {patch.solver: patch for patch in reversed(context.patches)}.items():
@@ -68,22 +66,26 @@ def _timed(act: Any) -> float:
 
 def _peak_megabytes(context: EvalContext, patch: EvaluatedPatch) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_solve_again, context.base.path, patch.patch.manifest, str(context.device)).result()
+        return process.submit(_solve_again, context.base.path, patch.patch, str(context.device)).result()
 
 
-def _solve_again(path: Path, manifest: dict[str, Any], device: str) -> float:
-    """Solve a patch from its manifest; how many megabytes the process grew by, at most, meanwhile."""
+def _solve_again(path: Path, patch: Patch, device: str) -> float:
+    """Solve a patch again as its manifest says; how many megabytes the process grew by, at most, meanwhile."""
     import torch
 
     from overpaint.bases.base import Base
-    from overpaint.core.concepts import Concept
     from overpaint.solvers import solver_class
     from overpaint.solvers.problem import EditProblem
 
-    made = manifest["solver"]
-    universe = tuple(Concept.from_json(each) for each in made.get("universe", ()))
-    concept = Concept.from_json(manifest["concept"])
-    problem = EditProblem(Base.open(path), concept, universe, int(made.get("seed", 0)), torch.device(device))
+    made = patch.manifest["solver"]
+    problem = EditProblem(
+        Base.open(path),
+        patch.concept,
+        patch.universe,
+        int(made.get("seed", 0)),
+        torch.device(device),
+        preserve_prompts=tuple(made.get("keep", ())),
+    )
     method = solver_class(made["name"])(**made.get("settings", {}))
     before = _peak()
     method.solve(problem)

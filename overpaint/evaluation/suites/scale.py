@@ -2,9 +2,10 @@
 
 For every solver, N patches are solved and applied together ("plain sum"). `separable` and `sepme` know all the
 concepts, because that is what they are for; every other solver works alone, as its paper has it. Of the first of those, task
-arithmetic and TIES merge the same patches, and "joint" erases all N concepts in one solve. Preserved are objects in no
-universe. The order spread counts tensors that come out differently when the patches are applied to a live pipeline in other
-orders.
+arithmetic and TIES merge the same patches, and "joint" erases all N concepts in one solve. Task arithmetic (Ilharco et al.,
+ICLR 2023) scales every patch by one factor. TIES (Yadav et al., NeurIPS 2023) keeps of each the largest changes, lets them vote
+on a sign for every weight, and averages those that agree. Preserved are objects in no universe. The order spread counts
+tensors that come out differently when the patches are applied to a live pipeline in other orders.
 """
 
 from __future__ import annotations
@@ -30,12 +31,6 @@ from overpaint.patches.delta import Dense
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import EditProblem, configure, settings_of
-
-# Ways to put several patches on one base, besides applying them as they are: what the `scale` suite compares.
-#
-# Task arithmetic (Ilharco et al., ICLR 2023) scales every patch by one factor. TIES (Yadav et al., NeurIPS 2023) keeps of each
-# the largest changes, lets them vote on a sign for every weight, and averages those that agree.
-
 
 TASK_SCALE = 0.4
 """The factor that Yadav et al. recommend where nothing can be tuned."""
