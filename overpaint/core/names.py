@@ -171,15 +171,18 @@ def shown(value: object) -> str:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFound:
     """The error for a name that nothing answers to, with the nearest names that something does."""
-    by_folded = {each.casefold(): each for each in known}
-    near = difflib.get_close_matches(name.casefold(), by_folded, n=3)
-    if near:
-        hint = f"did you mean {' or '.join(repr(by_folded[each]) for each in near)}?"
-    elif by_folded:
-        hint = "there is " + ", ".join(repr(each) for each in list(by_folded.values())[:8])
-    else:
-        hint = f"the registry has no {what} yet"
+    names = list(known)
+    if near := nearest(name, names, most=3):
+        return NotFound(f"no {what} answers to {name!r}{near}")
+    hint = "there is " + ", ".join(map(repr, names[:8])) if names else f"the registry has no {what} yet"
     return NotFound(f"no {what} answers to {name!r}; {hint}")
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """The known names that are most like a wrong one, as what is put behind it in a message; empty where none is like it."""
+    by_folded = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=most)
+    return f" (did you mean {' or '.join(repr(by_folded[each]) for each in near)}?)" if near else ""
 
 
 def _checked(text: str, what: str, longest: int) -> str:

@@ -14,7 +14,7 @@ from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_note, checked_number, checked_tag, shown
 from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
-from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision
+from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision, action_of
 
 
 def find_revision(session: Session, key: str) -> tuple[models.RecipeRow, int]:
@@ -189,10 +189,13 @@ class Note:
     digest_after: str | None = None
 
 
-def refuse_if_moved(recipe: models.RecipeRow, expected: int | None) -> None:
-    """Raise StaleRevision unless `recipe` is at the revision `expected`; None expects nothing."""
-    if expected is not None and recipe.revision != expected:
-        raise StaleRevision(f"recipe {recipe.name!r} was changed by somebody else at the same moment; try again")
+def refuse_stale(recipe: models.RecipeRow | RecipeRecord, revision: int | None) -> None:
+    """Raise StaleRevision unless `recipe` is at the revision from which a change was made; None is any."""
+    if revision is not None and recipe.revision != revision:
+        raise StaleRevision(
+            f"the recipe {recipe.name!r} is at revision {recipe.revision} by now, and this change was made from {revision}; "
+            "look at what changed and try again"
+        )
 
 
 LARGEST_STRENGTH = 1e6
@@ -237,7 +240,8 @@ def check_changes(
             check_entry(there, after)
             if there is None:
                 _refuse_other_base(name, base, patches[patch_id])
-        actions.append(_action(name, patches[patch_id], there, after))
+        _refuse_no_change(name, patches[patch_id], there, after)
+        actions.append(action_of(there and there.strength, after and after.strength))
     return actions
 
 
@@ -341,19 +345,14 @@ def _set_entry(
         row.strength, row.until = after.strength, after.until
 
 
-def _action(name: str, patch: models.PatchRow, before: RecipeEntry | None, after: RecipeEntry | None) -> Action:
-    if before is None:
-        if after is None:
-            raise NotFound(f"recipe {name!r} does not contain {_called(patch)}, so it cannot be removed")
-        return "add"
-    if after is None:
-        return "remove"
-    if before == after:
-        day = f" until {before.until}" if before.until else ""
+def _refuse_no_change(name: str, patch: models.PatchRow, before: RecipeEntry | None, after: RecipeEntry | None) -> None:
+    if before is None and after is None:
+        raise NotFound(f"recipe {name!r} does not contain {_called(patch)}, so it cannot be removed")
+    if before is not None and before == after:
+        day = f", expires {before.until}" if before.until else ""
         raise AlreadyExists(
             f"{_called(patch)} is already there: recipe {name!r} has it at strength {before.strength:g}{day}"
         )
-    return "until" if before.strength == after.strength else "strength"
 
 
 def _refuse_other_base(name: str, base: models.BaseRow, patch: models.PatchRow) -> None:

@@ -150,11 +150,16 @@ def _action(row: models.RevisionRow, line: models.RevisionPatchRow) -> Action:
     """What a revision did to one patch: one that changes several may add some, remove others and change the rest."""
     if row.action not in ("add", "remove", "strength", "until") or line.patch_id is None:
         return cast(Action, row.action)
-    if line.strength_before is None:
+    return action_of(line.strength_before, line.strength_after)
+
+
+def action_of(before: float | None, after: float | None) -> Action:
+    """What takes a patch from one strength to another (None: not there) is called; with equal ones, its expiry changed."""
+    if before is None:
         return "add"
-    if line.strength_after is None:
+    if after is None:
         return "remove"
-    return "until" if line.strength_before == line.strength_after else "strength"
+    return "until" if before == after else "strength"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from overpaint.registry.history import (
     find_revision,
     record_at,
     records_now,
-    refuse_if_moved,
+    refuse_stale,
     revise,
     revisions_of,
 )
@@ -889,7 +889,7 @@ class Registry:
             checked_id(patch_id)
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
-            refuse_if_moved(recipe, expected)
+            refuse_stale(recipe, expected)
             return change(session, recipe, wanted, note)
 
     def check_entries(self, name: str, base: str, entries: Iterable[RecipeEntry]) -> None:
@@ -910,7 +910,7 @@ class Registry:
         """
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
-            refuse_if_moved(recipe, expected)
+            refuse_stale(recipe, expected)
             return exchange(session, recipe, new, note)
 
     def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | None = None) -> int:
@@ -921,7 +921,7 @@ class Registry:
         """
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
-            refuse_if_moved(recipe, expected)
+            refuse_stale(recipe, expected)
             _, number = find_revision(session, f"{recipe.name}@{number}")
             now, then = entries_now(recipe), entries_at(session, recipe, number)
             wanted = {each: then.get(each) for each in {**now, **then} if now.get(each) != then.get(each)}

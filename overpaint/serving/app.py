@@ -53,7 +53,7 @@ from overpaint.serving.drawing import (
     QueueFull,
     Stopping,
 )
-from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany
+from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany, TryLater
 from overpaint.serving.metrics import Metrics
 from overpaint.serving.options import ServeOptions
 from overpaint.serving.tokens import BadTokens, Role, Token, TokenFile
@@ -252,7 +252,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     headers = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, TooMany | QueueFull):
+    if isinstance(error, TryLater):
         headers["Retry-After"] = str(min(600, int(error.seconds + 1)))
     server: Server | None = getattr(request.app.state, "server", None)
     if server is not None:

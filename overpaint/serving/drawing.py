@@ -27,6 +27,7 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
 from overpaint.registry.history import today
+from overpaint.serving.limits import TryLater
 from overpaint.workspace.workspace import Workspace
 
 MOST_IN_A_ROW = 16
@@ -39,12 +40,8 @@ LARGEST_AREA = 2.25
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class QueueFull(OverpaintError):
-    """More pictures than may wait. `seconds` is when to ask again."""
-
-    def __init__(self, message: str, seconds: float) -> None:
-        super().__init__(message)
-        self.seconds = seconds
+class QueueFull(TryLater):
+    """More pictures than may wait."""
 
 
 class Stopping(OverpaintError):

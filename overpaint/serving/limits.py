@@ -14,12 +14,16 @@ from overpaint.core.asgi import refuse
 from overpaint.core.errors import OverpaintError
 
 
-class TooMany(OverpaintError):
-    """A caller who asks too often. `seconds` is when to come again."""
+class TryLater(OverpaintError):
+    """What is refused now and may be asked again after some `seconds`."""
 
     def __init__(self, message: str, seconds: float) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class TooMany(TryLater):
+    """A caller who asks too often."""
 
 
 class RateLimiter:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
-from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import nearest
 
 GROUP = "overpaint.solvers"
 
@@ -71,12 +71,11 @@ class ListedSolver:
 
     def load(self) -> type[Any]:
         """The class. Raises BrokenSolver when its module cannot be imported or has no such solver."""
-        module, _, name = self.target.partition(":")
         if self.package == "overpaint":
-            own: type[Any] = getattr(import_module(module), name)
+            own: type[Any] = resolve_name(self.target)
             return own
         try:
-            loaded = getattr(import_module(module), name)
+            loaded = resolve_name(self.target)
         except Exception as error:  # whatever another package's module does on import
             raise self._broken(f"{type(error).__name__}: {error}") from error
         from overpaint.solvers.problem import Solver
@@ -133,10 +132,10 @@ def solver_class(name: str) -> type[Any]:
         return ListedSolver(name, SOLVERS[name]).load()
     listed, refused = solvers()
     if name not in listed:
-        near = get_close_matches(name, listed, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
         why = [sentence for sentence in refused if repr(name) in sentence]
-        raise NotFound("; ".join([f"no solver is called {name!r}; {hint}known are: {', '.join(listed)}", *why]))
+        raise NotFound(
+            "; ".join([f"no solver is called {name!r}{nearest(name, listed)}; known: {', '.join(listed)}", *why])
+        )
     return listed[name].load()
 
 

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +25,7 @@ from overpaint.bases.layout import Layout
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import nearest
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.delta import Delta
 
@@ -58,7 +58,7 @@ def setting(
 
 
 def configure(solver: type[S], settings: Mapping[str, str], preset: str = "") -> S:
-    """A solver from `--set name=value` texts, on top of a preset's values; `preset=NAME` among the texts names it too.
+    """A solver (or a suite) from `--set name=value` texts, on top of a preset's values, which `preset=NAME` names too.
 
     Raises BadSetting for a preset or a name the solver lacks (with the nearest it has), a value of another type or out of
     bounds.
@@ -69,7 +69,10 @@ def configure(solver: type[S], settings: Mapping[str, str], preset: str = "") ->
         preset = texts.pop("preset", preset)
     values: dict[str, Any] = preset_of(solver, preset) if preset else {}
     for name, text in texts.items():
-        values[name] = _parse(_field(fields, name), text)
+        if name not in fields:
+            had = ", ".join(fields) or "none"
+            raise BadSetting(f"{solver.__name__} has no setting {name!r}{nearest(name, fields)}; it has: {had}")
+        values[name] = _parse(fields[name], text)
     return solver(**values)
 
 
@@ -91,8 +94,9 @@ def preset_of(solver: type[Any], name: str) -> dict[str, Any]:
     """The values of a preset by setting. Raises BadSetting for a preset the solver lacks."""
     presets: Mapping[str, Mapping[str, Any]] = getattr(solver, "PRESETS", {})
     if name not in presets:
-        known = f"It has: {', '.join(presets)}" if presets else "It has none"
-        raise BadSetting(f"this solver has no preset {name!r}{_nearest(name, presets)} {known}")
+        raise BadSetting(
+            f"{solver.__name__} has no preset {name!r}{nearest(name, presets)}; it has: {', '.join(presets) or 'none'}"
+        )
     return dict(presets[name])
 
 
@@ -128,7 +132,7 @@ def _checked(spec: Field[Any], value: Any) -> Any:
     outside = outside or (low is not None and value < low) or (high is not None and value > high)
     if outside or (choices and value not in choices):
         wanted = range_of(spec) or "finite"
-        hint = _nearest(value, choices) if choices else ""
+        hint = nearest(value, choices) if choices else ""
         raise BadSetting(f"{spec.name} must be {wanted}; got {value}{hint}")
     return value
 
@@ -148,17 +152,6 @@ def _bad_type(spec: Field[Any], value: Any) -> BadSetting:
     return BadSetting(
         f"{spec.name}={value!r} is not a {kind.__name__}; it takes{also} for example its default, {spec.default!r}"
     )
-
-
-def _field(fields: Mapping[str, Field[Any]], name: str) -> Field[Any]:
-    if name not in fields:
-        raise BadSetting(f"this solver has no setting {name!r}{_nearest(name, fields)} It has: {', '.join(fields)}")
-    return fields[name]
-
-
-def _nearest(name: object, known: Any) -> str:
-    near = get_close_matches(str(name), list(known), 1)
-    return f"; did you mean {near[0]}?" if near else "."
 
 
 class Unsolvable(OverpaintError):

@@ -23,7 +23,6 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +30,7 @@ import yaml  # type: ignore[import-untyped]
 
 from overpaint.core.concepts import KINDS, Concept, phrases_in
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import SEEDS, checked_name, checked_note, quoted, typed_path
+from overpaint.core.names import SEEDS, checked_name, checked_note, nearest, quoted, typed_path
 from overpaint.solvers import solver_class
 from overpaint.solvers.problem import configure, settable
 from overpaint.workspace.planning import Defaults, SolveRequest
@@ -299,12 +298,6 @@ class NodeReader:
             self.wrong(node.at, f"a seed is a whole number from 0 to {SEEDS - 1}; got {quoted(text)}")
             return None
         return int(text)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that is most like a wrong one, or nothing."""
-    near = get_close_matches(name, list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def shape(node: Node) -> str:

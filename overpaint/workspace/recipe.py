@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.reporting import Progress, html_table, silent
-from overpaint.registry.history import Note, StaleRevision, today
+from overpaint.registry.history import Note, StaleRevision, refuse_stale, today
 from overpaint.registry.records import (
     Difference,
     ExpiredEntry,
@@ -50,15 +50,6 @@ def current_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
-
-
-def refuse_stale(record: RecipeRecord, revision: int) -> None:
-    """Raise StaleRevision unless a recipe is at the revision from which a change was made."""
-    if record.revision != revision:
-        raise StaleRevision(
-            f"the recipe {record.name!r} is at revision {record.revision} by now, and this change was made from {revision}; "
-            "look at what changed and try again"
-        )
 
 
 @dataclass(frozen=True)
@@ -191,8 +182,7 @@ class Recipe:
         asked = {entry.patch: entry for entry in entries}
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
-            if revision is not None:
-                refuse_stale(before, revision)
+            refuse_stale(before, revision)
             held = {entry.patch: entry for entry in before.entries}
             return {id: asked.get(id) for id in (*held, *asked) if held.get(id) != asked.get(id)}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, html_table, silent
-from overpaint.registry.history import today
+from overpaint.registry.history import refuse_stale, today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.opened import OpenRegistry
@@ -27,7 +27,7 @@ from overpaint.workspace.planning import (
     setting_texts,
     truncations,
 )
-from overpaint.workspace.recipe import Recipe, current_user, refuse_stale
+from overpaint.workspace.recipe import Recipe, current_user
 
 if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk

@@ -254,7 +254,7 @@ def test_searching_finds_patches_and_recipes(ready: Shell) -> None:
     ("words", "message"),
     [
         (("solve", "cat", "--base", "tiny", "--solver", "magic"), "no solver is called 'magic'"),
-        (("solve", "cat", "--base", "tiny", "--set", "rnk=1"), "did you mean rank"),
+        (("solve", "cat", "--base", "tiny", "--set", "rnk=1"), "did you mean 'rank'"),
         (("solve", "cat", "--base", "tiny", "--set", "rank"), "NAME=VALUE"),
         (("solve", "cat", "--base", "other"), "other"),
         (("solve", "cat", "--base", "tiny", "--device", "tpu9"), "device"),

@@ -76,10 +76,10 @@ def test_suites_are_listed(registry: Path) -> None:
     ("words", "output"),
     [
         (("evaluate", "unsafe", *HOOK), "no patch answers to 'unsafe'"),
-        (("evaluate", "safe", "--suite", "quik"), "did you mean quick?"),
+        (("evaluate", "safe", "--suite", "quik"), "did you mean 'quick'?"),
         (("evaluate", "safe"), "no judge in"),
         (("evaluate", "safe@9", *HOOK), "revision"),
-        (("evaluate", "safe", *HOOK, "--set", "erased=no"), "a whole number from 1 on; got 'no'"),
+        (("evaluate", "safe", *HOOK, "--set", "erased=no"), "erased='no' is not a int"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_clear_sentence(registry: Path, words: tuple[str, ...], output: str) -> None:

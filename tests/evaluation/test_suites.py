@@ -330,11 +330,13 @@ def test_every_listed_suite_can_be_loaded_and_configured() -> None:
 
 
 def test_suites_and_settings_that_are_not_there_are_named() -> None:
-    with pytest.raises(NotFound, match="did you mean scenes"):
+    with pytest.raises(NotFound, match="did you mean 'scenes'"):
         suite_class("scene")
-    with pytest.raises(OverpaintError, match="the suite quick has no setting 'eras'; it has: erased"):
+    with pytest.raises(
+        OverpaintError, match=r"Quick has no setting 'eras' \(did you mean 'erased'\?\); it has: erased"
+    ):
         configured("quick", {"eras": "1"})
-    with pytest.raises(OverpaintError, match="whole number from 1 on; got '0'"):
+    with pytest.raises(OverpaintError, match="erased of the suite Quick is at least 1; got 0"):
         configured("quick", {"erased": "0"})
 
 

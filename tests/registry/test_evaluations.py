@@ -83,7 +83,7 @@ def test_an_evaluation_is_of_one_thing_that_is_there(registry: Registry) -> None
     for both in ({}, {"patch": one.id, "recipe": "safe"}):
         with pytest.raises(OverpaintError, match="name exactly one"):
             keep(registry, **both)
-    with pytest.raises(NotFound, match="no recipe answers to 'saef'; did you mean 'safe'"):
+    with pytest.raises(NotFound, match="no recipe answers to 'saef' \\(did you mean 'safe'"):
         keep(registry, recipe="saef")
     with pytest.raises(NotFound):
         registry.evaluations(patch="0123456789")

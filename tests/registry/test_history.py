@@ -100,9 +100,9 @@ def test_a_checkout_of_what_is_there_and_of_what_never_was_is_refused(registry: 
 
 def test_a_change_worked_out_for_an_older_revision_is_refused(registry: Registry, patches: list[str]) -> None:
     lay(registry, "r", patches[0], 1.0)
-    with pytest.raises(StaleRevision, match="changed by somebody else"):
+    with pytest.raises(StaleRevision, match="by now, and this change was made from"):
         change(registry, patches[1], 1.0, expected=0)
-    with pytest.raises(StaleRevision, match="changed by somebody else"):
+    with pytest.raises(StaleRevision, match="by now, and this change was made from"):
         registry.checkout_recipe("r", 0, NOTE, expected=0)
     assert registry.recipe("r").revision == 1
     assert change(registry, patches[1], 1.0, expected=1) == 2
@@ -298,7 +298,7 @@ def test_due_is_asked_of_one_recipe_or_of_all_that_are_there(registry: Registry,
 def test_another_day_is_a_change_of_its_own(registry: Registry, patches: list[str]) -> None:
     change(registry, patches[0], 1.0)
     change(registry, patches[0], 1.0, until=CHRISTMAS)
-    with pytest.raises(AlreadyExists, match=r"strength 1 until 2998-12-24"):
+    with pytest.raises(AlreadyExists, match=r"strength 1, expires 2998-12-24"):
         change(registry, patches[0], 1.0, until=CHRISTMAS)
     change(registry, patches[0], 2.0, until=CHRISTMAS)
     change(registry, patches[0], 2.0)

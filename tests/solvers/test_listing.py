@@ -116,11 +116,11 @@ def test_a_broken_package_is_named_and_breaks_nothing_else(strangers: list[Point
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(NotFound, match="did you mean separable"):
+    with pytest.raises(NotFound, match="did you mean 'separable'"):
         solver_class("seperable")
     answer = CliRunner().invoke(main, ["solvers", "seperable"])
     assert answer.exit_code == 1
-    assert "did you mean separable" in answer.stderr
+    assert "did you mean 'separable'" in answer.stderr
 
 
 def test_settings_presets_and_ranges_are_shown() -> None:

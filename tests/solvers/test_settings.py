@@ -49,7 +49,7 @@ class Method(Solver):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rnak": "3"}, "no setting 'rnak'; did you mean rank?"),
+        ({"rnak": "3"}, "no setting 'rnak' (did you mean 'rank'?); it has: "),
         ({"rank": "many"}, "rank='many' is not a int; it takes between 1 and 64, for example its default, 8"),
         ({"rank": "0"}, "rank must be between 1 and 64; got 0"),
         ({"rank": "65"}, "rank must be between 1 and 64; got 65"),
@@ -59,8 +59,8 @@ class Method(Solver):
         ({"rate": "inf"}, "rate must be at least 0; got inf"),
         ({"tau": "nan"}, "tau must be finite; got nan"),
         ({"exact": "maybe"}, "exact='maybe' is not a bool"),
-        ({"part": "k"}, "part must be one of kv, v; got k; did you mean kv?"),
-        ({"preset": "smal"}, "no preset 'smal'; did you mean small?"),
+        ({"part": "k"}, "part must be one of kv, v; got k (did you mean 'kv'?)"),
+        ({"preset": "smal"}, "no preset 'smal' (did you mean 'small'?); it has: "),
     ],
 )
 def test_a_bad_setting_is_refused_with_what_it_may_be(settings: dict[str, str], message: str) -> None:

@@ -18,7 +18,7 @@ CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
 
 
 def test_an_unknown_solver_is_named_with_the_nearest() -> None:
-    with pytest.raises(NotFound, match="did you mean separable"):
+    with pytest.raises(NotFound, match="did you mean 'separable'"):
         solver_class("seperable")
 
 

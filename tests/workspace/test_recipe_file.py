@@ -134,11 +134,11 @@ patches:
     text = str(caught.value)
     assert "has 6 mistakes, so nothing was stored" in text
     for place, mistake in {
-        "line 3, column 1": "did you mean base?",
+        "line 3, column 1": "did you mean 'base'?",
         "line 6, column 15": "a strength is a number",
         "line 7, column 14": "YYYY-MM-DD, or never",
         "line 8, column 5": "names nothing",
-        "line 10, column 5": "did you mean solver?",
+        "line 10, column 5": "did you mean 'solver'?",
         "line 11, column 5": "is listed twice",
     }.items():
         assert any(place in line and mistake in line for line in text.splitlines()), (place, text)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, ClassVar
 
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import nearest
 
 if TYPE_CHECKING:
     from overpaint.evaluation.context import EvalContext
@@ -53,6 +53,13 @@ class Suite:
     heading: ClassVar[str] = ""
     """The heading of its section of a report; empty where the report's own sections show its numbers."""
 
+    def __post_init__(self) -> None:
+        """Raise OverpaintError for a number below 1: every number of a suite counts something."""
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(value, int) and value < 1:
+                raise OverpaintError(f"{each.name} of the suite {type(self).__name__} is at least 1; got {value}")
+
     def run(self, context: EvalContext) -> list[Measurement]:
         """What was measured. Raises OverpaintError when the context has too little for this suite."""
         raise NotImplementedError
@@ -73,30 +80,13 @@ def is_attack(name: str) -> bool:
 def suite_class(name: str) -> type[Suite]:
     """The suite of a name. Raises NotFound with the known names."""
     if name not in SUITES:
-        near = get_close_matches(name, SUITES, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise NotFound(f"no suite is called {name!r}; {hint}known are: {', '.join(SUITES)}")
-    module, _, attribute = SUITES[name][0].partition(":")
-    suite: type[Suite] = getattr(import_module(module), attribute)
+        raise NotFound(f"no suite is called {name!r}{nearest(name, SUITES)}; known: {', '.join(SUITES)}")
+    suite: type[Suite] = resolve_name(SUITES[name][0])
     return suite
 
 
 def configured(name: str, settings: Mapping[str, str]) -> Suite:
-    """A suite from `--set name=value` texts; whole numbers and texts are what suites take.
+    """A suite from `--set name=value` texts. Raises BadSetting for a setting that the suite lacks or cannot take."""
+    from overpaint.solvers.problem import configure
 
-    Raises OverpaintError for a setting that the suite lacks or cannot take.
-    """
-    kind = suite_class(name)
-    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, text in settings.items():
-        if key not in known:
-            raise OverpaintError(f"the suite {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
-        default = known[key].default
-        if isinstance(default, int):
-            if not text.strip().isdecimal() or int(text) < 1:
-                raise OverpaintError(f"{key} of the suite {name} is a whole number from 1 on; got {text!r}")
-            values[key] = int(text)
-        else:
-            values[key] = text
-    return kind(**values)
+    return configure(suite_class(name), settings)

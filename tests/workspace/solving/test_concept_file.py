@@ -74,7 +74,7 @@ def test_the_command_line_goes_before_the_defaults_and_not_before_a_concept(tmp_
     assert (cat.settings, cat.seed, dog.seed) == ({"size": "0.7"}, 5, 9)
     cat, _ = read_concepts(file, solver="separable", settings={"rank": "2"})
     assert (cat.solver, cat.settings) == ("separable", {"rank": "2"}), "settings of another solver do not come along"
-    with pytest.raises(BadSetting, match="did you mean size"):
+    with pytest.raises(BadSetting, match="did you mean 'size'"):
         read_concepts(file, settings={"siez": "0.7"})
 
 
@@ -133,15 +133,15 @@ concepts:
     for line, (place, text) in zip(
         said[1:],
         [
-            ("line 2, column 18", "did you mean style?"),
-            ("line 2, column 40", "did you mean rank?"),
-            ("line 5, column 5", "did you mean synonyms?"),
+            ("line 2, column 18", "did you mean 'style'?"),
+            ("line 2, column 40", "did you mean 'rank'?"),
+            ("line 5, column 5", "did you mean 'synonyms'?"),
             ("line 6, column 13", "the anchor 'Cat' is the concept itself"),
             ("line 7, column 12", "the name of a concept is empty"),
             ("line 8, column 5", "this concept has no name"),
             ("line 10, column 15", "does not name 'dog'"),
             ("line 11, column 11", "a seed is a whole number from 0"),
-            ("line 12, column 13", "did you mean separable?"),
+            ("line 12, column 13", "did you mean 'separable'?"),
             ("line 14, column 5", "'name' is there twice"),
             ("line 15, column 14", "has no prompt"),
             ("line 16, column 22", "rank must be at least 1"),
@@ -161,7 +161,7 @@ concepts:
         ("concepts:\n", "line 1, column 10: no concept is listed"),
         ("concepts: []", "no concept is listed"),
         ("concepts: cat", "no concept is listed"),
-        ("concept: [cat]", "did you mean concepts?"),
+        ("concept: [cat]", "did you mean 'concepts'?"),
         ("concepts:\n\t- cat\n", "line 2, column 1: a tab; YAML is indented with spaces"),
         ("concepts: [cat\n", "line 2, column 1: this is not YAML"),
         ("- cat: dog: fox\n", "line 1, column 11: a colon where none can be"),

@@ -285,7 +285,7 @@ class TestCommand:
             (("solve", "cat", "--base", "tiny", "--compress", "much"), "a rank, such as 4"),
             (("solve", "cat", "--base", "tiny", "--compress", "0"), "at least 1"),
             (("solve", "cat", "--base", "tiny", "--compress", "1.5"), "at most 1.0"),
-            (("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "siez=1"), "did you mean size"),
+            (("solve", "cat", "--base", "tiny", "--solver", "counting", "--set", "siez=1"), "did you mean 'size'"),
         ],
         ids=" ".join,
     )
