@@ -1,8 +1,9 @@
-"""What can be erased."""
+"""What can be erased, and the concepts that a patch's manifest lists."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from overpaint.core.errors import OverpaintError
 KINDS = ("object", "style", "person", "unsafe")
 HOLE = "{}"
 """Where a word stands in a sentence."""
+_PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 _LETTER = re.compile(r"\w")
 
 
@@ -59,10 +61,28 @@ class Concept:
         fields = {"name": self.name, "kind": self.kind, "synonyms": list(self.synonyms), "anchor": self.anchor}
         return {**fields, "prompts": list(self.prompts)} if self.prompts else fields
 
+    def brief(self) -> dict[str, Any]:
+        """The concept as a universe lists it: its name, and what differs from a plain object; `from_json` reads it back.
+
+        In full, the universe of two hundred concepts would weigh more than the patch.
+        """
+        return {key: value for key, value in self.as_json().items() if value != _PLAIN.get(key)}
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Concept:
         """The concept that a manifest or a row describes."""
         return cls(**{**data, "synonyms": tuple(data.get("synonyms", ())), "prompts": tuple(data.get("prompts", ()))})
+
+
+def universe_of(manifest: Mapping[str, Any], step: str = "") -> list[dict[str, Any]]:
+    """All concepts that a patch was solved for, its own first, each in full as `Concept.as_json`.
+
+    With a `step`, those of a later step that the solver's entry has, such as `decoupled`.
+    """
+    entry = manifest["solver"].get(step) if step else manifest["solver"]
+    listed = entry.get("universe") if isinstance(entry, dict) else None
+    items = listed if isinstance(listed, list) else []
+    return [manifest["concept"], *({**_PLAIN, **item} for item in items if isinstance(item, dict))]
 
 
 def phrases_in(prompt: str, words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.layout import LAST, PENULTIMATE
 from overpaint.bases.safetensors_file import DTYPES, dtype_name, raw_bytes, tensor_digest
-from overpaint.core.concepts import Concept
+from overpaint.core.concepts import Concept, universe_of
 from overpaint.core.encoding import (
     KEY,
     BadHeader,
@@ -216,7 +216,7 @@ class Patch:
     @property
     def universe(self) -> tuple[Concept, ...]:
         """The other concepts that its solver knew of and preserved, as the manifest lists them."""
-        return tuple(map(Concept.from_json, self.manifest["solver"].get("universe", ())))
+        return tuple(map(Concept.from_json, universe_of(self.manifest)[1:]))
 
     @cached_property
     def blob(self) -> bytes:

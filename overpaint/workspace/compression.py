@@ -21,6 +21,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Delta, Dense, Factors, LowRank, Sum, TextMap, added, joined
+from overpaint.patches.factors import above_rounding, product_svd
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.workspace.planning import Truncation
 
@@ -98,7 +99,7 @@ def _matrix(pair: Factors | None, dense: Tensor | None, keep: Truncation) -> Fac
         return None
     if dense is None:
         assert pair is not None
-        left, sizes, right = thin_svd(pair[0].double(), pair[1].double().T)
+        left, sizes, right = product_svd(pair[0].double(), pair[1].double().T)
     else:
         total = dense.double().reshape(dense.shape[0], -1)
         if pair is not None:
@@ -116,7 +117,7 @@ def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
     """The text map whose change of all projections together is the truncated one; itself where it has so few directions."""
     up, down = text.up.double(), text.down.double()
     stacked = torch.cat([text.thin_factors(base, name)[0] for name in text.targets(base)])
-    _, sizes, right = thin_svd(stacked, down)
+    _, sizes, right = product_svd(stacked, down)
     rank = directions(sizes, keep)
     if rank >= text.up.shape[1]:
         return text
@@ -124,16 +125,9 @@ def _text_map(base: Base, text: TextMap, keep: Truncation) -> TextMap:
     return TextMap(text.encoder, (up @ (down.T @ kept)).float(), kept.float())
 
 
-def thin_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m x k), singular values and V (n x k) of `left right^T`, for factors m x r and n x r, exactly."""
-    (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
-    inner, sizes, outer = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    return first @ inner, sizes, second @ outer.T
-
-
 def directions(sizes: Tensor, keep: Truncation) -> int:
     """How many of the singular values, in descending order, are kept: at least one, and none that is rounding error."""
-    present = max(1, int((sizes > sizes[0] * len(sizes) * torch.finfo(sizes.dtype).eps).sum()))
+    present = max(1, above_rounding(sizes))
     if keep.rank is not None:
         return min(keep.rank, present)
     share = sizes.square().cumsum(0) / sizes.square().sum()

@@ -13,7 +13,7 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.solvers.closed_form.decoupling import decoupled
 from overpaint.solvers.problem import EditProblem
-from overpaint.workspace.planning import SolveContext, brief, decoupling_inputs
+from overpaint.workspace.planning import SolveContext, decoupling_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def decoupled_patch(
     solver = patch.manifest["solver"]
     step = {
         **decoupling_inputs(rule, context),
-        "universe": [brief(each) for name, each in context.by_name.items() if name != patch.concept.name],
+        "universe": [each.brief() for name, each in context.by_name.items() if name != patch.concept.name],
         "from": patch.id,
         # Rounded, because the last digits are the business of whoever did the sums.
         "residual": float(f"{found.diagnostics['residual']:.2g}"),

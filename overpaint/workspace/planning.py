@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overpaint.core.concepts import Concept
+from overpaint.core.concepts import Concept, universe_of
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed
@@ -181,7 +181,6 @@ def completed(
 
 FEW = 20
 """Of so many concepts, patches are asked for one concept at a time."""
-_PLAIN: Mapping[str, Any] = {"kind": "object", "synonyms": [], "anchor": ""}
 
 
 def provenance(request: SolveRequest, solver: Solver, context: SolveContext) -> dict[str, Any]:
@@ -193,7 +192,7 @@ def provenance(request: SolveRequest, solver: Solver, context: SolveContext) -> 
     recorded = _inputs(request, solver, context)
     if solver.uses_universe:
         others = (each for name, each in context.by_name.items() if name != request.concept.name)
-        recorded["universe"] = [brief(each) for each in others]
+        recorded["universe"] = [each.brief() for each in others]
     return recorded
 
 
@@ -216,26 +215,6 @@ def _inputs(request: SolveRequest, solver: Solver, context: SolveContext) -> dic
 def _without_folder(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without the folder of pictures: what is in the pictures decides, and not where they are."""
     return {**settings, "images": ""} if "images" in settings else dict(settings)
-
-
-def brief(concept: Concept) -> dict[str, Any]:
-    """A concept as a universe lists it: its name, and what differs from a plain object; `Concept.from_json` reads it back.
-
-    In full, the universe of two hundred concepts would weigh more than the patch.
-    """
-    return {key: value for key, value in concept.as_json().items() if value != _PLAIN.get(key)}
-
-
-def universe_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All concepts that a patch was solved for, its own first, each in full; earlier versions wrote them so."""
-    return listed_concepts(manifest, manifest["solver"])
-
-
-def listed_concepts(manifest: Mapping[str, Any], entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A patch's own concept, and the universe that an entry of its manifest lists, each in full."""
-    listed = entry.get("universe")
-    items = listed if isinstance(listed, list) else []
-    return [manifest["concept"], *({**_PLAIN, **item} for item in items if isinstance(item, dict))]
 
 
 def universe_digest(concepts: Iterable[Mapping[str, Any]]) -> str:
@@ -271,7 +250,7 @@ def digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     if "decoupled" in inputs:
         step = inputs["decoupled"]
         kept = {key: step[key] for key in ("rule", "keep", "after") if key in step}
-        inputs["decoupled"] = {**kept, "of": universe_digest(listed_concepts(manifest, step))}
+        inputs["decoupled"] = {**kept, "of": universe_digest(universe_of(manifest, "decoupled"))}
     universe = ""
     if _reads_universe(inputs["name"], canonical_json(inputs["settings"])):
         universe = universe_digest(universe_of(manifest))

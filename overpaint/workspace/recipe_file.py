@@ -56,7 +56,6 @@ from overpaint.workspace.planning import (
     SolvePlan,
     SolveRequest,
     as_texts,
-    brief,
     completed,
     manifest_of,
     plan_solves,
@@ -355,7 +354,7 @@ def _described(registry: Registry, record: PatchRecord) -> dict[str, Any]:
             return {}
     except OverpaintError:
         return {}
-    described = {**brief(concept), "solver": record.solver}
+    described = {**concept.brief(), "solver": record.solver}
     if record.settings:
         described["settings"] = as_texts(record.settings)
     if record.seed:

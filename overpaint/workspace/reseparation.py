@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from overpaint.core.concepts import Concept
+from overpaint.core.concepts import Concept, universe_of
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
@@ -29,7 +29,6 @@ from overpaint.workspace.planning import (
     plan_solves,
     truncations_of,
     universe_digest,
-    universe_of,
 )
 
 if TYPE_CHECKING:

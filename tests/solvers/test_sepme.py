@@ -12,8 +12,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Dense, LowRank
+from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.trained.sepme import SepME, free_of, null_space, that_fit
+from overpaint.solvers.trained.sepme import SepME, null_space, that_fit
 from overpaint.testing import SolverContract, tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")

@@ -23,9 +23,9 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Factors, all_finite
+from overpaint.patches.factors import Fitted, leading
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import ENCODERS, TRANSFORMERS, UNET, split
-from overpaint.patches.formats.fitting import Fitted, leading
 from overpaint.patches.formats.readers import READERS, Reader, open_clip_encoders, reader
 
 # The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.

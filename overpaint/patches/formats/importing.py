@@ -22,8 +22,8 @@ from overpaint.core.errors import NotFound
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, identical, residual
+from overpaint.patches.factors import Fitted, fitted
 from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
-from overpaint.patches.formats.fitting import Fitted, fitted
 from overpaint.patches.formats.reading import (
     FP8,
     FileEdits,

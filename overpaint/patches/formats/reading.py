@@ -20,8 +20,8 @@ from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.patches.delta import all_finite, identical
+from overpaint.patches.factors import products
 from overpaint.patches.formats.dialects import PEFT_PREFIX, AdapterConfig, FileReading, ForeignFile, Role, configs_of
-from overpaint.patches.formats.fitting import products
 
 # What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
 #

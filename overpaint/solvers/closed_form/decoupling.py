@@ -33,11 +33,11 @@ from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder, encoders
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor
 from overpaint.solvers import DECOUPLING_RULES
+from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.closed_form.separable import Metric, Separable, fitted
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values
-from overpaint.solvers.trained.sepme import free_of
-from overpaint.solvers.universe import PreservedPrompts, text_encoders, universe, vocabulary_record
+from overpaint.solvers.universe import text_encoders, vocabulary_record
 
 RIDGE_RULE, EXACT_RULE = DECOUPLING_RULES
 RANK, ENERGY = 16, 0.99
@@ -56,23 +56,13 @@ def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Sol
     settings, concept, base = Separable(), problem.concept, problem.base
     problem.report(0, 1, "decoupling")
     reach = settings.reach_on(base, concept)
-    preserved = PreservedPrompts(problem.preserved_prompts(), settings.vocabulary, problem.cache)
     maps: list[Delta] = []
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     sums = _Sums()
     with within_memory("the number of concepts"):
         patched = _patched_encoders(base, delta, problem.device)
         for text_input, encoder in text_encoders(base, problem.device).items():
-            known = universe(
-                base,
-                (concept, *problem.others),
-                settings.ridge,
-                settings.weight,
-                problem.device,
-                text_input=text_input,
-                preserved=preserved,
-                report=problem.report,
-            )
+            known = settings.universe_of(problem, text_input)
             metric = Metric(known.cholesky)
             if rule == EXACT_RULE:
                 metric = metric.within(_free(encoder, problem).to(known.cholesky))

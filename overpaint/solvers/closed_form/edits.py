@@ -19,6 +19,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, TextMap
+from overpaint.patches.factors import above_rounding
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values, keys_of_prompts, phrasings
 from overpaint.solvers.universe import PreservedPrompts, Universe, universe
@@ -167,7 +168,7 @@ def least_squares(
     if not size[0] > 0:
         raise Unsolvable("the text encoder gives the concept and its anchor the same embeddings; name another anchor")
     rest = size.square().flip(0).cumsum(0).flip(0) / size.square().sum()
-    wanted = int(((rest > 1.0 - energy) & (size > size[0] * len(size) * torch.finfo(size.dtype).eps)).sum())
+    wanted = min(int((rest > 1.0 - energy).sum()), above_rounding(size))
     count = max(1, min(wanted, rank or wanted))
     down = torch.linalg.solve_triangular(factor.T, right[:count].T, upper=True)
     extent = torch.linalg.eigvalsh(a)
@@ -182,6 +183,32 @@ def _svd_of_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (qa, ra), (qb, rb) = torch.linalg.qr(a), torch.linalg.qr(b)
     left, size, right = torch.linalg.svd(ra @ rb.T)
     return qa @ left, size, right @ qb.T
+
+
+def free_of(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
+    """An orthonormal basis, float32 [d, d - r], of the directions that no embedding of `hidden` [n, length, d] has; and r.
+
+    By singular value decomposition in float64 with NumPy's rank rule; the paper eliminates symbolically, which takes
+    minutes to hours. Directions below `tolerance` times the strongest count as unused. Where prompts begin with the same
+    embedding, as they do for CLIP, that is one direction, which is always used.
+    """
+    hidden = hidden.double().cpu()
+    width, precision = hidden.shape[-1], torch.finfo(torch.float32).eps
+    begin, rest = hidden[0, :1], hidden.reshape(-1, width)
+    shared = hidden.shape[1] > 1 and bool((hidden[:, 0] - begin).norm(dim=1).max() <= 1e-4 * begin.norm())
+    if shared:
+        # Begin-of-text is larger than all else: it would set the scale of the tolerance.
+        begin = begin / begin.norm()
+        rest = hidden[:, 1:].reshape(-1, width)
+        rest = rest - (rest @ begin[0])[:, None] * begin
+    _, size, right = torch.linalg.svd(rest, full_matrices=False)
+    # Embeddings come out of a float32 encoder: what is below its rounding is noise, not a direction.
+    noise = max(rest.shape) * precision
+    used = right[: int((size > size[0] * max(noise, tolerance)).sum())]
+    if shared:
+        used = torch.cat([begin, used])
+    rank = len(used)
+    return torch.linalg.qr(used.T, mode="complete").Q[:, rank:].float().contiguous(), rank
 
 
 def residual(edit: MapEdit, keys: Tensor, values: Tensor) -> float:

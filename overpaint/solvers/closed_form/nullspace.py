@@ -23,6 +23,7 @@ from torch import Tensor
 
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
 from overpaint.patches.delta import LowRank
+from overpaint.patches.factors import above_rounding
 from overpaint.solvers.closed_form.edits import (
     ALL,
     LAST,
@@ -174,7 +175,7 @@ def _restricted(free: Tensor, keys: Tensor, retain: float, held: Tensor) -> Tens
 def _shortened(edit: MapEdit, rank: int) -> MapEdit:
     """The best edit of at most `rank` directions (0: the exact one, without directions that are rounding alone)."""
     left, size, right = torch.linalg.svd(edit.up @ edit.down.T, full_matrices=False)
-    count = int((size > size[0] * len(size) * torch.finfo(size.dtype).eps).sum())
+    count = above_rounding(size)
     count = max(1, min(count, rank or count))
     return MapEdit(left[:, :count] * size[:count], right[:count].T.contiguous())
 

@@ -71,20 +71,10 @@ class Separable(Solver):
         started = time.perf_counter()
         concept, base = problem.concept, problem.base
         problem.report(0, 1, "reading the universe")
-        preserved = PreservedPrompts(problem.preserved_prompts(), self.vocabulary, problem.cache)
         maps: list[Delta] = []
         about: dict[str, dict[str, Any]] = {}
         for text_input in base.text_inputs:
-            known = universe(
-                base,
-                (concept, *problem.others),
-                self.ridge,
-                self.weight,
-                problem.device,
-                text_input=text_input,
-                preserved=preserved,
-                report=problem.report,
-            )
+            known = self.universe_of(problem, text_input)
             up, down, about[text_input] = self._term(known, concept, base, text_input)
             maps.append(TextMap(text_input, up, down))
         delta = maps[0] if len(maps) == 1 else Sum(tuple(maps))
@@ -93,6 +83,20 @@ class Separable(Solver):
             delta,
             {**numbers, "open_doors": list(uncovered_inputs(base, delta)), "seconds": time.perf_counter() - started},
             vocabulary_record(base, problem.device, self.vocabulary),
+        )
+
+    def universe_of(self, problem: EditProblem, text_input: str) -> Universe:
+        """The moment of all that is known at a text input: the problem's concepts, the vocabulary, preserved prompts."""
+        preserved = PreservedPrompts(problem.preserved_prompts(), self.vocabulary, problem.cache)
+        return universe(
+            problem.base,
+            (problem.concept, *problem.others),
+            self.ridge,
+            self.weight,
+            problem.device,
+            text_input=text_input,
+            preserved=preserved,
+            report=problem.report,
         )
 
     def _term(

@@ -38,6 +38,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.layout import Layout
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, LowRank
+from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
 from overpaint.solvers.sentences import phrasings, spread
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
@@ -413,32 +414,6 @@ def null_space(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
             f"space left (about {max(1, length - 1)} directions each); name fewer concepts, raise tolerance, or use `separable`"
         )
     return basis, rank
-
-
-def free_of(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
-    """An orthonormal basis, float32 [d, d - r], of the directions that no embedding of `hidden` [n, length, d] has; and r.
-
-    By singular value decomposition in float64 with NumPy's rank rule; the paper eliminates symbolically, which takes
-    minutes to hours. Directions below `tolerance` times the strongest count as unused. Where prompts begin with the same
-    embedding, as they do for CLIP, that is one direction, which is always used.
-    """
-    hidden = hidden.double().cpu()
-    width, precision = hidden.shape[-1], torch.finfo(torch.float32).eps
-    begin, rest = hidden[0, :1], hidden.reshape(-1, width)
-    shared = hidden.shape[1] > 1 and bool((hidden[:, 0] - begin).norm(dim=1).max() <= 1e-4 * begin.norm())
-    if shared:
-        # Begin-of-text is larger than all else: it would set the scale of the tolerance.
-        begin = begin / begin.norm()
-        rest = hidden[:, 1:].reshape(-1, width)
-        rest = rest - (rest @ begin[0])[:, None] * begin
-    _, size, right = torch.linalg.svd(rest, full_matrices=False)
-    # Embeddings come out of a float32 encoder: what is below its rounding is noise, not a direction.
-    noise = max(rest.shape) * precision
-    used = right[: int((size > size[0] * max(noise, tolerance)).sum())]
-    if shared:
-        used = torch.cat([begin, used])
-    rank = len(used)
-    return torch.linalg.qr(used.T, mode="complete").Q[:, rank:].float().contiguous(), rank
 
 
 def _room(model: Denoiser, readings: Sequence[_Reading], bases: Sequence[Tensor]) -> dict[str, int]:

@@ -16,7 +16,8 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap, Xor, residual
-from overpaint.workspace.compression import NothingSmaller, directions, size_of, thin_svd, truncated
+from overpaint.patches.factors import product_svd
+from overpaint.workspace.compression import NothingSmaller, directions, size_of, truncated
 from overpaint.workspace.planning import BadTruncation, Truncation
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
@@ -52,7 +53,7 @@ def test_factors_are_decomposed_without_multiplying_them_out(
     left, right = random(seed, rows, width), random(seed + 1, columns, width)
     if data.draw(st.booleans()):
         left[:, -1] = left[:, 0]
-    u, sizes, v = thin_svd(left, right)
+    u, sizes, v = product_svd(left, right)
     whole = left @ right.T
     assert torch.allclose(u * sizes @ v.T, whole, atol=1e-12 * max(1.0, float(whole.norm())))
     wanted = torch.linalg.svdvals(whole)[: len(sizes)]

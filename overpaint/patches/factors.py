@@ -1,4 +1,4 @@
-"""The smallest delta that makes a base's weight exactly an edited one.
+"""Changes as thin factors: where to cut a matrix, and the smallest delta that makes a base's weight exactly an edited one.
 
 What an edit added is often of low rank, seen through the rounding of the edited file. So two candidates are made: thin
 factors, where as few directions as possible leave no more than rounding would; and the difference itself. Each gets the
@@ -113,6 +113,18 @@ def thin(change: Tensor, left: float, widest: int = WIDEST) -> tuple[Tensor, Ten
         return None
     rank = int(enough[0]) + 1
     return (up[:, :rank] * values[:rank]).to(torch.float32), down[:rank].to(torch.float32)
+
+
+def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m x k), singular values and V (n x k) of `left right^T`, for factors m x r and n x r that are not multiplied out."""
+    (first, upper), (second, lower) = torch.linalg.qr(left), torch.linalg.qr(right)
+    inner, sizes, outer = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return first @ inner, sizes, second @ outer.T
+
+
+def above_rounding(sizes: Tensor) -> int:
+    """How many of some singular values, in descending order, are more than rounding error beside the largest."""
+    return int((sizes > sizes[0] * len(sizes) * torch.finfo(sizes.dtype).eps).sum())
 
 
 def leading(matrix: Tensor, rank: int, rounds: int = 2) -> tuple[Tensor, Tensor, Tensor]:
