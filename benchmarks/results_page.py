@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
 from overpaint.evaluation.metrics import rank_correlation
-from overpaint.evaluation.report_page import Numbers, Table, as_text, percent, plain, published
+from overpaint.evaluation.report_page import Numbers, Table, as_text, percent, plain, plain_words, published
 from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.registry import EvaluationRecord
@@ -115,7 +115,7 @@ def _generality(found: NAMED) -> Iterable[Table]:
         ("other objects the solvers were told of", SHARE),
         ("other objects the solvers never heard of", SHARE),
     )
-    columns = ("recipe", "Acc_e", "Acc_s", "Acc_g", "H_o", "told of: left", "never heard of: left")
+    columns = ("recipe", "Acc_e", "Acc_s", "Acc_g", "H_o", "known: left", "not known: left")
     rows = [(name, *(as_text(n.get(subject, metric)) for subject, metric in parts)) for name, n in found.items()]
     yield Table(columns, tuple(rows), "All patches at once.")
 
@@ -204,7 +204,7 @@ def _cost(found: NAMED) -> Iterable[Table]:
         each = [sum(n.value(s, m) or 0.0 for s in patches) / len(patches) for m in _EACH]
         peak = next((as_text(n.get(s, _PEAK)) for s in n.subjects() if n.get(s, _PEAK)), "—")
         rows.append((name, *map(plain, each), peak))
-    yield Table(("recipe", *_EACH, _PEAK), tuple(rows), "Means over six patches.")
+    yield Table(("recipe", *map(plain_words, _EACH), _PEAK), tuple(rows), "Means over six patches.")
 
 
 _EACH = ("seconds to solve", "bytes", "seconds to lay on", "seconds to take off")

@@ -35,8 +35,8 @@ between two processes.
 On {base} every concept is erased alone by every solver, with the solver's preset `emoji` where it has one, and
 the same sentences and seeds are drawn and judged for all. Percentages are what the judge finds right, then the 95% interval
 (bootstrapped over sentences) and the number of pictures; *of the base* is the accuracy over that of the base on the same
-pictures. An erased concept should be at 0, everything else at 100% of the base. Solvers that listen are told of the listed
-objects and styles, and of the synonyms of what they erase; nobody is told of the objects that are never listed."""
+pictures. An erased concept should be at 0, everything else at 100% of the base. Solvers that use a
+universe get the listed objects and styles, and the synonyms of what they erase; the objects that are never listed are in none."""
 KINDS = {"object": "Objects", "style": "Styles", "pair": "Objects in one style alone"}
 PAIR = """A pair is erased when the judge no longer finds both its object and its style in the picture."""
 DASH = "—"
@@ -190,8 +190,8 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     numbers |= {key: doubted(row, numbers) for key, row in numbers.items() if row.metric == "H_c"}
     kept = next(row for some in curves.values() for row in some if row.subject == "base: kept")
     yield (
-        "The first N listed objects are erased at once; kept are objects that nobody was told of. `separable` and `nullspace` "
-        "are told of all that is listed, `sepme` of as many as its sums go to, the others work alone. A plain sum adds patches "
+        "The first N listed objects are erased at once; kept are objects that are in no universe. `separable` and "
+        "`nullspace` know all that is listed, `sepme` as many as its sums go to, the others work alone. A plain sum adds patches "
         "as they are; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
         f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )

@@ -81,7 +81,7 @@ class ConceptMoments:
     def _name(self, concept: Concept, text_inputs: tuple[str, ...]) -> str:
         meant = {
             "base": self._base.fingerprint,
-            "doors": text_inputs,
+            "text_inputs": text_inputs,
             "words": concept.words,
             "sentences": self._templates(concept),
             "padding": [PADDING, KEPT_PADDING],

@@ -89,7 +89,7 @@ def generate(
     sampler: Sampler | None = None,
     *,
     on_batch: Callable[[int], None] | None = None,
-) -> NDArray[np.uint8]:
+) -> Pixels:
     """Draw `prompts[i]` with `seeds[i]`: uint8 [n, height, width, 3], as the pipeline's own postprocessing rounds them.
 
     Each picture has a CPU generator of its own, so that its noise is the same in any batch; batches of other sizes may
@@ -104,7 +104,7 @@ def generate(
         checked_prompt(prompt)
         checked_seed(seed)
     sampler = sampler or Sampler()
-    pictures: list[NDArray[np.uint8]] = []
+    pictures: list[Pixels] = []
     with _silenced(pipe):
         for start in range(0, len(prompts), sampler.batch):
             part = slice(start, start + sampler.batch)
@@ -114,7 +114,7 @@ def generate(
     return np.stack(pictures)
 
 
-def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[NDArray[np.uint8]]:
+def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[Pixels]:
     size = {} if sampler.size is None else {"width": sampler.size[0], "height": sampler.size[1]}
     has_length = sampler.prompt_length and "max_sequence_length" in inspect.signature(pipe.__call__).parameters
     length = {"max_sequence_length": sampler.prompt_length} if has_length else {}
@@ -142,7 +142,8 @@ def _silenced(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**kept)
 
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
+"""A picture, [h, w, 3], or several of one size, [n, h, w, 3]."""
 
 
 class ImageCache:
@@ -156,13 +157,13 @@ class ImageCache:
         self.folder = folder
         self.damaged: list[Path] = []
 
-    def find(self, weights: str, sampler: str, questions: Sequence[EvalPrompt]) -> list[Picture | None]:
+    def find(self, weights: str, sampler: str, questions: Sequence[EvalPrompt]) -> list[Pixels | None]:
         """For each question its picture, uint8 [h, w, 3], or None where there is no sound one."""
         if self.folder is None or not (self.folder / weights).is_dir():
             return [None] * len(questions)
         return [self._read(self.place(weights, sampler, each)) for each in questions]
 
-    def keep(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Picture]) -> None:
+    def keep(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Pixels]) -> None:
         """Keep one picture for each question; a file is there whole or not at all."""
         if self.folder is None:
             return
@@ -184,7 +185,7 @@ class ImageCache:
         meant = canonical_json([sampler, question.prompt, question.seed])
         return self.folder / weights / f"{hashlib.sha256(meant).hexdigest()}.png"
 
-    def _read(self, place: Path) -> Picture | None:
+    def _read(self, place: Path) -> Pixels | None:
         try:
             with Image.open(place) as file:
                 picture = np.asarray(file.convert("RGB"))
@@ -199,7 +200,7 @@ class ImageCache:
         return picture
 
 
-def _digest(picture: Picture) -> str:
+def _digest(picture: Pixels) -> str:
     return hashlib.sha256(canonical_json(list(picture.shape)) + picture.tobytes()).hexdigest()
 
 
@@ -239,7 +240,7 @@ class ImageGenerator:
             self._digests[key] = composition_digest(self.base, compose(self.base, ordered))
         return self._digests[key]
 
-    def draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> NDArray[np.uint8]:
+    def draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> Pixels:
         """The pictures of `questions`, uint8 [n, h, w, 3]: remembered ones, and the others drawn now."""
         weights, how = self.digest(terms), self.how
         stored = self.image_cache.find(weights, how, questions)
@@ -282,7 +283,7 @@ class ImageGenerator:
 
     def _drawn_parts(
         self, terms: Sequence[Term], questions: Sequence[EvalPrompt], parts: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], list[Picture]]]:
+    ) -> Iterator[tuple[list[int], list[Pixels]]]:
         """Every part of the questions with its pictures, here or where the executor has room; batches are the same."""
         if self._executor is None:
             for part in parts:
@@ -296,7 +297,7 @@ class ImageGenerator:
                 raise OverpaintError(f"pictures could not be drawn: {result.error}")
             yield parts[result.index], result.value
 
-    def _draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> list[Picture]:
+    def _draw(self, terms: Sequence[Term], questions: Sequence[EvalPrompt]) -> list[Pixels]:
         self.overlay.set(terms)
         started = time.monotonic()
         prompts, seeds = [each.prompt for each in questions], [each.seed for each in questions]
@@ -324,11 +325,11 @@ class DrawInputs:
     device: str
 
 
-def draw_piece(inputs: DrawInputs, questions: Sequence[EvalPrompt], progress: Progress) -> list[Picture]:
+def draw_piece(inputs: DrawInputs, questions: Sequence[EvalPrompt], progress: Progress) -> list[Pixels]:
     """Draw one batch, in whichever process; its pipeline stays loaded for the next."""
-    painter = _generator(inputs.base.open(), inputs.device)
-    painter.sampler = inputs.sampler
-    return list(painter.draw(inputs.terms, questions))
+    generator = _generator(inputs.base.open(), inputs.device)
+    generator.sampler = inputs.sampler
+    return list(generator.draw(inputs.terms, questions))
 
 
 @lru_cache(maxsize=1)

@@ -26,11 +26,11 @@ from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import tensor_digest
 from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.evaluation.images import Pixels
 from overpaint.evaluation.prompts import PromptSet
 
-Pictures = NDArray[np.uint8]
 PICTURES_AT_ONCE = 256
-"""Pictures judged at once."""
+"""Pixels judged at once."""
 
 
 @runtime_checkable
@@ -47,11 +47,11 @@ class Judge(Protocol):
         """The classes that it distinguishes, by head."""
         ...
 
-    def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Pixels, head: str) -> NDArray[np.float32]:
         """How likely each class of a head is in each picture (uint8 [n, h, w, 3]): float32 [n, classes]."""
         ...
 
-    def features(self, pictures: Pictures) -> NDArray[np.float32]:
+    def features(self, pictures: Pixels) -> NDArray[np.float32]:
         """The space in which distances between sets of pictures are measured: float32 [n, d]."""
         ...
 
@@ -100,13 +100,13 @@ class EmbeddedJudge:
         self.heads = dict(self._model.classes)
         self.name = f"cnn {_digest(self._model)}"
 
-    def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Pixels, head: str) -> NDArray[np.float32]:
         return _in_batches(lambda part: self._model(part)[head].softmax(1), self._pixels(pictures), self._device)
 
-    def features(self, pictures: Pictures) -> NDArray[np.float32]:
+    def features(self, pictures: Pixels) -> NDArray[np.float32]:
         return _in_batches(self._model.features, self._pixels(pictures), self._device)
 
-    def _pixels(self, pictures: Pictures) -> Tensor:
+    def _pixels(self, pictures: Pixels) -> Tensor:
         if pictures.dtype != np.uint8 or pictures.shape[1:] != (64, 64, 3):
             raise OverpaintError(
                 f"the embedded judge reads uint8 pictures [n, 64, 64, 3]; got {pictures.dtype} {pictures.shape}"
@@ -129,14 +129,14 @@ class ZeroShot:
         }
 
     @own_torch_settings()
-    def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Pixels, head: str) -> NDArray[np.float32]:
         seen = torch.from_numpy(self.features(pictures)).to(self._device)
         seen = seen / seen.norm(dim=1, keepdim=True)
         scale = self._model.logit_scale.detach().exp()
         shares: NDArray[np.float32] = (scale * seen @ self._texts[head].T).softmax(1).cpu().numpy()
         return shares
 
-    def features(self, pictures: Pictures) -> NDArray[np.float32]:
+    def features(self, pictures: Pixels) -> NDArray[np.float32]:
         encode = self._model.get_image_features
         return _in_batches(
             lambda p: _pooled(encode(pixel_values=p)), _processed(self._processor, pictures), self._device
@@ -159,7 +159,7 @@ class ZeroShot:
 class Classifier:
     """An image classifier of `transformers`. A class is the labels that have one of its words; others are left out.
 
-    Raises NotFound when no class of the world has a label.
+    Raises NotFound when no class of the prompt set has a label.
     """
 
     def __init__(self, place: str | Path, prompt_set: PromptSet, device: torch.device) -> None:
@@ -178,15 +178,15 @@ class Classifier:
             some = ", ".join(sorted(self._model.config.id2label.values())[:5])
             raise NotFound(f"the classifier {place} has no label for any concept here (it has: {some}, ...)")
 
-    def probabilities(self, pictures: Pictures, head: str) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Pixels, head: str) -> NDArray[np.float32]:
         every = _in_batches(lambda p: self._model(pixel_values=p).logits.softmax(1), self._read(pictures), self._device)
         columns = self._columns[head].values()
         return np.stack([every[:, chosen].sum(1) for chosen in columns], 1)
 
-    def features(self, pictures: Pictures) -> NDArray[np.float32]:
+    def features(self, pictures: Pixels) -> NDArray[np.float32]:
         return _in_batches(lambda p: self._model(pixel_values=p).logits, self._read(pictures), self._device)
 
-    def _read(self, pictures: Pictures) -> Tensor:
+    def _read(self, pictures: Pixels) -> Tensor:
         return _processed(self._processor, pictures)
 
 
@@ -219,7 +219,7 @@ def _load_tokenizer(place: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(place)
 
 
-def _processed(processor: Any, pictures: Pictures) -> Tensor:
+def _processed(processor: Any, pictures: Pixels) -> Tensor:
     pixels: Tensor = processor([Image.fromarray(each) for each in pictures], return_tensors="pt")["pixel_values"]
     return pixels
 

@@ -182,7 +182,7 @@ class EmojiPrompts(PromptSet):
 
     def prompts(self, head: str, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         scenes = object_scenes if head == OBJECT else style_scenes
-        return [_question(found) for found in scenes([name], count, held_out=True, seed0=seed, words=self._words)]
+        return [_question(scene) for scene in scenes([name], count, held_out=True, seed0=seed, words=self._words)]
 
     def synonym_prompts(self, name: str, count: int, seed: int = 0) -> list[EvalPrompt]:
         prompts, words = [], self._words

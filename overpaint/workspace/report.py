@@ -211,39 +211,39 @@ def _exact(question: str, different: float, what: str) -> tuple[str, ...]:
     return question, plain(different) + what, "0", "yes" if different == 0 else "no"
 
 
-def _erased(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+def _erased(by_suite: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe erases, in pictures and numbers."""
     table = None
-    if "quick" in found:
-        numbers = found["quick"]
+    if "quick" in by_suite:
+        numbers = by_suite["quick"]
         subjects = numbers.subjects("erased: ")
         caption = "How often the judge finds the concept, with 95% intervals"
         table = numbers.table(subjects, (ON_BASE, ACCURACY), caption, strip="erased: ")
     text = "Each pair of rows has the same prompts and the same seeds: above the base, below the base with the recipe on it."
-    return Section("What is erased", text, table, (), pictures, more=_generality(found))
+    return Section("What is erased", text, table, (), pictures, more=_generality(by_suite))
 
 
-def _generality(found: BySuite) -> tuple[Table, ...]:
-    if "generality" not in found:
+def _generality(by_suite: BySuite) -> tuple[Table, ...]:
+    if "generality" not in by_suite:
         return ()
-    numbers = found["generality"]
+    numbers = by_suite["generality"]
     whole = as_text(numbers.get("recipe", "H_o"))
     caption = f"Under other names, and for concepts that nobody listed (protocol of MACE); H_o {whole}"
     subjects = [subject for subject in numbers.subjects() if subject != "recipe"]
     return (numbers.table(subjects, (ON_BASE, ACCURACY, SHARE), caption), *published("generality"))
 
 
-def _preserved(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+def _preserved(by_suite: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What the recipe leaves alone."""
     table: Table | None = None
     more: tuple[Table, ...] = ()
-    if "quick" in found:
-        numbers = found["quick"]
+    if "quick" in by_suite:
+        numbers = by_suite["quick"]
         table = numbers.table(
             numbers.subjects("kept: "), (ON_BASE, ACCURACY, SHARE), "All that was not erased", strip="kept: "
         )
-    if "grid" in found:
-        grid = found["grid"]
+    if "grid" in by_suite:
+        grid = by_suite["grid"]
         subjects = [subject for subject in grid.subjects() if not subject.startswith("base")]
         base = ", ".join(f"{s.removeprefix('base: ')} {as_text(grid.get(s, ACCURACY))}" for s in grid.subjects("base"))
         caption = f"Each patch alone (protocol of UnlearnCanvas); the judge on the base itself: {base}"
@@ -251,7 +251,7 @@ def _preserved(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     return Section("What is kept", "Concepts that nothing here erases.", table, (), pictures, more=more)
 
 
-def _restored(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
+def _restored(by_suite: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     """What comes back when patches are removed."""
     text = (
         "Removing a patch composes the weights again from the base; nothing is subtracted. Restored concepts are drawn "
@@ -259,14 +259,14 @@ def _restored(found: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
     )
     table: Table | None = None
     more: tuple[Table, ...] = ()
-    if "quick" in found:
-        numbers = found["quick"]
+    if "quick" in by_suite:
+        numbers = by_suite["quick"]
         wrong = numbers.get("restored: weights", WRONG)
         exact = f"; {plain(wrong.value)} of {wrong.n} tensors differ in any bit" if wrong else ""
         caption = f"Half of the patches removed{exact}"
         table = numbers.table(["restored: concepts taken off"], (ON_BASE, ACCURACY, SHARE), caption, strip="restored: ")
-    if "scenes" in found:
-        more = (_scenes(found["scenes"]), *published("scenes"))
+    if "scenes" in by_suite:
+        more = (_scenes(by_suite["scenes"]), *published("scenes"))
     return Section("What restores", text, table, (), pictures, more=more)
 
 
@@ -291,11 +291,11 @@ def _scenes(numbers: Numbers) -> Table:
     return Table(("", *columns), rows, caption)
 
 
-def _cost(found: BySuite, patches: Table) -> Section:
+def _cost(by_suite: BySuite, patches: Table) -> Section:
     """What the patches weigh and how long they take."""
     more: tuple[Table, ...] = ()
-    if "cost" in found:
-        numbers = found["cost"]
+    if "cost" in by_suite:
+        numbers = by_suite["cost"]
         metrics = ("seconds to solve", "bytes", "seconds to lay on", "seconds to take off", "seconds to compose")
         peak = "peak memory of solving, MB"
         more = (numbers.table(numbers.subjects(), (*metrics, peak), "Measured; medians where repeated"),)

@@ -244,6 +244,13 @@ def test_numbers_are_formatted_by_what_they_measure() -> None:
     assert (percent(1.0), plain(12345.0), plain(0.000123456)) == ("100.0%", "12,345", "0.0001235")
 
 
+def test_names_that_stay_as_they_were_stored_are_shown_in_plain_words() -> None:
+    numbers = Numbers([Measurement("restored: concepts taken off", "seconds to lay on", 0.5, 5)])
+    table = numbers.table(numbers.subjects(), numbers.metrics(), "caption", strip="restored: ")
+    assert table.columns == ("", "seconds to add")
+    assert table.rows[0][0] == "concepts of the removed patches"
+
+
 @pytest.mark.parametrize(
     ("agreement", "predicted", "output"),
     [

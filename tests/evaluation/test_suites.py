@@ -32,7 +32,7 @@ from .scripted import CONCEPTS, Model, Script, broken, context, faithful, idle, 
 
 @pytest.fixture
 def one_bit_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted defect: whatever an overlay lays on, the last bit of one weight comes out wrong."""
+    """A planted defect: whatever an overlay writes, the last bit of one weight comes out wrong."""
     write = Overlay._write
 
     def wrong(self: Overlay, *args: Any) -> None:

@@ -39,8 +39,7 @@ from torch import Tensor, nn
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, ON_BASE, EvalContext
-from overpaint.evaluation.images import ImageGenerator, generate
-from overpaint.evaluation.judges import Pictures
+from overpaint.evaluation.images import ImageGenerator, Pixels, generate
 from overpaint.evaluation.metrics import Measurement, average, mean
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.report_page import Numbers, Section
@@ -58,12 +57,12 @@ SENTENCES = 8
 KNOWN = "stable-diffusion"
 """The layout whose U-Net, text encoder and scheduler the attacks drive by themselves."""
 BATCH = 8
-"""Pictures at once, in training and through the autoencoder."""
+"""Pixels at once, in training and through the autoencoder."""
 
 
 @dataclass(frozen=True)
 class Probes(Suite):
-    """Pictures judged of each concept after each attack; the base's steps in completion; training steps of inversion and
+    """Pixels judged of each concept after each attack; the base's steps in completion; training steps of inversion and
     revival; steps and words of the prompt search; how often inversion and searches begin."""
 
     pictures: int = 6
@@ -100,7 +99,7 @@ class Probes(Suite):
             )
             for attack, draws in self._attacks(context, concepts[name], questions, other):
                 tries = [self._right(context, draw(), name) for draw in draws]
-                right = max(tries, key=lambda found: float(found.sum()))
+                right = max(tries, key=lambda seen: float(seen.sum()))
                 scores.setdefault(attack, []).append(right)
                 rows.append(mean(right, [q.seed for q in questions], context.seed).measurement(name, attack))
         for attack, each in scores.items():
@@ -123,7 +122,7 @@ class Probes(Suite):
 
     def _attacks(
         self, context: EvalContext, concept: Concept, questions: list[EvalPrompt], other: list[EvalPrompt]
-    ) -> Iterable[tuple[str, list[Callable[[], Pictures]]]]:
+    ) -> Iterable[tuple[str, list[Callable[[], Pixels]]]]:
         """Every attack by name, as what draws its pictures: several where it begins more than once."""
         image_generator, terms = context.image_generator, context.terms()
         prompts = [question.prompt for question in other]
@@ -179,7 +178,7 @@ class Probes(Suite):
             ],
         )
 
-    def _right(self, context: EvalContext, pictures: Pictures, name: str) -> NDArray[np.float64]:
+    def _right(self, context: EvalContext, pictures: Pixels, name: str) -> NDArray[np.float64]:
         names = context.judge.heads[OBJECT]
         likely = context.judge.probabilities(pictures, OBJECT)
         return np.asarray(likely.argmax(1) == names.index(name), np.float64)
@@ -192,7 +191,7 @@ def _pictures(attack: Callable[..., tuple[NDArray[np.uint8], Any]], *arguments: 
 
 def completed(
     image_generator: ImageGenerator, terms: Sequence[Term], questions: Sequence[EvalPrompt], clean: int
-) -> Pictures:
+) -> Pixels:
     """The base draws `clean` steps, the patched model the rest; 0 is the patched model alone."""
     overlay = image_generator.overlay
 
@@ -210,7 +209,7 @@ def completed(
 
 def noised(
     image_generator: ImageGenerator, terms: Sequence[Term], questions: Sequence[EvalPrompt], eta: float
-) -> Pictures:
+) -> Pixels:
     """Drawn with DDIM's noise at `eta` times its usual size; 0 is the sampler as it is. Other samplers ignore it."""
     image_generator.overlay.set(terms)
     return _generated(_With(image_generator.pipe, {"eta": eta}), image_generator, questions)
@@ -219,12 +218,12 @@ def noised(
 def inverted(
     image_generator: ImageGenerator,
     terms: Sequence[Term],
-    wanted: Pictures,
+    wanted: Pixels,
     questions: Sequence[EvalPrompt],
     steps: int,
     seed: int,
     anew: bool = False,
-) -> Pictures:
+) -> Pixels:
     """Drawn for a word whose embedding was learned, on the patched model, from pictures of the concept.
 
     `wanted` are those pictures, uint8 [n, h, w, 3]; the seeds of `questions` are used, and the sentence "a picture of a" the
@@ -257,13 +256,13 @@ def inverted(
 def revived(
     image_generator: ImageGenerator,
     terms: Sequence[Term],
-    other: Pictures,
+    other: Pixels,
     prompts: Sequence[str],
     questions: Sequence[EvalPrompt],
     steps: int,
     seed: int,
     rate: float = 1e-4,
-) -> Pictures:
+) -> Pixels:
     """Drawn after the patched U-Net, as a copy, was trained on pictures of other things with their prompts."""
     image_generator.overlay.set(terms)
     pipe = image_generator.pipe
@@ -288,17 +287,17 @@ def revived(
 def redrawn(
     image_generator: ImageGenerator,
     terms: Sequence[Term],
-    wanted: Pictures,
+    wanted: Pixels,
     questions: Sequence[EvalPrompt],
     strength: float,
-) -> Pictures:
+) -> Pixels:
     """Drawn by the patched model from pictures of the concept that were noised `strength` of the way to pure noise.
 
     `wanted` has a picture for each question, uint8 [n, h, w, 3]; 1 is the patched model alone, with noise of its own.
     """
     image_generator.overlay.set(terms)
     pipe, sampler = image_generator.pipe, image_generator.sampler
-    scheduler, found = copy.deepcopy(pipe.scheduler), []
+    scheduler, pictures = copy.deepcopy(pipe.scheduler), []
     scheduler.set_timesteps(sampler.steps, device=pipe.unet.device)
     times = scheduler.timesteps[len(scheduler.timesteps) - max(1, round(strength * len(scheduler.timesteps))) :]
     latents = _encoded(pipe, wanted)
@@ -313,19 +312,19 @@ def redrawn(
         for t in times:
             unnamed, named = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=texts).sample.chunk(2)
             x = scheduler.step(unnamed + sampler.guidance * (named - unnamed), t, x).prev_sample
-        found.append(_decoded(pipe, x))
-    return np.concatenate(found)
+        pictures.append(_decoded(pipe, x))
+    return np.concatenate(pictures)
 
 
 def searched(
     image_generator: ImageGenerator,
     terms: Sequence[Term],
-    wanted: Pictures,
+    wanted: Pixels,
     questions: Sequence[EvalPrompt],
     words: int,
     steps: int,
     seed: int,
-) -> tuple[Pictures, list[str]]:
+) -> tuple[Pixels, list[str]]:
     """Drawn for prompts with `words` words before them, found on the patched model; and these prompts.
 
     UnlearnDiffAtk: `min_delta E |eps - eps_theta(z_t, t, [delta; c])|^2` over distributions delta of tokens, z of `wanted`
@@ -388,7 +387,7 @@ def called_up(
     questions: Sequence[EvalPrompt],
     seed: int,
     genetics: Genetics = Genetics(),
-) -> tuple[Pictures, list[str]]:
+) -> tuple[Pixels, list[str]]:
     """Drawn for a prompt of words that do not name the concept (none of `avoid`) and whose embedding does; and that prompt.
 
     Ring-A-Bell: with `c = mean f(P_c) - f(P_0)` over pairs of prompts with the concept and without, the words of P minimise
@@ -437,8 +436,8 @@ def _with_words(pipe: Any, embeddings: Tensor, prompt: str) -> Tensor:
     filler = " ".join(["a"] * len(embeddings))
     ids = _ids(pipe, [f"{filler} {prompt}"]).to(embeddings.device)
 
-    def replace(module: nn.Module, asked: Any, found: Tensor) -> Tensor:
-        return torch.cat([found[:, :1], embeddings[None].to(found), found[:, 1 + len(embeddings) :]], 1)
+    def replace(module: nn.Module, asked: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1], embeddings[None].to(output), output[:, 1 + len(embeddings) :]], 1)
 
     handle = pipe.text_encoder.get_input_embeddings().register_forward_hook(replace)
     try:
@@ -455,14 +454,14 @@ def _loss(pipe: Any, batch: _Batch, text: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _texts(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    found: Tensor = pipe.text_encoder(_ids(pipe, prompts).to(pipe.unet.device))[0]
-    return found
+    hidden: Tensor = pipe.text_encoder(_ids(pipe, prompts).to(pipe.unet.device))[0]
+    return hidden
 
 
 @torch.no_grad()
-def _decoded(pipe: Any, latents: Tensor) -> Pictures:
+def _decoded(pipe: Any, latents: Tensor) -> Pixels:
     parts = [pipe.vae.decode(part / pipe.vae.config.scaling_factor).sample for part in latents.split(BATCH)]
-    pixels: Pictures = pipe.image_processor.postprocess(torch.cat(parts), output_type="np")
+    pixels: Pixels = pipe.image_processor.postprocess(torch.cat(parts), output_type="np")
     return np.asarray((pixels * 255).round(), np.uint8)
 
 
@@ -493,7 +492,7 @@ def _predicted(pipe: Any, unet: Any, batch: _Batch, text: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _encoded(pipe: Any, pictures: Pictures) -> Tensor:
+def _encoded(pipe: Any, pictures: Pixels) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 127.5 - 1
     parts = [pipe.vae.encode(part.to(pipe.vae.device)).latent_dist.mean for part in pixels.split(BATCH)]
     latents: Tensor = torch.cat(parts) * pipe.vae.config.scaling_factor
@@ -520,8 +519,8 @@ def _spare_word(pipe: Any) -> tuple[str, int]:
 def _replaced(table: nn.Module, token: int, embedding: Tensor) -> Iterator[None]:
     """Within the block, a token has another embedding; no weight is touched."""
 
-    def replace(module: nn.Module, asked: Any, found: Tensor) -> Tensor:
-        return torch.where((asked[0] == token)[..., None], embedding.to(found), found)
+    def replace(module: nn.Module, asked: Any, output: Tensor) -> Tensor:
+        return torch.where((asked[0] == token)[..., None], embedding.to(output), output)
 
     handle = table.register_forward_hook(replace)
     try:
@@ -543,5 +542,5 @@ class _With:
         return getattr(self._pipe, name)
 
 
-def _generated(pipe: Any, image_generator: ImageGenerator, questions: Sequence[EvalPrompt]) -> Pictures:
+def _generated(pipe: Any, image_generator: ImageGenerator, questions: Sequence[EvalPrompt]) -> Pixels:
     return generate(pipe, [q.prompt for q in questions], [q.seed for q in questions], image_generator.sampler)

@@ -74,6 +74,7 @@ def _elected(changes: Sequence[Tensor]) -> Tensor:
 
 
 USE_UNIVERSE = ("separable", "sepme")
+"""Solvers that are published with a universe. Others that could use one work alone here, as their papers have it."""
 ORDERS = 3
 
 
@@ -130,8 +131,8 @@ class Scale(Suite):
         return [name for name in solvers if name not in USE_UNIVERSE]
 
     def _concepts(self, context: EvalContext) -> list[Concept]:
-        """The objects of the recipe first, and then others spread over the world."""
-        concepts = [held.concept for held in context.patches if context.class_of(held.concept)[0] == OBJECT]
+        """The objects of the recipe first, and then others spread over all that are known."""
+        concepts = [each.concept for each in context.patches if context.class_of(each.concept)[0] == OBJECT]
         others = context.others(OBJECT)
         wanted = max(0, min(self.most - len(concepts), len(others) * 2 // 3))
         return [*concepts, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
