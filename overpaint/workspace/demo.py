@@ -108,7 +108,7 @@ SEPARABLE = (
 )
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 STRENGTHS = {"ink": 1.3}
-"""A style is in every position of a prompt, and at strength 1 now and then shows through."""
+"""Every word of a prompt carries part of a style; at strength 1 it shows through now and then."""
 PUT_BACK = ("cat", "ink")
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""

@@ -15,7 +15,7 @@ on, and leaves the pipeline bit for bit as it was. After Lu et al., "When are co
 - revival: the patched U-Net is trained on pictures of other things (Suriyakumar et al., 2024).
 
 Both searches are written from the equations. What they find are whole words of the vocabulary, which can be typed. Attacks that
-learn or search begin `restarts` times, and the attacker keeps the word or prompt that is seen through most often.
+learn or search begin `restarts` times, and the attacker keeps the word or prompt that brings the concept back most often.
 
 Differences to the published protocols: a few hundred steps at most, pictures of the embedded base's size, and one learned word
 or found prompt for each concept and restart.
