@@ -5,7 +5,7 @@ other word of the tokenizer's vocabulary in a few neutral sentences, the empty p
 kept. The vocabulary speaks for the concepts that nobody listed.
 
 Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a kept prompt and the
-empty prompt are one second moment each (`keys.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
+empty prompt are one second moment each (`sentences.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
 as much as one of them; and lambda is a share of the mean eigenvalue.
 
 Begin-of-text is the same in every prompt and by far the largest embedding of CLIP. It is preserved exactly: as a constraint

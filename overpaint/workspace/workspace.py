@@ -511,7 +511,7 @@ class Workspace(OpenRegistry):
         What is there already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which
         reads them all. `overwrite` moves a tag of an OCI registry away from what is no list of patches. To the Hub
         go also a card, with `license` in it, and LoRA files where the patches can be exported so; `warn` says where not. Raises
-        NotFound for unknown names, and Diverged when a recipe has another history there.
+        NotFound for unknown names, and HistoriesDiverged when a recipe has another history there.
         """
         from overpaint.registry.sharing.hub import is_hub
         from overpaint.registry.sharing.selection import Selection
@@ -555,7 +555,7 @@ class Workspace(OpenRegistry):
         `trust` lists public key files, or folders of them: only what one of those keys has signed is taken. None verifies
         no signature, which the result says; an empty list is refused. A place that shows an older signed list of such a key
         than before is refused unless `accept_older`. `name` is another name for the one recipe that is taken. Raises
-        NotFound for what is not there, Untrusted, MissingBase, Diverged when a recipe has another history here,
+        NotFound for what is not there, Untrusted, MissingBase, HistoriesDiverged when a recipe has another history here,
         OverpaintError for what contradicts itself or its digest.
         """
         from overpaint.registry.sharing.ingest import pull

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +75,31 @@ def test_every_command_has_an_example_that_it_understands(words: tuple[str, ...]
     called = " ".join(("overpaint", *words))
     assert [line for line in examples if not f"{line} ".startswith(f"{called} ")] == []
     assert [problem for line in examples for problem in problems(line)] == []
+
+
+HEADERS = {"Host", "Origin"}
+"""Names of HTTP, which no code defines."""
+
+
+def test_what_docstrings_name_is_there() -> None:
+    """Classes in backquotes, errors after "Raises", files of Python."""
+    trees = {file: ast.parse(file.read_text("utf-8")) for file in (ROOT / "overpaint").rglob("*.py")}
+    known = {*dir(builtins), *HEADERS}
+    files = {file.name for folder in ("overpaint", "tests", "tools") for file in (ROOT / folder).rglob("*.py")}
+    wrong = []
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            known.add(node.name)
+        elif isinstance(node, ast.Name):
+            known.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            known.add(node.attr)
+        elif isinstance(node, ast.alias):
+            known |= {*node.name.split("."), node.asname or ""}
+    for file, tree in trees.items():
+        expressions = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+        text = "\n".join(str(each.value) for each in expressions if isinstance(each, ast.Constant))
+        named = re.findall(r"`([A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*)`|\bRaises ([A-Z][a-z]\w+)", text)
+        wrong += [(file.name, name) for pair in named for name in pair if name and name not in known]
+        wrong += [(file.name, name) for name in re.findall(r"\b(\w+\.py)\b", text) if name not in files]
+    assert wrong == []

@@ -184,8 +184,8 @@ def day(text: str | None) -> date | None:
 def merge_recipe(registry: Registry, record: Record, base: str, name: str | None = None) -> MergeOutcome:
     """Make the recipe of a record on the base of that name, or let the one that is there catch up with the record.
 
-    `name` is another name for it here. Its patches must be in the registry. Raises Diverged when the recipe that is there
-    has another history, NotFound for an unknown base.
+    `name` is another name for it here. Its patches must be in the registry. Raises HistoriesDiverged when the recipe
+    that is there has another history, NotFound for an unknown base.
     """
     revisions = [_revision(each) for each in record.revisions]
     called = name or record.name

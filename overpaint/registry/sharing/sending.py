@@ -201,7 +201,7 @@ class _Sender:
         self._put(Descriptor.of(NOTHING, "").digest, len(NOTHING), [NOTHING])
 
     def compare(self, records: Iterable[Record], listed: Iterable[Descriptor]) -> set[str]:
-        """The names of the recipes that are newer where they are sent. Raises Diverged."""
+        """The names of the recipes that are newer where they are sent. Raises HistoriesDiverged."""
         there, newer = {each.annotations.get(NAME): each for each in listed if each.artifact_type == RECIPE}, set[str]()
         for record in records:
             if record.name in there:

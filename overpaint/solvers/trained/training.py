@@ -1,6 +1,6 @@
 """The one loop in which every training solver descends: seeded, watched, stopped when enough is forgotten.
 
-A solver says what changes and what one step loses (`Task`); the loop does the rest. How much of the concept is left is
+A solver says what changes and what one step loses (`TrainingTask`); the loop does the rest. How much of the concept is left is
 measured alike for all of them: the part of the base's guidance that the prompt still gives,
 `<eps(x, c) - eps0(x, c0), eps0(x, c) - eps0(x, c0)> / |eps0(x, c) - eps0(x, c0)|^2`, with eps0 the base and c0 the prompt
 without the concept (where a method learns from itself, its own prediction for c0 takes the place of the base's in the first
