@@ -121,7 +121,7 @@ def _shop(work: Path) -> Workspace:
             workspace.add_base(ASKED_BASE, ASKED_BASE)
     for name in dict.fromkeys((*TWELVE, *ALL_STYLES)):
         kind = "style" if name in WORDS.styles else "object"
-        workspace.registry.ensure_concept(Concept(name, kind, anchor=STYLES.get(name, "")))
+        workspace.registry.add_concept(Concept(name, kind, anchor=STYLES.get(name, "")), exist_ok=True)
     return workspace
 
 

@@ -35,6 +35,8 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.core.names import checked_json
 from overpaint.registry import Registry, models, queries
+from overpaint.registry.history import Note
+from overpaint.registry.records import RecipeEntry
 from overpaint.registry.schema import connect
 
 SMALL = 1000
@@ -131,9 +133,13 @@ def id_of(number: int) -> str:
 
 
 def lay(registry: Registry, number: int, strength: float | None) -> int:
-    return registry.change_recipe(
-        "safe", id_of(number), strength, why="", who="", digest_before="0" * 64, digest_after="0" * 64
-    )
+    return set_strength(registry, id_of(number), strength, Note("", "", "0" * 64, "0" * 64))
+
+
+def set_strength(registry: Registry, patch: str, strength: float | None, note: Note) -> int:
+    """Set one patch of the recipe safe, or remove it; the new revision."""
+    entry = None if strength is None else RecipeEntry(patch, strength)
+    return registry.change_patches("safe", {patch: entry}, note)
 
 
 # What is asked
@@ -314,9 +320,7 @@ def write(location: str, writer: int, writes: int) -> int:
             continue
         mine = registry.patches(limit=1, offset=writer)[0].id
         lies = mine in dict(registry.recipe("safe").patches)
-        registry.change_recipe(
-            "safe", mine, None if lies else 1.0, why="", who="", digest_before=None, digest_after=None
-        )
+        set_strength(registry, mine, None if lies else 1.0, Note("", ""))
         changed += 1
     return changed
 

@@ -26,7 +26,9 @@ from benchmarks import tables
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.registry import Registry
+from overpaint.registry.history import Note
 from overpaint.registry.queries import BASE, KIND, SOLVER
+from overpaint.registry.records import RecipeEntry
 from overpaint.registry.schema import connect
 
 PER_CONCEPT = 100
@@ -188,7 +190,7 @@ def _added(registry: Registry, concept: str, number: int) -> None:
 
 
 def _changed(registry: Registry, name: str, patch: str, number: int) -> None:
-    registry.change_recipe(name, patch, 2.0 + number, why="", who="", digest_before=None, digest_after=None)
+    registry.change_patches(name, {patch: RecipeEntry(patch, 2.0 + number)}, Note("", ""))
 
 
 def timed(call: Callable[[], object], rounds: int) -> tuple[float, float]:

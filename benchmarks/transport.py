@@ -121,7 +121,7 @@ def keep(registry: Registry, file: bytes) -> None:
     parts = split(file)
     assert parts is not None
     content = parts.manifest.content
-    registry.ensure_concept(Concept.from_json(content["concept"]))
+    registry.add_concept(Concept.from_json(content["concept"]), exist_ok=True)
     registry.add_patch(
         id=parts.manifest.id,
         blob=file,

@@ -117,7 +117,7 @@ def _check_words(concept: Concept) -> None:
         checked_name(word, f"synonym or anchor of {concept.name!r}")
 
 
-def _rewrite_texts(session: Session, concept: models.ConceptRow) -> None:
+def _reindex_concept(session: Session, concept: models.ConceptRow) -> None:
     """What a search finds patches by has the words of their concept."""
     for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == concept.id)):
         queries.index_patch(session, patch, [tag.tag for tag in patch.tags])
@@ -127,7 +127,7 @@ TRIES = 100
 """How often the bytes of a patch are put again when a collector of garbage keeps being faster."""
 
 
-def _patch_record(
+def _filtered(
     session: Session, query: Select[Any], concept: str | None, base: str | None, solver: str | None, tag: str | None
 ) -> Select[Any]:
     if concept is not None:
@@ -142,7 +142,7 @@ def _patch_record(
     return query
 
 
-def _shelved(session: Session, row: models.PatchRow) -> models.PatchRow:
+def _inserted(session: Session, row: models.PatchRow) -> models.PatchRow:
     added(session, row)
     queries.index_patch(session, row)
     return row
@@ -242,10 +242,10 @@ def _lines(session: Session, recipe: models.RecipeRow, number: int | None) -> li
     return [HistoryRecord.of(row, each) for row in rows for each in row.changes or (None,)]
 
 
-def _something(found: list[TagRecord]) -> list[TagRecord]:
-    if not found:
+def _require_any(tags: list[TagRecord]) -> list[TagRecord]:
+    if not tags:
         raise OverpaintError("a tag is tied to something; name a patch or a recipe")
-    return found
+    return tags
 
 
 def _tag_patch(session: Session, key: str, tag: str, who: str) -> TagRecord:
@@ -404,7 +404,7 @@ class EvaluationRecord:
         )
 
 
-def _subject_of(session: Session, query: Select[Any], patch: str | None, recipe: str | None) -> Select[Any]:
+def _of_subject(session: Session, query: Select[Any], patch: str | None, recipe: str | None) -> Select[Any]:
     if patch is not None:
         query = query.where(models.EvaluationRow.patch_id == find_patch(session, patch).id)
     if recipe is not None:
@@ -448,7 +448,7 @@ def _preserved_of(session: Session, base: models.BaseRow) -> list[models.Preserv
     return sorted(rows, key=lambda row: row.prompt)
 
 
-def _checked(prompt: str) -> str:
+def _checked_prompt(prompt: str) -> str:
     text = checked_note(prompt, "a prompt").strip()
     if not text or "\n" in text:
         raise OverpaintError(f"a prompt to keep is one line with something in it; got {quoted(prompt)}")
@@ -562,13 +562,17 @@ class Registry:
 
     # Concepts
 
-    def add_concept(self, concept: Concept) -> None:
-        """Remember a concept. Raises AlreadyExists if its name is taken, even by an equal one."""
-        self._keep_concept(concept, equal_is_fine=False)
-
-    def ensure_concept(self, concept: Concept) -> None:
-        """Remember a concept unless an equal one is there. Raises AlreadyExists if the name means something else."""
-        self._keep_concept(concept, equal_is_fine=True)
+    def add_concept(self, concept: Concept, *, exist_ok: bool = False) -> None:
+        """Remember a concept. Raises AlreadyExists if its name is taken (with `exist_ok`, only by another description)."""
+        row = _row(concept)
+        with self._database.writing() as session:
+            known = lookup(session, models.ConceptRow, row.name)
+            if known is None:
+                _add_new(session, row)
+            elif not (exist_ok and known.concept == concept):
+                raise AlreadyExists(
+                    f"concept {known.name!r} is there already, as {known.definition}; choose another name"
+                )
 
     def learn_concepts(self, concepts: Iterable[Concept], *, update: bool = False) -> None:
         """Remember many concepts: all of them, or none. One that is there and equal is left alone.
@@ -585,21 +589,10 @@ class Registry:
             for there, row in pairs:
                 _check_words(row.concept)
                 there.kind, there.definition = row.kind, row.definition
-                _rewrite_texts(session, there)
+                _reindex_concept(session, there)
             for row in rows:
                 if known[row.name] is None:
                     _add_new(session, row)
-
-    def _keep_concept(self, concept: Concept, *, equal_is_fine: bool) -> None:
-        row = _row(concept)
-        with self._database.writing() as session:
-            known = lookup(session, models.ConceptRow, row.name)
-            if known is None:
-                _add_new(session, row)
-            elif not (equal_is_fine and known.concept == concept):
-                raise AlreadyExists(
-                    f"concept {known.name!r} is there already, as {known.definition}; choose another name"
-                )
 
     def remove_concept(self, name: str) -> None:
         """Forget a concept. Raises NotFound, OverpaintError while there are patches for it."""
@@ -676,7 +669,7 @@ class Registry:
             with self._database.writing() as session:
                 # Garbage is collected under this very lock, so what is here now stays once the row names it.
                 if files.holds(id, row.blob):
-                    return PatchRecord.of(session.get(models.PatchRow, id) or _shelved(session, row))
+                    return PatchRecord.of(session.get(models.PatchRow, id) or _inserted(session, row))
         raise OverpaintError(
             f"the bytes of patch {id} vanish from {self.blobs.files.where} as soon as they are put there"
         )
@@ -698,7 +691,7 @@ class Registry:
         """
         order = (models.PatchRow.solved_at, models.PatchRow.id)
         with self._database.reading() as session:
-            query = _patch_record(session, select(models.PatchRow), concept, base, solver, tag)
+            query = _filtered(session, select(models.PatchRow), concept, base, solver, tag)
             query = query.order_by(*(each.desc() for each in order) if newest_first else order)
             return [PatchRecord.of(row) for row in session.scalars(query.limit(limit).offset(offset))]
 
@@ -712,9 +705,7 @@ class Registry:
     ) -> int:
         """How many there are. Raises NotFound for an unknown concept or base."""
         with self._database.reading() as session:
-            query = _patch_record(
-                session, select(func.count()).select_from(models.PatchRow), concept, base, solver, tag
-            )
+            query = _filtered(session, select(func.count()).select_from(models.PatchRow), concept, base, solver, tag)
             return session.scalar(query) or 0
 
     def patch(self, key: str, *, base: str | None = None) -> PatchRecord:
@@ -760,16 +751,14 @@ class Registry:
 
     # Recipes and their history
 
-    def create_recipe(self, name: str, base: str) -> RecipeRecord:
-        """Make an empty recipe. Raises AlreadyExists if the name is taken, NotFound for an unknown base."""
-        with self._database.writing() as session:
-            return record_at(session, _created(session, name, find(session, models.BaseRow, base)), 0)
+    def create_recipe(self, name: str, base: str, *, exist_ok: bool = False) -> RecipeRecord:
+        """Make an empty recipe. Raises AlreadyExists if the name is taken, NotFound for an unknown base.
 
-    def ensure_recipe(self, name: str, base: str) -> RecipeRecord:
-        """The recipe of that name, made if needed. Raises AlreadyExists if it has another base."""
+        With `exist_ok`, the recipe that has the name is returned, and AlreadyExists raised where it is on another base.
+        """
         with self._database.writing() as session:
             wanted = find(session, models.BaseRow, base)
-            row = lookup(session, models.RecipeRow, name) or _created(session, name, wanted)
+            row = (lookup(session, models.RecipeRow, name) if exist_ok else None) or _created(session, name, wanted)
             if row.base.fingerprint != wanted.fingerprint:
                 raise AlreadyExists(
                     f"recipe {row.name!r} is there already, on base {row.base.name!r} and not on {wanted.name!r}"
@@ -852,38 +841,15 @@ class Registry:
             rows = session.execute(query.order_by(models.RecipeRow.id))
             return [(name, RecipeEntry(row.patch_id, row.strength, row.until)) for name, row in rows]
 
-    def change_recipe(
-        self,
-        name: str,
-        patch_id: str,
-        strength: float | None,
-        *,
-        why: str,
-        who: str,
-        digest_before: str | None,
-        digest_after: str | None,
-        until: date | None = None,
-        expected: int | None = None,
-    ) -> int:
-        """Set one patch to `strength` in a recipe, or remove it if None, and return the revision that this made.
-
-        The change and its line of history are one transaction. `until` is the day from which the patch has expired,
-        None for never. `expected` is the revision that the digests were computed for; StaleRevision if somebody else was faster.
-        Raises NotFound for an unknown recipe or patch or when removing what is not there, AlreadyExists when the patch
-        is there like this, and OverpaintError for a strength that is not finite or far too large, an expiry that is past, or a
-        patch of another base.
-        """
-        after = None if strength is None else RecipeEntry(patch_id, strength, until)
-        return self.change_patches(
-            name, {patch_id: after}, Note(why, who, digest_before, digest_after), expected=expected
-        )
-
     def change_patches(
         self, name: str, wanted: Mapping[str, RecipeEntry | None], note: Note, *, expected: int | None = None
     ) -> int:
         """Set patches of a recipe (by full id) as in `wanted`, or remove those that are None, in one revision.
 
-        All or nothing; returns the number of the revision. Raises as `change_recipe` does.
+        The change and its lines of history are one transaction; returns the number of the revision. `expected` is the
+        revision that the note's digests were computed for: raises StaleRevision if somebody else was faster. Raises NotFound for
+        an unknown recipe or patch or when removing what is not there, AlreadyExists when a patch is there like this, and
+        OverpaintError for a strength that is not finite or far too large, an expiry that is past, or a patch of another base.
         """
         for patch_id in wanted:
             checked_id(patch_id)
@@ -906,7 +872,7 @@ class Registry:
         """Replace patches, keeping strength and expiry, and return the revision that this made.
 
         `new` maps old id to new id. Raises NotFound, AlreadyExists for a patch that would be there twice,
-        OverpaintError for one of another base, StaleRevision as `change_recipe` does.
+        OverpaintError for one of another base, StaleRevision as `change_patches` does.
         """
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
@@ -917,7 +883,7 @@ class Registry:
         """Give a recipe exactly the patches that it had at revision `number`, and return the revision that this made.
 
         Raises NotFound for an unknown recipe or revision, AlreadyExists when it has the same now, StaleRevision as
-        `change_recipe` does.
+        `change_patches` does.
         """
         with self._database.writing() as session:
             recipe = find(session, models.RecipeRow, name)
@@ -1024,7 +990,7 @@ class Registry:
         with self._database.writing() as session:
             tags = [_tag_recipe(session, key, tag, who) for key in recipes]
             tags += [_tag_patch(session, key, tag, who) for key in patches]
-        return _something(tags)
+        return _require_any(tags)
 
     def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
         """Untie `tag` from patches and recipes: from all of them, or from none. Raises NotFound."""
@@ -1032,7 +998,7 @@ class Registry:
         with self._database.writing() as session:
             removed = [_untag_recipe(session, name, tag) for name in recipes]
             removed += [_untag_patch(session, key, tag) for key in patches]
-        return _something(removed)
+        return _require_any(removed)
 
     def tags(self, tag: str | None = None) -> list[TagRecord]:
         """Every tag and what it is on, or one tag; by tag, recipes before patches. Deleted recipes are left out."""
@@ -1135,15 +1101,9 @@ class Registry:
         query = select(models.EvaluationRow).options(selectinload(models.EvaluationRow.results))
         query = query.order_by(models.EvaluationRow.at, models.EvaluationRow.id)
         with self._database.reading() as session:
-            rows = session.scalars(_subject_of(session, query, patch, recipe)).all()
+            rows = session.scalars(_of_subject(session, query, patch, recipe)).all()
             records = [EvaluationRecord.of(row) for row in rows]
         return list({(each.suite, each.judge): each for each in records}.values()) if latest else records
-
-    def count_evaluations(self, *, patch: str | None = None, recipe: str | None = None) -> int:
-        """How many runs there are. Raises NotFound."""
-        with self._database.reading() as session:
-            query = _subject_of(session, select(func.count()).select_from(models.EvaluationRow), patch, recipe)
-            return session.scalar(query) or 0
 
     # Prompts to preserve
 
@@ -1152,7 +1112,7 @@ class Registry:
 
         Raises NotFound for an unknown base, OverpaintError for a prompt that is empty, too long, or does not print.
         """
-        wanted = list(dict.fromkeys(_checked(prompt) for prompt in prompts))
+        wanted = list(dict.fromkeys(_checked_prompt(prompt) for prompt in prompts))
         checked_note(who, "the name of who did it")
         with self._database.writing() as session:
             row = find(session, models.BaseRow, base)

@@ -168,7 +168,7 @@ class Demo:
     def solve(self) -> Recipe:
         """A patch for each concept, all of them in one recipe."""
         for concept in self.concepts:
-            self.workspace.registry.ensure_concept(concept)
+            self.workspace.registry.add_concept(concept, exist_ok=True)
         recipe = self.workspace.create_recipe("safe", base="emoji")
         started = time.perf_counter()
         self.workspace.prepare("emoji", progress=self.progress)

@@ -46,7 +46,7 @@ def import_patch(
     imported = import_weights(onto, file, options, report=progress)
     settings = {"file": file.name, **imported.settings()}
     patch = make_patch(onto, concept, imported.delta, {"name": SOLVER, "settings": settings, "seed": 0, "universe": []})
-    opened.registry.ensure_concept(concept)
+    opened.registry.add_concept(concept, exist_ok=True)
     return ImportedPatch(store_patch(opened.registry, patch, base, time.perf_counter() - started), imported)
 
 

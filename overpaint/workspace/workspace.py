@@ -105,7 +105,7 @@ class Workspace(OpenRegistry):
         concept that is not valid.
         """
         concept = Concept(name, kind, tuple(synonyms), anchor, tuple(prompts))
-        (self.registry.ensure_concept if exist_ok else self.registry.add_concept)(concept)
+        self.registry.add_concept(concept, exist_ok=exist_ok)
         return concept
 
     def edit_concept(
@@ -184,7 +184,7 @@ class Workspace(OpenRegistry):
         request.configured()  # so that a setting that cannot be is refused before a base is opened
         context = self.solve_context(base_name, universe)
         solved = solve_request(request, self.base(base_name), context, resolve_device(device), progress)
-        self.registry.ensure_concept(request.concept)
+        self.registry.add_concept(request.concept, exist_ok=True)
         record = store_patch(self.registry, solved.patch, base_name, solved.seconds)
         return Solved(record, solved.diagnostics, solved.seconds)
 
@@ -362,8 +362,7 @@ class Workspace(OpenRegistry):
         Raises AlreadyExists for a name that is taken (with `exist_ok`, only by a recipe on another base), NotFound for an
         unknown base, OverpaintError when the base is not clear.
         """
-        wanted = self.base_name(base)
-        (self.registry.ensure_recipe if exist_ok else self.registry.create_recipe)(name, wanted)
+        self.registry.create_recipe(name, self.base_name(base), exist_ok=exist_ok)
         return Recipe(self, name)
 
     def plan_recipe(self, file: str | Path, *, update: bool = False, compose: bool = False) -> RecipePlan:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from overpaint.core.concepts import Concept
 from overpaint.registry import PatchRecord, Registry
+from overpaint.registry.history import Note
+from overpaint.registry.records import RecipeEntry
 
 
 def stock(registry: Registry) -> Registry:
@@ -37,8 +40,18 @@ def add_patch(registry: Registry, label: str, **other: Any) -> PatchRecord:
     return registry.add_patch(**{**usual, **other})
 
 
-def lay(registry: Registry, recipe: str, patch_id: str, strength: float | None, why: str = "a test") -> int:
-    """Change a recipe without digests."""
-    return registry.change_recipe(
-        recipe, patch_id, strength, why=why, who="tester", digest_before=None, digest_after=None
-    )
+def lay(
+    registry: Registry,
+    recipe: str,
+    patch_id: str,
+    strength: float | None,
+    why: str = "a test",
+    *,
+    who: str = "tester",
+    digests: tuple[str | None, str | None] = (None, None),
+    until: date | None = None,
+    expected: int | None = None,
+) -> int:
+    """Set one patch of a recipe, or (None) remove it; `digests` are those before and after."""
+    entry = None if strength is None else RecipeEntry(patch_id, strength, until)
+    return registry.change_patches(recipe, {patch_id: entry}, Note(why, who, *digests), expected=expected)

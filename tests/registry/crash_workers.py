@@ -38,7 +38,7 @@ def solve_and_store(folder: Path, seed: int, tell: Tell) -> None:
 def change_recipes(folder: Path, seed: int, tell: Tell) -> None:
     """Lay patches on a recipe, change their strength and take them off; tell each revision."""
     registry, source = Registry.open(folder, create=False), random.Random(seed)
-    registry.ensure_recipe("r", "small")
+    registry.create_recipe("r", "small", exist_ok=True)
     ids = [record.id for record in registry.patches()]
     for number in itertools.count():
         patch_id = source.choice(ids)

@@ -42,7 +42,7 @@ def test_one_base_under_two_names_is_one_base(either: Registry) -> None:
     assert either.patch("apple", base="again") == patch
     assert either.search("apple", base="again").patches == (patch,)
     assert [each.name for each in either.search(base="small").recipes] == ["r"]
-    assert either.ensure_recipe("r", "small").base == "again"
+    assert either.create_recipe("r", "small", exist_ok=True).base == "again"
     assert row_problems(either) == []
 
 

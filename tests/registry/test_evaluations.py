@@ -56,7 +56,6 @@ def test_a_recipes_results_stay_with_the_revision_they_are_about(either: Registr
     assert either.evaluations(recipe="safe@1") == [first]
     assert either.evaluations(recipe="safe") == [second]
     assert either.evaluations() == [first, second]
-    assert either.count_evaluations(recipe="safe@1") == 1
 
 
 def test_the_latest_of_each_suite_and_judge_can_be_asked_for(registry: Registry) -> None:
@@ -66,7 +65,7 @@ def test_the_latest_of_each_suite_and_judge_can_be_asked_for(registry: Registry)
     found = registry.evaluations(patch=one.id, latest=True)
     assert {each.suite for each in found} == {"quick", "grid"}
     assert last in found
-    assert registry.count_evaluations(patch=one.id) == 3
+    assert len(registry.evaluations(patch=one.id)) == 3
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

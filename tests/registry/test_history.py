@@ -27,15 +27,6 @@ def registry(either: Registry) -> Registry:
     return either
 
 
-def change(registry: Registry, patch_id: str, strength: float | None, **more: object) -> int:
-    return registry.change_recipe(
-        "r",
-        patch_id,
-        strength,
-        **{"why": "", "who": "", "digest_before": None, "digest_after": None, **more},  # type: ignore[arg-type]
-    )
-
-
 # Earlier revisions
 
 
@@ -58,11 +49,11 @@ def test_every_revision_can_be_read(registry: Registry, patches: list[str]) -> N
 
 def test_a_checkout_restores_the_exact_entries_as_one_new_revision(registry: Registry, patches: list[str]) -> None:
     one, two, three = patches
-    change(registry, one, 0.5, until=CHRISTMAS, digest_after="d1")
-    change(registry, two, 1.0, digest_after="d2")
-    change(registry, one, None)
-    change(registry, two, 3.0)
-    change(registry, three, 1.0)
+    lay(registry, "r", one, 0.5, until=CHRISTMAS, digests=(None, "d1"))
+    lay(registry, "r", two, 1.0, digests=(None, "d2"))
+    lay(registry, "r", one, None)
+    lay(registry, "r", two, 3.0)
+    lay(registry, "r", three, 1.0)
     assert registry.checkout_recipe("r", 2, Note("licence", "Ada", "d5", "d2")) == 6
     assert (
         registry.recipe("r").entries
@@ -101,11 +92,11 @@ def test_a_checkout_of_what_is_there_and_of_what_never_was_is_refused(registry: 
 def test_a_change_worked_out_for_an_older_revision_is_refused(registry: Registry, patches: list[str]) -> None:
     lay(registry, "r", patches[0], 1.0)
     with pytest.raises(StaleRevision, match="by now, and this change was made from"):
-        change(registry, patches[1], 1.0, expected=0)
+        lay(registry, "r", patches[1], 1.0, expected=0)
     with pytest.raises(StaleRevision, match="by now, and this change was made from"):
         registry.checkout_recipe("r", 0, NOTE, expected=0)
     assert registry.recipe("r").revision == 1
-    assert change(registry, patches[1], 1.0, expected=1) == 2
+    assert lay(registry, "r", patches[1], 1.0, expected=1) == 2
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([None, 0.0, 0.5, 1.0]), st.booleans()), max_size=8)
@@ -126,16 +117,7 @@ def test_whatever_was_done_every_revision_is_read_and_checked_out_exactly(
         after = None if strength is None else RecipeEntry(ids[index], strength, CHRISTMAS if lapses else None)
         if held.get(ids[index]) == after:
             continue
-        registry.change_recipe(
-            name,
-            ids[index],
-            strength,
-            until=after.until if after else None,
-            why="",
-            who="",
-            digest_before=None,
-            digest_after=None,
-        )
+        lay(registry, name, ids[index], strength, until=after.until if after else None)
         held = {**held, ids[index]: after} if after else {each: held[each] for each in held if each != ids[index]}
         expected.append(dict(held))
     for number, state in enumerate(expected):
@@ -166,7 +148,7 @@ def test_a_revision_that_is_not_there_is_named(registry: Registry, patches: list
 def test_a_name_with_an_at_sign_goes_before_a_revision(registry: Registry, patches: list[str]) -> None:
     registry.create_recipe("s@1", "small")
     registry.create_recipe("s", "small")
-    registry.change_recipe("s", patches[0], 1.0, why="", who="", digest_before=None, digest_after=None)
+    lay(registry, "s", patches[0], 1.0)
     assert registry.recipe("s@1").name == "s@1"
     assert registry.recipe("s@1@0").name == "s@1"
     assert registry.recipe("s@01").patches == ((patches[0], 1.0),)
@@ -175,7 +157,7 @@ def test_a_name_with_an_at_sign_goes_before_a_revision(registry: Registry, patch
 def test_a_name_that_would_mean_a_revision_is_refused(registry: Registry, patches: list[str]) -> None:
     makers: list[Callable[[str], object]] = [
         lambda name: registry.create_recipe(name, "small"),
-        lambda name: registry.ensure_recipe(name, "small"),
+        lambda name: registry.create_recipe(name, "small", exist_ok=True),
         lambda name: registry.copy_recipe("r", name, why="", who=""),
     ]
     for make in makers:
@@ -191,8 +173,8 @@ def test_a_name_that_would_mean_a_revision_is_refused(registry: Registry, patche
 def test_a_diff_lists_what_differs_and_nothing_else(registry: Registry, patches: list[str]) -> None:
     one, two, three = patches
     registry.create_recipe("other", "small")
-    change(registry, one, 1.0)
-    change(registry, two, 1.0, until=CHRISTMAS)
+    lay(registry, "r", one, 1.0)
+    lay(registry, "r", two, 1.0, until=CHRISTMAS)
     lay(registry, "other", one, 1.0)
     lay(registry, "other", two, 1.0)
     lay(registry, "other", three, 0.5)
@@ -210,8 +192,8 @@ def test_a_diff_lists_what_differs_and_nothing_else(registry: Registry, patches:
 
 
 def test_a_copy_holds_the_same_and_goes_its_own_way(registry: Registry, patches: list[str]) -> None:
-    change(registry, patches[0], 0.5, until=CHRISTMAS, digest_after="d1")
-    change(registry, patches[1], 1.0, digest_after="d2")
+    lay(registry, "r", patches[0], 0.5, until=CHRISTMAS, digests=(None, "d1"))
+    lay(registry, "r", patches[1], 1.0, digests=(None, "d2"))
     copy = registry.copy_recipe("r", "copy", why="for Bob", who="Ada")
     assert copy.entries == registry.recipe("r").entries
     assert (copy.base, copy.digest, copy.revision) == ("small", "d2", 1)
@@ -228,7 +210,7 @@ def test_a_copy_holds_the_same_and_goes_its_own_way(registry: Registry, patches:
 
 
 def test_a_deleted_recipe_keeps_its_history_and_gives_up_its_name(registry: Registry, patches: list[str]) -> None:
-    change(registry, patches[0], 1.0, digest_after="d1")
+    lay(registry, "r", patches[0], 1.0, digests=(None, "d1"))
     registry.delete_recipe("r", why="obsolete", who="Ada")
     assert registry.recipes() == []
     for read in (registry.recipe, registry.log, registry.patches_on):
@@ -238,7 +220,7 @@ def test_a_deleted_recipe_keeps_its_history_and_gives_up_its_name(registry: Regi
         lay(registry, "r", patches[1], 1.0)
     lines = registry.log("r", deleted=True)
     assert [(line.action, line.patch, line.who, line.why) for line in lines] == [
-        ("add", patches[0], "", ""),
+        ("add", patches[0], "tester", "a test"),
         ("delete", None, "Ada", "obsolete"),
     ]
     assert (lines[1].digest_before, lines[1].digest_after) == ("d1", "d1")
@@ -247,13 +229,13 @@ def test_a_deleted_recipe_keeps_its_history_and_gives_up_its_name(registry: Regi
     assert registry.recipe("r").entries == ()
     assert [(recipe.name, recipe.patches) for recipe in registry.recipes(deleted=True)] == [("r", ((patches[0], 1.0),))]
     registry.delete_recipe("r", why="", who="Bob")
-    assert [line.who for line in registry.log("r", deleted=True)] == ["", "Ada", "Bob"]
+    assert [line.who for line in registry.log("r", deleted=True)] == ["tester", "Ada", "Bob"]
 
 
 def test_the_recipe_deleted_last_comes_back_as_it_was(registry: Registry, patches: list[str]) -> None:
     registry.delete_recipe("r", why="", who="")
     registry.create_recipe("r", "small")
-    change(registry, patches[0], 1.0, digest_after="d1")
+    lay(registry, "r", patches[0], 1.0, digests=(None, "d1"))
     before = registry.recipe("r")
     registry.delete_recipe("r", why="", who="")
     after = registry.undelete_recipe("r", why="a mistake", who="Bob")
@@ -273,19 +255,19 @@ def test_a_patch_lapses_when_its_day_comes_and_stays_until_it_is_removed(
     registry: Registry, patches: list[str]
 ) -> None:
     one, two, three = patches
-    change(registry, one, 1.0, until=date(2999, 1, 31))
-    change(registry, two, 1.0, until=CHRISTMAS)
-    change(registry, three, 1.0)
+    lay(registry, "r", one, 1.0, until=date(2999, 1, 31))
+    lay(registry, "r", two, 1.0, until=CHRISTMAS)
+    lay(registry, "r", three, 1.0)
     assert registry.due(date(2998, 12, 23)) == []
     assert registry.due(CHRISTMAS) == [ExpiredEntry("r", "apple", two, CHRISTMAS)]
     assert [due.patch for due in registry.due(date(3030, 1, 1))] == [two, one]
     assert len(registry.recipe("r").entries) == 3
-    change(registry, two, None)
+    lay(registry, "r", two, None)
     assert registry.due(CHRISTMAS) == []
 
 
 def test_due_is_asked_of_one_recipe_or_of_all_that_are_there(registry: Registry, patches: list[str]) -> None:
-    change(registry, patches[0], 1.0, until=CHRISTMAS)
+    lay(registry, "r", patches[0], 1.0, until=CHRISTMAS)
     registry.copy_recipe("r", "copy", why="", who="")
     assert [due.recipe for due in registry.due(CHRISTMAS)] == ["copy", "r"]
     assert [due.recipe for due in registry.due(CHRISTMAS, recipe="r")] == ["r"]
@@ -296,12 +278,12 @@ def test_due_is_asked_of_one_recipe_or_of_all_that_are_there(registry: Registry,
 
 
 def test_another_day_is_a_change_of_its_own(registry: Registry, patches: list[str]) -> None:
-    change(registry, patches[0], 1.0)
-    change(registry, patches[0], 1.0, until=CHRISTMAS)
+    lay(registry, "r", patches[0], 1.0)
+    lay(registry, "r", patches[0], 1.0, until=CHRISTMAS)
     with pytest.raises(AlreadyExists, match=r"strength 1, expires 2998-12-24"):
-        change(registry, patches[0], 1.0, until=CHRISTMAS)
-    change(registry, patches[0], 2.0, until=CHRISTMAS)
-    change(registry, patches[0], 2.0)
+        lay(registry, "r", patches[0], 1.0, until=CHRISTMAS)
+    lay(registry, "r", patches[0], 2.0, until=CHRISTMAS)
+    lay(registry, "r", patches[0], 2.0)
     assert [(line.action, line.until_before, line.until_after) for line in registry.log("r")] == [
         ("add", None, None),
         ("until", None, CHRISTMAS),
@@ -311,7 +293,7 @@ def test_another_day_is_a_change_of_its_own(registry: Registry, patches: list[st
 
 
 def test_the_recipes_with_a_patch_are_listed(registry: Registry, patches: list[str]) -> None:
-    change(registry, patches[0], 0.5, until=CHRISTMAS)
+    lay(registry, "r", patches[0], 0.5, until=CHRISTMAS)
     registry.copy_recipe("r", "copy", why="", who="")
     registry.create_recipe("gone", "small")
     lay(registry, "gone", patches[0], 1.0)
@@ -340,15 +322,15 @@ def test_an_expiry_that_is_past_is_refused_where_it_is_new_and_stays_where_it_is
     registry: Registry, patches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two, _ = patches
-    change(registry, one, 1.0, until=CHRISTMAS)
+    lay(registry, "r", one, 1.0, until=CHRISTMAS)
     monkeypatch.setattr(history, "today", lambda: CHRISTMAS + timedelta(days=1))
     for patch in (one, two):
         with pytest.raises(OverpaintError, match=r"cannot expire on 2998-12-23, which is past: today is 2998-12-25"):
-            change(registry, patch, 1.0, until=CHRISTMAS - timedelta(days=1))
+            lay(registry, "r", patch, 1.0, until=CHRISTMAS - timedelta(days=1))
     with pytest.raises(OverpaintError, match="which is past"):
         registry.check_entries("r", "small", [RecipeEntry(two, 1.0, CHRISTMAS)])
-    change(registry, one, 2.0, until=CHRISTMAS)
-    change(registry, two, 1.0, until=CHRISTMAS + timedelta(days=1))
+    lay(registry, "r", one, 2.0, until=CHRISTMAS)
+    lay(registry, "r", two, 1.0, until=CHRISTMAS + timedelta(days=1))
     registry.copy_recipe("r", "copy", why="", who="")
     assert [each.patch for each in registry.due(CHRISTMAS, recipe="copy")] == [one]
 
@@ -356,11 +338,11 @@ def test_an_expiry_that_is_past_is_refused_where_it_is_new_and_stays_where_it_is
 @pytest.mark.parametrize("day", ["2999-01-31", datetime(2999, 1, 31), 7])
 def test_an_expiry_that_is_no_day_is_refused(registry: Registry, patches: list[str], day: Any) -> None:
     with pytest.raises(OverpaintError, match="a patch expires on a day"):
-        change(registry, patches[0], 1.0, until=day)
+        lay(registry, "r", patches[0], 1.0, until=day)
 
 
 def test_a_strength_far_beyond_any_use_is_refused(registry: Registry, patches: list[str]) -> None:
     for strength in (1e308, -1e7):
         with pytest.raises(OverpaintError, match="a strength is at most 1,000,000"):
-            change(registry, patches[0], strength)
-    change(registry, patches[0], -1e6)
+            lay(registry, "r", patches[0], strength)
+    lay(registry, "r", patches[0], -1e6)

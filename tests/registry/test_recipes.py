@@ -35,15 +35,9 @@ def test_history_lists_every_change_in_order(registry: Registry, patches: list[s
     started = datetime.now(timezone.utc)
     changes = [(0, 1.0), (1, 0.5), (0, 2), (0, None)]
     for revision, (index, strength) in enumerate(changes, 1):
-        registry.change_recipe(
-            "r",
-            patches[index],
-            strength,
-            why=f"reason {revision}\nin two lines",
-            who="Ada",
-            digest_before=None if revision == 1 else f"d{revision - 1}",
-            digest_after=f"d{revision}",
-        )
+        digests = (None if revision == 1 else f"d{revision - 1}", f"d{revision}")
+        why = f"reason {revision}\nin two lines"
+        lay(registry, "r", patches[index], strength, why, who="Ada", digests=digests)
     log = registry.log("r")
     assert [line.revision for line in log] == [1, 2, 3, 4]
     assert [line.action for line in log] == ["add", "add", "strength", "remove"]

@@ -75,7 +75,7 @@ ENTRANCES: dict[str, Callable[[Registry, str], object]] = {
     "patch's base": lambda registry, text: add_patch(registry, "y", base=text),
     "recipe": lambda registry, text: registry.create_recipe(text, "small"),
     "recipe's base": lambda registry, text: registry.create_recipe("q", text),
-    "ensured recipe": lambda registry, text: registry.ensure_recipe(text, "small"),
+    "ensured recipe": lambda registry, text: registry.create_recipe(text, "small", exist_ok=True),
     "copy": lambda registry, text: registry.copy_recipe("r", text, why="", who=""),
     "copied": lambda registry, text: registry.copy_recipe(text, "q", why="", who=""),
     "deleted": lambda registry, text: registry.delete_recipe(text, why="", who=""),
@@ -165,7 +165,7 @@ def test_no_second_name_looks_like_the_first(name: str, registry: Registry) -> N
     patch = add_patch(registry, "x")
     new: list[Callable[[], object]] = [
         lambda: registry.create_recipe(name, "small"),
-        lambda: registry.ensure_recipe(name, "small"),
+        lambda: registry.create_recipe(name, "small", exist_ok=True),
         lambda: registry.copy_recipe("safe", name, why="", who=""),
         lambda: registry.merge_history(name, "small", (), (), models.now()),
         lambda: registry.add_base(name, Path("/x"), "sd1", "0"),
@@ -191,8 +191,8 @@ def test_names_of_an_older_version_go_on_working(name: str, registry: Registry) 
     assert registry.patch(name).id == patch.id
     lay(registry, name, patch.id, 1.0)
     assert registry.patches(base=name, tag=name) == registry.patches(concept=name) == [registry.patch(patch.id)]
-    registry.ensure_concept(Concept(name))
-    registry.ensure_recipe(name, name)
+    registry.add_concept(Concept(name), exist_ok=True)
+    registry.create_recipe(name, name, exist_ok=True)
     record = registry.history(name)
     assert registry.merge_history(name, name, record.revisions, record.tags, record.created_at) == "the same"
     registry.untag(name, patches=[patch.id])
@@ -229,15 +229,15 @@ def test_a_taken_name_is_refused(registry: Registry) -> None:
 
 
 def test_ensuring_is_a_no_op_only_for_equals(registry: Registry) -> None:
-    registry.ensure_concept(Concept("apple", anchor="pear"))
-    registry.ensure_concept(Concept("pear"))
+    registry.add_concept(Concept("apple", anchor="pear"), exist_ok=True)
+    registry.add_concept(Concept("pear"), exist_ok=True)
     assert [concept.name for concept in registry.concepts()] == ["apple", "pear"]
     with pytest.raises(AlreadyExists, match="pear"):
-        registry.ensure_concept(Concept("apple", anchor="plum"))
+        registry.add_concept(Concept("apple", anchor="plum"), exist_ok=True)
     registry.add_base("large", Path("/models/large"), "sdxl", "e")
-    assert registry.ensure_recipe("r", "small") == registry.ensure_recipe("r", "small")
+    assert registry.create_recipe("r", "small", exist_ok=True) == registry.create_recipe("r", "small", exist_ok=True)
     with pytest.raises(AlreadyExists, match=r"'small' and not on 'large'"):
-        registry.ensure_recipe("r", "large")
+        registry.create_recipe("r", "large", exist_ok=True)
 
 
 def test_a_patch_comes_back_as_it_was(registry: Registry, anywhere: str | Path) -> None:
@@ -290,7 +290,7 @@ def test_an_ambiguous_beginning_lists_what_it_begins(registry: Registry) -> None
 def test_a_concept_goes_before_an_id_that_begins_with_its_name(registry: Registry) -> None:
     for id in ("face" + "0" * 60, "b" * 64):
         concept = "apple" if id.startswith("face") else "face"
-        registry.ensure_concept(Concept(concept, anchor="pear"))
+        registry.add_concept(Concept(concept, anchor="pear"), exist_ok=True)
         registry.add_patch(
             id=id, blob=b"", concept=concept, base="small", solver="s", kind="k", settings={}, seed=0, seconds=0
         )

@@ -315,7 +315,7 @@ def _with_digests(registry: Registry) -> None:
     base = registry.base("small").fingerprint
     steps = [(first, 1.0, base, "a1"), (second, 1.0, "a1", "a2"), (second, None, "a2", "a1"), (first, None, "a1", base)]
     for patch, strength, before, after in steps:
-        registry.change_recipe("d", patch, strength, why="", who="", digest_before=before, digest_after=after)
+        lay(registry, "d", patch, strength, digests=(before, after))
 
 
 @pytest.mark.parametrize("column", ["digest_before", "digest_after"])

@@ -28,7 +28,7 @@ def write_much(location: str | Path, writer: int, times: int) -> list[tuple[str,
             add_patch(registry, f"shared {turn}")
             done.append(("shared patch", f"shared {turn}"))
         elif turn % 8 == 2:
-            registry.ensure_recipe(f"recipe {turn}", "small")
+            registry.create_recipe(f"recipe {turn}", "small", exist_ok=True)
             done.append(("recipe", f"recipe {turn}"))
         else:
             lies = own in dict(registry.recipe("r").patches)

@@ -102,7 +102,7 @@ def keep(
 ) -> None:
     """Write the row of a patch, on the base of that name, whose bytes are in the store already."""
     try:
-        registry.ensure_concept(row.concept)
+        registry.add_concept(row.concept, exist_ok=True)
     except AlreadyExists:
         warn(
             f"the concept {row.concept.name!r} is known here with other synonyms or another anchor and stays as it is; "

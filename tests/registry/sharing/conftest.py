@@ -39,7 +39,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         registry = Registry.open(full)
         registry.add_base("sd15", Path("/models/sd15"), "stable-diffusion", FINGERPRINT)
         for label, name in zip(LABELS, ("apple", "plum", "apple"), strict=True):
-            registry.ensure_concept(Concept(name, anchor="pear"))
+            registry.add_concept(Concept(name, anchor="pear"), exist_ok=True)
             keep(registry, labelled(label, name), base="sd15")
         registry.create_recipe("safe", "sd15")
         first, second, _ = (record.id for record in registry.patches())
