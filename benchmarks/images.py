@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.prompts import object_scenes

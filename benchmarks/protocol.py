@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import Scene, article, catalogue
+from overpaint.bases.embedded import Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.evaluation.prompts import OBJECT, STYLE, CatalogueScene, EvalPrompt, object_scenes, style_scenes

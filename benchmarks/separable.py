@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept

@@ -30,7 +30,7 @@ from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import ASKED_BASE, OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError

@@ -21,9 +21,9 @@ from overpaint.bases.checkpoint import (
     open_single_file,
     read_tensors,
 )
+from overpaint.bases.embedded import EMBEDDED_BASES
 from overpaint.bases.hub import HubId, cached, snapshot
-from overpaint.bases.key_mapping import SingleFile
-from overpaint.bases.layout import Layout, TextInput, UnknownLayout, read_index
+from overpaint.bases.layout import Layout, SingleFile, TextInput, UnknownLayout, read_index
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import absent_components, check_configuration, load_pipeline, mended_index
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
@@ -34,11 +34,7 @@ from overpaint.core.executors import machine_name
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
 
-__all__ = ["EMBEDDED", "EMBEDDED_BASES", "Base", "BrokenBase", "TensorLocation"]
-
-EMBEDDED = Path(__file__).parent / "emoji" / "model"
-EMBEDDED_BASES = {"emoji": EMBEDDED, "emoji-dit": Path(__file__).parent / "emoji-dit"}
-"""The bases that ship with the package: a small Stable Diffusion, and a small Stable Diffusion 3, a diffusion transformer."""
+__all__ = ["Base", "BrokenBase", "TensorLocation"]
 
 
 class Unchangeable(OverpaintError):

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from overpaint.bases.key_mapping import KeyMapping, SingleFile
-from overpaint.bases.layout import Layout, UnknownLayout, layout_of, layouts, read_index
+from overpaint.bases.layout import KeyMapping, Layout, SingleFile, UnknownLayout, layout_of, layouts, read_index
 from overpaint.bases.safetensors_file import SafetensorsFile, is_key, raw_bytes
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.encoding import DTYPE_NAMES, TensorEntry, tensor_label

@@ -1,18 +1,223 @@
-"""An architecture as data: its tensors, and the text inputs by which a prompt reaches them (`layouts/*.json`)."""
+"""An architecture as data: its tensors, the text inputs by which a prompt reaches them (`layouts/*.json`), and how a
+single-file checkpoint names a component's tensors (`spellings/*.json`).
+
+A rule of a spelling is a pair of templates, the file's and diffusers'. `{i}` stands for a number, `{1+i}` for a number
+counted from one, `{rest}` for anything, any other name for a word. U-Net blocks are numbered through in such a file, so the
+canonical side may ask for `{block}` and `{layer}`, the quotient and remainder of `{at}` by the blocks per level; and decoder
+levels are numbered from the other end, so it may ask for `{mirror}`, `{i}` counted from the last. Where the canonical side is
+a list, the file keeps its tensors stacked in one, in equal parts from the first row down.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from fnmatch import fnmatchcase
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from overpaint.bases.key_mapping import SingleFile, frozen
 from overpaint.core.errors import OverpaintError
+
+_HOLE = re.compile(r"\{(?:(\d+)\+)?(\w+)\}")
+_NUMBERS = ("at", "i", "j", "mirror")
+
+
+@dataclass(frozen=True)
+class Template:
+    """One side of a rule, as found in a layout."""
+
+    text: str
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        parts, end = [], 0
+        for hole in _HOLE.finditer(self.text):
+            kind = "[0-9]{1,4}" if hole[2] in _NUMBERS else ".+" if hole[2] == "rest" else r"\w+"
+            parts += [re.escape(self.text[end : hole.start()]), f"(?P<{hole[2]}>{kind})"]
+            end = hole.end()
+        return re.compile("".join(parts) + re.escape(self.text[end:]))
+
+    @cached_property
+    def _counted_from(self) -> dict[str, int]:
+        return {hole[2]: int(hole[1] or 0) for hole in _HOLE.finditer(self.text)}
+
+    def match(self, key: str) -> dict[str, str | int] | None:
+        """What stands in the holes, numbers counted from zero; None when the key is another."""
+        match = self._pattern.fullmatch(key)
+        if match is None:
+            return None
+        values: dict[str, str | int] = {}
+        for hole, text in match.groupdict().items():
+            values[hole] = int(text) - self._counted_from[hole] if hole in _NUMBERS else text
+        return None if any(value == -1 for value in values.values()) else values
+
+    def filled(self, values: Mapping[str, str | int]) -> str:
+        """The text with these values in its holes, numbers counted from zero."""
+        text = self.text
+        for hole in _HOLE.finditer(self.text):
+            value = values[hole[2]]
+            text = text.replace(hole[0], value if isinstance(value, str) else str(value + int(hole[1] or 0)))
+        return text
+
+    def numbers(self, keys: Iterable[str]) -> set[int]:
+        """What stands in the one numeric hole, over all keys that fit."""
+        matches = (self.match(key) for key in keys)
+        return {int(value) for found in matches if found for hole, value in found.items() if hole in _NUMBERS}
+
+
+@dataclass(frozen=True)
+class KeyMapping:
+    """One component in a single file.
+
+    `prefix` starts its keys; `blocks` are rules for whole keys, the first that fits counts (none: the keys are
+    diffusers' own); `parts` are replacements within what they give. The first key like `level_end` has the number of
+    blocks per level; without one there is a single level, whose blocks `level_count` counts. `mirrored` counts the
+    decoder's levels. The others are glob patterns of keys without the prefix: `transposed` of matrices that the file keeps
+    the other way round, `convolutions` of those that it keeps as 1 x 1 convolutions, `unused` of tensors that the pipeline
+    does without; and, of whole keys, `copies` of what holds the component a second time.
+    """
+
+    prefix: str
+    blocks: tuple[tuple[str, str | tuple[str, ...]], ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
+    level_end: str = ""
+    level_count: str = ""
+    mirrored: str = ""
+    transposed: tuple[str, ...] = ()
+    convolutions: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+
+    @cached_property
+    def _rules(self) -> list[tuple[Template, tuple[str, ...]]]:
+        return [(Template(written), (name,) if isinstance(name, str) else name) for written, name in self.blocks]
+
+    def names(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """By key, diffusers' names of what it holds: one, or those of a stack from the top. Other keys are left out."""
+        local = {key: key.removeprefix(self.prefix) for key in keys if key.startswith(self.prefix)}
+        local = {key: text for key, text in local.items() if not _fits(text, self.unused)}
+        if not self.blocks:
+            return {key: (text,) for key, text in local.items()}
+        ends = Template(self.level_end).numbers(local.values())
+        per_level = min(ends, default=1 + max(Template(self.level_count).numbers(local.values()), default=0))
+        levels = 1 + max(Template(self.mirrored).numbers(local.values()), default=0)
+        matched = {key: self._names(text, max(per_level, 1), levels) for key, text in local.items()}
+        return {key: names for key, names in matched.items() if names}
+
+    def _names(self, key: str, per_level: int, levels: int) -> tuple[str, ...]:
+        for template, canonical in self._rules:
+            match = template.match(key)
+            if match is not None:
+                block, layer = divmod(int(match.get("at", 0)), per_level)
+                mirror = levels - 1 - int(match.get("i", 0))
+                holes = {**match, "block": block, "layer": layer, "mirror": mirror}
+                return tuple(self._with_parts(name.format(**holes)) for name in canonical)
+        return ()
+
+    def _with_parts(self, name: str) -> str:
+        for old, new in self.parts:
+            name = name.replace(old, new)
+        return name
+
+    def keys(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The way back: the keys that hold tensors of these names, for a component whose blocks are not numbered through.
+
+        Names that no rule gives are left out.
+        """
+        remaining = list(names)
+        if not self.blocks:
+            return {self.prefix + name: (name,) for name in remaining}
+        names_by_key: dict[str, tuple[str, ...]] = {}
+        rules = [(written, [Template(side) for side in canonical]) for written, canonical in self._rules]
+        matches = (sides[0].match(name) for _, sides in rules for name in remaining)
+        levels = 1 + max((int(values.get("mirror", 0)) for values in matches if values), default=0)
+        for written, sides in rules:
+            for name in list(remaining):
+                values = sides[0].match(name)
+                if values is not None:
+                    stack = tuple(side.filled(values) for side in sides)
+                    mirrored = {"i": levels - 1 - int(values["mirror"])} if "mirror" in values else {}
+                    names_by_key[self.prefix + self._without_parts(written.filled({**values, **mirrored}))] = stack
+                    remaining = [other for other in remaining if other not in stack]
+        return names_by_key
+
+    def _without_parts(self, key: str) -> str:
+        for old, new in self.parts:
+            key = key.replace(new, old)
+        return key
+
+    def is_transposed(self, key: str) -> bool:
+        """Whether the file keeps the matrix of this key the other way round than diffusers does."""
+        return bool(self.transposed) and _fits(key.removeprefix(self.prefix), self.transposed)
+
+    def is_convolution(self, key: str) -> bool:
+        """Whether the file keeps the matrix of this key as a 1 x 1 convolution."""
+        return bool(self.convolutions) and _fits(key.removeprefix(self.prefix), self.convolutions)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """One way of storing a whole pipeline in a file: what such a file is called, how it names the tensors of each
+    component, and which published folder has the configuration and tokenizer that it lacks: `config`, or by input channels
+    one of `configs`.
+
+    `holds` is a canonical name that a base must have to be written so; empty: any base of the layout.
+    """
+
+    about: str
+    config: str
+    mappings: Mapping[str, KeyMapping]
+    holds: str = ""
+    configs: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> SingleFile:
+        """As a layout writes it: each component names its rules (`spelling`) and may add to them or replace some."""
+        components: Mapping[str, Any] = raw["components"]
+        mappings = {
+            name: KeyMapping(**{**_rules_of(own["spelling"]), **{k: v for k, v in own.items() if k != "spelling"}})
+            for name, own in components.items()
+        }
+        return cls(raw["about"], raw["config"], mappings, raw.get("holds", ""), raw.get("configs", {}))
+
+    def lacking(self, keys: Collection[str]) -> list[str]:
+        """The prefixes that keys of such a file have and none of these has."""
+        prefixes = [mapping.prefix for mapping in self.mappings.values()]
+        return [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]
+
+
+def single_file_of(forms: Iterable[SingleFile], names: Collection[str]) -> SingleFile | None:
+    """How a base that holds tensors of these names is written to one file; None where there is no such file."""
+    fitting = [form for form in forms if not form.holds or form.holds in names]
+    return max(fitting, key=lambda form: bool(form.holds), default=None)
+
+
+@cache
+def native_names(layout: str) -> KeyMapping | None:
+    """How the model that a diffusion transformer was published as names its layers, as far as they are no parts of stacks."""
+    rules = _rules_of("native")
+    return KeyMapping("", rules[layout]) if layout in rules else None
+
+
+def _rules_of(name: str) -> dict[str, Any]:
+    file = files("overpaint.bases").joinpath("spellings").joinpath(f"{name}.json")
+    rules: dict[str, Any] = frozen(json.loads(file.read_text("utf-8")))
+    return rules
+
+
+def frozen(value: Any) -> Any:
+    """JSON with tuples for lists."""
+    if isinstance(value, list | tuple):
+        return tuple(frozen(item) for item in value)
+    return {key: frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class UnknownLayout(OverpaintError):
@@ -137,10 +342,6 @@ def layouts() -> tuple[Layout, ...]:
     """Every layout that ships with the package."""
     entries = sorted(files("overpaint.bases").joinpath("layouts").iterdir(), key=lambda entry: entry.name)
     return tuple(Layout.from_json(json.loads(entry.read_text("utf-8"))) for entry in entries)
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -280,6 +280,7 @@ class PipelineTextInput:
 
     @property
     def tokenizer(self) -> Any:
+        """That of the text encoder by which a concept's tokens are counted."""
         return tokenizer_of(self._pipeline.pipe, self._pipeline.base.text_input(self.name).encoder)
 
     @property

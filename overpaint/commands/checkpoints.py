@@ -204,7 +204,7 @@ def inspect(ctx: click.Context, path: Path, explain: bool, base: str | None, dig
 
 def _show_explanation(workspace: Workspace, path: Path, base: str | None, digests: bool, as_json: bool) -> None:
     from overpaint.bases.base import Base
-    from overpaint.patches.explaining import explain
+    from overpaint.patches.inspect import explain
 
     name = workspace.base_name(base)
     patches = [workspace.patch(record.id) for record in workspace.registry.patches(base=name)]

@@ -44,7 +44,7 @@ from overpaint.registry.records import RecipeEntry
 
 if TYPE_CHECKING:
     from overpaint.patches.formats.exporting import Exported
-    from overpaint.patches.formats.reading import Meaning
+    from overpaint.patches.formats.importing import Meaning
 
 
 @click.group()

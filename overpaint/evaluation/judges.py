@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.judge import JudgeNetwork
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.safetensors_file import tensor_digest
+from overpaint.core.atomic import write_over
 from overpaint.core.encoding import combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.images import Pixels
@@ -54,6 +57,54 @@ class Judge(Protocol):
     def features(self, pictures: Pixels) -> NDArray[np.float32]:
         """The space in which distances between sets of pictures are measured: float32 [n, d]."""
         ...
+
+
+class JudgeNetwork(nn.Module):
+    """The judge that ships with an embedded base: a small convolutional classifier for object, style and background, trained
+    on the drawings alone.
+
+    Pictures [n, 3, 64, 64] in [-1, 1] become logits by head; `classes` names each head's outputs in order.
+    """
+
+    def __init__(self, classes: dict[str, tuple[str, ...]]) -> None:
+        super().__init__()
+        self.classes = classes
+        channels = (3, 24, 48, 96, 144)
+        self.body = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(i, o, 4 if i == 3 else 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+                for i, o in pairwise(channels)
+            )
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(channels[-1] * 4 * 4, len(found)) for name, found in classes.items()}
+        )
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """The last convolution's activations, [n, 2304]: the space in which distances are measured."""
+        activations: Tensor = self.body(pictures)
+        return activations.flatten(1)
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = self.features(pictures)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write `judge.safetensors` and `judge.json`."""
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        write_over(folder / "judge.safetensors", save(state))
+        write_over(folder / "judge.json", json.dumps(self.classes, indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> JudgeNetwork:
+        """Read what `save` wrote; raises FileNotFoundError when the folder has no judge."""
+        classes = {k: tuple(v) for k, v in json.loads((folder / "judge.json").read_text("utf-8")).items()}
+        judge = cls(classes)
+        state = {
+            k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "judge.safetensors").items()
+        }
+        judge.load_state_dict(state)
+        return judge.eval()
 
 
 @own_torch_settings()

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from overpaint.bases.emoji.catalogue import Catalogue, Scene, article, catalogue
+from overpaint.bases.embedded import Catalogue, Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed, shown

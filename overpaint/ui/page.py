@@ -22,7 +22,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.reporting import Progress
 from overpaint.core.urls import printed
 from overpaint.evaluation.suites import SUITES
-from overpaint.patches.formats.readers import READERS
+from overpaint.patches.formats.dialects import READERS
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.ui import views
 from overpaint.ui.switches import Switches

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import own_torch_settings, resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent

@@ -98,7 +98,7 @@ def _slug(title: str) -> str:
 
 def _export(opened: OpenRegistry, adapter: SharedAdapter, into: Path, progress: Progress) -> dict[str, bytes]:
     """The adapter as diffusers loads it and, where one component alone is changed, as PEFT does."""
-    from overpaint.patches.formats.peft import write_adapter
+    from overpaint.patches.formats.exporting import write_adapter
     from overpaint.workspace.exchange import export_patches
 
     lora = into / LORA

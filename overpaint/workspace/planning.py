@@ -199,7 +199,7 @@ def provenance(request: SolveRequest, solver: Solver, context: SolveContext) -> 
 def _inputs(request: SolveRequest, solver: Solver, context: SolveContext) -> dict[str, Any]:
     """All that is recorded but the universe."""
     from overpaint.solvers.problem import distinct_prompts, settings_of
-    from overpaint.solvers.trained.pictures import picture_files
+    from overpaint.solvers.trained.training import picture_files
 
     settings = settings_of(solver)
     recorded: dict[str, Any] = {"name": request.solver, "settings": _without_folder(settings), "seed": request.seed}

@@ -29,9 +29,8 @@ from overpaint.workspace.opened import LostPatch, OpenRegistry
 if TYPE_CHECKING:
     from overpaint.bases.base import Base
     from overpaint.evaluation.crosstalk import Pair
-    from overpaint.patches.build import Built
+    from overpaint.patches.build import Built, Form
     from overpaint.patches.compose import Term
-    from overpaint.patches.conversion import Form
     from overpaint.patches.formats.exporting import Exported
     from overpaint.workspace.evaluating import Evaluated
     from overpaint.workspace.report import Reported

@@ -32,7 +32,7 @@ from overpaint.workspace.recipe import Recipe, current_user
 if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk
     from overpaint.patches.formats.exporting import Exported
-    from overpaint.patches.formats.reading import Meaning
+    from overpaint.patches.formats.importing import Meaning
     from overpaint.registry.integrity import Verified
     from overpaint.registry.sharing.browsing import Listed
     from overpaint.registry.sharing.hub import Beside

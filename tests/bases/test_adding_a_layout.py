@@ -13,10 +13,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from overpaint.bases import checkpoint, key_mapping, layout
+from overpaint.bases import checkpoint, layout
 from overpaint.bases.base import Base
-from overpaint.bases.key_mapping import KeyMapping, SingleFile
-from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, Component, Layout, TextInput, UnknownLayout, layouts
+from overpaint.bases.layout import (
+    LAST,
+    PENULTIMATE,
+    POOLED,
+    Component,
+    KeyMapping,
+    Layout,
+    SingleFile,
+    TextInput,
+    UnknownLayout,
+    layouts,
+)
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -32,8 +42,8 @@ def section(title: str) -> str:
 @pytest.fixture
 def _with_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package as it is with the two files in their places."""
-    real = key_mapping._rules_of
-    monkeypatch.setattr(key_mapping, "_rules_of", lambda name: RULES if name == "example-text" else real(name))
+    real = layout._rules_of
+    monkeypatch.setattr(layout, "_rules_of", lambda name: RULES if name == "example-text" else real(name))
     known = (*layouts(), Layout.from_json(EXAMPLE))
     for module in (checkpoint, layout):
         monkeypatch.setattr(module, "layouts", lambda: known)

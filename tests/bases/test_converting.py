@@ -17,9 +17,8 @@ from overpaint.bases.base import Base
 from overpaint.bases.layout import layouts
 from overpaint.cli import main
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.patches.build import build
+from overpaint.patches.build import NotConvertible, build, converted
 from overpaint.patches.compose import Term, compose, composition_digest
-from overpaint.patches.conversion import NotConvertible, converted
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.inspect import inspect
 from tests.bases.containers import ARCHITECTURES, architecture_of, folder_of, single_file_tensors
@@ -176,7 +175,7 @@ def test_a_safety_checker_that_is_not_there_leaves_the_index(folders: dict[str, 
 def test_a_single_file_without_configuration_cannot_become_a_folder(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overpaint.bases.base._in_hub_cache", lambda repository: None)
+    monkeypatch.setattr("overpaint.bases.base.cached", lambda repository: None)
     one = Base.open(written(folders["1.x"], "single file", tmp_path / "one"))
     with pytest.raises(NotFound, match="holds weights alone"):
         build(one, [], tmp_path / "folder", form="diffusers")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overpaint.bases.base import EMBEDDED, Base
-from overpaint.bases.emoji.catalogue import Scene, catalogue
+from overpaint.bases.base import Base
+from overpaint.bases.embedded import EMOJI, Scene, catalogue
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import load_judge
@@ -20,17 +20,17 @@ def emoji() -> Base:
 
 
 def test_it_is_a_diffusers_folder_like_any_other(emoji: Base) -> None:
-    assert Base.open(EMBEDDED).fingerprint == emoji.fingerprint
+    assert Base.open(EMOJI).fingerprint == emoji.fingerprint
     assert {name.partition("/")[0] for name in emoji.names} == {"text_encoder", "unet", "vae"}
     assert all(name.startswith("text_encoder/text_model.") for name in emoji.names if name.startswith("text_encoder"))
 
 
 def test_all_weights_together_are_at_most_40_mb(emoji: Base) -> None:
-    assert sum(p.stat().st_size for p in EMBEDDED.rglob("*.safetensors")) <= 40_000_000
+    assert sum(p.stat().st_size for p in EMOJI.rglob("*.safetensors")) <= 40_000_000
 
 
 def test_its_card_states_measurements_and_licences() -> None:
-    card = (EMBEDDED / "README.md").read_text("utf-8")
+    card = (EMOJI / "README.md").read_text("utf-8")
     for word in ("held-out", "95% Wilson", "CC BY 4.0", "Apache-2.0", "MIT"):
         assert word in card
 
@@ -73,7 +73,7 @@ def test_it_draws_and_the_judge_looks(emoji: Base) -> None:
 
 
 def test_nothing_outside_the_package_is_needed() -> None:
-    assert Path(EMBEDDED).is_relative_to(Path(__file__).parents[2] / "overpaint")
+    assert Path(EMOJI).is_relative_to(Path(__file__).parents[2] / "overpaint")
 
 
 def test_the_embedded_base_draws_from_prompts_alone_though_its_autoencoder_has_eight_channels() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overpaint.bases.base import EMBEDDED_BASES, Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.base import Base
+from overpaint.bases.embedded import EMBEDDED_BASES, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge, load_judge

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoints import single_file_keys, single_file_shape, stable_diffusion_shapes
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.key_mapping import Template
-from overpaint.bases.layout import Layout, UnknownLayout, layouts
+from overpaint.bases.layout import Layout, Template, UnknownLayout, layouts
 from overpaint.core.errors import NotFound
 from tests.checkpoints import extras, rename_weights, shard, single_file
 
@@ -173,7 +172,7 @@ def test_a_single_file_becomes_a_pipeline_with_a_configuration_beside_it(
 def test_a_single_file_without_configuration_is_refused_with_what_it_needs(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overpaint.bases.base._in_hub_cache", lambda repository: None)
+    monkeypatch.setattr("overpaint.bases.base.cached", lambda repository: None)
     with pytest.raises(NotFound, match="holds weights alone"):
         single_file(base, tmp_path / "one.safetensors").pipeline()
 

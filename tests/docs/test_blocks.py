@@ -21,7 +21,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from overpaint.bases.base import EMBEDDED
+from overpaint.bases.embedded import EMOJI
 from overpaint.cli import main
 from overpaint.testing import tiny_pipeline
 from overpaint.workspace.opened import OpenRegistry
@@ -36,7 +36,7 @@ def sd15(folder: Path) -> None:
 
 
 def my_model(folder: Path) -> None:
-    shutil.copytree(EMBEDDED, folder / "path/to/my-model")
+    shutil.copytree(EMOJI, folder / "path/to/my-model")
 
 
 def nothing(folder: Path) -> None:

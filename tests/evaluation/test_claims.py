@@ -15,7 +15,7 @@ from benchmarks.protocol import SEEN, Counts, chosen, questions
 from benchmarks.solvers import Asked
 from benchmarks.solvers_page import solvers_page
 from benchmarks.until import Stop
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Measurement

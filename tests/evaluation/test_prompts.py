@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.prompts import object_scenes, style_scenes
 

@@ -43,7 +43,7 @@ from benchmarks.rates import Base as Drawn
 from benchmarks.rates import gap, pooled, rate, share
 from benchmarks.solvers_page import short_rows, solvers_page
 from overpaint.bases.base import Base
-from overpaint.bases.emoji.catalogue import catalogue
+from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.metrics import Measurement

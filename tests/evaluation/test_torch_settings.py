@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from overpaint.bases.base import EMBEDDED, Base
+from overpaint.bases.base import Base
+from overpaint.bases.embedded import EMOJI
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.crosstalk import crosstalk
 from overpaint.evaluation.images import Sampler, generate
@@ -36,7 +37,7 @@ def patches(base_folder: str) -> list[Patch]:
 
 def results(base: Base, patches: list[Patch]) -> dict[str, str]:
     pictures = generate(base.pipeline(), ["a photo of a cat"], [1], Sampler(1, 4.0, 1))
-    judge = EmbeddedJudge(Base.open(EMBEDDED), CPU)
+    judge = EmbeddedJudge(Base.open(EMOJI), CPU)
     verdict = judge.probabilities(np.full((1, 64, 64, 3), 128, np.uint8), "object")
     moved = crosstalk(Base.open(base.path), patches)
     solution = decoupled(EditProblem(base, CAT, (CAT, DOG), 0, CPU), patches[0].delta)

@@ -13,7 +13,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
-from overpaint.patches.explaining import explain
+from overpaint.patches.inspect import explain
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.testing import tiny_base
 

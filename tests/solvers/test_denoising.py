@@ -14,8 +14,7 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.pictures import BadPictures, drawn, from_folder
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import BadPictures, Trajectories, drawn, from_folder
 
 
 @pytest.fixture

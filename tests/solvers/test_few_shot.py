@@ -21,7 +21,7 @@ from overpaint.patches.live import Overlay
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.trained.denoiser import Denoiser
 from overpaint.solvers.trained.few_shot import FewShot
-from overpaint.solvers.trained.pictures import BadPictures, drawn
+from overpaint.solvers.trained.training import BadPictures, drawn
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAT, WATCHED, names, solve
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overpaint.bases.base import EMBEDDED, Base
+from overpaint.bases.base import Base
+from overpaint.bases.embedded import EMOJI
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge
@@ -15,7 +16,7 @@ from overpaint.patches.live import Overlay
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.trained.few_shot import FewShot
 
-pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded base is not in this checkout")
+pytestmark = pytest.mark.skipif(not EMOJI.is_dir(), reason="the embedded base is not in this checkout")
 
 
 def test_the_preset_erases_an_object_and_preserves_others() -> None:

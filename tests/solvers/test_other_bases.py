@@ -27,10 +27,8 @@ from overpaint.solvers.problem import EditProblem, Solver, Unsolvable
 from overpaint.solvers.trained.denoiser import Denoiser, FluxDenoiser
 from overpaint.solvers.trained.esd import ESD
 from overpaint.solvers.trained.mace import MACE
-from overpaint.solvers.trained.pictures import from_folder
 from overpaint.solvers.trained.sepme import SepME
-from overpaint.solvers.trained.training import descend, generator
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import Trajectories, descend, from_folder, generator
 from overpaint.testing.contract import _draw
 from tests.bases.tiny_transformers import tiny_transformer
 from tests.bases.tiny_xl import WIDTHS, tiny_xl

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from overpaint.bases.emoji.catalogue import EMOJI, Scene
-from overpaint.bases.emoji.catalogue import Catalogue as Words
-from overpaint.bases.emoji.catalogue import catalogue as words_of
+from overpaint.bases.embedded import EMOJI, Scene
+from overpaint.bases.embedded import Catalogue as Words
+from overpaint.bases.embedded import catalogue as words_of
 
 Colour: TypeAlias = tuple[int, int, int]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,17 @@ from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Factors, all_finite
 from overpaint.patches.factors import Fitted, leading
 from overpaint.patches.formats import dialects
-from overpaint.patches.formats.dialects import ENCODERS, TRANSFORMERS, UNET, split
-from overpaint.patches.formats.readers import READERS, Reader, open_clip_encoders, reader
+from overpaint.patches.formats.dialects import (
+    ENCODERS,
+    PEFT_PREFIX,
+    READERS,
+    TRANSFORMERS,
+    UNET,
+    Reader,
+    open_clip_encoders,
+    reader,
+    split,
+)
 
 # The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.
 #
@@ -640,3 +650,40 @@ def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Progres
                 )
             yield array.reshape(slot.shape)
         made[piece.name] = Stored((), stored.error, stored.differing, stored.of)
+
+
+DENOISERS = (UNET, *TRANSFORMERS)
+_DOWN = ".lora_A.weight"
+
+
+def write_adapter(lora: Path, out: Path, base: str = "") -> dict[str, Any] | None:
+    """Write `out` and return what belongs in `adapter_config.json`; None, and nothing, if more than one component is changed.
+
+    A PEFT adapter is for one module, here the denoiser (`pipeline.unet` or `pipeline.transformer`). `base` is its name or
+    its id on the Hub, for the config.
+    """
+    from safetensors.torch import load_file, save_file
+
+    arrays = load_file(lora)
+    components = {key.partition(".")[0] for key in arrays}
+    if len(components) != 1 or not components <= set(DENOISERS):
+        return None
+    prefix = f"{components.pop()}."
+    # One text in the header, because safetensors writes several in an order of chance.
+    save_file(
+        {f"{PEFT_PREFIX}{key.removeprefix(prefix)}": array for key, array in arrays.items()}, out, {"format": "pt"}
+    )
+    ranks = {len(array) for key, array in arrays.items() if key.endswith(_DOWN)}
+    assert len(ranks) == 1, "an export gives all layers one rank"
+    rank = ranks.pop()
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(key.removeprefix(prefix).removesuffix(_DOWN) for key in arrays if key.endswith(_DOWN)),
+    }

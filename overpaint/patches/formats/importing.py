@@ -6,34 +6,460 @@ base is stored are compared with the base rounded alike, so that the patch holds
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.checkpoint import refuse_lone_shard, weight_files, weight_variants
+from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, dtype_name
+from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
+from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import NotFound
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
-from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, identical, residual
-from overpaint.patches.factors import Fitted, fitted
-from overpaint.patches.formats.dialects import DIALECTS, ForeignFile, detect
-from overpaint.patches.formats.reading import (
-    FP8,
-    FileEdits,
-    Meaning,
-    Pair,
-    TensorEdit,
-    edits_of_checkpoint,
-    edits_of_file,
-    open_weights,
+from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, all_finite, identical, residual
+from overpaint.patches.factors import Fitted, fitted, products
+from overpaint.patches.formats.dialects import (
+    DIALECTS,
+    PEFT_PREFIX,
+    AdapterConfig,
+    FileReading,
+    ForeignFile,
+    Role,
+    configs_of,
+    detect,
 )
+
+# What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
+#
+# Nothing in a file is believed or run: safetensors are read as every container here is, pickles through
+# `torch.load(weights_only=True)` and mapped into memory; keys stay names and never become paths.
+
+
+PICKLES = (*SUFFIXES, ".bin")
+ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
+_STEMS = ("pytorch_lora_weights", "diffusion_pytorch_model", "model")
+"""What the names of a model's weights begin with, in a folder that holds one model."""
+_PICKLED_LORA = "pytorch_lora_weights.bin"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ADAPTER_CONFIG_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class ForeignWeights:
+    """An opened file: dtype and shape by key, the texts of its header, and what an adapter's configuration says.
+
+    `configs` has it by component, or under "" where it is about whatever component the keys name.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
+    metadata: Mapping[str, str]
+    configs: Mapping[str, AdapterConfig]
+    _tensor: Callable[[str], Tensor] = field(repr=False)
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor; float8 is widened to float32, which holds it exactly.
+
+        Raises ForeignFile unless it is of floating point and all its values are finite.
+        """
+        dtype = self.shapes[key][0]
+        if dtype not in (*FLOATS, *FP8):
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} is {dtype_name(dtype)}; what changes a weight is float8, float16, bfloat16, "
+                "float32 or float64: convert the file first"
+            )
+        values = self._tensor(key)
+        if dtype in FP8:
+            values = values.to(torch.float32)
+        if not all_finite(values):
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} has values that are not finite; nothing can be made of it"
+            )
+        return values
+
+    def number(self, key: str) -> float:
+        """A tensor of one real number, of whatever dtype. Raises ForeignFile for any other."""
+        values = self._tensor(key)
+        if values.numel() != 1 or values.dtype in (torch.bool, torch.complex64, torch.complex128):
+            raise ForeignFile(
+                f"{self.path.name}: {key[:100]} is {dtype_name(values.dtype)} of shape {list(values.shape)} instead of one real "
+                "number; get the file again"
+            )
+        number = float(values)
+        if not math.isfinite(number):
+            raise ForeignFile(f"{self.path.name}: {key[:100]} is {number}, not finite; nothing can be made of it")
+        return number
+
+
+def open_weights(path: Path) -> ForeignWeights:
+    """Open a file, or the weights in an adapter's or a model's folder.
+
+    An adapter's weights are read with the configuration beside them, whether the folder is named or the file in it.
+    Raises BrokenFile for a file that is damaged or would have to run a program, ForeignFile for one of another kind, or for
+    an adapter without its configuration.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    if path.name.endswith(".json"):
+        return _of_weight_files(path, "")
+    refuse_lone_shard(path)
+    weights = _of_file(path)
+    return replace(weights, configs={"": _config(path.with_name(CONFIG))}) if path.name in ADAPTER else weights
+
+
+def _of_file(path: Path) -> ForeignWeights:
+    if path.suffix in PICKLES:
+        return _of_pickle(path)
+    if path.suffix != ".safetensors":
+        raise ForeignFile(
+            f"{path.name} is none of the files known here: .safetensors, {', '.join(PICKLES)}, or a folder"
+        )
+    container = SafetensorsFile.open(path)
+    return _of_container(container, configs_of(container.metadata))
+
+
+def _of_folder(folder: Path) -> ForeignWeights:
+    """An adapter's, a LoRA's or one model's folder: weights in one file or in shards, plain or of one variant."""
+    adapter = next((folder / name for name in ADAPTER if (folder / name).is_file()), None)
+    if adapter is not None:
+        return replace(open_weights(adapter), path=folder)
+    names = [entry.name for entry in folder.iterdir()]
+    stems = [stem for stem in _STEMS if weight_variants(names, stem)]
+    if len(stems) == 1:
+        return _of_weight_files(folder, stems[0])
+    if not stems and _PICKLED_LORA in names:
+        return replace(_of_pickle(folder / _PICKLED_LORA), path=folder)
+    raise ForeignFile(
+        f"{folder} is no folder of a pipeline, of an adapter ({ADAPTER[0]} with {CONFIG}) or of one model "
+        f"({', '.join(f'{stem}.safetensors' for stem in _STEMS)}); name one of these"
+    )
+
+
+def _of_weight_files(source: Path, stem: str) -> ForeignWeights:
+    """All weights of one model, which may lie in several files."""
+    _, files = weight_files(source, stem)
+    if len(files) == 1:
+        return replace(open_weights(files[0]), path=source)
+    parts = [_of_file(file) for file in files]
+    owner = {key: part for part in parts for key in part.shapes}
+    if len(owner) != sum(len(part.shapes) for part in parts):
+        raise ForeignFile(f"{source} has a tensor in two of its files; get it again")
+    shapes = {key: part.shapes[key] for key, part in owner.items()}
+    return ForeignWeights(source, shapes, parts[0].metadata, {}, lambda key: owner[key]._tensor(key))
+
+
+def _config(file: Path) -> AdapterConfig:
+    try:
+        if file.stat().st_size > _ADAPTER_CONFIG_LIMIT:
+            raise ForeignFile(f"{file} is larger than any configuration; get the adapter again")
+        raw = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ForeignFile(
+            f"{file} cannot be read ({error}); without it nobody knows how much the adapter counts"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ForeignFile(f"{file} is not the configuration of an adapter; get it again")
+    return AdapterConfig.from_json(raw)
+
+
+def _of_container(container: SafetensorsFile, configs: Mapping[str, AdapterConfig]) -> ForeignWeights:
+    shapes = {key: (DTYPES[entry.dtype], entry.shape) for key, entry in container.entries.items()}
+    return ForeignWeights(container.path, shapes, container.metadata, configs, container.tensor)
+
+
+def _of_pickle(path: Path) -> ForeignWeights:
+    container = PickledCheckpoint.open(path)
+    if container.entries:
+        return _of_container(container, {})
+    values = _nested(path)
+    shapes = {key: (value.dtype, tuple(value.shape)) for key, value in values.items()}
+    return ForeignWeights(path, shapes, {}, {}, lambda key: values[key].detach().clone())
+
+
+def _nested(path: Path) -> dict[str, Tensor]:
+    """The tensors of a map of state dicts, such as `{"unet": {...}, "text_encoder": {...}}`, by dotted key.
+
+    The file was opened as a PickledCheckpoint before, so that it is no bomb and builds nothing but tensors.
+    """
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    parts = loaded.items() if isinstance(loaded, dict) else ()
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in parts
+        if isinstance(part, dict)
+        for key, value in part.items()
+        if isinstance(value, Tensor)
+    }
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            raise BrokenFile(f"{path}: {key[:80]} is not a plain tensor; get the file again")
+    return tensors
+
+
+Pair = tuple[Tensor, Tensor]
+"""up (out x r) and down (r x in)."""
+
+
+def factors(weights: ForeignWeights, name: str, keys: Mapping[Role, str], shape: tuple[int, ...]) -> Pair | None:
+    """The factors of one weight of a shape, None where their product is zero.
+
+    A convolution's kernel counts as the matrix out x (in h w). Alpha over rank, or what a configuration says, is folded
+    into `up`; where a file says neither, the factors count as they are. Raises ForeignFile when they do not fit.
+    """
+    shapes = {role: weights.shapes[key][1] for role, key in keys.items()}
+    if missing := {"up", "down"} - keys.keys():
+        raise ForeignFile(
+            f"{weights.path.name} has {next(iter(keys.values()))} without the factor {missing.pop()!r}; it is incomplete: get "
+            "it again"
+        )
+    if not _multiply(shapes, shape):
+        found = " and ".join(str(list(shapes[role])) for role in ("up", "mid", "down") if role in shapes)
+        raise ForeignFile(
+            f"{weights.path.name} has factors {found} for {name}, which has shape {list(shape)} here; it was made for another "
+            "base"
+        )
+    up, down = (weights.tensor(keys[role]) for role in ("up", "down"))
+    if "mid" in keys:
+        down = _with_core(weights.tensor(keys["mid"]), down)
+    matrix = down.reshape(shapes["up"][1], -1)
+    scale = _scale(weights, name, keys, shapes["down"][0])
+    return _trimmed(_held(up.reshape(shape[0], -1).double() * scale, up.dtype), matrix)
+
+
+def _trimmed(up: Tensor, down: Tensor) -> Pair | None:
+    """The factors without directions that are zero, as padding is; None when no other is there."""
+    used = (up != 0).any(0) & (down != 0).any(1)
+    if bool(used.all()):
+        return up, down
+    return (up[:, used], down[used]) if bool(used.any()) else None
+
+
+def _multiply(shapes: Mapping[Role, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether factors multiply to a weight's shape."""
+    up, down = shapes["up"], shapes["down"]
+    whole = all(len(each) >= 2 and 0 not in each for each in (up, down, shape))
+    if not whole or up[0] != shape[0] or math.prod(up[2:]) != 1:
+        return False
+    if "mid" not in shapes:
+        return up[1] == down[0] and math.prod(down[1:]) == math.prod(shape[1:])
+    core = shapes["mid"]
+    return (
+        len(core) == 4
+        and core[:2] == (up[1], down[0])
+        and math.prod(down[2:]) == 1
+        and (down[1], *core[2:]) == shape[1:]
+    )
+
+
+def _with_core(core: Tensor, down: Tensor) -> Tensor:
+    """`down` (s x in) of a kernel that was split in three, with the core (r x s x h x w) multiplied in: r x in x h x w."""
+    wide = torch.einsum("abhw,bi->aihw", core.double(), down.double().reshape(down.shape[:2]))
+    return _held(wide, down.dtype)
+
+
+def _held(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 array in a dtype, or float32, where that loses no bit."""
+    narrow = (wide.to(each) for each in (dtype, torch.float32))
+    return next((each for each in narrow if torch.equal(each.double(), wide)), wide)
+
+
+def _scale(weights: ForeignWeights, name: str, keys: Mapping[Role, str], rank: int) -> float:
+    if "alpha" in keys:
+        return weights.number(keys["alpha"]) / rank
+    component, _, local = name.removesuffix(".weight").partition("/")
+    config = weights.configs.get(component, weights.configs.get(""))
+    if config is None and any(key.startswith(PEFT_PREFIX) for key in keys.values()):
+        raise ForeignFile(
+            f"{weights.path.name} is a PEFT adapter without its {CONFIG}, which says by how much its factors count; name the "
+            "adapter's folder, or the weights in it under their own name"
+        )
+    return 1.0 if config is None else config.scale(local, rank)
+
+
+Meaning = Literal["change", "weights"]
+ALIKE = 0.25
+"""Plain tensors are edited weights when the squared difference from the base is below this part of its square."""
+SAMPLE = 32
+"""How many tensors are looked at to decide."""
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """One tensor's edit: `wanted` instead of `original`, which is the base's value, rounded to the file's dtype where that
+    is the coarser one (`rounded`); and what was added, float64.
+
+    `given` says that the file holds the change itself, and not weights that it was worked out from."""
+
+    original: Tensor
+    wanted: Tensor
+    change: Tensor
+    rounded: torch.dtype | None = None
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class FileEdits:
+    """All edits of a file: which tensors of the base it speaks about, and each edit on demand.
+
+    Where the file has two factors, they are the edit. None: the tensor stays the same.
+    """
+
+    dialect: str
+    meaning: Meaning
+    names: tuple[str, ...]
+    matched: int
+    unmatched: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    edit: Callable[[str], TensorEdit | Pair | None] = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def edits_of_file(
+    base: Base, weights: ForeignWeights, reading: FileReading, meaning: Meaning | None, keep_rounding: bool
+) -> FileEdits:
+    """The edits of a file of keys. Raises ForeignFile when it cannot be decided whether it holds changes or weights."""
+    meaning = meaning or _meaning(base, weights, reading)
+
+    def edit(name: str) -> TensorEdit | Pair | None:
+        keys = reading.parts[name]
+        if not keys.keys() & {"difference", "value"}:
+            pair = factors(weights, name, keys, base.places[name].shape)
+            return pair if pair and any(product.any() for (product,) in products(pair)) else None
+        original = base.tensor(name)
+        if "difference" in keys or ("value" in keys and meaning == "change"):
+            key = keys.get("difference") or keys["value"]
+            return _changed(original, _fitting(weights, key, name, original.shape).double())
+        value = _fitting(weights, keys["value"], name, original.shape)
+        return edited(original, value, weights.shapes[keys["value"]][0], keep_rounding)
+
+    keys = [key for roles in reading.parts.values() for role, key in roles.items() if role != "alpha"]
+    return FileEdits(
+        reading.dialect.name,
+        meaning,
+        tuple(sorted(reading.parts)),
+        reading.matched,
+        reading.unmatched,
+        _dtypes(weights.shapes[key][0] for key in keys),
+        edit,
+        weights.metadata,
+    )
+
+
+def edits_of_checkpoint(base: Base, path: Path, keep_rounding: bool) -> FileEdits | None:
+    """The edits of a whole pipeline, folder or single file; None when there is something else at the path.
+
+    Raises ForeignFile when it is of another architecture than the base.
+    """
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        return None
+    try:
+        other = Base.open(path)
+    except UnknownLayout:
+        return None
+    if other.layout.name != base.layout.name:
+        raise ForeignFile(f"{path} is a {other.layout.name}, the base at {base.path} a {base.layout.name}")
+    common = [name for name in base.names if name in other.places]
+    for name in common:
+        if other.places[name].shape != base.places[name].shape:
+            raise _other_shape(path.name, name, other.places[name].shape, base.places[name].shape)
+    return FileEdits(
+        f"{'single file' if other.is_single_file else 'diffusers folder'}",
+        "weights",
+        tuple(name for name in common if DTYPES[base.places[name].entry.dtype] in (*FLOATS, *FP8)),
+        len(common),
+        tuple(name for name in other.names if name not in base.places),
+        _dtypes(DTYPES[place.entry.dtype] for place in other.places.values()),
+        lambda name: edited(base.tensor(name), *_as_stored(other.tensor(name)), keep_rounding),
+    )
+
+
+def _as_stored(value: Tensor) -> tuple[Tensor, torch.dtype]:
+    """A value in a dtype that can be added up, and the dtype in which its file has it."""
+    return (value.to(torch.float32) if value.dtype in FP8 else value), value.dtype
+
+
+def edited(original: Tensor, value: Tensor, stored: torch.dtype, keep_rounding: bool) -> TensorEdit | None:
+    """The edit that makes `value`, which its file has in the dtype `stored`, of a base's tensor; None where it changes nothing.
+
+    Raises ForeignFile when the value is too large for the base's dtype.
+    """
+    start, rounded = original, None
+    if not keep_rounding and torch.finfo(stored).eps > torch.finfo(original.dtype).eps:
+        start, rounded = original.to(stored), stored
+    # No sum is computed in float8; all dtypes that a base may have hold its values exactly.
+    start = start.to(original.dtype) if stored in FP8 else start
+    wanted = value.to(start.dtype)
+    if identical(wanted, start):
+        return None
+    if not all_finite(wanted) or not all_finite(start):
+        raise ForeignFile(
+            f"a value is beyond what {dtype_name(rounded or start.dtype)} holds, in which it is stored or compared; use a "
+            "base or a file of a wider dtype"
+        )
+    return TensorEdit(start, wanted, value.double() - start.double(), rounded)
+
+
+def _changed(original: Tensor, change: Tensor) -> TensorEdit | None:
+    if not bool(change.any()):
+        return None
+    return TensorEdit(original, (original.double() + change).to(original.dtype), change, given=True)
+
+
+def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size) -> Tensor:
+    """A tensor of the base's shape; matrices are sometimes stored as 1 x 1 kernels, and the other way round."""
+    found = weights.shapes[key][1]
+    if found != tuple(shape) and (found[:2] != tuple(shape[:2]) or {*found[2:], *shape[2:]} != {1}):
+        raise _other_shape(weights.path.name, name, found, tuple(shape))
+    return weights.tensor(key).reshape(shape)
+
+
+def _other_shape(file: str, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ForeignFile:
+    hint = "it was made for another base"
+    if "token_embedding" in name and found[1:] == shape[1:]:
+        hint = "it adds words to the vocabulary, which a patch cannot"
+    return ForeignFile(f"{file} has shape {list(found)} for {name}, which has {list(shape)} here; {hint}")
+
+
+def _meaning(base: Base, weights: ForeignWeights, reading: FileReading) -> Meaning:
+    """Whether plain tensors are edited weights or changes, by how far they are from the base."""
+    plain = {name: keys["value"] for name, keys in reading.parts.items() if "value" in keys}
+    if not plain:
+        return "change"
+    matrices = [name for name in plain if len(base.places[name].shape) > 1]
+    apart, length = [], []
+    for name in islice(sorted(matrices or plain), SAMPLE):
+        weight = base.tensor(name).double()
+        value = _fitting(weights, plain[name], name, weight.shape).double()
+        size = float(weight.square().sum()) or 1.0
+        apart.append(float((value - weight).square().sum()) / size)
+        length.append(float(value.square().sum()) / size)
+    # The median, because one layer that was edited much says nothing about all the others.
+    if median(apart) < ALIKE:
+        return "weights"
+    if median(length) < ALIKE:
+        return "change"
+    raise ForeignFile(
+        f"{weights.path.name} has tensors that are neither like the base's weights nor small beside them, so it cannot "
+        "be decided whether they replace or change them; name the right base, or say which it is"
+    )
+
+
+def _dtypes(found: Iterable[torch.dtype]) -> tuple[str, ...]:
+    return tuple(sorted({dtype_name(dtype) for dtype in found}))
+
 
 LAYERS_SHOWN = 6
 
@@ -130,7 +556,11 @@ def import_weights(base: Base, path: Path, options: Options | None = None, *, re
     options, path = options or Options(), Path(path).expanduser().absolute()
     if not path.exists():
         raise NotFound(f"there is no file or folder at {path}; name the one to import")
-    edits = edits_of_checkpoint(base, path, options.keep_rounding) or _edits_of_file(base, path, options)
+    edits = edits_of_checkpoint(base, path, options.keep_rounding)
+    if edits is None:
+        weights = open_weights(path)
+        reading = detect(DIALECTS, base, weights.shapes)
+        edits = edits_of_file(base, weights, reading, options.meaning, options.keep_rounding)
     if edits.unmatched and not options.allow_unmatched:
         raise ForeignFile(
             f"{path.name} is read as {edits.dialect}, but {len(edits.unmatched)} of its {edits.matched + len(edits.unmatched)} "
@@ -152,11 +582,6 @@ def import_weights(base: Base, path: Path, options: Options | None = None, *, re
         raise ForeignFile(f"{path.name} changes nothing: what it has is what the base at {base.path} has")
     delta = _delta(fits)
     return Imported(delta, edits, tuple(sorted(fits)), _prove(base, delta, fits, edits, report))
-
-
-def _edits_of_file(base: Base, path: Path, options: Options) -> FileEdits:
-    weights = open_weights(path)
-    return edits_of_file(base, weights, detect(DIALECTS, base, weights.shapes), options.meaning, options.keep_rounding)
 
 
 def _fit(edit: TensorEdit | Pair, tolerance: float) -> Fitted:

@@ -23,8 +23,7 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import ATTENTION, KEYS_AND_VALUES, UNET, DenseAdapter, tensors
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.pictures import drawn
-from overpaint.solvers.trained.training import StepResult, Training, TrainingTask, concept_remaining
+from overpaint.solvers.trained.training import StepResult, Training, TrainingTask, concept_remaining, drawn
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,15 @@ from overpaint.solvers.trained.adapters import (
     with_biases,
 )
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    Trajectories,
+    generator,
+    share_left,
+)
 
 
 @dataclass(frozen=True)

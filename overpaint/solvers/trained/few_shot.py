@@ -24,14 +24,15 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import DenseAdapter, encoder_layer_tensors
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.pictures import Pictures, gathered
 from overpaint.solvers.trained.training import (
     BEFORE,
+    Pictures,
     StepResult,
     Training,
     TrainingTask,
     base_texts,
     concept_remaining,
+    gathered,
     generator,
 )
 

@@ -22,7 +22,6 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.adapters import AdapterStack, LowRankAdapter, TextMapAdapter, encoder_layer_tensors
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.pictures import gathered
 from overpaint.solvers.trained.training import (
     BEFORE,
     StepResult,
@@ -30,6 +29,7 @@ from overpaint.solvers.trained.training import (
     TrainingTask,
     base_texts,
     concept_remaining,
+    gathered,
     generator,
 )
 

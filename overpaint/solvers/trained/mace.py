@@ -45,8 +45,7 @@ from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, setting
 from overpaint.solvers.sentences import PADDING, phrasings, spread
 from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parameter
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
-from overpaint.solvers.trained.pictures import gathered
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator
+from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, gathered, generator
 from overpaint.solvers.universe import vocabulary_record
 
 TEXT_INPUT = "text_encoder"

@@ -21,8 +21,15 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, MovingAverage, tensors
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, concept_remaining, generator
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    Trajectories,
+    concept_remaining,
+    generator,
+)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,15 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import retained_prompts, training_prompts
 from overpaint.solvers.trained.adapters import LowRankAdapter, block_layers
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    Trajectories,
+    generator,
+    share_left,
+)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,15 @@ from overpaint.solvers.problem import EditProblem, setting
 from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, UNET, DenseAdapter, tensors
 from overpaint.solvers.trained.denoiser import Denoiser
-from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, generator, share_left
-from overpaint.solvers.trained.trajectories import Trajectories
+from overpaint.solvers.trained.training import (
+    BEFORE,
+    StepResult,
+    Training,
+    TrainingTask,
+    Trajectories,
+    generator,
+    share_left,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The one loop in which every training solver descends: seeded, watched, stopped when enough is forgotten.
+"""The one loop in which every training solver descends: seeded, watched, stopped when enough is forgotten; and what it
+trains on, pictures of a folder or of the base (`gathered`) and states of the base's own drawing (`Trajectories`).
 
 A solver says what changes and what one step loses (`TrainingTask`); the loop does the rest. How much of the concept is left is
 measured alike for all of them: the part of the base's guidance that the prompt still gives,
@@ -9,20 +10,30 @@ difference). It is 1 at first, 0 where the concept is drawn as if it were not na
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from overpaint.bases.layout import Layout
+from overpaint.core.errors import OverpaintError
+from overpaint.core.reporting import Progress
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
 from overpaint.solvers.trained.adapters import Adapter, MovingAverage
-from overpaint.solvers.trained.denoiser import TRAINABLE, Conditioning, Denoiser, unserved
+from overpaint.solvers.trained.denoiser import TOGETHER, TRAINABLE, Conditioning, Denoiser, unserved
 
 BEFORE = -1
 """The stream of random numbers that is used up before the first step; pictures are drawn from those below it."""
@@ -206,3 +217,155 @@ def concept_remaining(
     with change.off():
         with_it, without = model.both(x, t, named, unnamed)
     return share_left(found if own is None else found - own + without, with_it, without)
+
+
+class BadPictures(OverpaintError):
+    """A folder of example images that a solver cannot learn from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Latents [n, c, h, w] as the denoiser knows them, and the SHA-256 of every file they were made of."""
+
+    latents: Tensor
+    digests: tuple[str, ...] = ()
+
+
+def gathered(
+    model: Denoiser,
+    problem: EditProblem,
+    prompts: Sequence[str],
+    *,
+    folder: str,
+    count: int,
+    steps: int,
+    guidance: float,
+) -> Pictures:
+    """The pictures of `folder`, of which there must be `count`; or, without one, so many that the base draws."""
+    if folder:
+        return from_folder(model, folder, count, generator(problem.seed, BEFORE))
+    return drawn(model, problem, prompts, count, steps, guidance)
+
+
+@torch.no_grad()
+def from_folder(model: Denoiser, folder: str, least: int, random: torch.Generator) -> Pictures:
+    """Every picture of a folder, in the order of their digests: fitted to the base's size, mirrored or not at random, encoded.
+
+    Hidden files and folders in it are passed over. Raises BadPictures for a folder that is missing, holds anything that is no
+    picture, or holds fewer than `least`.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise BadPictures(f"{folder} is no folder; name one with pictures of the concept")
+    files = picture_files(folder)
+    if len(files) < least:
+        raise BadPictures(
+            f"{folder} holds {len(files)} pictures and at least {least} are needed; add some of the concept"
+        )
+    pixels = torch.stack([_fitted(model, file, file.read_bytes()) for file in files.values()])
+    mirrored = torch.rand(len(pixels), generator=random) < 0.5
+    pixels[mirrored] = pixels[mirrored].flip(-1)
+    parts = [model.encoded(some, random) for some in pixels.split(TOGETHER)]
+    return Pictures(torch.cat(parts), tuple(files))
+
+
+@torch.no_grad()
+def drawn(
+    model: Denoiser, problem: EditProblem, prompts: Sequence[str], count: int, steps: int, guidance: float
+) -> Pictures:
+    """What the base draws, in turn, for the prompts: `count` pictures, each with a seed of its own."""
+    found = []
+    for start in range(0, count, TOGETHER):
+        problem.report(0, count, f"drawing {start} of {count} pictures")
+        numbers = range(start, min(start + TOGETHER, count))
+        named = [prompts[n % len(prompts)] for n in numbers]
+        generators = [generator(problem.seed, BEFORE - 1 - n) for n in numbers]
+        found.append(model.drawn(named, steps, guidance, generators))
+    return Pictures(torch.cat(found))
+
+
+def picture_files(folder: str) -> dict[str, Path]:
+    """The files of a folder by the SHA-256 of their bytes, sorted: where they are and what they are called decides nothing.
+
+    A picture that is there twice counts once. Hidden files and folders are passed over; without the folder there are none.
+    """
+    path = Path(folder).expanduser()
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    seen = [file for file in sorted(files) if not file.name.startswith(".")]
+    return dict(sorted((hashlib.sha256(file.read_bytes()).hexdigest(), file) for file in seen))
+
+
+def _fitted(model: Denoiser, file: Path, content: bytes) -> Tensor:
+    """The middle of a picture in the base's size: float32 [3, h, w] in [-1, 1]."""
+    height, width = model.pixels
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of a small file that would unpack to gigabytes.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            picture = ImageOps.fit(upright.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadPictures(f"{file} is no picture that can be read ({error}); take it out of the folder") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadPictures(f"{file} is too large a picture ({error}); make it smaller") from error
+    raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return raw.permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """x_t by partial denoising under one of several texts, guided as the pipeline guides.
+
+    Without a `bank`, every draw denoises anew down to one random timestep, within the context `acting`, in which the model
+    has the weights to denoise with. With one, draws choose among all states of trajectories that were denoised once; that
+    costs a small fraction, and t varies within a batch.
+    """
+
+    model: Denoiser
+    texts: Conditioning
+    guidance: float
+    steps: int
+    acting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    bank: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def with_bank(self, size: int, random: torch.Generator, report: Progress) -> Trajectories:
+        """The same with a bank of `size` trajectories, denoised now; as it is for 0."""
+        if not size:
+            return self
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, size, TOGETHER):
+            report(0, size, f"denoising {start} of {size} trajectories")
+            asked = torch.randint(len(self.texts), (min(TOGETHER, size - start),), generator=random)
+            found += [(x.cpu(), torch.full((len(asked),), t), asked) for x, t in self._states(asked, random)]
+        states, times, texts = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return replace(self, bank=(states, times, texts))
+
+    @torch.no_grad()
+    def draw(self, random: torch.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t [n, c, h, w], t [n], and which of the texts each was drawn under [n]."""
+        device = self.model.device
+        if self.bank is not None:
+            chosen = torch.randint(len(self.bank[0]), (batch,), generator=random)
+            states, times, texts = (part[chosen].to(device) for part in self.bank)
+            return states, times, texts
+        texts = torch.randint(len(self.texts), (batch,), generator=random)
+        stop = int(torch.randint(len(self._sampler.timesteps), (1,), generator=random))
+        x, t = self._states(texts, random, stop)[-1]
+        return x, torch.full((batch,), t, device=device), texts.to(device)
+
+    @cached_property
+    def _sampler(self) -> Any:
+        return self.model.sampler(self.steps)
+
+    def _states(self, asked: Tensor, random: torch.Generator, last: int = -1) -> list[tuple[Tensor, float]]:
+        """The states of a batch of trajectories with their timesteps, from pure noise to number `last`, or to the end."""
+        model, times = self.model, self._sampler.timesteps.tolist()
+        x = torch.randn((len(asked), *model.shape), generator=random).to(model.device) * self._sampler.init_noise_sigma
+        text = self.texts[asked.to(self.texts.device)]
+        found = [(x, times[0])]
+        with self.acting():
+            for t, after in pairwise(times[: last + 1 or None]):
+                predicted = model.guided(x, torch.full((len(x),), t, device=model.device), text, self.guidance)
+                x = self._sampler.step(predicted, t, x).prev_sample
+                found.append((x, after))
+        return found

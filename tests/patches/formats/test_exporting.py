@@ -24,10 +24,9 @@ from overpaint.commands.patches import READERS as TOOLS
 from overpaint.core.errors import AlreadyExists
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, Sum, TextMap, Xor
+from overpaint.patches.formats.dialects import READERS
 from overpaint.patches.formats.exporting import FORMATS, ROUNDING, STORED, About, Exported, NotExportable, export
-from overpaint.patches.formats.importing import import_weights
-from overpaint.patches.formats.readers import READERS
-from overpaint.patches.formats.reading import Meaning
+from overpaint.patches.formats.importing import Meaning, import_weights
 from tests.patches.formats.models import dense, layers, low_rank, noise, some_terms, text_maps
 
 ABOUT = About("safe", [("aa", "cat", 1.0), ("bb", "dog", 0.5)], "2026-01-31")

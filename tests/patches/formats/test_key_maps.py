@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from overpaint.patches.formats import dialects
-from overpaint.patches.formats.dialects import DIALECTS, ldm_modules, modules_of, split
-from overpaint.patches.formats.readers import READERS
+from overpaint.patches.formats.dialects import DIALECTS, READERS, ldm_modules, modules_of, split
 from tests.patches.formats.conftest import ARCHITECTURES
 from tests.patches.formats.key_maps import a1111, comfyui, ldm_of, sd_scripts, true_model, unet_weights
 

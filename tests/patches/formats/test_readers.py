@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from overpaint.bases.base import Base
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import Term, compose
+from overpaint.patches.formats.dialects import READERS
 from overpaint.patches.formats.exporting import About, Exported, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
-from overpaint.patches.formats.readers import READERS
 from tests.patches.formats.models import dense, low_rank, text_maps
 
 Models = Callable[[str, torch.dtype], Base]

@@ -16,9 +16,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.layout import layouts
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import TextMap
+from overpaint.patches.formats.dialects import READERS
 from overpaint.patches.formats.exporting import About, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
-from overpaint.patches.formats.readers import READERS
 from tests.bases.tiny_transformers import tiny_transformer
 from tests.patches.formats.models import text_maps
 

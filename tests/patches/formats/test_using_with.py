@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 import overpaint
 from overpaint.cli import main
+from overpaint.patches.formats.dialects import READERS
 from overpaint.patches.formats.exporting import FORMATS
-from overpaint.patches.formats.readers import READERS
 from overpaint.testing import tiny_pipeline
 
 PAGE = Path(__file__).parents[3] / "docs" / "using-with.md"

@@ -1,4 +1,4 @@
-"""What an embedded base knows: objects, styles, backgrounds and the sentences that name them.
+"""The bases that ship with the package, and what they know: objects, styles, backgrounds and the sentences that name them.
 
 The words are data (`catalogue.json` in the base's folder), so that training, judging and the demo speak of the same things.
 """
@@ -11,7 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-EMOJI = Path(__file__).parent / "model"
+EMOJI = Path(__file__).parent / "emoji" / "model"
+EMBEDDED_BASES = {"emoji": EMOJI, "emoji-dit": Path(__file__).parent / "emoji-dit"}
+"""A small Stable Diffusion, and a small Stable Diffusion 3, a diffusion transformer."""
 
 
 @dataclass(frozen=True)
