@@ -86,6 +86,7 @@ class JudgeNetwork(nn.Module):
         return activations.flatten(1)
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Logits [n, classes] by head."""
         features = self.features(pictures)
         return {name: head(features) for name, head in self.heads.items()}
 
