@@ -179,15 +179,7 @@ def crosstalk(
     if out:
         from overpaint.evaluation.figures import heat_map
 
-        heat_map(
-            out,
-            measured.ratios,
-            [concept for _, concept in measured.patches],
-            measured.concepts,
-            title="Cross-talk, relative to the patch's own concept",
-            row_label="patch",
-            column_label="concept",
-        )
+        heat_map(out, measured.heat_map("Cross-talk, relative to the patch's own concept"))
         terminal.note(f"wrote {out}")
     method = {concept: how for (_, concept), how in zip(measured.patches, measured.methods, strict=True)}
     rows: list[list[Any]] = [

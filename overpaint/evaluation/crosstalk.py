@@ -35,6 +35,7 @@ from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import json_digest
+from overpaint.evaluation.report_page import HeatMap
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import Patch
@@ -172,6 +173,11 @@ class Crosstalk:
     concepts: tuple[str, ...]
     methods: tuple[str, ...]
     ratios: NDArray[np.float64]
+
+    def heat_map(self, caption: str) -> HeatMap:
+        """The ratios, a row for each patch and a column for each concept."""
+        rows = tuple(concept for _, concept in self.patches)
+        return HeatMap(rows, self.concepts, tuple(tuple(map(float, row)) for row in self.ratios), caption, "patch")
 
     def pairs(self) -> list[Pair]:
         """Every pair of two different concepts, the strongest first."""

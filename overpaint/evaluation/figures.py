@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.evaluation.report_page import Chart, Section
+from overpaint.evaluation.report_page import Chart, HeatMap, Section
 
 MARGIN, GAP, PADDING = 28, 10, 16
 """Pixels around the sheet, between pictures, and between pictures and words."""
@@ -124,11 +124,7 @@ def save_figures(page: Path, sections: Sequence[Section]) -> tuple[tuple[Path, .
     try:
         for heat in (heat for section in sections for heat in section.heats if heat.file):
             files.append(page.with_name(f"{page.stem}-{heat.file}.png"))
-            values = np.array(
-                [[np.nan if value is None else value for value in row] for row in heat.values], np.float64
-            )
-            labels = {"row_label": heat.corner, "column_label": "concept"}
-            heat_map(files[-1], values, heat.rows, heat.columns, title=heat.caption, **labels)
+            heat_map(files[-1], heat)
         for chart in (chart for section in sections for chart in section.charts if chart.file):
             files.append(page.with_name(f"{page.stem}-{chart.file}.png"))
             line_chart(files[-1], chart)
@@ -137,39 +133,26 @@ def save_figures(page: Path, sections: Sequence[Section]) -> tuple[tuple[Path, .
     return tuple(files), ()
 
 
-def heat_map(
-    path: Path,
-    values: NDArray[np.float64],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    title: str,
-    row_label: str,
-    column_label: str,
-) -> None:
-    """Save a matrix, float64 [rows, columns] in 0 to 1, as a labelled heat map; larger values are cut off at 1.
-
-    NaN is a cell without a number.
+def heat_map(path: Path, heat: HeatMap) -> None:
+    """Save a heat map; numbers above 1 are coloured as 1.
 
     Raises AlreadyExists when the file is there, OverpaintError when matplotlib is missing or the file cannot be written.
     """
-    if path.exists():
-        raise AlreadyExists(f"{path} is already there; name another file")
-    figure: Any = _figure()(figsize=(2.5 + 0.45 * len(columns), 1.8 + 0.4 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    axes = _axes(path, 2.5 + 0.45 * len(heat.columns), 1.8 + 0.4 * len(heat.rows))
+    values = np.array([[np.nan if value is None else value for value in row] for row in heat.values], np.float64)
     shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(column_label)
-    axes.set_ylabel(row_label)
-    axes.set_title(title, loc="left")
-    if len(rows) * len(columns) <= 400:
+    axes.set_xticks(range(len(heat.columns)), heat.columns, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(heat.rows)), heat.rows)
+    axes.set_xlabel("concept")
+    axes.set_ylabel(heat.corner)
+    axes.set_title(heat.caption, loc="left")
+    if values.size <= 400:
         for i, j in np.ndindex(*values.shape):
             if np.isfinite(values[i, j]):
                 ink = "black" if values[i, j] > 0.6 else "white"
                 axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=ink, fontsize=7)
-    figure.colorbar(shown, ax=axes)
-    _save(figure, path)
+    axes.figure.colorbar(shown, ax=axes)
+    _save(axes.figure, path)
 
 
 def line_chart(path: Path, chart: Chart) -> None:
@@ -177,10 +160,7 @@ def line_chart(path: Path, chart: Chart) -> None:
 
     Raises AlreadyExists when the file is there, OverpaintError when matplotlib is missing or the file cannot be written.
     """
-    if path.exists():
-        raise AlreadyExists(f"{path} is already there; name another file")
-    figure: Any = _figure()(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = _axes(path, 7, 4)
     ticks = sorted({x for line in chart.lines for x, *_ in line.points})
     for number, line in enumerate(chart.lines):
         places = [ticks.index(x) for x, *_ in line.points]
@@ -194,7 +174,7 @@ def line_chart(path: Path, chart: Chart) -> None:
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    _save(axes.figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -205,9 +185,12 @@ def _save(figure: Any, path: Path) -> None:
         raise OverpaintError(f"cannot write {path} ({error.strerror}); choose a place you may write to") from error
 
 
-def _figure() -> Any:
+def _axes(path: Path, width: float, height: float) -> Any:
+    """An empty figure for a new file, in inches."""
+    if path.exists():
+        raise AlreadyExists(f"{path} is already there; name another file")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'") from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained").subplots()

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from overpaint.core import __version__
 from overpaint.evaluation.crosstalk import WARN_ABOVE, Crosstalk
-from overpaint.evaluation.report_page import HeatMap, templates
+from overpaint.evaluation.report_page import templates
 from overpaint.registry.records import HistoryRecord, RecipeRecord
 from overpaint.workspace.studio import DrawnPicture
 
@@ -71,13 +71,8 @@ def change_in_words(line: HistoryRecord) -> str:
 
 def crosstalk_html(measured: Crosstalk) -> str:
     """The heat map, and the strongest pairs in words."""
-    heat = HeatMap(
-        rows=tuple(concept for _, concept in measured.patches),
-        columns=measured.concepts,
-        values=tuple(tuple(float(value) for value in row) for row in measured.ratios),
-        caption="How much each patch (row) moves what the model reads of each concept (column), relative to its own",
-        corner="patch",
-    )
+    caption = "How much each patch (row) moves what the model reads of each concept (column), relative to its own"
+    heat = measured.heat_map(caption)
     strong = measured.above()
     return _rendered("crosstalk", heat=heat, strong=strong[:PAIRS], more=len(strong[PAIRS:]), limit=WARN_ABOVE)
 

@@ -10,7 +10,7 @@ from threading import RLock
 from overpaint.bases.base import Base
 from overpaint.bases.loading import resolve_device
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.images import ImageCache, ImageGenerator, Picture, Sampler, preferred_guidance
+from overpaint.evaluation.images import ImageCache, ImageGenerator, Pixels, Sampler, preferred_guidance
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.workspace.opened import OpenRegistry
 
@@ -19,7 +19,7 @@ from overpaint.workspace.opened import OpenRegistry
 class DrawnPicture:
     """A picture, uint8 [h, w, 3], the PNG file that holds it, and the digest of the weights that drew it."""
 
-    pixels: Picture
+    pixels: Pixels
     file: Path
     weights: str
 

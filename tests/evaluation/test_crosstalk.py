@@ -19,6 +19,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.crosstalk import ConceptMoments, Crosstalk, crosstalk
 from overpaint.evaluation.figures import heat_map
+from overpaint.evaluation.report_page import HeatMap
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.patch import Patch, make_patch
@@ -152,7 +153,7 @@ def test_a_figure_never_replaces_a_file(tmp_path: Path) -> None:
     out = tmp_path / "heat.png"
     out.write_text("mine")
     with pytest.raises(AlreadyExists):
-        heat_map(out, np.zeros((1, 1)), ["a"], ["b"], title="", row_label="", column_label="")
+        heat_map(out, HeatMap(("a",), ("b",), ((0.0,),), "", ""))
     assert out.read_text() == "mine"
 
 

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from PIL import Image
 
 from overpaint.cli import main
 from overpaint.core.errors import AlreadyExists, OverpaintError
-from overpaint.evaluation import figures
 from overpaint.evaluation.context import SHARE
 from overpaint.evaluation.metrics import UNDECIDED, Measurement
 from overpaint.evaluation.report_page import (
@@ -180,10 +180,7 @@ def test_a_recipe_that_was_not_evaluated_is_refused_with_the_command_to_type(
 def test_without_matplotlib_only_the_figures_are_missing(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none() -> None:
-        raise OverpaintError("figures need matplotlib: pip install 'overpaint[figures]'")
-
-    monkeypatch.setattr(figures, "_figure", none)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = workspace.recipe("safe").report(tmp_path / "r.html", device="cpu")
     assert [path.suffix for path in done.files] == [".html", ".json", ".csv"]
     assert repr(done) == f"<Reported {tmp_path / 'r.html'} and 2 files beside it>"
