@@ -20,12 +20,11 @@ from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json
 from overpaint.registry import Registry
-from overpaint.registry.gc import plan
-from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import Parts, joined, read_manifest
+from overpaint.registry.upkeep import plan_collection, verify
 
 WIDTH, RANK = 768, 8
 FINGERPRINT = hashlib.sha256(b"a base").hexdigest()
@@ -56,7 +55,7 @@ def measure(folder: Path, count: int, alike: int) -> list[dict[str, Any]]:
         rows.append([what, seconds, seconds / unit])
 
     row("verify", lambda: verify(ours), read)
-    row("plan a collection of garbage", lambda: plan(ours), read)
+    row("plan a collection of garbage", lambda: plan_collection(ours), read)
     copied = timed(lambda: shutil.copytree(folder / "ours" / "blobs", folder / "copy"))
     rows.append(["copy the folder of blobs", copied, 1.0])
     row("push to an empty folder", lambda: push(ours, folder / "shared"), copied)

@@ -81,11 +81,11 @@ def gc(ctx: click.Context, dry_run: bool, grace: float, resume: bool, digests: b
     Example:
       overpaint gc --dry-run
     """
-    from overpaint.registry.gc import DAY, collect, plan
+    from overpaint.registry.upkeep import DAY, collect, plan_collection
 
     with Terminal() as terminal, interruptible(terminal, lambda: "`overpaint gc --resume` goes on from here"):
         registry = open_workspace(ctx, terminal=terminal).registry
-        planned = plan(registry, grace=grace * DAY, resume=resume, progress=terminal.progress)
+        planned = plan_collection(registry, grace=grace * DAY, resume=resume, progress=terminal.progress)
         terminal.clear()
         rows = [[blob.digest, blob.nbytes] for blob in planned.unneeded]
         rows += [[file.name, file.nbytes] for file in planned.leftovers]
@@ -132,7 +132,7 @@ def db_backup(ctx: click.Context, file: Path) -> None:
     Example:
       overpaint db backup before-the-upgrade.db
     """
-    from overpaint.registry.backup import backup
+    from overpaint.registry.schema import backup
 
     click.echo(f"backed up {backup(ctx.obj, file)} bytes to {file}")
 
@@ -149,8 +149,8 @@ def db_restore(ctx: click.Context, file: Path) -> None:
     Example:
       overpaint db restore before-the-upgrade.db
     """
-    from overpaint.registry.backup import restore
     from overpaint.registry.models import HEAD
+    from overpaint.registry.schema import restore
 
     done = restore(ctx.obj, file)
     click.echo(f"restored {file}" + (f"; what was there is {done.kept}" if done.kept else ""))

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.formats.importing import Meaning
-    from overpaint.registry.integrity import Verified
     from overpaint.registry.sharing.browsing import Listed
     from overpaint.registry.sharing.hub import Beside
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
+    from overpaint.registry.upkeep import Verified
     from overpaint.workspace.compression import Compressed
     from overpaint.workspace.decoupling import DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
@@ -468,11 +468,11 @@ class Workspace(OpenRegistry):
     # Upkeep and sharing
 
     def verify(self, *, progress: Progress = silent, resume: bool = False) -> Verified:
-        """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.integrity`.
+        """Read every row, patch and blob again; damaged blobs go to quarantine. See `overpaint.registry.upkeep`.
 
         With `resume`, what was read by a call that was stopped is not read again.
         """
-        from overpaint.registry.integrity import verify
+        from overpaint.registry.upkeep import verify
 
         return verify(self.registry, resume=resume, progress=progress)
 

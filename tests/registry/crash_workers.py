@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from overpaint.registry import Registry
-from overpaint.registry.gc import collect, plan
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobStore
+from overpaint.registry.upkeep import collect, plan_collection
 
 from .contents import lay
 from .patch_maker import FINGERPRINT, keep, numbers, patch_file
@@ -53,7 +53,7 @@ def collect_garbage(folder: Path, seed: int, tell: Tell) -> None:
     for number in itertools.count():
         garbage = registry.blobs.put(f"garbage {seed} {number}".encode())
         os.utime(registry.folder / "blobs" / "sha256" / garbage[:2] / garbage, (0, 0))
-        collect(registry, plan(registry, grace=0))
+        collect(registry, plan_collection(registry, grace=0))
         tell(b"collected")
 
 

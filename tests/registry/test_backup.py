@@ -16,8 +16,8 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry, models
-from overpaint.registry.backup import BadBackup, backup, restore
 from overpaint.registry.database import RegistryVersionError
+from overpaint.registry.schema import BadBackup, backup, restore
 
 from .patch_maker import keep, patch_file
 
@@ -105,7 +105,7 @@ def test_a_damaged_database_goes_back_when_the_backup_cannot_be_written(
     path = registry.folder / "registry.db"
     path.write_bytes(b"no database" * 1000)
     before = files_in(registry.folder)
-    monkeypatch.setattr("overpaint.registry.backup.copy_database", fail)
+    monkeypatch.setattr("overpaint.registry.schema.copy_database", fail)
     with pytest.raises(OverpaintError, match="full"):
         restore(registry.folder, copy)
     assert path.read_bytes() == b"no database" * 1000

@@ -11,8 +11,7 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.gc import collect, plan
-from overpaint.registry.integrity import row_problems
+from overpaint.registry.upkeep import collect, plan_collection, row_problems
 
 from .contents import add_patch, lay
 
@@ -119,7 +118,7 @@ def test_a_removed_patch_is_gone_with_its_tags_and_its_bytes_are_garbage(either:
     assert either.search("apple").patches == (either.patch(other.id),)
     assert [each.name for each in either.tags("good")] == [other.id]
     assert row_problems(either) == []
-    assert collect(either, plan(either, grace=-60)).removed == 1
+    assert collect(either, plan_collection(either, grace=-60)).removed == 1
     with pytest.raises(NotFound):
         either.remove_patch(patch.id)
     assert add_patch(either, "one").id == patch.id

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from overpaint.registry import Registry, gc, models
-from overpaint.registry.integrity import verify
+from overpaint.registry import Registry, models, upkeep
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
+from overpaint.registry.upkeep import verify
 
 from . import crash_workers as workers
 from .contents import lay, stock
@@ -129,7 +129,7 @@ def test_a_killed_writer_of_patches_loses_nothing_it_had_stored(fresh: Callable[
         stored.update(killed(workers.solve_and_store, folder, seed))
         registry = opened_and_sound(folder)
         assert stored <= {record.id for record in registry.patches()}
-        between += bool(gc.plan(registry, grace=-60).unneeded) or workers.leftovers(registry.blobs) > 0
+        between += bool(upkeep.plan_collection(registry, grace=-60).unneeded) or workers.leftovers(registry.blobs) > 0
     assert between > 0, "no kill fell between a blob and its row, so this has shown little"
 
 

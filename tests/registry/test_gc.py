@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from overpaint.registry import Registry, gc
-from overpaint.registry.gc import DAY, CannotTell, Collected, collect, plan
-from overpaint.registry.integrity import verify
+from overpaint.registry import Registry, upkeep
 from overpaint.registry.store import PatchFiles
+from overpaint.registry.upkeep import DAY, CannotTell, Collected, collect, plan_collection, verify
 
 from .contents import add_patch
 from .patch_maker import id_of, keep, numbers, patch_file
@@ -48,7 +47,7 @@ def test_what_no_patch_needs_is_removed_and_the_rest_is_not(registry: Registry) 
     garbage = old_blob(registry, b"garbage")
     age_everything(registry)
     before = set(registry.blobs.digests())
-    planned = plan(registry)
+    planned = plan_collection(registry)
     assert [blob.digest for blob in planned.unneeded] == [garbage]
     assert (planned.needed, planned.young, planned.nbytes) == (len(before) - 1, 0, len(b"garbage"))
     done = collect(registry, planned)
@@ -71,13 +70,13 @@ def test_a_plan_that_was_stopped_goes_on_and_spares_what_came_meanwhile(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan(registry, progress=stop)
+        plan_collection(registry, progress=stop)
     for number in range(8, 16):  # some of their ids are among those that were passed already
         keep(registry, patch_file(str(number), {"unet/own": numbers(number, 4)}))
     age_everything(registry)
     read: list[str] = []
     monkeypatch.setattr(PatchFiles, "manifest", counted(PatchFiles.manifest, read))
-    planned = plan(registry, resume=True)
+    planned = plan_collection(registry, resume=True)
     assert not set(read) & {text.split()[1] for text in seen[:5]}
     assert collect(registry, planned).removed == 1
     assert not registry.blobs.exists(garbage)
@@ -96,20 +95,20 @@ def counted(method: Any, into: list[str]) -> Any:
 
 def test_a_plan_removes_nothing(registry: Registry) -> None:
     garbage = old_blob(registry, b"garbage")
-    plan(registry)
+    plan_collection(registry)
     assert registry.blobs.exists(garbage)
 
 
 def test_the_young_are_left_alone_for_as_long_as_one_says(registry: Registry) -> None:
     for days in (1, 5, 20):
         old_blob(registry, str(days).encode(), days)
-    assert [len(plan(registry, grace=grace * DAY).unneeded) for grace in (0, 3, 14, 30)] == [3, 2, 1, 0]
-    assert plan(registry, grace=3 * DAY).young == 1
+    assert [len(plan_collection(registry, grace=grace * DAY).unneeded) for grace in (0, 3, 14, 30)] == [3, 2, 1, 0]
+    assert plan_collection(registry, grace=3 * DAY).young == 1
 
 
 def test_what_was_put_again_since_the_plan_is_spared(registry: Registry) -> None:
     again, gone = old_blob(registry, b"again"), old_blob(registry, b"gone")
-    planned = plan(registry)
+    planned = plan_collection(registry)
     registry.blobs.put(b"again")
     done = collect(registry, planned)
     assert (done.removed, done.spared) == (1, 1)
@@ -121,7 +120,7 @@ def test_what_a_new_patch_needs_is_spared_though_it_looks_old(registry: Registry
     file = patch_file("one")
     PatchFiles(registry.blobs).put(id_of(file), file)
     age_everything(registry)
-    planned = plan(registry)
+    planned = plan_collection(registry)
     assert len(planned.unneeded) == 3
     keep(registry, file)
     age_everything(registry)  # as in a store that does not know when a blob was put again
@@ -140,7 +139,7 @@ def test_a_writer_between_blob_and_row_puts_again_what_was_collected(
         put(files, id, file)
         if not runs:
             age_everything(registry)
-            runs.append(collect(registry, plan(registry, grace=0)))
+            runs.append(collect(registry, plan_collection(registry, grace=0)))
 
     monkeypatch.setattr(PatchFiles, "put", put_and_collect)
     record = keep(registry, patch_file("one"))
@@ -154,7 +153,7 @@ def test_a_writer_that_waits_for_the_collector_finds_out(registry: Registry, mon
     file = patch_file("one")
     PatchFiles(registry.blobs).put(id_of(file), file)
     age_everything(registry)
-    planned = plan(registry, grace=0)
+    planned = plan_collection(registry, grace=0)
     waiting, writer = threading.Event(), threading.Thread(target=keep, args=(registry, file))
     writing = registry._database.writing
 
@@ -165,7 +164,7 @@ def test_a_writer_that_waits_for_the_collector_finds_out(registry: Registry, mon
         with writing() as session:
             yield session
 
-    still_old = gc._still_old
+    still_old = upkeep._still_old
 
     def wait_first(*args: Any) -> bool:
         if not writer.is_alive() and not waiting.is_set():
@@ -175,7 +174,7 @@ def test_a_writer_that_waits_for_the_collector_finds_out(registry: Registry, mon
         return still_old(*args)
 
     monkeypatch.setattr(registry._database, "writing", announced)
-    monkeypatch.setattr(gc, "_still_old", wait_first)
+    monkeypatch.setattr(upkeep, "_still_old", wait_first)
     assert collect(registry, planned).removed == 3
     writer.join(20)
     assert registry.blob(registry.patch("apple")) == file
@@ -185,8 +184,8 @@ def test_a_writer_that_waits_for_the_collector_finds_out(registry: Registry, mon
 def test_many_blobs_are_removed_a_little_at_a_time(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         old_blob(registry, str(number).encode())
-    planned = plan(registry)
-    monkeypatch.setattr(gc, "HOLD", 0.0)
+    planned = plan_collection(registry)
+    monkeypatch.setattr(upkeep, "HOLD", 0.0)
     said: list[int] = []
     assert collect(registry, planned, progress=lambda step, of, text: said.append(step)).removed == 5
     assert said == [0, 1, 2, 3, 4]
@@ -198,7 +197,7 @@ def test_old_temporary_files_go_and_young_ones_stay(registry: Registry) -> None:
     for name, days in ((".tmp-old", 2.0), (".tmp-young", 0.5)):
         (folder / name).write_bytes(b"half")
         os.utime(folder / name, (time.time() - days * DAY,) * 2)
-    planned = plan(registry, grace=0)
+    planned = plan_collection(registry, grace=0)
     assert planned.nbytes == 4
     assert collect(registry, planned).removed == 1
     assert [path.name for path in folder.iterdir()] == [".tmp-young"]
@@ -215,9 +214,9 @@ def test_nothing_is_removed_while_a_manifest_cannot_be_read(registry: Registry, 
         path.chmod(0o644)
         path.write_bytes(b"{}")
     with pytest.raises(CannotTell, match=f"{record.id} .apple. is {how}.*overpaint verify"):
-        plan(registry)
+        plan_collection(registry)
     keep(registry, patch_file("one"))
-    assert len(plan(registry).unneeded) == 1
+    assert len(plan_collection(registry).unneeded) == 1
 
 
 def test_what_is_in_quarantine_is_never_removed(registry: Registry) -> None:
@@ -227,5 +226,5 @@ def test_what_is_in_quarantine_is_never_removed(registry: Registry) -> None:
     path.write_bytes(b"pain")
     registry.blobs.put(b"paint")
     age(registry, digest, 30)
-    collect(registry, plan(registry, grace=0))
+    collect(registry, plan_collection(registry, grace=0))
     assert [file.read_bytes() for file in (registry.folder / "quarantine").rglob("*") if file.is_file()] == [b"pain"]

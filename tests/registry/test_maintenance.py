@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from overpaint.cli import main
-from overpaint.registry import Registry, gc
-from overpaint.registry.integrity import verify
+from overpaint.registry import Registry, upkeep
+from overpaint.registry.upkeep import verify
 
 from .patch_maker import keep, patch_file
 from .store_contract import name_of
@@ -96,7 +96,7 @@ def test_the_same_on_each_kind_of_database(either: Registry) -> None:
     garbage = either.blobs.put(b"garbage")
     os.utime(either.folder / name_of(garbage), (0, 0))
     assert verify(either).problems == ()
-    assert gc.collect(either, gc.plan(either)).removed == 1
+    assert upkeep.collect(either, upkeep.plan_collection(either)).removed == 1
     either.blobs.discard(record.id)
     (problem,) = verify(either).problems
     assert (problem.patch, problem.concept) == (record.id, "apple")

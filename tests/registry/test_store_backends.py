@@ -16,8 +16,7 @@ import pytest
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.store import BlobStore, Files, open_files, open_store, place_store
-from overpaint.registry.store.files import FolderFiles
-from overpaint.registry.store.remote import RemoteFiles, Unreachable
+from overpaint.registry.store.files import FolderFiles, RemoteFiles, Unreachable
 
 from .contents import add_patch
 from .store_contract import StoreContract

@@ -18,8 +18,8 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import PatchRecord, Registry
-from overpaint.registry.integrity import LEDGER, Problem, row_problems, verify
 from overpaint.registry.store import BlobStore, PatchFiles
+from overpaint.registry.upkeep import LEDGER, Problem, row_problems, verify
 
 from .contents import lay, stock
 from .patch_maker import keep, numbers, patch_file

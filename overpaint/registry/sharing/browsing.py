@@ -10,15 +10,13 @@ from pathlib import Path
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import HistoriesDiverged, compare_histories
 from overpaint.registry.registry import Registry
-from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
 from overpaint.registry.sharing.documents import KEY, PATCH, SIGNED_LIST, BadLayout, Descriptor, base_document
 from overpaint.registry.sharing.ingest import BadFileKind, Offers, PullRequest, existing_layout, read_offers
-from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, is_archive
 from overpaint.registry.sharing.merge_history import Record, record_of
 from overpaint.registry.sharing.oci_registry import RegistryFiles
 from overpaint.registry.sharing.selection import PatchOffer, RecipeOffer
-from overpaint.registry.sharing.signing import Untrusted, key_id, signer_of
-from overpaint.registry.sharing.trust import SignedList, signatures_of, signed_list
+from overpaint.registry.sharing.signing import SignedList, Untrusted, key_id, signatures_of, signed_list, signer_of
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import reported
 from overpaint.registry.sharing.documents import Descriptor, members_of, read_document
 from overpaint.registry.store import FileInfo
-from overpaint.registry.store.files import checked_parts, too_long
-from overpaint.registry.store.remote import Unreachable
+from overpaint.registry.store.files import Unreachable, checked_parts, too_long
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

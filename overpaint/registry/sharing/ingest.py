@@ -8,6 +8,7 @@ anybody would see.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,22 +23,21 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry
-from overpaint.registry.sharing.archive import BLOCK, ArchiveReader, is_archive
 from overpaint.registry.sharing.documents import (
     INDEX_LIMIT,
+    NAME,
     PATCH,
     RECIPE,
     VOCABULARY,
     BadLayout,
     Descriptor,
+    read_document,
 )
-from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, is_archive
 from overpaint.registry.sharing.merge_history import merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd
-from overpaint.registry.sharing.signing import Keyring, Untrusted
-from overpaint.registry.sharing.trust import Trust
-from overpaint.registry.sharing.vocabularies import take
-from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
+from overpaint.registry.sharing.signing import Keyring, Trust, Untrusted
+from overpaint.registry.store import DIGEST, BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
 from overpaint.registry.store.patch_files import Array, BadManifest, Manifest, Parts, joined, split
 
@@ -261,7 +261,7 @@ def receive(registry: Registry, layout: OciLayout, request: PullRequest, *, reme
     known = tuple(row.id for row in rows if row.id not in new)
     if request.vocabularies and Selection.by(request.patches, request.recipes).everything:
         folder, check = request.vocabularies, request.check_vocabulary
-        nbytes += take(layout, found.entries, folder, check, found.trust, request.warn)
+        nbytes += _take_vocabularies(layout, found.entries, folder, check, found.trust, request.warn)
     return Received(tuple(new), known, tuple(outcomes), nbytes, request.trusted is not None)
 
 
@@ -370,3 +370,50 @@ def _import_patch(registry: Registry, data: bytes, path: Path, request: PullRequ
     files.put(row.id, data)
     keep(registry, row, hashlib.sha256(data).hexdigest(), bases[row.fingerprint], request.warn)
     return Received((row.id,), (), (), len(data), verified=False)
+
+
+VOCABULARY_LIMIT = 1 << 30
+"""The most bytes that an encoded vocabulary may have: twelve sentences of a text encoder 2,048 wide are 200 MB."""
+
+
+def _take_vocabularies(
+    layout: OciLayout,
+    entries: Sequence[Descriptor],
+    folder: Path,
+    check: Callable[[Path], object],
+    trust: Trust | None,
+    warn: Callable[[str], None],
+) -> int:
+    """Put the vocabularies that a layout lists and the folder lacks there; returns how many bytes were read.
+
+    `check` is called with each file, under its name in a place of its own, and raises OverpaintError if it will not do.
+    """
+    nbytes = 0
+    for entry in entries:
+        name = entry.annotations.get(NAME, "")
+        if entry.artifact_type != VOCABULARY or not DIGEST.fullmatch(name) or (folder / f"{name}.safetensors").exists():
+            continue
+        try:
+            if trust is not None:
+                trust.require(entry.digest, f"the vocabulary {name[:12]}")
+            nbytes += _vocabulary(layout, entry, folder / f"{name}.safetensors", check)
+        except (OverpaintError, OSError) as error:
+            warn(f"the vocabulary {name[:12]} was left out, and is computed when it is needed: {error}")
+    return nbytes
+
+
+def _vocabulary(layout: OciLayout, entry: Descriptor, target: Path, check: Callable[[Path], object]) -> int:
+    where = f"the document {entry.digest} of {layout.where}"
+    layers = read_document(layout.document(entry), where).get("layers")
+    if not isinstance(layers, list) or len(layers) != 1:
+        raise BadLayout(f"{where} is not that of one vocabulary")
+    blob = Descriptor.from_json(layers[0], where)
+    if blob.size > VOCABULARY_LIMIT:
+        raise BadLayout(f"{where} claims {blob.size} bytes, and a vocabulary has at most {VOCABULARY_LIMIT}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        file = Path(scratch) / target.name
+        file.write_bytes(layout.blob(blob.digest, blob.size))
+        check(file)
+        file.replace(target)
+    return blob.size

@@ -37,8 +37,7 @@ from overpaint.registry.sharing.documents import (
     read_document,
 )
 from overpaint.registry.store import FileInfo
-from overpaint.registry.store.files import too_long
-from overpaint.registry.store.remote import Unreachable
+from overpaint.registry.store.files import Unreachable, too_long
 
 SCHEME = re.compile(r"oci(?P<plain>\+http)?://", re.IGNORECASE)
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

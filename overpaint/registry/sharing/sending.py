@@ -16,7 +16,6 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.registry.history import compare_histories
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
-from overpaint.registry.sharing.archive import new_archive
 from overpaint.registry.sharing.documents import (
     COUNTER,
     CREATED,
@@ -38,16 +37,15 @@ from overpaint.registry.sharing.documents import (
     recipe_document,
     record_document,
     signature_document,
+    vocabulary_document,
 )
 from overpaint.registry.sharing.hub import Beside
-from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.layout import OciLayout, new_archive
 from overpaint.registry.sharing.merge_history import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
-from overpaint.registry.sharing.signing import Signer, Untrusted
-from overpaint.registry.sharing.trust import SignedList, refuse_older, seen_counter, signed_list
-from overpaint.registry.sharing.trust import remember as remember_counters
-from overpaint.registry.sharing.vocabularies import documents
-from overpaint.registry.store import PatchFiles
+from overpaint.registry.sharing.signing import SignedList, Signer, Untrusted, refuse_older, seen_counter, signed_list
+from overpaint.registry.sharing.signing import remember as remember_counters
+from overpaint.registry.store import DIGEST, PatchFiles
 from overpaint.registry.store.patch_files import Manifest, Parts, split
 
 # What the OCI image format allows for the name of a reference.
@@ -178,7 +176,7 @@ def send(
     sender.patches(PatchFiles(registry.blobs), ordered, workers, progress)
     for each in records:
         sender.recipe(each)
-    for document, name, data in documents(vocabularies) if asked.everything and vocabularies else ():
+    for document, name, data in _vocabularies(vocabularies) if asked.everything and vocabularies else ():
         sender.vocabulary(document, name, data)
     newer = sender.finish(records)
     if remember and signer is not None:
@@ -381,3 +379,15 @@ def _array(
     files: PatchFiles, name: str, digest: str, label: bytes, whole: Parts | None
 ) -> tuple[bytes | memoryview, ...]:
     return (files.blobs.get(digest),) if whole is None else (label, whole.values[name])
+
+
+def _vocabularies(folder: Path) -> Iterable[tuple[Document, str, bytes]]:
+    """For each encoded vocabulary of a folder that is whole, by name: its document, its name and its bytes.
+
+    They are hours of a large text encoder's work, and nothing that cannot be done again: they go with everything, not with
+    chosen patches.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        if DIGEST.fullmatch(file.stem):
+            data = file.read_bytes()
+            yield vocabulary_document(data), file.stem, data

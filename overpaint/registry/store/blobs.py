@@ -14,8 +14,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.urls import URL, has_credentials
 from overpaint.registry.db_errors import plain_disk_errors
-from overpaint.registry.store.files import TEMPORARY, FileInfo, Files, FolderFiles
-from overpaint.registry.store.remote import RemoteFiles
+from overpaint.registry.store.files import TEMPORARY, FileInfo, Files, FolderFiles, RemoteFiles
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SHARDS = "blobs/sha256"

@@ -11,8 +11,7 @@ from overpaint.registry.history import HistoriesDiverged
 from overpaint.registry.sharing.browsing import Listed, browse, would_change
 from overpaint.registry.sharing.ingest import BadFileKind, MissingBase, PullRequest, pull
 from overpaint.registry.sharing.sending import export, push
-from overpaint.registry.sharing.signing import Untrusted, key_id, load_keyring, load_signer, new_key
-from overpaint.registry.sharing.trust import SEEN
+from overpaint.registry.sharing.signing import SEEN, Untrusted, key_id, load_keyring, load_signer, new_key
 from tests.registry.contents import lay
 
 from .conftest import FINGERPRINT, is_empty, labelled

@@ -20,7 +20,6 @@ from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.documents import (
     INDEX,
     MANIFEST,
@@ -38,6 +37,7 @@ from overpaint.registry.sharing.merge_history import record_of
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import open_files
 from overpaint.registry.store.patch_files import Parts, joined, read_manifest
+from overpaint.registry.upkeep import verify
 from tests.registry.patch_maker import numbers
 
 from .conftest import FINGERPRINT, is_empty, labelled

@@ -19,7 +19,6 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.history import HistoriesDiverged
-from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.documents import (
     CREATED,
     PATCH,
@@ -31,9 +30,9 @@ from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_f
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.sending import WORKERS, export, push
 from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
-from overpaint.registry.store.files import FolderFiles
+from overpaint.registry.store.files import FolderFiles, RemoteFiles
 from overpaint.registry.store.patch_files import read_manifest
-from overpaint.registry.store.remote import RemoteFiles
+from overpaint.registry.upkeep import verify
 from tests.registry.contents import lay
 from tests.registry.patch_maker import id_of, keep
 

@@ -16,7 +16,7 @@ from overpaint.registry import Registry
 from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
-from overpaint.registry.store.remote import Unreachable
+from overpaint.registry.store.files import Unreachable
 
 from .conftest import is_empty
 

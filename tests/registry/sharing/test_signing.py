@@ -19,7 +19,6 @@ pytest.importorskip("cryptography", reason='cryptography is not installed; pip i
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.sharing.archive import ArchiveReader
 from overpaint.registry.sharing.documents import (
     NAME,
     PATCH,
@@ -31,7 +30,7 @@ from overpaint.registry.sharing.documents import (
     signature_document,
 )
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
-from overpaint.registry.sharing.layout import OciLayout
+from overpaint.registry.sharing.layout import ArchiveReader, OciLayout
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.sharing.signing import (
     BadKey,

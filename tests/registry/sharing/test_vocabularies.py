@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from overpaint.registry.sharing.signing import new_key
-from overpaint.registry.sharing.vocabularies import kept
+from overpaint.registry.store import DIGEST
 from overpaint.solvers.vocabulary import Moments, read_vocabulary, vocabulary_file, write_vocabulary
 from overpaint.workspace.workspace import Workspace
 
 IDENTITY = {"encoder": "e" * 64, "doors": {"text_encoder": "last"}, "sentences": ["{}"]}
 MOMENT = torch.tensor([[[2.0, 0.5], [0.5, 3.0]]], dtype=torch.float64)
+
+
+def kept(folder: Path) -> list[Path]:
+    """The whole vocabularies of a folder."""
+    return sorted(file for file in folder.glob("*.safetensors") if DIGEST.fullmatch(file.stem))
 
 
 def cache_of(workspace: Workspace) -> Path:
@@ -88,7 +93,7 @@ def test_only_a_signed_one_is_taken_where_that_is_asked(sender: Workspace, tmp_p
 def test_a_blob_that_is_too_large_is_not_read(
     sender: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overpaint.registry.sharing.vocabularies.LIMIT", 10)
+    monkeypatch.setattr("overpaint.registry.sharing.ingest.VOCABULARY_LIMIT", 10)
     receiver, notices = Workspace.open(tmp_path / "receiver"), list[str]()
     moved(sender, receiver, "folder", tmp_path, warn=notices.append)
     assert "at most 10" in notices[0]

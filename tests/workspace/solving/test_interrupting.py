@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import overpaint
-from overpaint.registry.integrity import verify
+from overpaint.registry.upkeep import verify
 from overpaint.workspace.solving import deferring_interrupts
 from overpaint.workspace.workspace import Workspace
 

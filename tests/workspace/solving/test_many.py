@@ -11,8 +11,8 @@ from PIL import Image
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
-from overpaint.registry.integrity import verify
 from overpaint.registry.registry import ConceptDiffers
+from overpaint.registry.upkeep import verify
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
 from overpaint.workspace.planning import digest_of_manifest

@@ -11,8 +11,8 @@ import pytest
 import overpaint
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import compose
-from overpaint.registry.integrity import verify
 from overpaint.registry.sharing.merge_history import read_record, record_of
+from overpaint.registry.upkeep import verify
 from overpaint.workspace.reseparation import NotReseparable, universes
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell

@@ -1,35 +1,143 @@
-"""Verify: everything the registry remembers is read again, and whatever is not as it was is named.
+"""Passes over a whole registry: verifying that everything is as it was, and collecting blobs that no patch needs.
 
-A damaged blob goes to quarantine and is reported with the patch and the tensor it belongs to. Nothing is deleted and no
-row is changed.
+Verifying reads everything again and names whatever is not as it was. A damaged blob goes to quarantine and is reported with
+the patch and the tensor it belongs to. Nothing is deleted and no row is changed.
+
+Garbage is left by writers that were killed, and by patches that were forgotten. It is planned first, then collected. A writer
+makes its blobs durable before it writes the row that names them, so a blob that nothing names may be one whose row is still to
+come. Two things keep it safe. Blobs younger than a grace period are left alone. And blobs are removed only while the database's
+write lock is held, under which a writer looks once more whether its blobs are there before it commits its row; if they are gone,
+it puts them again.
+
+What a pass has read so far is on the disk, for there may be more blobs than memory has room for. It is written down with each
+page of patches, so that a pass that was stopped can go on where it was. A folder that cannot be written, or in which somebody
+else's pass is at work, gets its ledger in a temporary place instead, which no other pass finds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+import tempfile
+import time
 import unicodedata
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select, type_coerce
 from sqlalchemy.orm import Session, selectinload
 from sqlalchemy.types import NullType
 
+from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 from overpaint.registry import models
 from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of
-from overpaint.registry.ledger import Ledger, ledger
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import EvaluationRecord, Registry
-from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
+from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
 
-LEDGER = "verify.partial"
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS blob (digest TEXT PRIMARY KEY, nbytes INTEGER) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS patch (id TEXT PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS note (text TEXT);
+"""
+
+
+class Ledger:
+    """The patches and blobs that one pass has read, and what it noted down of them."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @property
+    def last(self) -> str:
+        """The greatest id of a patch that was read, or nothing."""
+        return str(self._one("SELECT max(id) FROM patch") or "")
+
+    def patch(self, id: str) -> None:
+        """Write down that a patch was read."""
+        self._connection.execute("INSERT OR IGNORE INTO patch VALUES (?)", (id,))
+
+    def patches(self) -> Iterator[str]:
+        """The ids of the patches that were read, sorted."""
+        return (id for (id,) in self._connection.execute("SELECT id FROM patch ORDER BY id"))
+
+    def blob(self, digest: str, nbytes: int = 0) -> None:
+        """Write down a blob."""
+        self._connection.execute("INSERT OR REPLACE INTO blob VALUES (?, ?)", (digest, nbytes))
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob was written down."""
+        return self._one("SELECT 1 FROM blob WHERE digest = ?", digest) is not None
+
+    def note(self, text: str) -> None:
+        """Write down a line."""
+        self._connection.execute("INSERT INTO note VALUES (?)", (text,))
+
+    def notes(self) -> list[str]:
+        """The lines, in the order in which they were written."""
+        return [text for (text,) in self._connection.execute("SELECT text FROM note ORDER BY rowid")]
+
+    def totals(self) -> tuple[int, int, int]:
+        """How many patches, how many blobs, and how many bytes these have."""
+        every = "SELECT (SELECT count(*) FROM patch), count(*), coalesce(sum(nbytes), 0) FROM blob"
+        patches, blobs, nbytes = self._connection.execute(every).fetchone()
+        return patches, blobs, nbytes
+
+    def save(self) -> None:
+        """Make what was written down last beyond this program."""
+        self._connection.commit()
+
+    def _one(self, query: str, *values: str) -> object:
+        row = self._connection.execute(query, values).fetchone()
+        return row[0] if row else None
+
+
+@contextmanager
+def ledger(path: Path, *, resume: bool) -> Iterator[Ledger]:
+    """The ledger at `path`, as it was left with `resume` and else a new one; it is gone after a block that ends well."""
+    with tempfile.TemporaryDirectory(prefix="overpaint-") as elsewhere:
+        try:
+            connection = _opened(path, resume)
+        except sqlite3.Error:
+            path = Path(elsewhere) / path.name
+            connection = _opened(path, resume)
+        with closing(connection):
+            try:
+                yield Ledger(connection)
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    connection.commit()
+                raise
+        path.unlink(missing_ok=True)
+
+
+def _opened(path: Path, resume: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=0)
+    try:
+        # Nothing here need survive a power cut, and nobody else may write.
+        connection.executescript(
+            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF"
+        )
+        connection.execute("BEGIN EXCLUSIVE")
+        connection.commit()
+        if not resume:
+            connection.executescript("DROP TABLE IF EXISTS blob; DROP TABLE IF EXISTS patch; DROP TABLE IF EXISTS note")
+        connection.executescript(SCHEMA)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+VERIFY_LEDGER = "verify.partial"
 """The file in a registry's folder by which a pass goes on where it was."""
 PAGE = 200
 """How many patches are read before that is written down."""
@@ -213,7 +321,7 @@ def verify(registry: Registry, *, resume: bool = False, progress: Progress = sil
     With `resume`, what a pass that was stopped has read is not read again; its problems are among those that are returned.
     """
     problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
-    with ledger(registry.folder / LEDGER, resume=resume) as book:
+    with ledger(registry.folder / VERIFY_LEDGER, resume=resume) as book:
         check = _Check(PatchFiles(registry.blobs), book)
         with suppress(Damaged):  # which is among the problems by now; the blobs can be read all the same
             done, of = book.totals()[0], registry.count_patches()
@@ -349,3 +457,131 @@ def _composed(name: Any) -> Any:
 
 def _problem(row: StoredPatch, part: str, tensor: str | None, found: str) -> Problem:
     return Problem(part, row.id, row.concept, tensor, found)
+
+
+GARBAGE_LEDGER = "gc.partial"
+"""The file in a registry's folder by which a plan goes on where it was."""
+DAY = 86_400.0
+GRACE = 14 * DAY
+"""Seconds that a blob may lie unneeded: longer than anybody's import takes."""
+TEMPORARY_GRACE = DAY
+"""Seconds that a temporary file is left alone whatever the grace period: its writer may be at work."""
+HOLD = 0.5
+"""Seconds for which other writers are kept waiting at a time."""
+
+
+class CannotTell(OverpaintError):
+    """A registry in which it cannot be known what is needed."""
+
+
+@dataclass(frozen=True)
+class GarbagePlan:
+    """What would be removed, and what there is beside it; `cutoff` is in seconds since 1970."""
+
+    cutoff: float
+    patches: frozenset[str]
+    needed: int
+    young: int
+    unneeded: tuple[Blob, ...]
+    leftovers: tuple[FileInfo, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all that would be removed, in bytes."""
+        return sum(blob.nbytes for blob in self.unneeded) + sum(file.nbytes for file in self.leftovers)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was removed; `spared` blobs were in the plan, but somebody has put or needed them since."""
+
+    removed: int
+    nbytes: int
+    spared: int
+
+
+def plan_collection(
+    registry: Registry, *, grace: float = GRACE, resume: bool = False, progress: Progress = silent
+) -> GarbagePlan:
+    """Find every blob that no patch needs and that was last put more than `grace` seconds ago. Nothing is removed.
+
+    With `resume`, manifests that a plan which was stopped has read are not read again. Raises CannotTell when the manifest
+    of a patch is missing or damaged, because then nobody knows its arrays.
+    """
+    cutoff, files = time.time() - grace, PatchFiles(registry.blobs)
+    with ledger(registry.folder / GARBAGE_LEDGER, resume=resume) as book:
+        done, of = book.totals()[0], registry.count_patches()
+        for step, row in enumerate(patch_rows(registry, book.last), done + 1):
+            progress(step, max(step, of), f"patch {row.id[:12]} ({row.concept})")
+            for digest in needed_by(files, [row]):
+                book.blob(digest)
+            book.patch(row.id)
+            if step % PAGE == 0:
+                book.save()
+        needed, young, unneeded = 0, 0, list[Blob]()
+        for blob in registry.blobs.blobs():
+            if book.has(blob.digest):
+                needed += 1
+            elif blob.modified >= cutoff:  # put since the plan was begun, at the latest
+                young += 1
+            else:
+                unneeded.append(blob)
+        leftovers = [each for each in registry.blobs.leftovers() if each.modified < time.time() - TEMPORARY_GRACE]
+        return GarbagePlan(cutoff, frozenset(book.patches()), needed, young, tuple(unneeded), tuple(leftovers))
+
+
+def needed_by(files: PatchFiles, rows: Iterable[StoredPatch]) -> Iterator[str]:
+    """The digests of every blob that these patches consist of. Raises CannotTell."""
+    for row in rows:
+        yield row.blob
+        if row.id == row.blob or not files.blobs.exists(row.id):
+            if not files.blobs.exists(row.blob):
+                raise _cannot_tell(row, "missing")
+            continue
+        yield row.id
+        try:
+            yield from (array.digest for array in files.manifest(row.id).arrays)
+        except (BlobCorrupt, BlobMissing) as error:
+            raise _cannot_tell(row, "damaged") from error
+
+
+def collect(registry: Registry, planned: GarbagePlan, *, progress: Progress = silent) -> Collected:
+    """Remove what a plan names, except for what was put again or came to be needed since. May be killed at any moment."""
+    for each in planned.leftovers:
+        registry.blobs.files.remove(each.name)
+    removed, nbytes, spared = len(planned.leftovers), sum(file.nbytes for file in planned.leftovers), 0
+    waiting = list(reversed(planned.unneeded))
+    while waiting:
+        progress(len(planned.unneeded) - len(waiting), len(planned.unneeded), "collecting")
+        with registry.without_writers():
+            new = [row for row in patch_rows(registry) if row.id not in planned.patches]
+            needed = set(needed_by(PatchFiles(registry.blobs), new))
+            for blob in _for_a_moment(waiting):
+                if blob.digest in needed or not _still_old(registry, blob, planned.cutoff):
+                    spared += 1
+                else:
+                    registry.blobs.discard(blob.digest)
+                    removed, nbytes = removed + 1, nbytes + blob.nbytes
+    return Collected(removed, nbytes, spared)
+
+
+def _for_a_moment(waiting: list[Blob]) -> Iterator[Blob]:
+    """Take blobs from the end of a list until other writers have waited long enough, at least one."""
+    until = time.monotonic() + HOLD
+    while waiting:
+        yield waiting.pop()
+        if time.monotonic() >= until:
+            return
+
+
+def _still_old(registry: Registry, blob: Blob, cutoff: float) -> bool:
+    """Whether nobody has put the blob again since the plan was made."""
+    info = registry.blobs.find(blob.digest)
+    return info is not None and info.modified < cutoff
+
+
+def _cannot_tell(row: StoredPatch, how: str) -> CannotTell:
+    return CannotTell(
+        f"the manifest of patch {row.id} ({row.concept}) is {how}, so nobody knows which blobs it needs; nothing was "
+        "removed. Run `overpaint verify`, then import or solve that patch again, and collect after that"
+    )
