@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Fixtures import what they need: pytest's own process, which shares tests out, would load PyTorch and diffusers for nothing.
 
 SLOW_MODULES = """
-    test_ablation test_adapter_settings test_adapters test_adding_a_solver test_api test_archives test_attacks
+    test_ablation test_adapter_settings test_adapters test_adding_a_solver test_api test_archives
     test_backup test_bases test_blocks test_build test_build_killed test_build_streaming test_certificates
     test_channels test_choosing test_cli test_commands test_composition_benchmark test_compression test_containers
     test_converting test_crash test_crosstalk test_duplicate_weights test_embedded_transformer test_esd
@@ -27,7 +27,7 @@ SLOW_MODULES = """
     test_nodes test_nullspace test_oci_registry test_offloading test_on_ray test_other_bases test_page test_patch_file
     test_pictures test_pipelines test_places test_postgres test_preserved_prompts test_processes test_push_pull
     test_queue test_rece test_recipe_file test_recipe_history test_recipe_report test_refusals test_registry
-    test_report test_results_page test_running test_schema test_sdd test_separable test_separation test_sepme
+    test_probes test_report_page test_results_page test_running test_schema test_sdd test_separable test_separation test_sepme
     test_signing test_single_file test_site test_solvers_benchmark test_spm test_store_backends test_suites
     test_surgical test_tables test_tags test_teams test_text_encoder test_text_encoders test_together
     test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades

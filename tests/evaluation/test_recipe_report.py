@@ -41,7 +41,7 @@ from overpaint.workspace.report import model_card, summary
 from overpaint.workspace.workspace import Workspace
 
 from .pages import chromium, measured
-from .test_report import Outline
+from .test_report_page import Outline
 
 
 @pytest.fixture(scope="module")
