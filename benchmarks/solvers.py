@@ -40,7 +40,7 @@ from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.solvers import SOLVERS, solver_class
-from overpaint.solvers.closed_form.decoupling import decoupled
+from overpaint.solvers.closed_form.decoupling import decouple
 from overpaint.solvers.problem import EditProblem, Solution, Solver, configure, settings_of
 from overpaint.solvers.universe import prepare
 from overpaint.workspace.evaluating import versions
@@ -111,7 +111,7 @@ class Bench:
             def separate() -> tuple[Solution, float, float]:
                 self._prepare()
                 started = time.perf_counter()
-                found = decoupled(
+                found = decouple(
                     EditProblem(self.base, concept, tuple(apart), device=self.device), whole.delta, asked.decoupled
                 )
                 return found, costs.seconds + time.perf_counter() - started, costs.megabytes

@@ -1,4 +1,4 @@
-"""Digests of tensors where they lie in their files, at the speed of the hash function, on every core there is."""
+"""The weight files of a base: found, opened, matched with a layout, read, and hashed on every core there is."""
 
 from __future__ import annotations
 

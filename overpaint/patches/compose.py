@@ -47,7 +47,7 @@ class Term:
         checked_number(self.strength, f"the strength of patch {self.id[:12]}")
 
 
-Piece = tuple[Term, Delta]
+PatchPart = tuple[Term, Delta]
 """One part of a patch's delta, with the patch it belongs to."""
 
 
@@ -55,9 +55,9 @@ Piece = tuple[Term, Delta]
 class Stack:
     """The patches that change a tensor, by id. Tensors with the same patches share one: a thousand are sorted once."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PatchPart, ...]
     work: ScratchBuffers = field(repr=False)
-    known: dict[Any, FactoredMap | DenseMap] = field(default_factory=dict, repr=False)
+    joined_maps: dict[Any, FactoredMap | DenseMap] = field(default_factory=dict, repr=False)
     """Text maps side by side; one for all the stacks of a plan."""
     changes: dict[int, TensorUpdate] = field(default_factory=dict, repr=False)
     """What text maps alone add to tensors that are so wide; the columns of a text input depend on nothing else."""
@@ -77,7 +77,7 @@ class Stack:
         return [(text_input, self._text(text_input, maps[text_input])) for text_input in sorted(maps)]
 
     @cached_property
-    def others(self) -> list[Piece]:
+    def others(self) -> list[PatchPart]:
         """All that is neither a text map nor of a patch with residual bits."""
         return [(t, part) for t, part in self.pieces if t.id not in self.with_bits and not isinstance(part, TextMap)]
 
@@ -92,13 +92,13 @@ class Stack:
         parts = [part for owner, part in self.pieces if owner is term]
         (bits,) = (part for part in parts if isinstance(part, Xor))
         others = tuple((replace(term, strength=1.0), part) for part in parts if part is not bits)
-        return bits, Stack(others, self.work, self.known)
+        return bits, Stack(others, self.work, self.joined_maps)
 
     def _text(self, text_input: str, maps: Sequence[tuple[Term, TextMap]]) -> FactoredMap | DenseMap:
         key = (text_input, *((term.id, term.strength) for term, _ in maps))
-        if key not in self.known:
-            self.known[key] = side_by_side([(text_map, term.strength) for term, text_map in maps], self.work)
-        return self.known[key]
+        if key not in self.joined_maps:
+            self.joined_maps[key] = side_by_side([(text_map, term.strength) for term, text_map in maps], self.work)
+        return self.joined_maps[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class CompositionPlan:
         return list(self.stacks)
 
     @cached_property
-    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+    def pieces(self) -> dict[str, tuple[PatchPart, ...]]:
         """By canonical name, the parts of patches that change each tensor, by patch id."""
         return {name: stack.pieces for name, stack in self.stacks.items()}
 
@@ -230,7 +230,7 @@ def plan(base: Base, terms: Iterable[Term], work: ScratchBuffers | None = None) 
 def _stacked(base: Base, terms: Sequence[Term], work: ScratchBuffers) -> dict[str, Stack]:
     """By name, sorted, the patches that change each tensor; one and the same stack for the same pieces."""
     # Pieces that reach the same tensors are grouped: a thousand text maps are not sorted tensor by tensor.
-    alike: dict[tuple[str, ...], list[tuple[int, Piece]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[int, PatchPart]]] = {}
     for at, piece in enumerate((term, part) for term in terms for part in term.delta.parts):
         targets = tuple(piece[1].targets(base))
         if piece[0].strength:
@@ -239,11 +239,11 @@ def _stacked(base: Base, terms: Sequence[Term], work: ScratchBuffers) -> dict[st
     for number, targets in enumerate(alike):
         for name in targets:
             numbers_by_name.setdefault(name, []).append(number)
-    known: dict[Any, FactoredMap | DenseMap] = {}
+    joined_maps: dict[Any, FactoredMap | DenseMap] = {}
     stacks: dict[tuple[int, ...], Stack] = {}
     for numbers in {tuple(numbers) for numbers in numbers_by_name.values()}:
         pieces = sorted((each for number in numbers for each in groups[number]), key=itemgetter(0))
-        stacks[numbers] = Stack(tuple(piece for _, piece in pieces), work, known)
+        stacks[numbers] = Stack(tuple(piece for _, piece in pieces), work, joined_maps)
     return {name: stacks[tuple(numbers_by_name[name])] for name in sorted(numbers_by_name)}
 
 

@@ -49,7 +49,7 @@ class Fitted:
         return total
 
 
-def fitted(
+def fit_edit(
     original: Tensor, wanted: Tensor, change: Tensor, *, tolerance: float = 0.0, with_bits: bool = True
 ) -> Fitted:
     """How to get from `original` to `wanted` (same shape and dtype), bit for bit.

@@ -102,7 +102,7 @@ class ParameterSlots:
         return self._is_whole
 
     @property
-    def may_be_elsewhere(self) -> bool:
+    def may_have_copies(self) -> bool:
         """Whether a module on the way to one of them computes with copies of some weights, or has diffusers' hooks."""
         for parent, _, child in self._steps:
             if parent.__dict__.get("fused_projections") or _HOOKS in parent.__dict__ or _HOOKS in child.__dict__:
@@ -149,21 +149,21 @@ class Parameters:
         if not self._asked.are_current:
             self._all = self._found()
             self._asked = ParameterSlots(self._all, names)
-        may_be_elsewhere = self._asked.may_be_elsewhere
-        return {name: self._checked(name, slot, may_be_elsewhere) for name, slot in self._asked.slots.items()}
+        may_have_copies = self._asked.may_have_copies
+        return {name: self._checked(name, slot, may_have_copies) for name, slot in self._asked.slots.items()}
 
-    def _checked(self, name: str, slot: ParameterSlot | None, may_be_elsewhere: bool) -> Tensor:
+    def _checked(self, name: str, slot: ParameterSlot | None, may_have_copies: bool) -> Tensor:
         parameter = slot.value if slot else None
         if slot is None or parameter is None:
             raise BadPipeline(
                 f"the pipeline has no parameter {name}, which a patch changes; load the pipeline of the patch's own base"
             )
-        if parameter.is_meta or (may_be_elsewhere and slot.is_on_disk):
+        if parameter.is_meta or (may_have_copies and slot.is_on_disk):
             raise BadPipeline(
                 f"{name} is offloaded to where it cannot be written; offload the pipeline to the CPU's memory instead, or apply "
                 "patches first and offload then"
             )
-        if may_be_elsewhere and slot.is_fused:
+        if may_have_copies and slot.is_fused:
             raise BadPipeline(
                 f"the pipeline computes with a fused copy of {name}; undo the fusing (unfuse_qkv_projections) first"
             )
@@ -198,7 +198,7 @@ PLACES, RUN = 32, 16
 """Where a tensor is looked at to see whether it changed: so many runs of so many values."""
 
 View = Tensor | np.ndarray[Any, Any]
-"""Some of a parameter's values, as they are whenever one looks."""
+"""Some of a parameter's values, as they are whenever one signatures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,19 +207,19 @@ class _Watched:
 
     names: tuple[str, ...]
     views: list[View]
-    looks: list[tuple[object, ...]]
+    signatures: list[tuple[object, ...]]
     samples: bytes
 
     def all_hold(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether all of them are among `parameters`, and nothing speaks for a change of any."""
-        now = [_look(parameters[name]) for name in self.names if name in parameters]
-        return now == self.looks and _sample(self.views) == self.samples
+        """Whether all of them are among `parameters`, and nothing suggests that one changed."""
+        now = [_signature(parameters[name]) for name in self.names if name in parameters]
+        return now == self.signatures and _sample(self.views) == self.samples
 
     def holds(self, name: str, parameter: Tensor) -> bool:
-        """Whether nothing speaks for a change of this one."""
+        """Whether nothing suggests that this one changed."""
         at, size = self.names.index(name), len(self.samples) // len(self.names)
         row = self.samples[at * size : (at + 1) * size]
-        return self.looks[at] == _look(parameter) and _sample(self.views[at : at + 1]) == row
+        return self.signatures[at] == _signature(parameter) and _sample(self.views[at : at + 1]) == row
 
 
 class ChangeDetector:
@@ -227,7 +227,7 @@ class ChangeDetector:
 
     Whoever writes to a tensor in the usual ways moves its version counter; whoever replaces or moves it changes its
     address or its order in memory. Writing through `.data` or NumPy does neither, as merging a LoRA does: that is what some
-    sampled values are for. They find a change of many values, not one of a few; `Overlay.verify` looks at all.
+    sampled values are for. They find a change of many values, not one of a few; `Overlay.verify` signatures at all.
     """
 
     def __init__(self) -> None:
@@ -246,8 +246,8 @@ class ChangeDetector:
             view = self._views[name]
             alike.setdefault((view.shape, view.dtype, getattr(view, "device", None)), []).append(name)
         for names in alike.values():
-            views, looks = [self._views[name] for name in names], [_look(parameters[name]) for name in names]
-            self._watched.update(dict.fromkeys(names, _Watched(tuple(names), views, looks, _sample(views))))
+            views, signatures = [self._views[name] for name in names], [_signature(parameters[name]) for name in names]
+            self._watched.update(dict.fromkeys(names, _Watched(tuple(names), views, signatures, _sample(views))))
 
     def broken(self, parameters: Mapping[str, Tensor]) -> list[str]:
         """Those of the parameters that were not recorded, or that seem to have changed since."""
@@ -273,7 +273,7 @@ def _sample(views: Sequence[View]) -> bytes:
     return torch.stack(tensors).flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
-def _look(parameter: Tensor) -> tuple[object, ...]:
+def _signature(parameter: Tensor) -> tuple[object, ...]:
     version = 0 if parameter.is_inference() else parameter._version
     return id(parameter), parameter.data_ptr(), parameter.stride(), version
 
@@ -301,7 +301,7 @@ class Overlay:
 
     Values are composed on the CPU in the base's own dtypes, the very bits that a build writes, and then cast and moved to
     where the pipeline has its parameters; these are written in place, so that compiled graphs and other holders of a module
-    see them. The base's values of a tensor are read when it is first touched, compared with the pipeline, and kept until
+    see them. The base's values of a tensor are read when it is first touched, compared with the pipeline, and held until
     `close` (pinned when the pipeline is on a GPU); after that, no change reads a file.
 
     A failure leaves the pipeline bit for bit as it was. Raises ForeignChange when a tensor that is carried or wanted is not
@@ -314,10 +314,10 @@ class Overlay:
         self._parameters: Parameters | None = Parameters(pipe, base)
         self._work = ScratchBuffers()
         self._plan = plan(base, (), self._work)
-        self._kept: dict[str, Original] = {}
+        self._originals: dict[str, Original] = {}
         self._targets: dict[str, Target] = {}
-        self._seals = ChangeDetector()
-        self._torn: set[str] = set()
+        self._detector = ChangeDetector()
+        self._half_written: set[str] = set()
         self._staged: dict[torch.dtype, Tensor] = {}
         self._warned = False
 
@@ -334,12 +334,12 @@ class Overlay:
     def set(self, terms: Iterable[Term]) -> None:
         """Make the pipeline carry exactly these patches. Only tensors whose patches differ are computed again."""
         wanted, before = plan(self.base, terms, self._work), self._plan
-        names = sorted(before.stacks.keys() | wanted.stacks.keys() | self._torn)
+        names = sorted(before.stacks.keys() | wanted.stacks.keys() | self._half_written)
         parameters = self._check(names)
         stacks = {name: (before.stacks.get(name), wanted.stacks.get(name)) for name in names}
         # Once for each pair of stacks: comparing two thousand patches tensor by tensor would take longer than writing.
         same = {(a, b): a is not None and b is not None and a.pieces == b.pieces for a, b in set(stacks.values())}
-        changed = [name for name in names if name in self._torn or not same[stacks[name]]]
+        changed = [name for name in names if name in self._half_written or not same[stacks[name]]]
         self._write({name: parameters[name] for name in changed}, wanted)
 
     def add(self, term: Term) -> None:
@@ -368,7 +368,7 @@ class Overlay:
 
     def verify(self) -> None:
         """Compare every value of every touched tensor with the composition. Raises ForeignChange where one differs."""
-        self._seals.clear()
+        self._detector.clear()
         self._check(self.touched)
 
     @own_torch_settings()
@@ -382,14 +382,14 @@ class Overlay:
         parameters = self._check(self.touched)
         missed = changed = 0.0
         for name in self.touched:
-            original = self._kept[name]
+            original = self._originals[name]
             composed = self._composed(name, original)
             missed += float((parameters[name].cpu().double() - composed.double()).square().sum())
             changed += float((composed.double() - original.values.double()).square().sum())
         return math.sqrt(missed / changed) if changed else 0.0
 
     def close(self) -> None:
-        """Give the base's weights back and let go of the pipeline and of everything kept; closing twice is closing once.
+        """Give the base's weights back and let go of the pipeline and of all that is held; closing twice is closing once.
 
         Lets go also when the weights cannot be given back because somebody else changed them.
         """
@@ -400,7 +400,7 @@ class Overlay:
         finally:
             self._parameters, self._work = None, ScratchBuffers()
             self._plan = plan(self.base, (), self._work)
-            for held in (self._kept, self._targets, self._seals, self._torn, self._staged):
+            for held in (self._originals, self._targets, self._detector, self._half_written, self._staged):
                 held.clear()
 
     def __enter__(self) -> Overlay:
@@ -418,17 +418,20 @@ class Overlay:
             raise OverpaintError("this overlay is closed; make a new one")
         self._parameters.check_components()
         parameters = self._parameters.of(names)
-        changed = {name: parameters[name] for name in self._seals.broken(parameters)}
+        changed = {name: parameters[name] for name in self._detector.broken(parameters)}
         fresh: dict[str, Original] = {}
         for name, parameter in changed.items():
-            original = self._kept.get(name)
+            original = self._originals.get(name)
             if original is None:
-                fresh[name] = original = self._keep(self._plan.original(name), parameter)
-            if name not in self._torn:
+                original = self._plan.original(name)
+                if parameter.is_cuda:
+                    original = replace(original, values=original.values.pin_memory())
+                fresh[name] = original
+            if name not in self._half_written:
                 self._compare(name, parameter, original)
-        self._kept.update(fresh)
+        self._originals.update(fresh)
         if changed:
-            self._seals.put(changed)
+            self._detector.put(changed)
             for name in changed:
                 self._targets.pop(name, None)
         return parameters
@@ -438,7 +441,7 @@ class Overlay:
         expected = self._composed(name, original) if name in self._plan.stacks else original.values
         if not identical(parameter.detach().cpu(), expected.to(parameter.dtype)):
             raise ForeignChange(
-                f"{name} is not what {'Overpaint left there' if name in self._kept else 'the base has there'}: something "
+                f"{name} is not what {'Overpaint left there' if name in self._originals else 'the base has there'}: something "
                 "else (a LoRA, a fine-tune, another overlay) changed it; undo that, or load the pipeline again and apply "
                 "the recipe first"
             )
@@ -454,7 +457,7 @@ class Overlay:
     @torch.inference_mode()
     def _write(self, parameters: dict[str, Tensor], wanted: CompositionPlan) -> None:
         """Write all tensors or none."""
-        self._torn.update(parameters)
+        self._half_written.update(parameters)
         self._warn_of_coarse(parameters)
         try:
             self._put(parameters, wanted)
@@ -462,9 +465,9 @@ class Overlay:
         except BaseException:
             # What was there is composed again rather than remembered: the same bits, and no second copy of every weight.
             self._put(parameters, self._plan)
-            self._torn.clear()
+            self._half_written.clear()
             raise
-        self._torn.clear()
+        self._half_written.clear()
 
     def _warn_of_coarse(self, parameters: Mapping[str, Tensor]) -> None:
         """Say once that eight bits hold the base's values exactly and what is composed only nearly."""
@@ -481,24 +484,21 @@ class Overlay:
     def _put(self, parameters: dict[str, Tensor], wanted: CompositionPlan) -> None:
         for name, parameter in parameters.items():
             if name not in wanted.stacks:
-                parameter.copy_(self._kept[name].values)
+                parameter.copy_(self._originals[name].values)
                 continue
             target = self._targets.get(name) or self._target(name, parameter)
             wanted.write(name, target)
             if target.out is not parameter:
                 parameter.copy_(target.out)
-        self._seals.renew(parameters)
+        self._detector.renew(parameters)
 
     def _target(self, name: str, parameter: Tensor) -> Target:
         """The parameter itself, where composed values can be written to it as they are, or memory on the way to it."""
-        original = self._kept[name]
+        original = self._originals[name]
         values = original.values
         if parameter.device == values.device and parameter.dtype == values.dtype and parameter.is_contiguous():
             return self._targets.setdefault(name, Target(original, parameter, self._work))
         return Target(original, self._stage(values), self._work)
-
-    def _keep(self, original: Original, parameter: Tensor) -> Original:
-        return replace(original, values=original.values.pin_memory()) if parameter.is_cuda else original
 
     def _stage(self, values: Tensor) -> Tensor:
         """Memory for one composed tensor on its way to the pipeline."""

@@ -99,8 +99,8 @@ class BadPatch(OverpaintError):
 
 def file_of(manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> bytes:
     """The one file of a manifest and its arrays: arrays by name, without holes, the header padded to eight bytes."""
-    described = [(name, _CODES[arrays[name].dtype], tuple(arrays[name].shape)) for name in sorted(arrays)]
-    head = header_bytes({KEY: canonical_json(manifest).decode()}, described)
+    slots = [(name, _CODES[arrays[name].dtype], tuple(arrays[name].shape)) for name in sorted(arrays)]
+    head = header_bytes({KEY: canonical_json(manifest).decode()}, slots)
     return b"".join([head, *(raw_bytes(arrays[name]) for name in sorted(arrays))])
 
 

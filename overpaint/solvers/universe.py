@@ -2,9 +2,9 @@
 
 `A = w sum_j K_j K_j^T + R R^T + lambda I` over all concepts j that the registry knows, with R the keys to preserve: every
 other word of the tokenizer's vocabulary in a few neutral sentences, the empty prompt, and whatever prompts somebody wants
-kept. The vocabulary speaks for the concepts that nobody listed.
+preserved. The vocabulary speaks for the concepts that nobody listed.
 
-Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a kept prompt and the
+Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a preserved prompt and the
 empty prompt are one second moment each (`sentences.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
 as much as one of them; and lambda is a share of the mean eigenvalue.
 
@@ -52,7 +52,7 @@ PAIRS_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class PreservedPrompts:
-    """What a universe preserves beside its concepts: prompts to keep, and how many words of the vocabulary (0: all).
+    """What a universe preserves beside its concepts: prompts, and how many words of the vocabulary (0: all).
 
     `cache` is a folder in which the vocabulary's moments are kept.
     """
@@ -64,7 +64,7 @@ class PreservedPrompts:
 
 @dataclass(frozen=True, eq=False)
 class Universe:
-    """The output of one text input, on the device that computed it.
+    """The second moment of all that is known at one text input, factored, on the device that computed it.
 
     `cholesky` is L with `A = L L^T`, float64 d x d, `ridge` is lambda. `keys` and `values` are K and V of a concept by name,
     float64 [d, m], all sentences together weighing 1; what keys have of `begin`, which stays where it is, is taken out of
@@ -179,7 +179,7 @@ def _build(
     encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
     known = {word for concept in concepts for word in concept.words}
-    moment = VOCABULARY * _phrases(memory, text_input, vocabulary, known).to(encoder.device)
+    moment = VOCABULARY * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
     for concept in concepts:
         keys = _pair(memory, base, text_input, concept)[0].double()
         moment += weight * keys @ keys.T
@@ -195,8 +195,8 @@ def _build(
         raise Unsolvable(
             f"what {text_input} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
         )
-    halves = [_Half(memory, base, text_input, names, half, begin) for half in (0, 1)]
-    return Universe(factor, halves[0], halves[1], lam, begin)
+    both = [_KeysOrValues(memory, base, text_input, names, half, begin) for half in (0, 1)]
+    return Universe(factor, both[0], both[1], lam, begin)
 
 
 def _begin(encoder: AnyTextEncoder) -> Tensor | None:
@@ -235,7 +235,7 @@ def _pair(memory: _UniverseCache, base: Base, text_input: str, concept: Concept)
     return keys, values
 
 
-class _Half(Mapping[str, Tensor]):
+class _KeysOrValues(Mapping[str, Tensor]):
     """The keys, or the values, of every concept of a universe, by name; encoded again where they were not kept."""
 
     def __init__(
@@ -368,7 +368,7 @@ def _held_out(memory: _UniverseCache, sample: EncodingTask, text_input: str, voc
     return max(0.0, moved[False] - moved[True]) / len(held_out)
 
 
-def _phrases(memory: _UniverseCache, text_input: str, vocabulary: Vocabulary, known: set[str]) -> Tensor:
+def _vocabulary_moment(memory: _UniverseCache, text_input: str, vocabulary: Vocabulary, known: set[str]) -> Tensor:
     """The vocabulary's second moment without the known concepts, which have keys of their own; a word in a sentence weighs
     as much as any other, all together 1.
 

@@ -11,14 +11,14 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.patch import Patch, make_patch
-from overpaint.solvers.closed_form.decoupling import decoupled
+from overpaint.solvers.closed_form.decoupling import decouple
 from overpaint.solvers.problem import EditProblem
 from overpaint.workspace.planning import SolveContext, decoupling_inputs
 
 
 @dataclass(frozen=True, eq=False)
 class DecoupledPatch:
-    """A decoupled patch, the one it came from, and what there is to say of it (see `decoupled`)."""
+    """A decoupled patch, the one it came from, and what there is to say of it (see `decouple`)."""
 
     patch: Patch
     source: Patch
@@ -31,7 +31,7 @@ def decoupled_patch(
     """What a patch does to its own concept and, by `rule`, to no other one of the context.
 
     To the provenance are added the rule, the universe, the preserved prompts, the id of the patch it came from (which need not
-    be stored), and how much of its own change is left out. Raises WrongBase for a patch of another base, and what `decoupled`
+    be stored), and how much of its own change is left out. Raises WrongBase for a patch of another base, and what `decouple`
     raises.
     """
     patch.check(base)
@@ -45,7 +45,7 @@ def decoupled_patch(
         context.preserve_prompts,
         context.cache,
     )
-    found = decoupled(problem, patch.delta, rule)
+    found = decouple(problem, patch.delta, rule)
     solver = patch.manifest["solver"]
     step = {
         **decoupling_inputs(rule, context),

@@ -42,7 +42,7 @@ def one_bit_off(monkeypatch: pytest.MonkeyPatch) -> None:
             assert self._parameters is not None
             bits = self._parameters.of([name])[name].data.view(torch.int32)
             bits.view(-1)[0] ^= 1
-            self._seals.clear()
+            self._detector.clear()
         self._compare = lambda *ignored: None  # type: ignore[method-assign]
 
     monkeypatch.setattr(Overlay, "_write", wrong)

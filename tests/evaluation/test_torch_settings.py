@@ -18,7 +18,7 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge
 from overpaint.patches.delta import Dense
 from overpaint.patches.patch import Patch, make_patch
-from overpaint.solvers.closed_form.decoupling import decoupled
+from overpaint.solvers.closed_form.decoupling import decouple
 from overpaint.solvers.problem import EditProblem
 from tests.torch_settings import SETTINGS
 
@@ -40,7 +40,7 @@ def results(base: Base, patches: list[Patch]) -> dict[str, str]:
     judge = EmbeddedJudge(Base.open(EMOJI), CPU)
     verdict = judge.probabilities(np.full((1, 64, 64, 3), 128, np.uint8), "object")
     moved = crosstalk(Base.open(base.path), patches)
-    solution = decoupled(EditProblem(base, CAT, (CAT, DOG), 0, CPU), patches[0].delta)
+    solution = decouple(EditProblem(base, CAT, (CAT, DOG), 0, CPU), patches[0].delta)
     patch = make_patch(base, CAT, solution.delta, {})
     found: dict[str, NDArray[Any]] = {"pictures": pictures, "judge": verdict, "cross-talk": moved.ratios}
     return {name: hashlib.sha256(each.tobytes()).hexdigest() for name, each in found.items()} | {"patch": patch.id}

@@ -548,7 +548,7 @@ def test_closing_gives_everything_back(small: Base) -> None:
     pristine = weights(pipe)
     with Overlay(pipe, small) as overlay:
         overlay.set([a_text_map(), Term("b", some_delta(small, "dense", 0))])
-        held = [weakref.ref(original.values) for original in overlay._kept.values()]
+        held = [weakref.ref(original.values) for original in overlay._originals.values()]
         held += [weakref.ref(memory) for memory in overlay._work._memory.values()]
         assert len(held) > 4
     gc.collect()
@@ -577,7 +577,7 @@ def test_closing_after_a_foreign_change_says_so_and_lets_go(small: Base) -> None
     shift(pipe.unet.down.attn2.to_v.weight)
     with pytest.raises(ForeignChange):
         overlay.close()
-    assert overlay._kept == {}
+    assert overlay._originals == {}
     overlay.close()
 
 
@@ -595,7 +595,7 @@ def test_a_gpu_gets_the_bits_of_the_cpu(any_base: Base, dtype: torch.dtype) -> N
     pristine, overlay = weights(pipe), Overlay(there, any_base)
     overlay.set(terms)
     assert equal({n: t.cpu() for n, t in weights(there).items()}, expected(any_base, pristine, terms))
-    assert all(original.values.is_pinned() for original in overlay._kept.values())
+    assert all(original.values.is_pinned() for original in overlay._originals.values())
     overlay.clear()
     assert equal({n: t.cpu() for n, t in weights(there).items()}, pristine)
 

@@ -18,8 +18,8 @@ from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap
-from overpaint.solvers.closed_form.decoupling import EXACT_RULE, decoupled
-from overpaint.solvers.closed_form.separable import Metric, fitted
+from overpaint.solvers.closed_form.decoupling import EXACT_RULE, decouple
+from overpaint.solvers.closed_form.separable import Metric, fit
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.solvers.sentences import keys_and_values
 from overpaint.testing import tiny_pipeline
@@ -71,7 +71,7 @@ def test_it_is_the_minimiser_and_moves_others_at_most_half_as_far(
     ridge = 1e-3 * torch.eye(width, dtype=torch.float64)
     moment = reduce(add, (k @ k.T for k in (own, *others))) + ridge
     way = random(seed + 50, 5, columns)
-    up, down, _ = fitted(Metric(torch.linalg.cholesky(moment)), own, way, **ALL_OF_IT)
+    up, down, _ = fit(Metric(torch.linalg.cholesky(moment)), own, way, **ALL_OF_IT)
     change = up @ down.T
 
     def objective(d: Tensor) -> float:
@@ -91,7 +91,7 @@ def test_in_a_null_space_nothing_outside_of_it_moves(seed: int, width: int) -> N
     basis = torch.linalg.qr(held, mode="complete").Q[:, 3:]
     whole = Metric(torch.linalg.cholesky(own @ own.T + held @ held.T + 1e-6 * torch.eye(width, dtype=torch.float64)))
     way = random(seed + 2, 4, 3)
-    up, down, about = fitted(whole.within(basis), own, way, **ALL_OF_IT)
+    up, down, about = fit(whole.within(basis), own, way, **ALL_OF_IT)
     assert float((up @ (down.T @ held)).norm()) < 1e-9 * float(way.norm())
     # Of keys that have directions free, all of the change stays but for what the 1e-6 in A costs.
     least = float(torch.linalg.svdvals(basis.T @ own)[-1])
@@ -100,7 +100,7 @@ def test_in_a_null_space_nothing_outside_of_it_moves(seed: int, width: int) -> N
 
 def test_the_own_change_stays_and_that_of_other_concepts_goes(base: Base) -> None:
     delta = patch_of_projections(base)
-    found = decoupled(problem(base), delta)
+    found = decouple(problem(base), delta)
     assert isinstance(found.delta, LowRank)
     assert set(found.delta.factors) == set(base.projections())
     own = moved(base, found.delta, keys(base, CAT))
@@ -115,7 +115,7 @@ def test_the_own_change_stays_and_that_of_other_concepts_goes(base: Base) -> Non
 def test_decoupled_patches_are_the_joint_solution_of_their_ways(base: Base) -> None:
     """Their terms share one A: the sum moves each concept as its own patch moves it, up to the cross-talk that is stated."""
     deltas = {
-        c: decoupled(problem(base, c), patch_of_projections(base, seed)).delta for seed, c in enumerate((CAT, DOG), 1)
+        c: decouple(problem(base, c), patch_of_projections(base, seed)).delta for seed, c in enumerate((CAT, DOG), 1)
     }
     together = deltas[CAT] + deltas[DOG]
     for concept in (CAT, DOG):
@@ -126,7 +126,7 @@ def test_decoupled_patches_are_the_joint_solution_of_their_ways(base: Base) -> N
 def test_exactly_means_that_bare_names_of_others_do_not_move_at_all(base: Base) -> None:
     encoder = TextEncoder.of(base)
     delta = patch_of_projections(base)
-    found = decoupled(problem(base), delta, EXACT_RULE).delta
+    found = decouple(problem(base), delta, EXACT_RULE).delta
     own = moved(base, found, keys(base, CAT))
     assert own > 0
     for prompt in ("", "dog", "car"):
@@ -141,13 +141,13 @@ def test_where_no_direction_is_free_exactly_is_refused(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "narrow")
     narrow = Base.open(tmp_path / "narrow")
     with pytest.raises(Unsolvable, match="no null space is left"):
-        decoupled(problem(narrow), patch_of_projections(narrow), EXACT_RULE)
+        decouple(problem(narrow), patch_of_projections(narrow), EXACT_RULE)
 
 
 def test_a_change_of_the_text_encoder_becomes_a_text_map(base: Base) -> None:
     name = next(n for n in base.names if n.startswith("text_encoder/") and n.endswith("layers.1.mlp.fc2.weight"))
     delta = Dense({name: 0.5 * random(3, *base.places[name].shape).float()})
-    found = decoupled(problem(base), delta)
+    found = decouple(problem(base), delta)
     assert isinstance(found.delta, TextMap)
     before, own = keys(base, CAT), found.delta
     assert float((own.up.double() @ (own.down.double().T @ before)).norm()) > 0.1 * float(before.norm())
@@ -161,20 +161,20 @@ def test_a_changed_text_encoder_that_is_read_layer_by_layer_is_refused(
     monkeypatch.setattr(encoder_models, "HELD", 0)
     name = next(n for n in base.names if n.startswith("text_encoder/") and n.endswith("layers.1.mlp.fc2.weight"))
     with pytest.raises(Unsolvable, match="too large here to be held with the change"):
-        decoupled(problem(base), Dense({name: torch.ones(base.places[name].shape)}))
+        decouple(problem(base), Dense({name: torch.ones(base.places[name].shape)}))
 
 
 def test_what_does_not_act_through_the_text_is_left_out_and_counted(base: Base) -> None:
     name = base.projections()[0]
     query = name.replace("to_k", "to_q").replace("to_v", "to_q")
     change = {each: 0.1 * random(4, *base.places[each].shape).float() for each in (name, query)}
-    found = decoupled(problem(base), Sum((Dense(change), TextMap("text_encoder", random(5, 64, 1), random(6, 64, 1)))))
+    found = decouple(problem(base), Sum((Dense(change), TextMap("text_encoder", random(5, 64, 1), random(6, 64, 1)))))
     assert found.diagnostics["left_out"] == 1
     assert {part.kind for part in found.delta.parts} == {"text-map", "low-rank"}
     with pytest.raises(Unsolvable, match="nothing to decouple"):
-        decoupled(problem(base), Dense({query: change[query]}))
+        decouple(problem(base), Dense({query: change[query]}))
 
 
 def test_the_same_input_gives_the_same_bits(base: Base) -> None:
     delta = patch_of_projections(base)
-    assert decoupled(problem(base), delta).delta == decoupled(problem(Base.open(base.path)), delta).delta
+    assert decouple(problem(base), delta).delta == decouple(problem(Base.open(base.path)), delta).delta

@@ -13,7 +13,7 @@ from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
-from overpaint.solvers.closed_form.separable import Separable, leading
+from overpaint.solvers.closed_form.separable import Separable, dominant_directions
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.universe import BEGIN, PreservedPrompts, Universe, universe
@@ -186,7 +186,7 @@ def test_the_leading_directions_are_those_of_the_whole_decomposition() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64)).Q for _ in range(2))
     matrix = left @ torch.diag(0.7 ** torch.arange(96, dtype=torch.float64)) @ right.T
-    up, size, down = leading(matrix, 2)
+    up, size, down = dominant_directions(matrix, 2)
     wanted = torch.linalg.svd(matrix)
     torch.testing.assert_close(size, wanted.S[:2])
     # The ratio of the eleventh and the second singular value, to the 24th power, is 10^-33.

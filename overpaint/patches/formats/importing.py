@@ -30,7 +30,7 @@ from overpaint.core.errors import NotFound
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, all_finite, identical, residual
-from overpaint.patches.factors import Fitted, fitted, products
+from overpaint.patches.factors import Fitted, fit_edit, products
 from overpaint.patches.formats.dialects import (
     DIALECTS,
     PEFT_PREFIX,
@@ -589,7 +589,7 @@ def _fit(edit: TensorEdit | Pair, tolerance: float) -> Fitted:
         return Fitted(factors=edit)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
     with_bits = edit.rounded is None and not edit.given
-    return fitted(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
+    return fit_edit(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
 
 
 def _delta(fits: Mapping[str, Fitted]) -> Delta:

@@ -31,10 +31,10 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, TextEncoder, encoders
 from overpaint.patches.compose import Term, plan
-from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor
+from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor, joined
 from overpaint.solvers import DECOUPLING_RULES
 from overpaint.solvers.closed_form.edits import free_of
-from overpaint.solvers.closed_form.separable import Metric, Separable, fitted
+from overpaint.solvers.closed_form.separable import Metric, Separable, fit
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values
 from overpaint.solvers.universe import text_encoders, vocabulary_record
@@ -45,7 +45,7 @@ RANK, ENERGY = 16, 0.99
 
 
 @own_torch_settings()
-def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Solution:
+def decouple(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Solution:
     """What `delta` does to the problem's concept and to nothing else: text maps and low-rank factors.
 
     The diagnostics say how much of the way is left (`residual`), how far the concept that is moved most goes, relative to the
@@ -68,7 +68,7 @@ def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Sol
                 metric = metric.within(_free(encoder, problem).to(known.cholesky))
             keys, others = known.keys[concept.name], [known.keys[other.name] for other in problem.others]
             for name, way in _ways(problem, delta, text_input, encoder, patched.get(text_input)).items():
-                up, down, about = fitted(metric, keys, way, RANK, ENERGY, reach)
+                up, down, about = fit(metric, keys, way, RANK, ENERGY, reach)
                 sums.add(way, about["residual"], up, down, others)
                 up, down = up.float().cpu(), down.float().cpu().contiguous()
                 if not name:
@@ -76,8 +76,9 @@ def decoupled(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Sol
                     continue
                 placed = down.new_zeros(up.shape[1], base.places[name].shape[1])
                 placed[:, base.columns(text_input, name)] = down.T
-                before = factors.get(name)
-                factors[name] = (up, placed) if before is None else _beside(before, (up, placed))
+                if before := factors.get(name):
+                    up, placed = joined([before[0], up], 1), joined([before[1], placed], 0)
+                factors[name] = up, placed
     parts = [*maps, *([LowRank(factors)] if factors else [])]
     if not parts:
         raise Unsolvable(
@@ -190,7 +191,3 @@ def _patched_encoders(base: Base, delta: Delta, device: torch.device) -> dict[st
         for text_input, encoder in found.items()
         if any(name.startswith(f"{base.text_input(text_input).encoder}/") for name in changed)
     }
-
-
-def _beside(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.cat([first[0], second[0]], 1), torch.cat([first[1], second[1]])

@@ -111,7 +111,7 @@ class Separable(Solver):
                 "name another anchor or a larger weight"
             )
         reach = self.reach_on(base, concept)
-        up, down, about = fitted(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
+        up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
         if self.harden:
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
@@ -145,7 +145,7 @@ class Separable(Solver):
             moment = moment + self.weight * again @ again.T
             metric = Metric(torch.linalg.cholesky(moment))
             rank = (1 + turn) * self.rank
-            up, down, found = fitted(metric, every, goals - every, rank, self.energy, reach, self.weight)
+            up, down, found = fit(metric, every, goals - every, rank, self.energy, reach, self.weight)
             edit = MapEdit(up, down)
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
 
@@ -175,18 +175,19 @@ class Metric:
         return inside if self.basis is None else self.basis @ inside
 
 
-def fitted(
+def fit(
     metric: Metric, keys: Tensor, way: Tensor, rank: int, energy: float, reach: float, weight: float = 1.0
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Factors [o, r] and [d, r] of the change D that moves keys K [d, m] by `way` [o, m] and the rest of a universe not:
-    `w way K^T A^-1`, the minimiser of `w |D K - way|^2 + w sum_{j} |D K_j|^2 + |D R|^2 + lambda |D|^2`, A having all of these.
+    """Factors [o, r] and [d, r] of the change D that moves keys K [d, m] by `way` [o, m] and leaves the rest of a universe
+    where it is: `w way K^T A^-1`, the minimiser of `w |D K - way|^2 + w sum_{j} |D K_j|^2 + |D R|^2 + lambda |D|^2`, A having
+    all of these.
 
     Terms of one universe add up to the minimiser of their sum. Truncation is by the singular values of `way K^T L^-T`, that
-    is, in the metric of what the text encoder really says, not of the bare matrix; the average then arrives (see the module),
-    as far as `reach` allows. With the factors, what there is to say about them; `way` must not be zero.
+    is, in the metric of what the text encoder gives, not of the bare matrix; then the average is made to arrive (see the
+    module), as far as `reach` allows. With the factors, what there is to say about them; `way` must not be zero.
     """
     whitened = metric.whitened(weight * keys @ way.T)
-    left, size, right = leading(whitened.T, rank)
+    left, size, right = dominant_directions(whitened.T, rank)
     share = size.square().cumsum(0) / whitened.square().sum()
     rank = min(rank, len(size), int((share < energy).sum()) + 1)
     up, down = left[:, :rank] * size[:rank], metric.directions(right[:, :rank])
@@ -201,7 +202,7 @@ def fitted(
     return gain * up, down, about
 
 
-def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def dominant_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest singular values of a matrix, with their left and right vectors as columns.
 
     By subspace iteration where they are few, which is many times faster than the whole decomposition; the start is always

@@ -261,7 +261,7 @@ def from_folder(model: Denoiser, folder: str, least: int, random: torch.Generato
         raise BadPictures(
             f"{folder} holds {len(files)} pictures and at least {least} are needed; add some of the concept"
         )
-    pixels = torch.stack([_fitted(model, file, file.read_bytes()) for file in files.values()])
+    pixels = torch.stack([_pixels_of(model, file, file.read_bytes()) for file in files.values()])
     mirrored = torch.rand(len(pixels), generator=random) < 0.5
     pixels[mirrored] = pixels[mirrored].flip(-1)
     parts = [model.encoded(some, random) for some in pixels.split(TOGETHER)]
@@ -294,7 +294,7 @@ def picture_files(folder: str) -> dict[str, Path]:
     return dict(sorted((hashlib.sha256(file.read_bytes()).hexdigest(), file) for file in seen))
 
 
-def _fitted(model: Denoiser, file: Path, content: bytes) -> Tensor:
+def _pixels_of(model: Denoiser, file: Path, content: bytes) -> Tensor:
     """The middle of a picture in the base's size: float32 [3, h, w] in [-1, 1]."""
     height, width = model.pixels
     try:
