@@ -47,9 +47,18 @@ def records_now(session: Session, recipes: Sequence[models.RecipeRow]) -> list[R
         (models.RevisionRow.recipe_id == models.RecipeRow.id)
         & (models.RevisionRow.number == models.RecipeRow.revision),
     )
-    pieces = (newest.where(models.RecipeRow.id.in_(some)) for some in chunks(recipe.id for recipe in recipes))
-    digests = {row.id: row.digest_after for piece in pieces for row in session.execute(piece)}
-    return [_record(recipe, recipe.revision, entries_now(recipe), digests.get(recipe.id)) for recipe in recipes]
+    entry = models.RecipePatchRow
+    # Columns, not objects: a recipe may have thousands of patches, and a list has fifty recipes.
+    lines = select(entry.recipe_id, entry.patch_id, entry.strength, entry.until)
+    digests: dict[int, str | None] = {}
+    entries: dict[int, dict[str, RecipeEntry]] = {recipe.id: {} for recipe in recipes}
+    for some in chunks(entries):
+        digests.update(
+            (row.id, row.digest_after) for row in session.execute(newest.where(models.RecipeRow.id.in_(some)))
+        )
+        for recipe_id, patch, strength, until in session.execute(lines.where(entry.recipe_id.in_(some))):
+            entries[recipe_id][patch] = RecipeEntry(patch, strength, until)
+    return [_record(recipe, recipe.revision, entries[recipe.id], digests.get(recipe.id)) for recipe in recipes]
 
 
 def _record(recipe: models.RecipeRow, number: int, entries: dict[str, RecipeEntry], digest: str | None) -> RecipeRecord:

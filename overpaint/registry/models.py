@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import date, datetime, timezone
+from functools import cache
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -31,7 +32,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry.db_errors import Damaged
 
-HEAD = "0004"
+HEAD = "0005"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
 
 # Named from day one: SQLite changes a table by copying it, and only a constraint with a name can be dropped on the way.
@@ -169,11 +170,16 @@ class Row(DeclarativeBase):
 @event.listens_for(Row, "load", propagate=True)
 def _refuse_dangling(row: Row, _context: object) -> None:
     """Every reference that was read along with a row leads to a row."""
-    for relation in inspect(type(row)).relationships:
-        if relation.direction is MANYTOONE and row.__dict__.get(relation.key, row) is None:
-            (column,) = relation.local_columns
-            if row.__dict__.get(str(column.key)) is not None:
-                raise DamagedRow(f"a {row.__tablename__} refers to a {relation.key} that is gone")
+    for relation, column in _references(type(row)):
+        if row.__dict__.get(relation, row) is None and row.__dict__.get(column) is not None:
+            raise DamagedRow(f"a {row.__tablename__} refers to a {relation} that is gone")
+
+
+@cache
+def _references(table: type[Row]) -> list[tuple[str, str]]:
+    """The attributes of a table that lead to one row of another, each with that of the key."""
+    relations = [each for each in inspect(table).relationships if each.direction is MANYTOONE]
+    return [(each.key, str(column.key)) for each in relations for column in each.local_columns]
 
 
 class BaseRow(Row):

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, column, func, or_, select, table
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from overpaint.core.concepts import Concept
@@ -17,8 +17,8 @@ from overpaint.registry import models
 
 # What a search reads: one short text for each patch, recipe and reason, in folded letters.
 #
-# A search passes over all of them, newest first, and stops when it has a page. That takes a scan of the narrowest table
-# that can answer, which SQLite and PostgreSQL do alike; the index of words that each of them offers is its own.
+# A search passes over them, newest first, and stops when it has a page. So what is frequent is found at once; for what is
+# rare, an index of pieces of three letters says which texts are worth comparing (migration 0005).
 
 
 # What must match as a whole stands on a line of its own behind one of these, which no name and no search can contain.
@@ -69,6 +69,54 @@ def mentions(text: InstrumentedAttribute[str], words: Iterable[str]) -> list[Col
 def is_marked(text: InstrumentedAttribute[str], mark: str, value: str) -> ColumnElement[bool]:
     """The condition that `text` has exactly `value` behind `mark`."""
     return text.contains(f"\n{mark}{folded(value)}\n", autoescape=True)
+
+
+RECENT = 20_000
+"""How many of the newest texts a search compares before it asks the index, which is slow for what nearly every text has."""
+PIECES = table("patch_pieces", column("rowid"), column("patch_pieces"))
+
+
+def patches_mentioning(
+    session: Session,
+    words: Sequence[str],
+    marks: Sequence[tuple[str, str]],
+    base_ids: Sequence[int],
+    limit: int | None,
+    offset: int,
+) -> Sequence[str]:
+    """The ids of a page of patches whose text contains all `words`, all `marks` and one of the bases, if any; newest first."""
+    text, number = models.PatchTextRow.text, models.PatchTextRow.id
+    conditions = [*mentions(text, words), *(is_marked(text, mark, value) for mark, value in marks)]
+    if base_ids:
+        conditions.append(or_(*(is_marked(text, BASE, str(each)) for each in base_ids)))
+    query = select(models.PatchTextRow.patch_id).where(*conditions).order_by(number.desc())
+    # What a filter asks for, half of all patches may have; words are rarer.
+    sought = [folded(word) for word in words if len(folded(word)) > 2] or [
+        f"\n{mark}{folded(value)}\n" for mark, value in marks
+    ]
+    pieces = sorted({each[at : at + 3] for each in sought for at in range(len(each) - 2)})
+    if not pieces or not _has_pieces(session):
+        return session.scalars(query.limit(limit).offset(offset)).all()
+    found: list[str] = []
+    last, wanted = session.scalar(select(func.max(number))) or 0, None if limit is None else offset + limit
+    if wanted is not None:
+        found += session.scalars(query.where(number > last - RECENT).limit(wanted))
+        if len(found) == wanted:
+            return found[offset:]
+        query = query.where(number <= last - RECENT).limit(wanted - len(found))
+    match = " AND ".join('"' + piece.replace('"', '""') + '"' for piece in pieces)
+    found += session.scalars(
+        query.where(number.in_(select(PIECES.c.rowid).where(PIECES.c.patch_pieces.op("MATCH")(match))))
+    )
+    return found[offset:]
+
+
+def _has_pieces(session: Session) -> bool:
+    """Whether there is an index to be asked by name, as on SQLite; PostgreSQL uses its own by itself."""
+    if session.get_bind().dialect.name != "sqlite":
+        return False
+    names = table("sqlite_master", column("name"))
+    return session.scalar(select(names.c.name).where(names.c.name == PIECES.name)) is not None
 
 
 def _text(words: Iterable[str], marks: Iterable[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, delete, func, or_, select
+from sqlalchemy import Select, delete, func, select
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.concepts import Concept
@@ -48,14 +48,12 @@ from overpaint.registry.history import (
     revisions_of,
 )
 from overpaint.registry.queries import (
-    BASE,
     KIND,
     SOLVER,
     TAG,
     added,
     find,
     find_patch,
-    is_marked,
     lookup,
     mentions,
     patches_by_id,
@@ -321,12 +319,7 @@ def _patches(
     limit: int | None,
     offset: int,
 ) -> tuple[PatchRecord, ...]:
-    text = models.PatchTextRow.text
-    conditions = [*mentions(text, words), *(is_marked(text, mark, value) for mark, value in marks)]
-    if base_ids:
-        conditions.append(or_(*(is_marked(text, BASE, str(each)) for each in base_ids)))
-    page = select(models.PatchTextRow.patch_id).where(*conditions).order_by(models.PatchTextRow.id.desc())
-    ids = session.scalars(page.limit(limit).offset(offset)).all()
+    ids = queries.patches_mentioning(session, words, marks, base_ids, limit, offset)
     by_id = patches_by_id(session, ids)
     return tuple(PatchRecord.of(by_id[each]) for each in ids)
 
@@ -689,11 +682,13 @@ class Registry:
 
         With `limit`, at most so many of them after the first `offset`. Raises NotFound for an unknown concept or base.
         """
-        order = (models.PatchRow.solved_at, models.PatchRow.id)
+        order = [each.desc() if newest_first else each for each in (models.PatchRow.solved_at, models.PatchRow.id)]
         with self._database.reading() as session:
-            query = _filtered(session, select(models.PatchRow), concept, base, solver, tag)
-            query = query.order_by(*(each.desc() for each in order) if newest_first else order)
-            return [PatchRecord.of(row) for row in session.scalars(query.limit(limit).offset(offset))]
+            # Which patches: an index alone tells, however many are passed over. What is in them: of the page alone.
+            page = _filtered(session, select(models.PatchRow.id), concept, base, solver, tag)
+            page = page.order_by(*order).limit(limit).offset(offset)
+            query = select(models.PatchRow).where(models.PatchRow.id.in_(page)).order_by(*order)
+            return [PatchRecord.of(row) for row in session.scalars(query)]
 
     def count_patches(
         self,
@@ -774,8 +769,9 @@ class Registry:
         """All recipes in the order they were made, or those that were deleted; `limit` and `offset` give a page."""
         gone = models.RecipeRow.deleted_at
         query = select(models.RecipeRow).where(gone.is_not(None) if deleted else gone.is_(None))
-        together = (selectinload(models.RecipeRow.patches), selectinload(models.RecipeRow.tags))
-        query = query.options(*together).order_by(models.RecipeRow.id).limit(limit).offset(offset)
+        query = (
+            query.options(selectinload(models.RecipeRow.tags)).order_by(models.RecipeRow.id).limit(limit).offset(offset)
+        )
         with self._database.reading() as session:
             return records_now(session, session.scalars(query).all())
 

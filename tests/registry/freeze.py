@@ -17,6 +17,13 @@ from overpaint.registry import Registry, models
 from .contents import add_patch, digest_of, lay, stock
 
 FOLDER = Path(__file__).parent / "frozen"
+OF_INDEX = (
+    "PRAGMA writable_schema",
+    "INSERT INTO sqlite_master",
+    'INSERT INTO "patch_pieces',
+    "CREATE TABLE 'patch_pieces_",
+)
+"""Beginnings of the lines of a dump that are about the index of searches."""
 LABELS = ("one", "two", "three")
 """The patches of a frozen registry; a blob is its patch's label."""
 
@@ -38,7 +45,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fill(Registry.open(folder))
         with closing(sqlite3.connect(Path(folder) / "registry.db")) as connection:
-            lines = list(connection.iterdump())
+            lines = [line for line in connection.iterdump() if not line.startswith(OF_INDEX)]
+            made = connection.execute("SELECT sql FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE%'").fetchall()
+    # SQLite makes the tables behind an index by itself; a dump of them could not be read again.
+    at = next(number for number, line in enumerate(lines) if line.startswith("CREATE TRIGGER"))
+    lines[at:at] = [f"{statement};" for (statement,) in made]
+    lines.insert(-1, "INSERT INTO patch_pieces (patch_pieces) VALUES ('rebuild');")
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{models.HEAD}.sql"
     path.write_text("\n".join(lines) + "\n", "utf-8")

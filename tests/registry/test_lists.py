@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, event, insert
 
 from overpaint.core.errors import NotFound
-from overpaint.registry import Registry, models
+from overpaint.registry import Registry, models, queries
 from overpaint.registry.schema import connect
 
 from .contents import add_patch, digest_of, lay, stock
@@ -150,17 +150,21 @@ def test_the_first_page_is_the_beginning_of_an_index(large: Registry) -> None:
         large.patches(concept="thing 77", limit=50)
     lists = [step for steps in found for step in steps if LIST.match(step)]
     assert lists == [
-        "SCAN patch USING INDEX ix_patch_solved_at_id",
-        "SEARCH patch USING INDEX ix_patch_concept_id_solved_at_id (concept_id=?)",
+        "SCAN patch USING COVERING INDEX ix_patch_solved_at_id",
+        "SEARCH patch USING COVERING INDEX ix_patch_concept_id_solved_at_id (concept_id=?)",
     ]
 
 
-def test_a_search_reads_the_narrow_table_only(large: Registry) -> None:
+def test_a_search_compares_the_newest_texts_and_looks_up_the_rest(
+    large: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "RECENT", 10)
     with plans() as found:
-        large.search("thing nowhere", solver="uce", base="small")
-    (search,) = [steps for steps in found if "SCAN patch_text" in steps]
-    assert search == ["SCAN patch_text"]
-    assert not any(step.startswith("SCAN patch") for steps in found if steps is not search for step in steps)
+        large.search("nowhere", solver="uce", base="small")
+    recent, rest = (steps for steps in found if steps[0].startswith("SEARCH patch_text USING"))
+    assert recent == ["SEARCH patch_text USING INTEGER PRIMARY KEY (rowid>?)"]
+    assert rest[0] == "SEARCH patch_text USING INTEGER PRIMARY KEY (rowid=?)"
+    assert rest[-1].startswith("SCAN patch_pieces VIRTUAL TABLE INDEX")
 
 
 def test_what_a_name_is_compared_with_does_not_grow(large: Registry) -> None:

@@ -32,7 +32,11 @@ def set_revision(location: str | Path, revision: str) -> None:
 
 
 def test_models_equal_migrations(location: str | Path) -> None:
-    options = {"compare_type": True, "compare_server_default": True}
+    def is_stated(_: object, name: str | None, *about: object) -> bool:
+        """Whether models state it: all but the index of searches, which SQLite keeps in tables of its own."""
+        return "_pieces" not in (name or "")
+
+    options = {"compare_type": True, "compare_server_default": True, "include_object": is_stated}
     with connect(location, create=True).reading() as session:
         context = MigrationContext.configure(session.connection(), opts=options)
         assert compare_metadata(context, models.Row.metadata) == []

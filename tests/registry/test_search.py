@@ -8,7 +8,7 @@ import pytest
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.registry import Registry
+from overpaint.registry import Registry, queries
 
 from .contents import add_patch, lay
 
@@ -67,6 +67,57 @@ RECIPES = {
 
 def test_every_word_is_looked_for_everywhere(registry: Registry) -> None:
     assert {text: [patch.concept for patch in registry.search(text).patches] for text in PATCHES} == PATCHES
+
+
+def test_the_index_finds_what_comparing_every_text_finds(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.tag('a "quoted" tag', patches=["apple"], who="")
+    registry.tag("gone", patches=["草間彌生"], who="")
+    registry.untag("gone", patches=["草間彌生"])
+    searches = [
+        *PATCHES,
+        '"quoted"',
+        'ed" tag',
+        "gone",
+        "obj uce",
+        "ject sma apple",
+        "彌生 uce",
+        "small",
+        "' OR 1",
+        '""',
+    ]
+    filters: list[dict[str, str]] = [
+        {},
+        {"kind": "style"},
+        {"solver": "uce"},
+        {"base": "small", "tag": 'a "quoted" tag'},
+    ]
+    pages: list[dict[str, int | None]] = [
+        {},
+        {"limit": 1},
+        {"limit": 1, "offset": 1},
+        {"limit": None},
+        {"limit": 2, "offset": 2},
+    ]
+
+    def answers() -> list[list[str]]:
+        asked = [
+            (text, where, page) for text in [*searches, ""] for where in filters for page in pages if text or where
+        ]
+        return [[patch.id for patch in registry.search(text, **where, **page).patches] for text, where, page in asked]  # type: ignore[arg-type]
+
+    indexed = {}
+    for recent in (0, 1, 2, 1000):
+        monkeypatch.setattr(queries, "RECENT", recent)
+        indexed[recent] = answers()
+    monkeypatch.setattr(queries, "_has_pieces", lambda session: False)
+    assert list(indexed.values()) == [answers()] * 4
+
+
+def test_a_removed_patch_is_no_longer_found(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "RECENT", 0)
+    assert registry.search("banksy").patches
+    registry.remove_patch("Straßenkunst 100%")
+    assert not registry.search("banksy").patches
 
 
 def test_recipes_are_found_by_name_base_and_reasons(registry: Registry) -> None:
