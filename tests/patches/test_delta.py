@@ -66,7 +66,9 @@ def test_zeros_of_different_sign_are_different_deltas() -> None:
 
 @FEW
 @given(kinds=st.tuples(st.sampled_from(ADDED), st.sampled_from(ADDED)), seed=seeds, dtype=st.sampled_from(FLOATS))
-def test_laying_on_a_sum_is_laying_on_both(base: Base, kinds: tuple[str, str], seed: int, dtype: torch.dtype) -> None:
+def test_a_sum_composes_to_what_both_compose_to(
+    base: Base, kinds: tuple[str, str], seed: int, dtype: torch.dtype
+) -> None:
     a, b = (some_delta(base, kind, seed + i, dtype=dtype) for i, kind in enumerate(kinds))
     both = compose(base, [Term("a", a), Term("b", b)])
     assert close(alone(base, a + b), both)

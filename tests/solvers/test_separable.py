@@ -34,8 +34,10 @@ def test_hardening_sends_away_what_called_the_concept_up_and_leaves_others_where
     calling = revived(before, g, 0.1 * g.diagonal().mean() * torch.eye(len(g)).double(), cat)
     assert known.begin is not None
     calling = calling - torch.outer(known.begin, known.begin @ calling)
-    assert (after(calling) - values).norm() < 0.95 * (before(calling) - values).norm()
-    assert (after(dog) - dog).norm() < 0.45 * (after(cat) - cat).norm()
+    # One round is one more least-squares fit, which goes most of the way; two thirds leaves room for other machines.
+    assert (after(calling) - values).norm() < 2 / 3 * (before(calling) - values).norm()
+    # A term moves of another concept at most half of what it moves of its own (the docstring of `decoupling`).
+    assert (after(dog) - dog).norm() < 0.5 * (after(cat) - cat).norm()
 
 
 def test_a_setting_that_came_later_changes_no_id_while_it_is_not_used() -> None:
