@@ -25,9 +25,9 @@ from schemathesis.generation import GenerationMode
 
 import overpaint
 from benchmarks.tables import arguments, save, show
+from overpaint.serving.access import TokenFile
 from overpaint.serving.app import create_app
 from overpaint.serving.options import ServeOptions
-from overpaint.serving.tokens import TokenFile
 from overpaint.workspace.workspace import Workspace
 
 CONCEPTS = ("cat", "dog", "fox", "tiger", "lion", "wolf")

@@ -17,11 +17,10 @@ from overpaint.commands.checkpoints import build, demo, generate, inspect
 from overpaint.commands.common import default_registry
 from overpaint.commands.concepts import concept
 from overpaint.commands.evaluating import crosstalk, evaluate, report
-from overpaint.commands.pages import ui
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe, undo
 from overpaint.commands.searching import search, tag
-from overpaint.commands.serving import serve, token
+from overpaint.commands.serving import serve, token, ui
 from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve, solvers
 from overpaint.commands.upkeep import db, gc, init, verify

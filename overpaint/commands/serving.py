@@ -1,4 +1,4 @@
-"""`overpaint serve`: pictures under any recipe over HTTP. `overpaint token`: who may do what there."""
+"""`overpaint serve` and `token`: pictures under any recipe over HTTP, and who may do what there. `overpaint ui`: a page."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def token_new(ctx: click.Context, owner: str, role: Any, recipes: tuple[str, ...
       overpaint token new anna --role change
       overpaint token new kiosk --role generate --recipe safe
     """
-    from overpaint.serving.tokens import TokenFile
+    from overpaint.serving.access import TokenFile
 
     registry = open_workspace(ctx).registry
     names = [registry.recipe(each).name for each in recipes]
@@ -141,7 +141,7 @@ def token_list(ctx: click.Context, as_json: bool) -> None:
     Example:
       overpaint token list
     """
-    from overpaint.serving.tokens import TokenFile
+    from overpaint.serving.access import TokenFile
 
     tokens = TokenFile(open_workspace(ctx).registry.folder).tokens()
     rows = [[each.id, each.owner, each.role, ", ".join(each.recipes), each.created] for each in tokens]
@@ -158,7 +158,45 @@ def token_revoke(ctx: click.Context, key: str) -> None:
     Example:
       overpaint token revoke anna
     """
-    from overpaint.serving.tokens import TokenFile
+    from overpaint.serving.access import TokenFile
 
     for each in TokenFile(open_workspace(ctx).registry.folder).revoke(key):
         click.echo(f"revoked {each.id} of {each.owner} ({each.role})")
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; elsewhere it needs a password.")
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option(
+    "--password",
+    envvar="OVERPAINT_UI_PASSWORD",
+    show_envvar=True,
+    help="Asked of every visitor. Safer in the variable.",
+)
+@click.option("--open", "browse", is_flag=True, help="Open it in the browser of this machine.")
+@device_option
+@click.pass_context
+def ui(ctx: click.Context, host: str, port: int, password: str | None, browse: bool, device: str) -> None:
+    """Compare, switch and restore patches on a page.
+
+    Draws base and recipe side by side, shows who changed what and why, solves, builds and reports. Ctrl-C ends it.
+
+    \b
+    Example:
+      overpaint ui
+      overpaint ui --port 8080 --open
+    """
+    import threading
+
+    with Terminal() as terminal:
+        from overpaint.ui.launch import served
+
+        workspace = open_workspace(ctx, create=True, terminal=terminal)
+        with served(workspace, host=host, port=port, password=password or "", device=device) as address:
+            terminal.note(f"the page is at {address}")
+            if browse:
+                click.launch(address)
+            try:
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                terminal.note("the page is closed")

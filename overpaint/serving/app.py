@@ -43,6 +43,7 @@ from overpaint.registry.database import RegistryVersionError
 from overpaint.registry.history import StaleRevision
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.serving import schemas
+from overpaint.serving.access import BadTokens, BodyLimit, RateLimiter, Role, Token, TokenFile, TooMany, TryLater
 from overpaint.serving.drawing import (
     BaseReplaced,
     Drawn,
@@ -53,10 +54,8 @@ from overpaint.serving.drawing import (
     QueueFull,
     Stopping,
 )
-from overpaint.serving.limits import BodyLimit, RateLimiter, TooMany, TryLater
 from overpaint.serving.metrics import Metrics
 from overpaint.serving.options import ServeOptions
-from overpaint.serving.tokens import BadTokens, Role, Token, TokenFile
 from overpaint.workspace.opened import LostPatch
 from overpaint.workspace.recipe import Recipe, current_user
 from overpaint.workspace.workspace import Workspace

@@ -27,7 +27,7 @@ from overpaint.evaluation.images import Sampler, generate
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.live import Overlay
 from overpaint.registry.history import today
-from overpaint.serving.limits import TryLater
+from overpaint.serving.access import TryLater
 from overpaint.workspace.workspace import Workspace
 
 MOST_IN_A_ROW = 16

@@ -12,14 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from overpaint.bases.base import Base
-from overpaint.certificates.bom import bill_of_materials
-from overpaint.certificates.checking import Verification, check_certificate
-from overpaint.certificates.envelope import producer, signed_lines
+from overpaint.certificates.checking import Verification, check_certificate, producer, signed_lines
 from overpaint.certificates.statement import (
     SIGNATURE,
     Certificate,
     Composition,
     Thresholds,
+    bill_of_materials,
     file_digests,
 )
 from overpaint.core.atomic import refuse_taken, require_parent, write_new

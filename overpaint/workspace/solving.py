@@ -22,8 +22,7 @@ from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.workspace.compression import compressed
-from overpaint.workspace.decoupling import decoupled_patch
+from overpaint.workspace.derived_patches import compress_patch, decouple_patch
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
 
@@ -82,10 +81,10 @@ def solve_request(
     patch = make_patch(base, request.concept, solution.delta, recorded)
     errors: dict[str, float] = {}
     if request.decoupled:
-        separate = decoupled_patch(base, patch, request.decoupled, context, device, report)
+        separate = decouple_patch(base, patch, request.decoupled, context, device, report)
         patch, errors = separate.patch, {f"decoupled: {name}": value for name, value in separate.diagnostics.items()}
     for truncation in request.truncations:
-        smaller = compressed(base, patch, truncation)
+        smaller = compress_patch(base, patch, truncation)
         patch = smaller.patch
         errors["compression error"] = max(smaller.errors.values())
     return SolvedPatch(request, patch, {**solution.diagnostics, **errors}, seconds)

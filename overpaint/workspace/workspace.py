@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from overpaint.registry.sharing.ingest import Received
     from overpaint.registry.sharing.sending import Sent
     from overpaint.registry.upkeep import Verified
-    from overpaint.workspace.compression import Compressed
-    from overpaint.workspace.decoupling import DecoupledPatch
+    from overpaint.workspace.derived_patches import Compressed, DecoupledPatch
     from overpaint.workspace.exchange import ImportedPatch
     from overpaint.workspace.recipe_file import RecipeFileOutcome, RecipePlan
     from overpaint.workspace.solving import Solved, SolveOutcome, SolverInfo
@@ -285,15 +284,15 @@ class Workspace(OpenRegistry):
             )
 
     def compress(self, patch: str, keep: str) -> tuple[PatchRecord, Compressed]:
-        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `workspace.compression`.
+        """Store a smaller patch beside one that is there; `keep` is a rank or a share of energy. See `workspace.derived_patches`.
 
         Raises NothingSmaller when it would not be smaller.
         """
-        from overpaint.workspace.compression import compressed, refuse_if_not_smaller
+        from overpaint.workspace.derived_patches import compress_patch, refuse_if_not_smaller
         from overpaint.workspace.solving import store_patch
 
         record, asked = self.registry.patch(patch), Truncation.parse(keep)
-        smaller = compressed(self.base(record.base), self.patch(record.id), asked)
+        smaller = compress_patch(self.base(record.base), self.patch(record.id), asked)
         refuse_if_not_smaller(smaller, asked)
         return store_patch(self.registry, smaller.patch, record.base, 0.0), smaller
 
@@ -315,12 +314,12 @@ class Workspace(OpenRegistry):
         is left.
         """
         from overpaint.bases.loading import resolve_device
-        from overpaint.workspace.decoupling import decoupled_patch
+        from overpaint.workspace.derived_patches import decouple_patch
         from overpaint.workspace.solving import store_patch
 
         record, rule = self.registry.patch(patch), decoupling_rule(rule)
         where, context = resolve_device(device), self.solve_context(record.base, universe)
-        found = decoupled_patch(self.base(record.base), self.patch(record.id), rule, context, where, progress)
+        found = decouple_patch(self.base(record.base), self.patch(record.id), rule, context, where, progress)
         return store_patch(self.registry, found.patch, record.base, found.diagnostics["seconds"]), found
 
     # Patches and recipes
@@ -520,7 +519,7 @@ class Workspace(OpenRegistry):
         asked = Selection.by(patches, recipes)
         beside: Beside = lambda entries: {}  # noqa: E731
         if is_hub(destination):
-            from overpaint.workspace.model_hub import hub_files
+            from overpaint.workspace.exchange import hub_files
 
             beside = hub_files(self, str(destination), asked, license=license, progress=progress, warn=warn)
         return push(

@@ -15,8 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from in_toto_attestation.predicates.scai.v0.scai import AttributeAssertion
 from in_toto_attestation.v1.statement import Statement
 
-from overpaint.certificates.checking import Verification, check_certificate
-from overpaint.certificates.envelope import BadCertificate, producer, signed_lines
+from overpaint.certificates.checking import BadCertificate, Verification, check_certificate, producer, signed_lines
 from overpaint.certificates.statement import REPORT, TESTS
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError

@@ -18,7 +18,7 @@ from overpaint.patches.compose import Term, compose, exactly, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, delta_from, paired, present
 from overpaint.patches.formats.exporting import stored_difference, stored_truncated
 from overpaint.patches.patch import BadPatch, make_patch, read_patch
-from overpaint.workspace.compression import truncated
+from overpaint.workspace.derived_patches import truncate
 from overpaint.workspace.planning import Truncation
 from tests.patches.plain_composition import compose_plainly
 from tests.small_bases import WIDTH, equal, small_base, some_delta
@@ -111,7 +111,7 @@ def test_it_is_exported(base: Base) -> None:
 @pytest.mark.usefixtures("_listed")
 def test_compressing_loses_what_is_measured_and_nothing_else(base: Base) -> None:
     both = product() + some_delta(base, "low-rank", 1, names=[KEY])
-    found = truncated(base, both, Truncation(rank=1))
+    found = truncate(base, both, Truncation(rank=1))
     (pair,) = found.delta.parts
     assert isinstance(pair, LowRank)
     sizes = torch.linalg.svdvals(plan(base, [Term("a", both)]).change(KEY))

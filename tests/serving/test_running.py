@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from overpaint.serving.tokens import TokenFile
+from overpaint.serving.access import TokenFile
 from overpaint.workspace.workspace import Workspace
 from tests.serving.conftest import texts
 

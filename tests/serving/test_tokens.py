@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from overpaint.cli import main
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.serving.tokens import BadTokens, TokenFile
+from overpaint.serving.access import BadTokens, TokenFile
 from overpaint.workspace.workspace import Workspace
 
 

@@ -17,7 +17,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap, Xor, residual
 from overpaint.patches.factors import product_svd
-from overpaint.workspace.compression import NothingSmaller, directions, size_of, truncated
+from overpaint.workspace.derived_patches import NothingSmaller, directions, size_of, truncate
 from overpaint.workspace.planning import BadTruncation, Truncation
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
@@ -78,7 +78,7 @@ def test_energy_takes_the_fewest_directions_that_hold_it(sizes: list[float], ene
 def test_the_error_of_a_matrix_is_its_discarded_singular_values(base: Base, rank: int) -> None:
     name = base.projections()[0]
     change = random(1, *base.places[name].shape)
-    found = truncated(base, Dense({name: change}), Truncation(rank=rank))
+    found = truncate(base, Dense({name: change}), Truncation(rank=rank))
     assert isinstance(found.delta, LowRank)
     assert found.delta.factors[name][0].shape[1] == rank
     assert found.errors[name] == pytest.approx(lost(change, rank), abs=ROUNDING)
@@ -89,13 +89,13 @@ def test_the_error_of_a_matrix_is_its_discarded_singular_values(base: Base, rank
 def test_a_share_of_energy_bounds_the_error(base: Base, energy: float) -> None:
     name = base.projections()[0]
     change = random(2, base.places[name].shape[0], 12) @ random(3, 12, base.places[name].shape[1])
-    found = truncated(base, Dense({name: change}), Truncation(energy=energy))
+    found = truncate(base, Dense({name: change}), Truncation(energy=energy))
     assert found.errors[name] <= math.sqrt(1 - energy) + ROUNDING
 
 
 def test_a_kernel_counts_as_the_matrix_of_its_rows_and_a_bias_stays(base: Base) -> None:
     kernel, bias = random(4, *base.places[CONV].shape), random(5, *base.places[BIAS].shape)
-    found = truncated(base, Dense({CONV: kernel, BIAS: bias}), Truncation(rank=2))
+    found = truncate(base, Dense({CONV: kernel, BIAS: bias}), Truncation(rank=2))
     assert isinstance(found.delta, Sum)
     assert found.errors == {CONV: pytest.approx(lost(kernel.flatten(1), 2), abs=ROUNDING), BIAS: 0.0}
     (dense,) = (part for part in found.delta.parts if isinstance(part, Dense))
@@ -106,14 +106,14 @@ def test_low_rank_factors_are_truncated_like_their_product(base: Base) -> None:
     name = base.projections()[0]
     out, width = base.places[name].shape
     up, down = random(6, out, 8), random(7, 8, width)
-    found = truncated(base, LowRank({name: (up, down)}), Truncation(rank=3))
+    found = truncate(base, LowRank({name: (up, down)}), Truncation(rank=3))
     assert found.errors[name] == pytest.approx(lost(up @ down, 3), abs=ROUNDING)
 
 
 def test_a_text_map_loses_the_least_that_all_its_readers_together_can(base: Base) -> None:
     up, down = random(8, 64, 9), random(9, 64, 9)
     delta = TextMap("text_encoder", up, down)
-    found = truncated(base, delta, Truncation(rank=4))
+    found = truncate(base, delta, Truncation(rank=4))
     assert isinstance(found.delta, TextMap)
     assert found.delta.up.shape[1] == 4
     projections = {name: base.tensor(name).double() for name in base.projections("text_encoder")}
@@ -126,7 +126,7 @@ def test_parts_that_lie_on_one_tensor_are_truncated_together(base: Base) -> None
     name = base.projections()[0]
     out, width = base.places[name].shape
     up, down, change = random(10, out, 2), random(11, 2, width), random(12, out, width)
-    found = truncated(base, Sum((LowRank({name: (up, down)}), Dense({name: change}))), Truncation(rank=3))
+    found = truncate(base, Sum((LowRank({name: (up, down)}), Dense({name: change}))), Truncation(rank=3))
     assert isinstance(found.delta, LowRank)
     assert found.errors[name] == pytest.approx(lost(up @ down + change, 3), abs=ROUNDING)
 
@@ -137,7 +137,7 @@ def test_residual_bits_count_as_part_of_the_change(base: Base) -> None:
     edited = (before.double() + 0.1 * random(13, *before.shape)).to(before.dtype)
     bits = residual(before, edited)
     assert bits is not None
-    found = truncated(base, Xor({name: bits}), Truncation(energy=0.9))
+    found = truncate(base, Xor({name: bits}), Truncation(energy=0.9))
     assert found.errors[name] <= math.sqrt(0.1) + ROUNDING
     assert not found.delta.has_bits
 
@@ -154,13 +154,13 @@ def test_what_would_not_get_smaller_stays_bit_for_bit(base: Base) -> None:
     for delta, keep in zip(
         deltas, [Truncation(rank=2), Truncation(rank=9), Truncation(rank=out), Truncation(rank=1)], strict=True
     ):
-        found = truncated(base, delta, keep)
+        found = truncate(base, delta, keep)
         assert size_of(found.delta) <= size_of(delta)
         assert set(found.errors.values()) == {0.0}
         assert set(found.delta.targets(base)) == set(delta.targets(base))
-    assert truncated(base, deltas[0], Truncation(rank=2)).delta == deltas[0]
-    assert truncated(base, deltas[1], Truncation(rank=9)).delta == deltas[1]
-    assert truncated(base, deltas[2], Truncation(rank=out)).delta == deltas[2]
+    assert truncate(base, deltas[0], Truncation(rank=2)).delta == deltas[0]
+    assert truncate(base, deltas[1], Truncation(rank=9)).delta == deltas[1]
+    assert truncate(base, deltas[2], Truncation(rank=out)).delta == deltas[2]
 
 
 @pytest.mark.parametrize(
