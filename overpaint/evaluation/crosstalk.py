@@ -75,7 +75,7 @@ class ConceptMoments:
             factor = self._recall(name)
             if factor is None:
                 factor = self._compute(concept, text_inputs)
-                self._keep(name, factor)
+                self._remember(name, factor)
             self._factors[name] = factor
         return self._factors[name].double()
 
@@ -115,7 +115,7 @@ class ConceptMoments:
             return None  # only time is lost: it is computed again
         return factor
 
-    def _keep(self, name: str, factor: Tensor) -> None:
+    def _remember(self, name: str, factor: Tensor) -> None:
         if self._cache is None:
             return
         try:

@@ -28,7 +28,7 @@ from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.atomic import replacing
-from overpaint.core.encoding import canonical_json
+from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, Piece, Resources
 from overpaint.core.names import checked_number, checked_seed
@@ -163,7 +163,7 @@ class ImageCache:
             return [None] * len(questions)
         return [self._read(self.place(weights, sampler, each)) for each in questions]
 
-    def keep(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Pixels]) -> None:
+    def remember(self, weights: str, sampler: str, questions: Sequence[EvalPrompt], pictures: Sequence[Pixels]) -> None:
         """Keep one picture for each question; a file is there whole or not at all."""
         if self.folder is None:
             return
@@ -182,8 +182,7 @@ class ImageCache:
     def place(self, weights: str, sampler: str, question: EvalPrompt) -> Path:
         """The file of a picture, which is there once it is kept."""
         assert self.folder is not None
-        meant = canonical_json([sampler, question.prompt, question.seed])
-        return self.folder / weights / f"{hashlib.sha256(meant).hexdigest()}.png"
+        return self.folder / weights / f"{json_digest([sampler, question.prompt, question.seed])}.png"
 
     def _read(self, place: Path) -> Pixels | None:
         try:
@@ -251,7 +250,7 @@ class ImageGenerator:
         parts = [missing[start : start + self.sampler.batch] for start in range(0, len(missing), self.sampler.batch)]
         for part, pictures in self._drawn_parts(terms, questions, parts):
             asked = [questions[i] for i in part]
-            self.image_cache.keep(weights, how, asked, pictures)
+            self.image_cache.remember(weights, how, asked, pictures)
             for i, picture in zip(part, pictures, strict=True):
                 stored[i] = picture
             self._report_drawn(weights, asked)

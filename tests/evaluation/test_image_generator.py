@@ -75,14 +75,14 @@ def test_patches_that_compose_to_the_base_are_the_base(base: Base, tmp_path: Pat
 def test_an_interrupted_run_goes_on_where_it_was(
     base: Base, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = ImageCache.keep
+    keep = ImageCache.remember
 
     def power_cut(self: ImageCache, *args: Any) -> None:
         keep(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(ImageCache, "keep", power_cut)
+        broken.setattr(ImageCache, "remember", power_cut)
         with pytest.raises(KeyboardInterrupt):
             image_generator(base, tmp_path).draw((), ASKED)
     assert drawn == [4]
