@@ -145,6 +145,13 @@ class CompositionPlan:
             self.write(name, Target(original, original.values, self._work))
         return original.values
 
+    def check_range(self, name: str) -> None:
+        """Raise BadDelta when the sum overflows the tensor's dtype; composes it only where a bound leaves that open."""
+        original, stack = self.original(name), self.stacks[name]
+        largest = torch.finfo(original.values.dtype).max
+        if stack.is_alone_with_bits or self._change(name, stack, original).bound(original.peak) > largest:
+            self.tensor(name)
+
     def change(self, name: str) -> Tensor:
         """What is added to a tensor before rounding: float64, of the tensor's shape.
 

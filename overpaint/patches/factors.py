@@ -8,7 +8,6 @@ residual bits that make it exact, and the one that takes fewer bytes is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,11 +24,15 @@ ROUNDING = 1.5
 
 @dataclass(frozen=True)
 class Fitted:
-    """One weight's change: thin factors (up, down) or an array of the weight's shape; and residual bits, if any are due."""
+    """One weight's change: thin factors (up, down) or an array of the weight's shape; and residual bits, if any are due.
+
+    `is_given` says that the factors are what was asked for, and not found in an edited weight.
+    """
 
     factors: tuple[Tensor, Tensor] | None = None
     array: Tensor | None = None
     bits: tuple[Tensor, Tensor] | None = None
+    is_given: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -70,13 +73,15 @@ def fit_edit(
     return min(candidates, key=lambda each: each.nbytes)
 
 
-def products(*pairs: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """The product up down (out x r, r x in) of each pair, float64, a block of rows at a time: never a whole one in memory."""
-    wide = [(up.double(), down.double()) for up, down in pairs]
-    out, width = wide[0][0].shape[0], wide[0][1].shape[1]
-    rows = max(BLOCK // max(width, 1), 1)
-    for at in range(0, out, rows):
-        yield tuple(up[at : at + rows] @ down for up, down in wide)
+def is_zero(up: Tensor, down: Tensor) -> bool:
+    """Whether the product up down (out x r, r x in) is zero everywhere, in float64; never a whole one in memory."""
+    wide = down.double()
+    rows = max(BLOCK // max(wide.shape[1], 1), 1)
+    # One row first: of a product that is not zero it hardly ever is.
+    starts = [0, *range(1, up.shape[0], rows)]
+    return not any(
+        (up[at:end].double() @ wide).any() for at, end in zip(starts, [*starts[1:], up.shape[0]], strict=True)
+    )
 
 
 def difference(original: Tensor, change: Tensor) -> Tensor:

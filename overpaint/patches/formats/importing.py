@@ -30,7 +30,7 @@ from overpaint.core.errors import NotFound
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, all_finite, identical, residual
-from overpaint.patches.factors import Fitted, fit_edit, products
+from overpaint.patches.factors import Fitted, fit_edit, is_zero
 from overpaint.patches.formats.dialects import (
     DIALECTS,
     PEFT_PREFIX,
@@ -337,7 +337,7 @@ def edits_of_file(
         keys = reading.parts[name]
         if not keys.keys() & {"difference", "value"}:
             pair = factors(weights, name, keys, base.places[name].shape)
-            return pair if pair and any(product.any() for (product,) in products(pair)) else None
+            return None if pair is None or is_zero(*pair) else pair
         original = base.tensor(name)
         if "difference" in keys or ("value" in keys and meaning == "change"):
             key = keys.get("difference") or keys["value"]
@@ -586,7 +586,7 @@ def import_weights(base: Base, path: Path, options: Options | None = None, *, re
 
 def _fit(edit: TensorEdit | Pair, tolerance: float) -> Fitted:
     if isinstance(edit, tuple):
-        return Fitted(factors=edit)
+        return Fitted(factors=edit, is_given=True)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
     with_bits = edit.rounded is None and not edit.given
     return fit_edit(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
@@ -608,20 +608,25 @@ def _delta(fits: Mapping[str, Fitted]) -> Delta:
 
 
 def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Progress) -> Proof:
-    """Compose the delta on the base, read the file once more, and compare."""
+    """Compose the delta on the base, read the file once more, and compare.
+
+    Factors of the file are the delta's own, so what they add is what the file says: only whether there is room for it is seen to.
+    """
     planned = plan(base, [Term("", delta)])
     differing = of = 0
     worst, where, dtypes, rounded = 0.0, "", Counter[str](), False
-    for step, name in enumerate(fits):
+    for step, (name, fit) in enumerate(fits.items()):
         report(len(fits) + step, 2 * len(fits), name)
+        if fit.is_given:
+            planned.check_range(name)
+            place = base.places[name]
+            of += math.prod(place.shape)
+            dtypes[dtype_name(DTYPES[place.entry.dtype])] += 1
+            continue
         edit = edits.edit(name)
-        assert edit is not None
-        if isinstance(edit, tuple):
-            composed, wanted, coarser = planned.tensor(name), Fitted(factors=edit).added_to(base.tensor(name)), None
-        else:
-            coarser = edit.rounded
-            composed = fits[name].added_to(edit.original) if coarser else planned.tensor(name)
-            wanted = edit.wanted
+        assert isinstance(edit, TensorEdit)
+        coarser, wanted = edit.rounded, edit.wanted
+        composed = fit.added_to(edit.original) if coarser else planned.tensor(name)
         of += composed.numel()
         dtypes[dtype_name(coarser or composed.dtype)] += 1
         rounded = rounded or coarser is not None
