@@ -630,14 +630,20 @@ DELTAS: tuple[type[Delta], ...] = (TextMap, LowRank, Dense, Xor)
 """The kinds that a patch can hold, alone or in a sum, in the order in which a sum holds them; bits refer to what is before."""
 
 
+def known_kinds() -> dict[str, type[Delta]]:
+    """The kinds of delta that this program reads, sums among them, by the names that manifests have for them."""
+    every: tuple[type[Delta], ...] = (*DELTAS, Sum)
+    return {each.kind: each for each in every}
+
+
 def newest_format() -> int:
     """The newest format of patches that this program reads."""
-    return max(kind.since_format for kind in (*DELTAS, Sum))
+    return max(each.since_format for each in known_kinds().values())
 
 
 def delta_from(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
     """Read back what `Delta.tensors` gave. Raises BadDelta on an unknown kind or arrays that do not belong to it."""
-    kinds = {each.kind: each for each in (*DELTAS, Sum)}
+    kinds = known_kinds()
     if kind not in kinds:
         raise BadDelta(f"unknown kind of delta {kind!r}; this program knows {', '.join(kinds)}: upgrade Overpaint")
     parts = kinds[kind].from_arrays(tensors)
