@@ -57,7 +57,7 @@ class Suite:
         """Raise OverpaintError for a number below 1: every number of a suite counts something."""
         for each in fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
-            if isinstance(value, int) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise OverpaintError(f"{each.name} of the suite {type(self).__name__} is at least 1; got {value}")
 
     def run(self, context: EvalContext) -> list[Measurement]:
