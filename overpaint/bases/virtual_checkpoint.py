@@ -1,6 +1,7 @@
-"""A legacy checkpoint (`.ckpt`, `.pt`), read through `torch.load(weights_only=True)` alone and mapped into memory.
+"""Containers whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
 
-It is presented as the safetensors file that it would be, and a build of it is one.
+So all that reads a base, and all that writes one, has one kind of container to deal with. A legacy checkpoint (`.ckpt`,
+`.pt`) is one: read through `torch.load(weights_only=True)` alone and mapped into memory; a build of it is safetensors.
 """
 
 from __future__ import annotations
@@ -30,11 +31,6 @@ from overpaint.bases.safetensors_file import (
     raw_bytes,
 )
 from overpaint.core.encoding import TensorEntry
-
-# A container whose file is not there: the safetensors file that some tensors would be, gathered when they are read.
-#
-# So all that reads a base, and all that writes one, has one kind of container to deal with.
-
 
 DATA_START = 4096
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

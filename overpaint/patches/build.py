@@ -4,6 +4,13 @@ A diffusers folder gives a folder, a single file a single file, unless the other
 dtypes and untouched bytes stay. Weight files are streamed, second copies of a patched weight are left out with notice
 (`duplicate_weights`), the recipe and the digests are recorded in the headers (`build_record`), and everything appears whole
 or not at all.
+
+A weight file is written again in one pass, at the speed of a copy. The header comes first: everything in it has a known
+length, so its digests are filled in at the end. Tensors follow in file order. What is between two changed tensors is copied
+by the kernel as one piece, and a file system that can share blocks shares them; memory holds one changed tensor at a time.
+
+A base in the other container is one more base, whose files are not there yet. Names, values and digests are those of the
+original; what the way back would give is compared with what went in before anything is written.
 """
 
 from __future__ import annotations
@@ -36,13 +43,6 @@ from overpaint.patches.build_record import metadata_with, record_of, with_digest
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.duplicate_weights import Survey, survey
 from overpaint.patches.formats.dialects import ldm_modules
-
-# A weight file written again with some tensors replaced and others left out, in one pass, at the speed of a copy.
-#
-# The header comes first: everything in it has a known length, so its digests are filled in at the end. Tensors follow in
-# file order. What is between two changed tensors is copied by the kernel as one piece, and a file system that can share
-# blocks shares them; memory holds one changed tensor at a time.
-
 
 CHUNK = 8 << 20
 BLOCK = 4096

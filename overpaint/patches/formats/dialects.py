@@ -72,6 +72,7 @@ def _name(module: str, per_level: int, attended: set[int]) -> str | None:
 
 
 UNET, TRANSFORMERS = "unet", ("transformer", "transformer_2")
+DENOISERS = (UNET, *TRANSFORMERS)
 ENCODERS = ("text_encoder", "text_encoder_2")
 INNER = "text_model."
 """What text encoders' names began with, and canonical names still do."""
@@ -405,8 +406,7 @@ DIFFUSERS_ENDINGS: Endings = {
 
 def diffusers_written(base: Base) -> dict[str, str]:
     """The name under which diffusers finds a module, by canonical module."""
-    parts = (UNET, *TRANSFORMERS)
-    names = {f"{part}/{local}": f"{part}.{local}" for part in parts for local in modules_of(base).get(part, ())}
+    names = {f"{part}/{local}": f"{part}.{local}" for part in DENOISERS for local in modules_of(base).get(part, ())}
     for encoder in ENCODERS:
         names.update({module: module.replace("/", ".", 1) for module, _ in encoder_modules(base, encoder)})
     return names

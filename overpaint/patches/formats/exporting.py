@@ -1,4 +1,14 @@
-"""Export: patches on a base as a file that another tool loads; what is lost on the way is measured and reported."""
+"""Export: patches on a base as a file that another tool loads; what is lost on the way is measured and reported.
+
+Every change gets the smallest form that a format's readers know: factors, a difference, or the whole weight. Factors are kept
+as they are where that loses nothing beyond the rounding of the stored dtype: the text map's `down = D^T`, `up = W0 U`, a
+low-rank patch's own. Those of several patches stand side by side; more of them than the tensor has rows or columns are
+reduced to as many without loss. What has no place in a format is refused; nothing is left out.
+
+Of the texts in a header, which user interfaces show, `ss_…` are kohya's, `sshs_…` A1111's, `modelspec.…` those of the
+Stability model metadata specification. Nothing depends on when or where a file is written: the same arrays and texts give the
+same bytes. The digest of everything after the header stands in the header too, and is filled in at the end.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +37,16 @@ from overpaint.patches.delta import Factors, all_finite
 from overpaint.patches.factors import Fitted, leading
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import (
+    DENOISERS,
     ENCODERS,
     PEFT_PREFIX,
     READERS,
-    TRANSFORMERS,
     UNET,
     Reader,
     open_clip_encoders,
     reader,
     split,
 )
-
-# The texts in an export's header: what user interfaces read about a LoRA, and which patches are in it.
-#
-# `ss_…` are kohya's, `sshs_…` A1111's, `modelspec.…` those of the Stability model metadata specification. All values are
-# texts, and nothing depends on when or where the file was written.
-
 
 KEY = "overpaint.export"
 UNKNOWN = "0" * 64
@@ -111,12 +115,6 @@ def _architecture(base: Base) -> tuple[str, str]:
     return ("sd_v2", "stable-diffusion-v2-768-v") if is_2 else ("sd_v1", "stable-diffusion-v1")
 
 
-# A safetensors file written in one pass: the header first, whose texts are sorted, then each array when it is computed.
-#
-# The same arrays and texts give the same bytes. The digest of everything after the header stands in the header too, and is
-# filled in at the end.
-
-
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -146,13 +144,6 @@ def write_file(out: Path, header: Mapping[str, str], slots: Sequence[ArraySlot],
             file.write(data)
         file.seek(0)
         file.write(header_bytes(with_digest(header, digest.hexdigest()), listed))
-
-
-# What patches add to one tensor, in the form that a LoRA or a difference file can hold, and how far the stored form is off.
-#
-# Factors are kept as they are where that loses nothing beyond the rounding of the stored dtype: the text map's `down = D^T`,
-# `up = W0 U`, a low-rank patch's own. Factors of several patches stand side by side; more of them than the tensor has rows
-# or columns are reduced to as many without loss.
 
 
 ROUNDING = 2.0**-22
@@ -191,7 +182,9 @@ def rank(plan: CompositionPlan, name: str) -> int:
 
 def stored_factors(plan: CompositionPlan, name: str, dtype: torch.dtype, directions: int) -> Stored:
     """down (r x in), up (out x r) and r of a tensor whose change is made of thin factors; `directions` is its `rank`."""
-    up, down = _product(plan, name)
+    factors = plan.thin_factors(name)
+    assert factors is not None, name
+    up, down = factors
     rounded = [_rounded((up, down), dtype)] if up.shape[1] == directions else []
     errors = [_error((up, down), pair) for pair in rounded]
     if not errors or errors[0] > ROUNDING:
@@ -227,13 +220,6 @@ def stored_whole(plan: CompositionPlan, name: str) -> Stored:
     """The composed weight, in the base's dtype."""
     value = plan.tensor(name)
     return Stored((value,), 0.0, 0, value.numel())
-
-
-def _product(plan: CompositionPlan, name: str) -> Factors:
-    """The thin factors on a tensor side by side, float64, strengths in `up`."""
-    factors = plan.thin_factors(name)
-    assert factors is not None, name
-    return factors
 
 
 def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,12 +276,6 @@ def _differing(plan: CompositionPlan, name: str, held: Fitted) -> tuple[int, int
     """How many composed values differ when a reader adds what a file holds to the base's weight, and of how many."""
     read, composed = held.added_to(plan.original(name).values), plan.tensor(name)
     return (0 if torch.equal(read, composed) else int((read != composed).sum())), composed.numel()
-
-
-# The formats that are written, and where each keeps a tensor's change.
-#
-# Every change gets the smallest form that a format's readers know: factors, a difference, or the whole weight. What has no
-# place in a format is refused; nothing is left out.
 
 
 class NotExportable(OverpaintError):
@@ -474,10 +454,7 @@ def _placeless(
     module, attribute = split(name)
     if chosen.whole:
         return None
-    known = (
-        name.startswith((f"{UNET}/", *(f"{part}/" for part in TRANSFORMERS)))
-        or module.rpartition(".")[2] in _ENCODER_LAYERS
-    )
+    known = name.partition("/")[0] in DENOISERS or module.rpartition(".")[2] in _ENCODER_LAYERS
     if not has_name or not known or attribute not in _LAYER:
         return "no reader of this format has a name for it", "export as full, or build a checkpoint"
     if chosen.differences:
@@ -652,7 +629,6 @@ def _arrays(pieces: list[TensorExport], made: dict[str, Stored], report: Progres
         made[piece.name] = Stored((), stored.error, stored.differing, stored.of)
 
 
-DENOISERS = (UNET, *TRANSFORMERS)
 _DOWN = ".lora_A.weight"
 
 
@@ -666,7 +642,7 @@ def write_adapter(lora: Path, out: Path, base: str = "") -> dict[str, Any] | Non
 
     arrays = load_file(lora)
     components = {key.partition(".")[0] for key in arrays}
-    if len(components) != 1 or not components <= set(DENOISERS):
+    if len(components) != 1 or not components <= {*DENOISERS}:
         return None
     prefix = f"{components.pop()}."
     # One text in the header, because safetensors writes several in an order of chance.

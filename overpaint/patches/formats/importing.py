@@ -2,6 +2,9 @@
 
 The file may hold changes (LoRA factors, differences) or edited weights. Weights that were rounded more coarsely than the
 base is stored are compared with the base rounded alike, so that the patch holds the edit and not the rounding.
+
+Nothing in a file is believed or run: safetensors are read as every container here is, pickles through
+`torch.load(weights_only=True)` and mapped into memory; keys stay names and never become paths.
 """
 
 from __future__ import annotations
@@ -41,12 +44,6 @@ from overpaint.patches.formats.dialects import (
     configs_of,
     detect,
 )
-
-# What other tools write, opened: a safetensors file, a legacy pickle that holds tensors alone, or an adapter's folder.
-#
-# Nothing in a file is believed or run: safetensors are read as every container here is, pickles through
-# `torch.load(weights_only=True)` and mapped into memory; keys stay names and never become paths.
-
 
 PICKLES = (*SUFFIXES, ".bin")
 ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"

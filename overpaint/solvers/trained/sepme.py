@@ -44,11 +44,6 @@ from overpaint.solvers.sentences import phrasings, spread
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 
-# G-CiRs, the training half of SepME: make what a concept's prompt adds uncorrelated with what it added before.
-#
-# `sepme.py` has the loss and the equations; here are the two things that are trained, increments in a null space and whole
-# weights, and the descent.
-
 
 @torch.no_grad()
 def pictures_of(model: Denoiser, problem: EditProblem, concept: Concept, settings: SepME) -> Tensor:
