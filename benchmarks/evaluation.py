@@ -29,7 +29,7 @@ from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.suites import SUITES as EVERY_SUITE
-from overpaint.registry.registry import EvaluationRecord
+from overpaint.registry.records import EvaluationRecord
 from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import settings_of
 from overpaint.workspace.evaluating import EvaluationRequest, evaluate

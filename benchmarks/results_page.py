@@ -9,7 +9,7 @@ from overpaint.evaluation.metrics import rank_correlation
 from overpaint.evaluation.report_page import Numbers, Table, as_text, percent, plain, plain_words, published
 from overpaint.evaluation.suites import SUITES
 from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
-from overpaint.registry.registry import EvaluationRecord
+from overpaint.registry.records import EvaluationRecord
 from overpaint.solvers import SOLVERS
 from overpaint.workspace.report import numbers_of
 

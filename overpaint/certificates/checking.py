@@ -36,7 +36,7 @@ from overpaint.certificates.statement import (
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.patch import Patch
-from overpaint.registry.registry import EvaluationRecord, ResultRecord
+from overpaint.registry.records import EvaluationRecord, ResultRecord
 from overpaint.registry.sharing.signing import Keyring, Signer, key_id
 from overpaint.registry.store.patch_files import BadManifest, read_json
 

@@ -36,7 +36,7 @@ from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR, is_attack
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.patch import Patch, uncovered_inputs
-from overpaint.registry.registry import EvaluationRecord
+from overpaint.registry.records import EvaluationRecord
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 REPORT = "https://in-toto.io/attestation/scai/v0.3"

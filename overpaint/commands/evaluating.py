@@ -21,7 +21,7 @@ from overpaint.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from overpaint.registry.registry import EvaluationRecord
+    from overpaint.registry.records import EvaluationRecord
 
 COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 

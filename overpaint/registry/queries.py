@@ -30,10 +30,11 @@ def folded(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def index_patch(session: Session, patch: models.PatchRow, tags: Iterable[str] = ()) -> None:
+def index_patch(session: Session, patch: models.PatchRow) -> None:
     """Write the text by which a search finds `patch`."""
     known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
     row = known or models.PatchTextRow(patch_id=patch.id)
+    tags = [tag.tag for tag in patch.tags]
     row.text = of_patch(patch.concept.concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
     session.add(row)
 
@@ -45,12 +46,12 @@ def of_patch(concept: Concept, kind: str, solver: str, base: str, base_id: int, 
     return _text(words, marks)
 
 
-def index_recipe(session: Session, recipe: models.RecipeRow, tags: Iterable[str] = ()) -> None:
+def index_recipe(session: Session, recipe: models.RecipeRow) -> None:
     """Write the text by which a search finds `recipe`: its name, its base and its tags; reasons have rows of their own."""
     of_recipe = (models.RecipeTextRow.recipe_id == recipe.id) & (models.RecipeTextRow.revision == 0)
     known = session.scalar(select(models.RecipeTextRow).where(of_recipe))
     row = known or models.RecipeTextRow(recipe_id=recipe.id, revision=0)
-    row.text = _text([recipe.name, recipe.base.name], [(TAG, tag) for tag in tags])
+    row.text = _text([recipe.name, recipe.base.name], [(TAG, tag.tag) for tag in recipe.tags])
     session.add(row)
 
 

@@ -24,7 +24,6 @@ class BaseRecord:
 
     @classmethod
     def of(cls, row: models.BaseRow) -> BaseRecord:
-        """The record of a row of the database."""
         return cls(row.name, Path(row.source), row.layout, row.fingerprint, row.added_at)
 
 
@@ -47,7 +46,6 @@ class PatchRecord:
 
     @classmethod
     def of(cls, row: models.PatchRow) -> PatchRecord:
-        """The record of a row of the database."""
         return cls(
             id=row.id,
             concept=row.concept.name,
@@ -125,7 +123,6 @@ class HistoryRecord:
 
     @classmethod
     def of(cls, row: models.RevisionRow, change: models.RevisionPatchRow | None) -> HistoryRecord:
-        """The record of a row of the database."""
         line = change or models.RevisionPatchRow()
         return cls(
             recipe=row.recipe.name,
@@ -172,7 +169,6 @@ class PatchChange:
 
     @classmethod
     def of(cls, row: models.RevisionPatchRow) -> PatchChange:
-        """The record of a row of the database."""
         before, after = (
             None if strength is None else RecipeEntry(row.patch_id, strength, until)
             for strength, until in ((row.strength_before, row.until_before), (row.strength_after, row.until_after))
@@ -196,7 +192,6 @@ class Revision:
 
     @classmethod
     def of(cls, row: models.RevisionRow) -> Revision:
-        """The record of a row of the database."""
         return cls(
             number=row.number,
             action=cast(Action, row.action),
@@ -259,3 +254,68 @@ class SearchResult:
 
     patches: tuple[PatchRecord, ...]
     recipes: tuple[RecipeRecord, ...]
+
+
+@dataclass(frozen=True)
+class ResultRecord:
+    """One number: what it is about, what was measured, over `n` things; 95% bounds where there are any."""
+
+    subject: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, row: models.EvaluationResultRow) -> ResultRecord:
+        return cls(row.subject, row.metric, row.value, row.low, row.high, row.n)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One run of one suite: on a patch (its id), or on a recipe (its name) at a revision.
+
+    `digest` is that of the weights that were judged, `seed` the number that all seeds of the run follow from.
+    """
+
+    patch: str | None
+    recipe: str | None
+    revision: int | None
+    digest: str
+    suite: str
+    judge: str
+    seed: int
+    settings: dict[str, Any] = field(hash=False)
+    versions: dict[str, Any] = field(hash=False)
+    seconds: float
+    who: str
+    at: datetime
+    results: tuple[ResultRecord, ...]
+
+    @classmethod
+    def of(cls, row: models.EvaluationRow) -> EvaluationRecord:
+        return cls(
+            patch=row.patch_id,
+            recipe=row.recipe.name if row.recipe else None,
+            revision=row.revision,
+            digest=row.digest,
+            suite=row.suite,
+            judge=row.judge,
+            seed=row.seed,
+            settings=models.stored_json(row.settings, "the settings of an evaluation"),
+            versions=models.stored_json(row.versions, "versions of an evaluation"),
+            seconds=row.seconds,
+            who=row.who,
+            at=row.at,
+            results=tuple(ResultRecord.of(each) for each in row.results),
+        )
+
+
+@dataclass(frozen=True)
+class PreservedPromptRecord:
+    """A prompt to preserve, who asked for that, and when."""
+
+    prompt: str
+    who: str
+    at: datetime

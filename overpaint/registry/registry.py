@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -62,12 +61,15 @@ from overpaint.registry.queries import (
 from overpaint.registry.records import (
     BaseRecord,
     Difference,
+    EvaluationRecord,
     ExpiredEntry,
     HistoryRecord,
     PatchRecord,
+    PreservedPromptRecord,
     RecipeEntry,
     RecipeHistory,
     RecipeRecord,
+    ResultRecord,
     Revision,
     SearchResult,
     TagRecord,
@@ -115,12 +117,6 @@ def _check_words(concept: Concept) -> None:
         checked_name(word, f"synonym or anchor of {concept.name!r}")
 
 
-def _reindex_concept(session: Session, concept: models.ConceptRow) -> None:
-    """What a search finds patches by has the words of their concept."""
-    for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == concept.id)):
-        queries.index_patch(session, patch, [tag.tag for tag in patch.tags])
-
-
 TRIES = 100
 """How often the bytes of a patch are put again when a collector of garbage keeps being faster."""
 
@@ -166,10 +162,10 @@ def _inherit(session: Session, base: models.BaseRow, heir: models.BaseRow) -> No
             session.add(models.PreservedPromptRow(base_id=heir.id, prompt=prompt.prompt, who=prompt.who, at=prompt.at))
     for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.base_id == base.id)).all():
         patch.base = heir
-        queries.index_patch(session, patch, [tag.tag for tag in patch.tags])
+        queries.index_patch(session, patch)
     for recipe in session.scalars(select(models.RecipeRow).where(models.RecipeRow.base_id == base.id)).all():
         recipe.base = heir
-        queries.index_recipe(session, recipe, [tag.tag for tag in recipe.tags])
+        queries.index_recipe(session, recipe)
     session.flush()
 
 
@@ -252,7 +248,7 @@ def _tag_patch(session: Session, key: str, tag: str, who: str) -> TagRecord:
         raise AlreadyExists(f"patch {patch.id[:12]} ({patch.concept.name}) has the tag {tag!r} already")
     row = models.PatchTagRow(patch_id=patch.id, tag=tag, who=who)
     session.add(row)
-    _rewrite_patch(session, patch)
+    _reindex_patch(session, patch)
     return _on_patch(row)
 
 
@@ -265,7 +261,7 @@ def _tag_recipe(session: Session, key: str, tag: str, who: str) -> TagRecord:
         )
     row = models.RecipeTagRow(recipe_id=recipe.id, tag=tag, revision=number, who=who)
     session.add(row)
-    _rewrite_recipe(session, recipe)
+    _reindex_recipe(session, recipe)
     return _on_recipe(row)
 
 
@@ -276,7 +272,7 @@ def _untag_patch(session: Session, key: str, tag: str) -> TagRecord:
         raise NotFound(f"patch {patch.id[:12]} ({patch.concept.name}) does not have the tag {tag!r}")
     record = _on_patch(row)
     session.delete(row)
-    _rewrite_patch(session, patch)
+    _reindex_patch(session, patch)
     return record
 
 
@@ -287,20 +283,20 @@ def _untag_recipe(session: Session, name: str, tag: str) -> TagRecord:
         raise NotFound(f"recipe {recipe.name!r} does not have the tag {tag!r}")
     record = _on_recipe(row)
     session.delete(row)
-    _rewrite_recipe(session, recipe)
+    _reindex_recipe(session, recipe)
     return record
 
 
-def _rewrite_patch(session: Session, patch: models.PatchRow) -> None:
+def _reindex_patch(session: Session, patch: models.PatchRow) -> None:
     session.flush()
     session.refresh(patch, ["tags"])
-    queries.index_patch(session, patch, [each.tag for each in patch.tags])
+    queries.index_patch(session, patch)
 
 
-def _rewrite_recipe(session: Session, recipe: models.RecipeRow) -> None:
+def _reindex_recipe(session: Session, recipe: models.RecipeRow) -> None:
     session.flush()
     session.refresh(recipe, ["tags"])
-    queries.index_recipe(session, recipe, [each.tag for each in recipe.tags])
+    queries.index_recipe(session, recipe)
 
 
 def _on_patch(row: models.PatchTagRow) -> TagRecord:
@@ -341,62 +337,6 @@ def _recipes(
     )
 
 
-@dataclass(frozen=True)
-class ResultRecord:
-    """One number: what it is about, what was measured, over `n` things; 95% bounds where there are any."""
-
-    subject: str
-    metric: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-    @classmethod
-    def of(cls, row: models.EvaluationResultRow) -> ResultRecord:
-        return cls(row.subject, row.metric, row.value, row.low, row.high, row.n)
-
-
-@dataclass(frozen=True)
-class EvaluationRecord:
-    """One run of one suite: on a patch (its id), or on a recipe (its name) at a revision.
-
-    `digest` is that of the weights that were judged, `seed` the number that all seeds of the run follow from.
-    """
-
-    patch: str | None
-    recipe: str | None
-    revision: int | None
-    digest: str
-    suite: str
-    judge: str
-    seed: int
-    settings: dict[str, Any] = field(hash=False)
-    versions: dict[str, Any] = field(hash=False)
-    seconds: float
-    who: str
-    at: datetime
-    results: tuple[ResultRecord, ...]
-
-    @classmethod
-    def of(cls, row: models.EvaluationRow) -> EvaluationRecord:
-        return cls(
-            patch=row.patch_id,
-            recipe=row.recipe.name if row.recipe else None,
-            revision=row.revision,
-            digest=row.digest,
-            suite=row.suite,
-            judge=row.judge,
-            seed=row.seed,
-            settings=models.stored_json(row.settings, "the settings of an evaluation"),
-            versions=models.stored_json(row.versions, "versions of an evaluation"),
-            seconds=row.seconds,
-            who=row.who,
-            at=row.at,
-            results=tuple(ResultRecord.of(each) for each in row.results),
-        )
-
-
 def _of_subject(session: Session, query: Select[Any], patch: str | None, recipe: str | None) -> Select[Any]:
     if patch is not None:
         query = query.where(models.EvaluationRow.patch_id == find_patch(session, patch).id)
@@ -424,15 +364,6 @@ def _result(number: int, result: ResultRecord) -> models.EvaluationResultRow:
 
 
 LONGEST_PROMPT = 1000
-
-
-@dataclass(frozen=True)
-class PreservedPromptRecord:
-    """A prompt to preserve, who asked for that, and when."""
-
-    prompt: str
-    who: str
-    at: datetime
 
 
 def _preserved_of(session: Session, base: models.BaseRow) -> list[models.PreservedPromptRow]:
@@ -582,7 +513,8 @@ class Registry:
             for there, row in pairs:
                 _check_words(row.concept)
                 there.kind, there.definition = row.kind, row.definition
-                _reindex_concept(session, there)
+                for patch in session.scalars(select(models.PatchRow).where(models.PatchRow.concept_id == there.id)):
+                    queries.index_patch(session, patch)
             for row in rows:
                 if known[row.name] is None:
                     _add_new(session, row)
@@ -818,7 +750,7 @@ class Registry:
                 if session.get(models.RecipeTagRow, (recipe.id, tag.tag)) is None:
                     key = {"recipe_id": recipe.id, "revision": tag.revision}
                     session.add(models.RecipeTagRow(tag=tag.tag, who=tag.who, at=tag.at, **key))
-            _rewrite_recipe(session, recipe)
+            _reindex_recipe(session, recipe)
             return outcome
 
     def patches_on(self, key: str) -> list[tuple[PatchRecord, RecipeEntry]]:

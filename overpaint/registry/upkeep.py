@@ -37,8 +37,8 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.registry import models
 from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of
-from overpaint.registry.records import PatchRecord
-from overpaint.registry.registry import EvaluationRecord, Registry
+from overpaint.registry.records import EvaluationRecord, PatchRecord
+from overpaint.registry.registry import Registry
 from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
 from overpaint.registry.store.blobs import digest_of
 from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest

@@ -28,7 +28,8 @@ from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.suites import configured
 from overpaint.patches.build_record import records
 from overpaint.patches.patch import Patch
-from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
+from overpaint.registry.records import EvaluationRecord, ResultRecord
+from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.signing import load_keyring, load_signer
 from overpaint.workspace.evaluating import EvaluationRequest, open_context
 from overpaint.workspace.opened import OpenRegistry

@@ -27,8 +27,8 @@ from overpaint.evaluation.judges import open_judge
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
 from overpaint.evaluation.suites import Suite, configured
 from overpaint.patches.compose import Term
-from overpaint.registry.records import PatchRecord
-from overpaint.registry.registry import EvaluationRecord, Registry, ResultRecord
+from overpaint.registry.records import EvaluationRecord, PatchRecord, ResultRecord
+from overpaint.registry.registry import Registry
 
 if TYPE_CHECKING:
     from overpaint.workspace.opened import OpenRegistry

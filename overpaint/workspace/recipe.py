@@ -16,6 +16,7 @@ from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import Note, StaleRevision, refuse_stale, today
 from overpaint.registry.records import (
     Difference,
+    EvaluationRecord,
     ExpiredEntry,
     HistoryRecord,
     PatchRecord,
@@ -23,7 +24,6 @@ from overpaint.registry.records import (
     RecipeRecord,
     TagRecord,
 )
-from overpaint.registry.registry import EvaluationRecord
 from overpaint.workspace.opened import LostPatch, OpenRegistry
 
 if TYPE_CHECKING:

@@ -37,8 +37,7 @@ from overpaint.evaluation.report_page import (
 )
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR, SUITES, suite_class
 from overpaint.patches.compose import Term
-from overpaint.registry.records import PatchRecord, RecipeRecord
-from overpaint.registry.registry import EvaluationRecord
+from overpaint.registry.records import EvaluationRecord, PatchRecord, RecipeRecord
 from overpaint.workspace.evaluating import Subject, image_cache, prompt_set_of
 
 if TYPE_CHECKING:

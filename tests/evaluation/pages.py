@@ -14,7 +14,7 @@ import pytest
 import overpaint
 from overpaint.bases.base import Base
 from overpaint.evaluation.suites import configured
-from overpaint.registry.registry import ResultRecord
+from overpaint.registry.records import ResultRecord
 from overpaint.workspace.workspace import Workspace
 
 from .scripted import CONCEPTS, context, faithful

@@ -35,7 +35,8 @@ from overpaint.evaluation.report_page import (
 )
 from overpaint.evaluation.suites import SUITES, Suite, is_attack, suite_class
 from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED, CrosstalkSuite
-from overpaint.registry.registry import Registry, ResultRecord
+from overpaint.registry.records import ResultRecord
+from overpaint.registry.registry import Registry
 from overpaint.workspace.evaluating import Evaluated
 from overpaint.workspace.report import model_card, summary
 from overpaint.workspace.workspace import Workspace

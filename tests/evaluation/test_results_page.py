@@ -13,7 +13,7 @@ from benchmarks.results_page import results_page
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import EmojiPrompts
 from overpaint.evaluation.report_page import published
-from overpaint.registry.registry import EvaluationRecord
+from overpaint.registry.records import EvaluationRecord
 from overpaint.workspace.workspace import Workspace
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.registry import EvaluationRecord, ResultRecord
+from overpaint.registry.records import EvaluationRecord, ResultRecord
 
 from .contents import add_patch, lay
 

@@ -78,6 +78,6 @@ def test_an_exchange_that_cannot_be_leaves_everything_as_it_was(either: Registry
     ):
         with pytest.raises(error):
             either.exchange_patches("r", exchange, NOTE)
-    with pytest.raises(OverpaintError, match="at the same moment"):
+    with pytest.raises(OverpaintError, match="by now, and this change was made from"):
         either.exchange_patches("r", {one: new}, NOTE, expected=1)
     assert either.recipe("r") == before

@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 import overpaint
 from overpaint.patches.compose import Term, compose
-from overpaint.registry.registry import ResultRecord
+from overpaint.registry.records import ResultRecord
 from overpaint.workspace.workspace import Workspace
 from tests.registry.sharing.hub_server import Hub
 from tests.shell import Shell
