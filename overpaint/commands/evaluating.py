@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +133,16 @@ def title_of(record: EvaluationRecord) -> str:
 
 
 def result_rows(record: EvaluationRecord, exact: bool) -> list[list[Any]]:
-    """The results as rows under `COLUMNS`; rounded to four digits unless exact."""
+    """The results as rows under `COLUMNS`, rounded to four digits and named in plain words; exact: as they are stored."""
+    from overpaint.evaluation.metrics import plain_words
 
     def shown(value: float | None) -> float | None:
         return value if exact or value is None else float(f"{value:.4g}")
 
-    return [[r.subject, r.metric, shown(r.value), shown(r.low), shown(r.high), r.n] for r in record.results]
+    named: Callable[[str], str] = str if exact else plain_words
+    return [
+        [named(r.subject), named(r.metric), shown(r.value), shown(r.low), shown(r.high), r.n] for r in record.results
+    ]
 
 
 def show_evaluations(records: list[EvaluationRecord]) -> None:

@@ -34,6 +34,16 @@ PEAK = 255.0
 SAME_PICTURE = 100.0
 """What `psnr` says in decibels of two pictures that are equal, so that a mean over pictures stays a number."""
 Floats = NDArray[np.float64]
+PLAIN_WORDS = {
+    "seconds to lay on": "seconds to add",
+    "seconds to take off": "seconds to remove",
+    "restored: concepts taken off": "restored: concepts of the removed patches",
+    "synonyms the solvers were told of": "synonyms that the solvers knew",
+    "synonyms the solvers never heard": "synonyms that no solver knew",
+    "other objects the solvers were told of": "other objects that the solvers knew",
+    "other objects the solvers never heard of": "other objects that no solver knew",
+}
+"""How names are shown that stay as they were first stored."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,11 @@ class Measurement:
     n: int
     low: float | None = None
     high: float | None = None
+
+
+def plain_words(name: str) -> str:
+    """A subject or a metric as people read it."""
+    return PLAIN_WORDS.get(name, name)
 
 
 def verdict(measurement: Measurement, *, at_most: float | None = None, at_least: float | None = None) -> str:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from overpaint.core.atomic import write_over
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.metrics import Measurement, plain_words
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 44
@@ -207,18 +207,6 @@ class Section:
                 )
 
 
-PLAIN_WORDS = {
-    "seconds to lay on": "seconds to add",
-    "seconds to take off": "seconds to remove",
-    "concepts taken off": "concepts of the removed patches",
-    "synonyms the solvers were told of": "synonyms that the solvers knew",
-    "synonyms the solvers never heard": "synonyms that no solver knew",
-    "other objects the solvers were told of": "other objects that the solvers knew",
-    "other objects the solvers never heard of": "other objects that no solver knew",
-}
-"""How names are shown that stay as they were first stored."""
-
-
 class Numbers:
     """The measurements of one suite, by subject and metric."""
 
@@ -246,15 +234,10 @@ class Numbers:
     def table(self, subjects: Sequence[str], metrics: Sequence[str], caption: str, *, strip: str = "") -> Table:
         """One row for each subject, one column for each metric; what was not measured is a dash."""
         rows = tuple(
-            (plain_words(subject.removeprefix(strip)), *(as_text(self.get(subject, metric)) for metric in metrics))
+            (plain_words(subject).removeprefix(strip), *(as_text(self.get(subject, metric)) for metric in metrics))
             for subject in subjects
         )
         return Table(("", *map(plain_words, metrics)), rows, caption)
-
-
-def plain_words(name: str) -> str:
-    """A subject or a metric as people read it."""
-    return PLAIN_WORDS.get(name, name)
 
 
 def as_text(result: Measurement | None) -> str:

@@ -24,6 +24,7 @@ from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import open_judge
+from overpaint.evaluation.metrics import plain_words
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
 from overpaint.evaluation.suites import Suite, configured
 from overpaint.patches.compose import Term
@@ -102,7 +103,12 @@ class Evaluated:
 
     def _repr_html_(self) -> str:
         rows = [
-            (r.subject, r.metric, *("" if value is None else f"{value:.4g}" for value in (r.value, r.low, r.high)), r.n)
+            (
+                plain_words(r.subject),
+                plain_words(r.metric),
+                *("" if value is None else f"{value:.4g}" for value in (r.value, r.low, r.high)),
+                r.n,
+            )
             for r in self.record.results
         ]
         return html_table(repr(self), ["about", "metric", "value", "low", "high", "n"], rows)
