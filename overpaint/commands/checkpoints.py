@@ -40,23 +40,32 @@ if TYPE_CHECKING:
     help="Default: a single file where OUT ends in .safetensors, else that of the base.",
 )
 @click.option(
+    "--original",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The base's denoiser as another program has it (safetensors, GGUF): OUT is a copy with the recipe baked in.",
+)
+@click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign all files: model.sig, as OpenSSF has it."
 )
 @digests_option
 @click.pass_context
-def build(ctx: click.Context, name: str, out: Path, form: Any, sign: Path | None, digests: bool) -> None:
+def build(
+    ctx: click.Context, name: str, out: Path, form: Any, original: Path | None, sign: Path | None, digests: bool
+) -> None:
     """Build a recipe into a new checkpoint.
 
     OUT is a diffusers folder, or a single file whose name ends in .safetensors.
 
     \b
-    Example:
+    Examples:
       overpaint build safe safe.safetensors
+      overpaint build safe flux1-safe.gguf --original flux1-dev-Q8_0.gguf
     """
     notices: list[str] = []
     with Terminal() as terminal:
         workspace = open_workspace(ctx, terminal=terminal)
-        built = workspace.recipe(name).build(out, format=form, warn=notices.append)
+        built = workspace.recipe(name).build(out, format=form, original=original, warn=notices.append)
     for notice in notices:
         terminal.note(notice)
     click.echo(f"built {built.path}: weights {built.digest if digests else short(built.digest)}")

@@ -378,15 +378,35 @@ class Recipe:
     # Checkpoints, files and numbers
 
     def build(
-        self, out: str | Path, *, format: Form | None = None, warn: Callable[[str], None] = lambda text: None
+        self,
+        out: str | Path,
+        *,
+        format: Form | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+        original: str | Path | None = None,
     ) -> Built:
         """Bake this recipe into a new checkpoint `out` of its base's form, or of another (see `overpaint.patches.build`).
 
-        A name that ends in .safetensors means a single file. Raises AlreadyExists when `out` is there.
+        A name that ends in .safetensors means a single file. With `original`, a file of the base's denoiser as another
+        program has it (safetensors or GGUF), `out` is a copy of that (see `overpaint.patches.model_file`). Raises
+        AlreadyExists when `out` is there.
         """
         from overpaint.patches.build import build
+        from overpaint.patches.model_file import build_file
 
         out = Path(out)
+        if original is not None:
+            if format is not None:
+                raise OverpaintError("a copy of an original file has its form; leave out the format, or the original")
+            return build_file(
+                self.base,
+                self.terms(),
+                Path(original),
+                out,
+                record=self.as_json(),
+                notice=warn,
+                progress=self._opened.progress,
+            )
         form = format or ("single-file" if out.suffix == ".safetensors" else None)
         built = build(
             self.base,

@@ -1,0 +1,234 @@
+"""Build into one file of a model: a copy of a file that another program keeps, with the tensors replaced that patches change.
+
+Programs other than diffusers keep a diffusion transformer as one file, named as the code it was published with names its
+layers, alone or with encoders and autoencoder beside it, or as GGUF with most of it quantised. Nothing of such a file is
+converted. The tensors that patches change are looked up under every name that they may have there and held against the base's
+own; every other byte is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.bases.checkpoint import TensorLocation
+from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
+from overpaint.core.atomic import atomic_output, refuse_taken
+from overpaint.core.encoding import TensorEntry, combined_digest
+from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import typed_path
+from overpaint.core.reporting import Progress, silent
+from overpaint.patches.build import UNKNOWN, Built, Rewrite, copy_file, write_all
+from overpaint.patches.build_record import record_of, with_digests
+from overpaint.patches.compose import Term, plan
+from overpaint.patches.delta import BadDelta, all_finite, identical
+from overpaint.patches.formats.dialects import TRANSFORMERS, UNET, ldm_unet_modules, native_modules, split
+
+DENOISERS = (UNET, *TRANSFORMERS)
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
+"""What stands before the names of a denoiser's tensors in files of other programs."""
+GGUF = ".gguf"
+
+
+class OtherModel(OverpaintError):
+    """A file that does not hold what patches change, or not as the base has it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a file keeps a tensor of the base."""
+
+    name: str
+    key: str
+    file: Path
+    entry: TensorEntry
+
+    @property
+    def is_changeable(self) -> bool:
+        """Whether its numbers have room for a change."""
+        return self.entry.dtype in DTYPES and DTYPES[self.entry.dtype] in FLOATS
+
+    def stored(self, value: Tensor) -> Tensor:
+        """A value of the base, or one that was composed on it, as the file holds it."""
+        return value.to(DTYPES[self.entry.dtype]).reshape(self.entry.shape)
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether the file has exactly this value, rounded to its dtype."""
+        entry = self.entry
+        if not self.is_changeable or entry.size != value.numel() * DTYPES[entry.dtype].itemsize:
+            return False
+        with self.file.open("rb") as file:
+            file.seek(entry.start)
+            there = torch.frombuffer(bytearray(file.read(entry.size)), dtype=DTYPES[entry.dtype])
+        return identical(there.reshape(entry.shape), self.stored(value))
+
+
+@own_torch_settings()
+def build_file(
+    base: Base,
+    terms: Iterable[Term],
+    original: Path,
+    out: Path,
+    *,
+    record: Mapping[str, Any] | None = None,
+    notice: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
+) -> Built:
+    """Write a copy of the file `original`, which holds the base's denoiser, to the new file `out` with `terms` baked in.
+
+    `original` is a safetensors file in the model's own names or in those of diffusers, or GGUF. Its tensors may have another
+    dtype than the base's where they are the base's, rounded to it; the new ones are composed on the base and rounded alike.
+    `record` goes into the header as `build` does it; a GGUF file has no room for one. The digest that is returned is that of
+    the composition on the base.
+
+    Raises NotFound when there is no such file, AlreadyExists when `out` is there, OtherModel when a changed tensor is not in
+    the file, is quantised there or is not the base's, BadDelta when a sum overflows the file's dtype. Then nothing is written.
+    """
+    original, out, terms = typed_path(original), typed_path(out), list(terms)
+    if not original.is_file():
+        raise NotFound(f"there is no file {original}; name the one to build from")
+    if out.suffix.lower() != original.suffix.lower():
+        raise OverpaintError(
+            f"{out.name} would be a copy of {original.name}: let its name end in {original.suffix}, too"
+        )
+    refuse_taken(out)
+    composition = plan(base, terms)
+    file = None if original.suffix.lower() == GGUF else SafetensorsFile.open(original)
+    entries = _gguf_entries(original) if file is None else file.entries
+    places = _places(base, composition.names, original, entries, notice)
+    digests: dict[str, str] = {}
+
+    def value(name: str) -> Tensor:
+        """A composed tensor as the file holds it; its digest on the base is noted."""
+        progress(len(digests), len(composition.names), "composing")
+        composed = composition.tensor(name)
+        digests[name] = tensor_digest(name, composed)
+        stored = places[name].stored(composed)
+        if not all_finite(stored):
+            key, dtype = places[name].key, places[name].entry.dtype
+            raise BadDelta(
+                f"{key} overflows {dtype}, in which {original.name} has it; lower the strengths of the patches"
+            )
+        return stored
+
+    with atomic_output(out) as scratch:
+        if file is None or not places:
+            _write_in_place(original, scratch, places, value)
+        else:
+            _write_safetensors(file, scratch, places, value, record_of(base, terms, record or {}), base)
+        base.check_digests(composition.names)
+    if rounded := {place.entry.dtype for place in places.values()} - {base.places[name].entry.dtype for name in places}:
+        notice(f"{original.name} is in {', '.join(sorted(rounded))}: what was composed on the base is rounded to that")
+    elsewhere = (name for name in composition.names if name not in digests)
+    digests.update((name, tensor_digest(name, composition.tensor(name))) for name in elsewhere)
+    return Built(out, combined_digest({**base.digests(base.names), **digests}), ())
+
+
+def _places(
+    base: Base, names: Iterable[str], original: Path, entries: Mapping[str, TensorEntry], notice: Callable[[str], None]
+) -> dict[str, _Place]:
+    """Where the file has each changed tensor of one denoiser; a base may have two, in two files of the same names.
+
+    Raises OtherModel where one of them is not there, or is not the base's.
+    """
+    by_component: dict[str, list[str]] = {}
+    for name in names:
+        by_component.setdefault(name.partition("/")[0], []).append(name)
+    if others := [component for component in by_component if component not in DENOISERS]:
+        raise OtherModel(
+            f"the patches change {', '.join(others)}, and only a denoiser can be built from a file of another program; build "
+            "the whole pipeline instead"
+        )
+    refusals = []
+    for component, changed in by_component.items():
+        places = {name: _place(base, name, original, entries) for name in changed}
+        found = {name: place for name, place in places.items() if place is not None}
+        refusal = _refusal(base, original, places)
+        if refusal is None:
+            for other in by_component.keys() - {component}:
+                notice(f"{original.name} is the base's {component}; build its {other} from a file of its own as well")
+            return found
+        refusals.append(refusal)
+    if refusals:
+        raise OtherModel(refusals[0])
+    return {}
+
+
+def _refusal(base: Base, original: Path, places: Mapping[str, _Place | None]) -> str | None:
+    """Why the changes cannot be made to the file, if they cannot."""
+    for name, place in places.items():
+        if place is None:
+            return (
+                f"{original.name} has no tensor of its own for {name}: it is of another model than {base.path}, or keeps that "
+                "layer as a part of a larger one; build a diffusers folder instead"
+            )
+        if not place.is_changeable:
+            return (
+                f"{original.name} has {place.key} as {place.entry.dtype}, which has no room for a change; take a file that has "
+                "it in 16 bits or more"
+            )
+        if not place.holds(base.tensor(name)):
+            return f"{place.key} of {original.name} is not {name} of the base at {base.path}; take a file of that base"
+    return None
+
+
+def _place(base: Base, name: str, original: Path, entries: Mapping[str, TensorEntry]) -> _Place | None:
+    """Where the file has a tensor, under any of the names that it may have there."""
+    module, attribute = split(name)
+    component, _, local = module.partition("/")
+    native = dict(ldm_unet_modules(base) if component == UNET else native_modules(base, component))
+    names = [local, *([native[module]] if module in native else [])]
+    keys = (f"{prefix}{each}.{attribute}" for each in names for prefix in PREFIXES)
+    key = next((key for key in keys if key in entries), None)
+    return None if key is None else _Place(name, key, original, entries[key])
+
+
+def _write_safetensors(
+    file: SafetensorsFile,
+    target: Path,
+    places: Mapping[str, _Place],
+    value: Callable[[str], Tensor],
+    record: Mapping[str, Any],
+    base: Base,
+) -> None:
+    located = {name: TensorLocation(file.path, p.key, p.entry, p.entry.shape) for name, p in places.items()}
+    rewrite, whole = Rewrite(file, located), base.digests(base.names)
+    unknown = with_digests(record, dict.fromkeys(places, UNKNOWN), dict.fromkeys(whole, UNKNOWN))
+    written = rewrite.write(target, unknown, value)
+    rewrite.write_record(target, with_digests(record, written, {**whole, **written}))
+
+
+def _write_in_place(original: Path, target: Path, places: Mapping[str, _Place], value: Callable[[str], Tensor]) -> None:
+    """As GGUF needs it, whose header says where in the file each tensor begins."""
+    copy_file(original, target)
+    with target.open("r+b", buffering=0) as writer:
+        for name, place in places.items():
+            write_all(writer, raw_bytes(value(name)), place.entry.start)
+
+
+def _gguf_entries(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a GGUF file by name; quantised ones have a dtype that is none of safetensors'."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise OverpaintError("to build a GGUF file, run `pip install gguf`") from error
+    try:
+        tensors = GGUFReader(path).tensors
+    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+        raise BrokenFile(f"{path} is no whole GGUF file ({error}); get it again") from error
+    return {
+        tensor.name: TensorEntry(
+            tensor.tensor_type.name,
+            tuple(int(size) for size in reversed(tensor.shape)),
+            int(tensor.data_offset),
+            int(tensor.n_bytes),
+        )
+        for tensor in tensors
+    }

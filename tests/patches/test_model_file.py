@@ -1,0 +1,244 @@
+"""A file of another program with a recipe baked in: what changes in it, what stays, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from overpaint.bases.base import Base
+from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.patches.compose import Term, compose, composition_digest
+from overpaint.patches.delta import BadDelta, Dense, TextMap
+from overpaint.patches.model_file import OtherModel, build_file
+from tests.bases.tiny_transformers import tiny_transformer
+
+SEQUENCE, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_transformer("flux").save_pretrained(folder)
+    return Base.open(folder)
+
+
+@pytest.fixture(scope="module")
+def term(flux: Base) -> Term:
+    rng = torch.Generator().manual_seed(0)
+    widths = {each: flux.columns(each, flux.projections(each)[0]) for each in flux.text_inputs}
+    maps = [TextMap(each, *torch.randn(2, at.stop - at.start, 1, generator=rng) / 3) for each, at in widths.items()]
+    return Term("a", sum(maps[1:], start=maps[0]))
+
+
+def as_published(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tiny FLUX.1's tensors as its own code names, fuses and turns them."""
+
+    def fused(into: str, *parts: str) -> dict[str, Tensor]:
+        return {
+            f"{into}.{kind}": torch.cat([values[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
+        }
+
+    def same(into: str, part: str) -> dict[str, Tensor]:
+        return fused(into, part)
+
+    double, single = "transformer_blocks.0.", "single_transformer_blocks.0."
+    published = {
+        **same("txt_in", "context_embedder"),
+        **same("img_in", "x_embedder"),
+        **same("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
+        **same("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
+        **same("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
+        **same("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
+        **fused("double_blocks.0.img_attn.qkv", *(f"{double}attn.to_{each}" for each in "qkv")),
+        **fused("double_blocks.0.txt_attn.qkv", *(f"{double}attn.add_{each}_proj" for each in "qkv")),
+        **same("double_blocks.0.img_attn.proj", f"{double}attn.to_out.0"),
+        **same("double_blocks.0.txt_attn.proj", f"{double}attn.to_add_out"),
+        **same("double_blocks.0.img_mlp.0", f"{double}ff.net.0.proj"),
+        **same("double_blocks.0.img_mlp.2", f"{double}ff.net.2"),
+        **same("double_blocks.0.txt_mlp.0", f"{double}ff_context.net.0.proj"),
+        **same("double_blocks.0.txt_mlp.2", f"{double}ff_context.net.2"),
+        **same("double_blocks.0.img_mod.lin", f"{double}norm1.linear"),
+        **same("double_blocks.0.txt_mod.lin", f"{double}norm1_context.linear"),
+        **fused("single_blocks.0.linear1", *(f"{single}attn.to_{each}" for each in "qkv"), f"{single}proj_mlp"),
+        **same("single_blocks.0.linear2", f"{single}proj_out"),
+        **same("single_blocks.0.modulation.lin", f"{single}norm.linear"),
+        **same("final_layer.linear", "proj_out"),
+    }
+    for into, part in (("img_attn", "attn.norm_"), ("txt_attn", "attn.norm_added_")):
+        for each, kind in (("query", "q"), ("key", "k")):
+            published[f"double_blocks.0.{into}.norm.{each}_norm.scale"] = values[f"{double}{part}{kind}.weight"]
+    for each, kind in (("query", "q"), ("key", "k")):
+        published[f"single_blocks.0.norm.{each}_norm.scale"] = values[f"{single}attn.norm_{kind}.weight"]
+    for kind in ("weight", "bias"):
+        scale, shift = values[f"norm_out.linear.{kind}"].chunk(2)
+        published[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+    return published
+
+
+@pytest.fixture(scope="module")
+def transformer(flux: Base) -> dict[str, Tensor]:
+    [file] = (flux.path / "transformer").glob("*.safetensors")
+    return load_file(file)
+
+
+def expected(flux: Base, term: Term) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer/"): value for name, value in compose(flux, [term]).items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_in_the_models_own_names_holds_the_composed_weights(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path, prefix: str
+) -> None:
+    published = {f"{prefix}{key}": value.contiguous() for key, value in as_published(transformer).items()}
+    save_file({**published, "vae.decoder.bias": torch.ones(3)}, tmp_path / "flux.safetensors", {"format": "pt"})
+    built = build_file(flux, [term], tmp_path / "flux.safetensors", tmp_path / "safe.safetensors")
+    assert built.digest == composition_digest(flux, compose(flux, [term]))
+    there = load_file(built.path)
+    changed = {key for key in there if not torch.equal(there[key], load_file(tmp_path / "flux.safetensors")[key])}
+    assert changed == {f"{prefix}txt_in.weight", f"{prefix}vector_in.in_layer.weight"}
+    # diffusers' own converter knows only FLUX.1's true width, so the published form of the composed weights is made here.
+    wanted = as_published({**transformer, **expected(flux, term)})
+    assert all(torch.equal(there[f"{prefix}{key}"], value) for key, value in wanted.items())
+
+
+def test_the_names_of_diffusers_are_found_too_and_the_header_says_what_was_done(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(transformer, tmp_path / "one.safetensors", {"format": "pt", "title": "mine"})
+    built = build_file(
+        flux, [term], tmp_path / "one.safetensors", tmp_path / "two.safetensors", record={"recipe": "safe"}
+    )
+    assert torch.equal(load_file(built.path)[SEQUENCE], expected(flux, term)[SEQUENCE])
+    with safe_open(built.path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["title"] == "mine"
+    assert '"recipe":"safe"' in metadata["overpaint"].replace(" ", "")
+
+
+def test_a_narrower_file_of_the_same_model_gets_the_composition_rounded_to_it(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file({key: value.bfloat16() for key, value in transformer.items()}, tmp_path / "one.safetensors")
+    notices: list[str] = []
+    built = build_file(flux, [term], tmp_path / "one.safetensors", tmp_path / "two.safetensors", notice=notices.append)
+    assert torch.equal(load_file(built.path)[POOLED], expected(flux, term)[POOLED].bfloat16())
+    assert notices == ["one.safetensors is in BF16: what was composed on the base is rounded to that"]
+
+
+def test_nothing_applied_is_the_file_byte_for_byte(flux: Base, transformer: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(transformer, tmp_path / "one.safetensors")
+    built = build_file(flux, [], tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert built.path.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    assert built.digest == flux.fingerprint
+
+
+def gguf_file(path: Path, values: dict[str, Tensor], quantised: frozenset[str] = frozenset()) -> Path:
+    """The published form as GGUF: what reads the prompt whole, as converters leave it, the rest in eight bits where it may."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "flux")
+    for key, value in as_published(values).items():
+        array = value.float().numpy()
+        if key in quantised or (key.endswith("qkv.weight") and array.shape[-1] % 32 == 0):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            array = np.pad(array, ((0, 0), (0, -array.shape[-1] % 32)))
+            writer.add_tensor(key, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        elif key == "txt_in.weight":
+            raw = value.bfloat16().contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(key, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_of_a_gguf_file_only_what_reads_the_prompt_is_written_anew(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    original = gguf_file(tmp_path / "flux.gguf", transformer)
+    built = build_file(flux, [term], original, tmp_path / "safe.gguf")
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (original, built.path))
+    assert len(before) > 20
+    assert {k for k in after if bytes(before[k].data) != bytes(after[k].data)} == {
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+    }
+    wanted = expected(flux, term)
+    assert np.array_equal(after["vector_in.in_layer.weight"].data, wanted[POOLED].float().numpy())
+    sequence = torch.from_numpy(np.array(after["txt_in.weight"].data)).view(torch.bfloat16)
+    assert torch.equal(sequence.reshape(wanted[SEQUENCE].shape), wanted[SEQUENCE].bfloat16())
+
+
+def test_what_cannot_be_exact_is_refused_and_nothing_is_written(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    original = tmp_path / "one.safetensors"
+    save_file(as_published(transformer), original)
+    other = tmp_path / "other.safetensors"
+    save_file({**as_published(transformer), "txt_in.weight": transformer[SEQUENCE] + 1}, other)
+    narrow = tmp_path / "narrow.safetensors"
+    save_file({**as_published(transformer), "txt_in.weight": transformer[SEQUENCE].to(torch.float8_e4m3fn)}, narrow)
+    wide = tmp_path / "wide.safetensors"
+    save_file({**as_published(transformer), "txt_in.weight": transformer[SEQUENCE][:, :8].contiguous()}, wide)
+    quantised = gguf_file(tmp_path / "quantised.gguf", transformer, frozenset({"txt_in.weight"}))
+    (tmp_path / "broken.gguf").write_bytes(quantised.read_bytes()[:100])
+    fused = Term("b", Dense({"transformer/transformer_blocks.0.attn.to_q.weight": torch.ones(16, 16)}))
+    encoder = next(name for name in flux.names if name.startswith("text_encoder/") and name.endswith("q_proj.weight"))
+    encoders = Term("c", Dense({encoder: torch.ones(flux.places[encoder].shape)}))
+    huge = Term("d", Dense({f"transformer/{SEQUENCE}": torch.full(transformer[SEQUENCE].shape, 1e5)}))
+    halves = tmp_path / "halves.safetensors"
+    save_file({key: value.half() for key, value in transformer.items()}, halves)
+    cases: list[tuple[Path, Term, type[Exception], str]] = [
+        (tmp_path / "nowhere.safetensors", term, NotFound, "there is no file .*nowhere"),
+        (
+            other,
+            term,
+            OtherModel,
+            r"txt_in.weight of other.safetensors is not transformer/context_embedder.weight of the base",
+        ),
+        (narrow, term, OtherModel, "has txt_in.weight as F8_E4M3, which has no room for a change"),
+        (wide, term, OtherModel, "txt_in.weight of wide.safetensors is not"),
+        (quantised, term, OtherModel, "has txt_in.weight as Q8_0, which has no room for a change"),
+        (tmp_path / "broken.gguf", term, OverpaintError, "broken.gguf is no whole GGUF file"),
+        (original, fused, OtherModel, "has no tensor of its own for transformer/transformer_blocks.0.attn.to_q.weight"),
+        (original, encoders, OtherModel, "the patches change text_encoder, and only a denoiser"),
+        (halves, huge, BadDelta, "overflows F16, in which halves.safetensors has it"),
+    ]
+    for file, some, error, message in cases:
+        out = tmp_path / f"out{file.suffix}"
+        with pytest.raises(error, match=message):
+            build_file(flux, [some], file, out)
+        assert not out.exists()
+    with pytest.raises(OverpaintError, match=r"let its name end in \.safetensors, too"):
+        build_file(flux, [term], original, tmp_path / "out.gguf")
+    with pytest.raises(AlreadyExists):
+        build_file(flux, [term], original, other)
+
+
+def test_a_base_with_two_denoisers_is_built_file_by_file(tmp_path: Path) -> None:
+    tiny_transformer("wan").save_pretrained(tmp_path / "wan")
+    wan = Base.open(tmp_path / "wan")
+    names = {name.partition("/")[0] for text_input in wan.text_inputs for name in wan.projections(text_input)}
+    if len(names) < 2:
+        pytest.skip("the tiny Wan has one transformer")
+    delta = Dense(
+        {name: torch.full(wan.places[name].shape, 0.5) for t in wan.text_inputs for name in wan.projections(t)}
+    )
+    for component in sorted(names):
+        [file] = (wan.path / component).glob("*.safetensors")
+        notices: list[str] = []
+        built = build_file(wan, [Term("a", delta)], file, tmp_path / f"{component}.safetensors", notice=notices.append)
+        there, before = load_file(built.path), load_file(file)
+        changed = {f"{component}/{key}" for key in there if not torch.equal(there[key], before[key])}
+        assert changed == {name for name in delta.changes if name.startswith(f"{component}/")}
+        [other] = names - {component}
+        assert notices == [f"{file.name} is the base's {component}; build its {other} from a file of its own as well"]
