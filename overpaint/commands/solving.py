@@ -174,7 +174,14 @@ def solve(
 
 def _show(outcomes: list[SolveOutcome], digests: bool, as_json: bool) -> None:
     rows = [
-        [o.record.concept, o.record.id, o.record.kind, o.record.nbytes, round(o.seconds, 3), _when(o)]
+        [
+            o.record.concept,
+            o.record.id,
+            o.record.kind,
+            o.record.nbytes,
+            round(o.seconds, 3),
+            "before" if o.before else "now",
+        ]
         for o in outcomes
         if o.record is not None
     ]
@@ -191,10 +198,6 @@ def _show(outcomes: list[SolveOutcome], digests: bool, as_json: bool) -> None:
             failed.setdefault(outcome.error, []).append(outcome.task.request.concept.name)
     if failed:
         raise click.ClickException("\n".join(_failure(names, error) for error, names in failed.items()))
-
-
-def _when(outcome: SolveOutcome) -> str:
-    return "before" if outcome.before else "now"
 
 
 def _failure(names: list[str], error: str) -> str:

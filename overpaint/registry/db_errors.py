@@ -88,16 +88,15 @@ def plain_database_errors(path: Path | str) -> Iterator[None]:
     except (sqlite3.Error, DBAPIError) as error:
         # Handlers of SQLAlchemy's "connect" event raise the driver's own errors, everything later the wrapped ones.
         cause = error.orig if isinstance(error, DBAPIError) else error
-        sentence = _of_sqlite(cause) if isinstance(cause, sqlite3.Error) else _of_postgres(cause)
+        if isinstance(cause, sqlite3.Error):
+            sentence = next((text for known, text in OF_SQLITE.items() if known in str(cause)), None)
+        else:
+            sentence = _of_postgres(cause)
         if sentence is None:
             raise
         reason = printed(str(cause).strip().replace("\n", " "))
         kind = Damaged if sentence is DAMAGED else OverpaintError
         raise kind(sentence.format(path=path, reason=reason)) from error
-
-
-def _of_sqlite(error: sqlite3.Error) -> str | None:
-    return next((sentence for known, sentence in OF_SQLITE.items() if known in str(error)), None)
 
 
 def _of_postgres(error: BaseException | None) -> str | None:

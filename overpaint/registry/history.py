@@ -1,4 +1,4 @@
-"""Changing a recipe: patches added, removed or given another strength, and the revision that records it."""
+"""A recipe's revisions: reading one, writing the next, comparing two histories."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""Solving on a registry: many concepts from one file, once each, compressed if asked, and anew when others joined."""
+"""What needs several rooms: the object that `overpaint.open` returns, and its use cases."""
 
 from __future__ import annotations

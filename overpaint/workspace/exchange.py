@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,14 +176,11 @@ def adapters(opened: OpenRegistry, asked: Selection) -> list[SharedAdapter]:
         made = [SharedAdapter(record.concept, base, ((record, 1.0),), "") for (base, _), record in newest.items()]
     if len(made) == 1:
         return made
+    names = [re.sub(r"[^a-z0-9]+", "-", each.title.lower()).strip("-")[:60] or "patches" for each in made]
     return [
-        SharedAdapter(each.title, each.base, each.patches, f"lora/{number:03d}-{_slug(each.title)}/")
-        for number, each in enumerate(made, 1)
+        replace(each, folder=f"lora/{number:03d}-{name}/")
+        for number, (each, name) in enumerate(zip(made, names, strict=True), 1)
     ]
-
-
-def _slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "patches"
 
 
 def _export(opened: OpenRegistry, adapter: SharedAdapter, into: Path, progress: Progress) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -216,16 +216,15 @@ def carry_out(
                             concepts = {task.request.concept.name: task.request.concept for task in plan.tasks}
                             registry.learn_concepts(concepts.values(), update=bool(plan.changed))
                             learnt = True
-                        outcome = _stored(registry, plan.base.name, plan.tasks[index], result.value)
+                        solved: SolvedPatch = result.value
+                        record = store_patch(registry, solved.patch, plan.base.name, solved.seconds)
+                        outcome = replace(
+                            outcome, record=record, diagnostics=solved.diagnostics, seconds=solved.seconds
+                        )
                     outcomes[index] = outcome
                     on_result(outcome)
                 clock.tick()
     return [outcomes[index] for index in range(len(plan.tasks))]
-
-
-def _stored(registry: Registry, base: str, task: PlannedSolve, solved: SolvedPatch) -> SolveOutcome:
-    record = store_patch(registry, solved.patch, base, solved.seconds)
-    return SolveOutcome(task, record, diagnostics=solved.diagnostics, seconds=solved.seconds)
 
 
 class Clock:

@@ -34,7 +34,7 @@ from overpaint.registry.sharing.documents import (
     read_document,
 )
 from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, is_archive
-from overpaint.registry.sharing.merge_history import merge_recipe, record_of
+from overpaint.registry.sharing.recipe_record import merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Trust, Untrusted
 from overpaint.registry.store import DIGEST, BlobCorrupt, BlobMissing, PatchFiles
@@ -165,7 +165,7 @@ def pull(registry: Registry, source: str | Path, request: PullRequest) -> Receiv
     """Take what is asked for from a folder or a URL that `fsspec` knows.
 
     Raises NotFound for what is not there; Untrusted; BadLayout, BadManifest or BadRecipeRecord for what contradicts itself or
-    its digest; MissingBase; Diverged when a recipe that is here has another history.
+    its digest; MissingBase; HistoriesDiverged when a recipe that is here has another history.
     """
     return receive(registry, existing_layout(source), request, remember=True)
 

@@ -23,8 +23,8 @@ from overpaint.registry.sharing.documents import (
     record_document,
 )
 from overpaint.registry.sharing.layout import OciLayout
-from overpaint.registry.sharing.merge_history import LIMIT as RECORD_LIMIT
-from overpaint.registry.sharing.merge_history import Record, read_record
+from overpaint.registry.sharing.recipe_record import LIMIT as RECORD_LIMIT
+from overpaint.registry.sharing.recipe_record import Record, read_record
 from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
 from overpaint.registry.store.patch_files import BadManifest, Manifest, read_manifest
 

@@ -41,7 +41,7 @@ from overpaint.registry.sharing.documents import (
 )
 from overpaint.registry.sharing.hub import Beside
 from overpaint.registry.sharing.layout import OciLayout, new_archive
-from overpaint.registry.sharing.merge_history import Record, record_of
+from overpaint.registry.sharing.recipe_record import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
 from overpaint.registry.sharing.signing import SignedList, Signer, Untrusted, refuse_older, seen_counter, signed_list
 from overpaint.registry.sharing.signing import remember as remember_counters
@@ -88,7 +88,7 @@ def push(
     """Send patches and recipes, or everything when none are named, to a folder, a URL, an OCI registry or the Hub.
 
     Everything is also the kept vocabularies of the folder `vocabularies`. A recipe brings every patch of its history. Raises
-    NotFound for an unknown name, Diverged when a recipe of the same name has another history there, BlobMissing or
+    NotFound for an unknown name, HistoriesDiverged when a recipe of the same name has another history there, BlobMissing or
     BlobCorrupt when something cannot be read. Whatever stops it, the destination lists only what it holds. What is there
     already and damaged is replaced; `check` looks for damage also in large blobs behind a URL, which reads them all. A tag
     of an OCI registry that holds something else than patches is moved only with `overwrite`. `beside` gives what a commit on

@@ -11,7 +11,7 @@ import pytest
 import overpaint
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import compose
-from overpaint.registry.sharing.merge_history import read_record, record_of
+from overpaint.registry.sharing.recipe_record import read_record, record_of
 from overpaint.registry.upkeep import verify
 from overpaint.workspace.reseparation import NotReseparable, universes
 from overpaint.workspace.workspace import Workspace
