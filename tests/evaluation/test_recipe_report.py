@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from overpaint.cli import main
+from overpaint.commands.evaluating import result_rows
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.context import SHARE
 from overpaint.evaluation.metrics import UNDECIDED, Measurement
@@ -247,6 +248,9 @@ def test_names_that_stay_as_they_were_stored_are_shown_in_plain_words() -> None:
     table = numbers.table(numbers.subjects(), numbers.metrics(), "caption", strip="restored: ")
     assert table.columns == ("", "seconds to add")
     assert table.rows[0][0] == "concepts of the removed patches"
+    record: Any = SimpleNamespace(results=(ResultRecord("a", "seconds to take off", 0.123456, None, None, 5),))
+    assert result_rows(record, exact=False)[0][1:3] == ["seconds to remove", 0.1235]
+    assert result_rows(record, exact=True)[0][1:3] == ["seconds to take off", 0.123456]
 
 
 @pytest.mark.parametrize(
