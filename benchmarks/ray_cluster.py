@@ -17,8 +17,7 @@ import torch
 import overpaint
 from benchmarks import tables
 from overpaint.bases.embedded import catalogue
-from overpaint.core.clusters import open_executor
-from overpaint.core.executors import Piece, Resources
+from overpaint.core.executors import Piece, Resources, open_executor
 from overpaint.core.reporting import Progress
 
 EMPTY = 200

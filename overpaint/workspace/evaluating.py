@@ -15,10 +15,9 @@ from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import own_torch_settings, resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
-from overpaint.core.clusters import open_executor
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Executor
+from overpaint.core.executors import Executor, open_executor
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid

@@ -269,7 +269,7 @@ class Workspace(OpenRegistry):
     ) -> list[SolveOutcome]:
         """Solve and store what a plan leaves open; see `solve_many`."""
         from overpaint.bases.loading import resolve_device
-        from overpaint.core.clusters import open_executor
+        from overpaint.core.executors import open_executor
         from overpaint.workspace.solving import carry_out
 
         with closing(open_executor(on)) as executor:

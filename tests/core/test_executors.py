@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from overpaint.core.clusters import open_executor
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import InProcess, Piece, Resources
+from overpaint.core.executors import InProcess, Piece, Resources, open_executor
 
 from .executor_pieces import double, fail, refuse
 
@@ -37,3 +36,16 @@ def test_an_unknown_place_is_refused_in_a_sentence() -> None:
     with pytest.raises(OverpaintError, match=r"work can run on ray or ray://HOST:PORT; got 'slurm'"):
         open_executor("slurm")
     assert isinstance(open_executor(), InProcess)
+
+
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def late(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.\nSee the log.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(OverpaintError, match="no Ray cluster can be used at this machine: The current node timed out"):
+        open_executor("ray")

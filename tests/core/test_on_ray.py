@@ -15,9 +15,8 @@ import torch
 
 import overpaint
 from overpaint.bases.base import Base, BaseReference
-from overpaint.core.clusters import open_executor
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Executor, Piece, Resources
+from overpaint.core.executors import Executor, Piece, Resources, open_executor
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.testing.tiny import tiny_pipeline
@@ -110,7 +109,7 @@ def test_more_than_any_node_has_is_refused(executor: Executor) -> None:
 
 
 def test_another_version_on_a_worker_is_refused_by_name(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overpaint.core.on_ray.__version__", "9.9")
+    monkeypatch.setattr("overpaint.core.executors.__version__", "9.9")
     with pytest.raises(OverpaintError, match=r"the worker on .+ has Overpaint .+ and this program 9\.9"):
         done(executor, [Piece("any", double, (1,))], 1)
 

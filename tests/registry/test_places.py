@@ -181,8 +181,7 @@ for name in ("fcntl", "pwd", "grp", "resource", "msvcrt", "termios"):
 import overpaint.core, overpaint.registry
 for room in (overpaint.core, overpaint.registry):
     for module in pkgutil.walk_packages(room.__path__, room.__name__ + "."):
-        if module.name != "overpaint.core.on_ray":  # needs Ray, which has its own idea of where it runs
-            importlib.import_module(module.name)
+        importlib.import_module(module.name)
 from overpaint.core.concepts import Concept
 from overpaint.registry import Registry
 from overpaint.registry.store import open_files
