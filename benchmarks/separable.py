@@ -27,7 +27,7 @@ from overpaint.solvers.problem import EditProblem, settings_of
 from overpaint.solvers.sentences import sentence_pairs
 from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import SENTENCES_PER_WORD
-from overpaint.testing.tiny import tiny_pipeline
+from overpaint.testing.contract import tiny_pipeline
 
 WORDS_OF_CLIP = 30_000
 """Whole words of letters in the vocabulary of Stable Diffusion's tokenizer, about."""

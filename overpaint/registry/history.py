@@ -250,7 +250,8 @@ def check_changes(
             if there is None:
                 _refuse_other_base(name, base, patches[patch_id])
         _refuse_no_change(name, patches[patch_id], there, after)
-        actions.append(action_of(there and there.strength, after and after.strength))
+        strengths = (None if entry is None else entry.strength for entry in (there, after))
+        actions.append(action_of(*strengths))
     return actions
 
 

@@ -6,7 +6,6 @@ import pytest
 
 pytest.register_assert_rewrite("overpaint.testing.contract")
 
-from overpaint.testing.contract import SolverContract  # noqa: E402
-from overpaint.testing.tiny import tiny_base, tiny_pipeline, tiny_tokenizer  # noqa: E402
+from overpaint.testing.contract import SolverContract, tiny_base, tiny_pipeline, tiny_tokenizer  # noqa: E402
 
 __all__ = ["SolverContract", "tiny_base", "tiny_pipeline", "tiny_tokenizer"]

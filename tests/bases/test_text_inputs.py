@@ -19,7 +19,7 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import BadDelta, TextMap, delta_from
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch, read_patch
-from overpaint.testing.tiny import tiny_pipeline
+from overpaint.testing.contract import tiny_pipeline
 from tests.bases.tiny_xl import WIDTHS, tiny_xl, tiny_xl_base
 
 PROMPTS = ["a photo of a cat", "", "the moon in the style of a fox", "a photo of a cat"]

@@ -16,7 +16,7 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from overpaint.testing.tiny import THINGS, WORDS, tiny_tokenizer
+from overpaint.testing.contract import THINGS, WORDS, tiny_tokenizer
 
 INSTRUCTION = " ".join(
     inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default

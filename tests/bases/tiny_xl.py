@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from overpaint.bases.base import Base
-from overpaint.testing.tiny import tiny_tokenizer
+from overpaint.testing.contract import tiny_tokenizer
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 64, "text_encoder_2.pooled": 48}
 """What comes through each text input; no two are equal, so that a mix-up is noticed."""

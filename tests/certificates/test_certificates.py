@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from in_toto_attestation.predicates.scai.v0.scai import AttributeAssertion
 from in_toto_attestation.v1.statement import Statement
 
-from overpaint.certificates.checking import BadCertificate, Verification, check_certificate, producer, signed_lines
-from overpaint.certificates.statement import REPORT, TESTS
+from overpaint.certificates.checking import Verification, check_certificate, producer, signed_lines
+from overpaint.certificates.statement import REPORT, TESTS, BadCertificate
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import evenly_spaced
@@ -143,7 +143,7 @@ def test_another_checkpoint_is_not_what_was_certified(
 def test_a_certificate_does_not_hold_from_the_day_on_which_it_or_a_patch_expires(
     workspace: Workspace, folder: Path, tmp_path: Path, by_signer: int | None, by_patch: int | None
 ) -> None:
-    given, of_patch = (day and date(2990, 1, day) for day in (by_signer, by_patch))
+    given, of_patch = (date(2990, 1, day) if day else None for day in (by_signer, by_patch))
     first = min(day for day in (given, of_patch) if day)
     recipe, file = workspace.recipe("safe"), tmp_path / "soon.cert"
     recipe.add("cat", until=of_patch or "never", exist_ok=True)

@@ -19,7 +19,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, Piece, Resources, open_executor
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
-from overpaint.testing.tiny import tiny_pipeline
+from overpaint.testing.contract import tiny_pipeline
 
 from .executor_pieces import die, die_once, double, fail, hungry, marked, opens, refuse, worker_id
 

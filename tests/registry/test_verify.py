@@ -19,7 +19,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import PatchRecord, Registry
 from overpaint.registry.store import BlobStore, PatchFiles
-from overpaint.registry.upkeep import LEDGER, Problem, row_problems, verify
+from overpaint.registry.upkeep import VERIFY_LEDGER, Problem, row_problems, verify
 
 from .contents import lay, stock
 from .patch_maker import keep, numbers, patch_file
@@ -271,7 +271,7 @@ def test_a_verification_that_was_stopped_goes_on_where_it_was(full: Registry, mo
     flip(path_of(full, damaged), 100)
     with pytest.raises(KeyboardInterrupt):
         verify(full, progress=interrupted_at(30))
-    assert (full.folder / LEDGER).exists()
+    assert (full.folder / VERIFY_LEDGER).exists()
     read: list[str] = []
     get = BlobStore.get
 
@@ -283,7 +283,7 @@ def test_a_verification_that_was_stopped_goes_on_where_it_was(full: Registry, mo
     found = verify(full, resume=True)
     assert len(read) < 14 * 5
     assert (found.patches, {problem.patch for problem in found.problems}) == (42, {damaged})
-    assert not (full.folder / LEDGER).exists()
+    assert not (full.folder / VERIFY_LEDGER).exists()
     read.clear()
     assert verify(full).patches == 42
     assert len(read) > 41 * 5

@@ -17,7 +17,7 @@ from overpaint.solvers.closed_form.separable import Separable, dominant_directio
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.universe import BEGIN, PreservedPrompts, Universe, universe
-from overpaint.testing.tiny import tiny_pipeline
+from overpaint.testing.contract import tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
 CPU = torch.device("cpu")

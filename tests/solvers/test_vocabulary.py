@@ -26,7 +26,7 @@ from overpaint.solvers.vocabulary import (
     vocabularies,
     vocabulary_file,
 )
-from overpaint.testing.tiny import THINGS
+from overpaint.testing.contract import THINGS
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
 CPU = torch.device("cpu")
