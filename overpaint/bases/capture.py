@@ -317,16 +317,10 @@ def tokenizer_of(pipe: Any, encoder: str) -> Any:
     return getattr(found, "tokenizer", found)
 
 
-def signature_default(kind: type, argument: str) -> Any:
-    """The default of an argument of a pipeline's call, None where it has no such argument."""
-    found = inspect.signature(kind.__call__).parameters.get(argument)
-    return None if found is None else found.default
-
-
 def prompt_length(base: Base, kind: type) -> int | None:
     """Tokens that a pipeline of a base reads of a prompt: the base's own setting, else its default; None without a limit."""
-    extent = signature_default(kind, "max_sequence_length")
-    return None if extent is None else int(base.extras.get("prompt_length", extent))
+    found = inspect.signature(kind.__call__).parameters.get("max_sequence_length")
+    return None if found is None or found.default is None else int(base.extras.get("prompt_length", found.default))
 
 
 def _positions(call: _Call, slots: int) -> Any:

@@ -51,16 +51,13 @@ class Separable(Solver):
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
     reach: float = setting(1.5, "at most so much farther than the target, so that keys reach it on average", low=1.0)
-    style_reach: float = setting(3.0, "the same for styles, of which every word of a sentence carries a part", low=1.0)
+    style_reach: float = setting(3.0, "`reach` for styles, of which every word of a sentence carries a part", low=1.0)
     rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
     vocabulary: int = setting(
         0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
     )
     caught_reach: float = setting(
-        1.25,
-        "the same for objects on bases whose own pipeline encodes, as diffusion transformers",
-        low=1.0,
-        added_later=True,
+        1.25, "`reach` for what is no style on diffusion transformers", low=1.0, added_later=True
     )
     harden: int = setting(
         0, "rounds that erase what still calls the concept up, at most `rank` directions each", low=0, added_later=True
