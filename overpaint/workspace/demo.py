@@ -110,6 +110,8 @@ BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 STRENGTHS = {"ink": 1.3}
 """Every word of a prompt carries part of a style; at strength 1 it shows through now and then."""
 PUT_BACK = ("cat", "ink")
+STEPS = 10
+"""Of drawing; half the usual number, with which the judge recognises as many pictures of this base, in half the time."""
 SHOWN = 7
 """Pictures of each concept in the report, spread over its prompts."""
 SECONDS_BAR, BYTES_BAR = 1.0, 16 << 10
@@ -146,7 +148,8 @@ class Demo:
             EvaluatedPatch(self.workspace.patch(solved.id), STRENGTHS.get(name, 1.0))
             for name, solved in self.findings.solved.items()
         ]
-        return open_context(self.workspace.registry, self.base, patches, EvaluationRequest(), self.progress, fresh=True)
+        asked = EvaluationRequest(steps=STEPS)
+        return open_context(self.workspace.registry, self.base, patches, asked, self.progress, fresh=True)
 
     @cached_property
     def prompts(self) -> dict[str, list[EvalPrompt]]:
