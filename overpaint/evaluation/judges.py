@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ class Judge(Protocol):
         ...
 
 
+NetworkT = TypeVar("NetworkT", bound="JudgeNetwork")
+
+
 class JudgeNetwork(nn.Module):
     """The judge that ships with an embedded base: a small convolutional classifier for object, style and background, trained
     on the drawings alone.
@@ -91,13 +94,14 @@ class JudgeNetwork(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def save(self, folder: Path) -> None:
-        """Write `judge.safetensors` and `judge.json`."""
+        """Write `judge.safetensors` and `judge.json` into a folder that is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         write_over(folder / "judge.safetensors", save(state))
         write_over(folder / "judge.json", json.dumps(self.classes, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> JudgeNetwork:
+    def load(cls: type[NetworkT], folder: Path) -> NetworkT:
         """Read what `save` wrote; raises FileNotFoundError when the folder has no judge."""
         classes = {k: tuple(v) for k, v in json.loads((folder / "judge.json").read_text("utf-8")).items()}
         judge = cls(classes)

@@ -14,26 +14,11 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.patches.compose import Term, compose, composition_digest
-from overpaint.patches.delta import BadDelta, Dense, TextMap
+from overpaint.patches.delta import BadDelta, Dense
 from overpaint.patches.model_file import OtherModel, build_file
 from tests.bases.tiny_transformers import tiny_transformer
 
 SEQUENCE, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    folder = tmp_path_factory.mktemp("flux")
-    tiny_transformer("flux").save_pretrained(folder)
-    return Base.open(folder)
-
-
-@pytest.fixture(scope="module")
-def term(flux: Base) -> Term:
-    rng = torch.Generator().manual_seed(0)
-    widths = {each: flux.columns(each, flux.projections(each)[0]) for each in flux.text_inputs}
-    maps = [TextMap(each, *torch.randn(2, at.stop - at.start, 1, generator=rng) / 3) for each, at in widths.items()]
-    return Term("a", sum(maps[1:], start=maps[0]))
 
 
 def as_published(values: dict[str, Tensor]) -> dict[str, Tensor]:
