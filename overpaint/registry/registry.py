@@ -375,10 +375,10 @@ def _preserved_of(session: Session, base: models.BaseRow) -> list[models.Preserv
 def _checked_prompt(prompt: str) -> str:
     text = checked_note(prompt, "a prompt").strip()
     if not text or "\n" in text:
-        raise OverpaintError(f"a prompt to keep is one line with something in it; got {quoted(prompt)}")
+        raise OverpaintError(f"a prompt to preserve is one line with something in it; got {quoted(prompt)}")
     if len(text) > LONGEST_PROMPT:
         raise OverpaintError(
-            f"a prompt to keep has at most {LONGEST_PROMPT} characters; {quoted(text)} has {len(text)}"
+            f"a prompt to preserve has at most {LONGEST_PROMPT} characters; {quoted(text)} has {len(text)}"
         )
     return text
 
@@ -1036,7 +1036,7 @@ class Registry:
     # Prompts to preserve
 
     def preserve_prompts(self, base: str, prompts: Iterable[str], *, who: str) -> int:
-        """Keep prompts on a base: all of them, or none; returns how many are new.
+        """Preserve prompts on a base: all of them, or none; returns how many are new.
 
         Raises NotFound for an unknown base, OverpaintError for a prompt that is empty, too long, or does not print.
         """
@@ -1050,9 +1050,9 @@ class Registry:
         return len(new)
 
     def forget_prompts(self, base: str, prompts: Iterable[str] | None = None) -> int:
-        """No longer keep some prompts, or any (None): all of them, or none; returns how many there were.
+        """No longer preserve some prompts, or any (None): all of them, or none; returns how many there were.
 
-        Raises NotFound for an unknown base or a prompt that is not kept.
+        Raises NotFound for an unknown base or a prompt that is not preserved.
         """
         with self._database.writing() as session:
             row = find(session, models.BaseRow, base)
@@ -1061,13 +1061,13 @@ class Registry:
             for prompt in leaving:
                 if prompt not in kept:
                     raise NotFound(
-                        f"the prompt {quoted(prompt)} is not kept on {row.name!r}; see `overpaint base preserve {row.name}`"
+                        f"the prompt {quoted(prompt)} is not preserved on {row.name!r}; see `overpaint base preserve {row.name}`"
                     )
                 session.delete(kept[prompt])
         return len(leaving)
 
     def preserved_prompts(self, base: str) -> list[PreservedPromptRecord]:
-        """The prompts that are kept on a base, in alphabetical order. Raises NotFound."""
+        """The prompts that are preserved on a base, in alphabetical order. Raises NotFound."""
         with self._database.reading() as session:
             preserved = _preserved_of(session, find(session, models.BaseRow, base))
             return [PreservedPromptRecord(row.prompt, row.who, row.at) for row in preserved]

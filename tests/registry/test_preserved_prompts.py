@@ -40,7 +40,7 @@ def test_prompts_are_stored_once_in_alphabetical_order_with_who_asked(registry: 
 
 def test_prompts_are_forgotten_all_or_none(registry: Registry) -> None:
     registry.preserve_prompts("small", ["one", "two", "three"], who="ann")
-    with pytest.raises(NotFound, match=r"'four' is not kept on 'small'; see `overpaint base preserve small`"):
+    with pytest.raises(NotFound, match=r"'four' is not preserved on 'small'; see `overpaint base preserve small`"):
         registry.forget_prompts("small", ["one", "four"])
     assert prompts(registry) == ["one", "three", "two"]
     assert registry.forget_prompts("small", ["one", "one"]) == 1
