@@ -88,14 +88,23 @@ def component_class(entry: Sequence[str]) -> Any:
 
 
 def _names(base: Base, component: str, model: nn.Module) -> dict[str, str]:
-    """By parameter, the canonical name of its weight; without those that no prompt needs."""
+    """By parameter, the canonical name of its weight; without those that no prompt needs.
+
+    Raises BrokenBase for a weight that is missing, or has another shape than the configuration says.
+    """
     rules = base.layout.components[component]
     ties = getattr(model, "all_tied_weights_keys", {})
-    keys = [key for key, _ in model.named_parameters(remove_duplicate=False)]
-    names = {key: f"{component}/{rules.canonical(ties.get(key, key))}" for key in keys}
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters(remove_duplicate=False)}
+    names = {key: f"{component}/{rules.canonical(ties.get(key, key))}" for key in shapes}
     names = {key: name for key, name in names.items() if not rules.is_unread(name.partition("/")[2])}
     if lacking := sorted(set(names.values()) - base.places.keys()):
         raise BrokenBase(f"the base at {base.path} lacks {lacking[0]}, without which no prompt is read; get it again")
+    for key, name in names.items():
+        if (found := base.places[name].shape) != shapes[key]:
+            raise BrokenBase(
+                f"{name} of the base at {base.path} has shape {list(found)}, and by its configuration {list(shapes[key])}; get "
+                "its configuration again"
+            )
     return names
 
 

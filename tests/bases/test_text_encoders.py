@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from overpaint.bases import encoder_models, text_encoder
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.safetensors_file import BrokenFile
 from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
@@ -121,6 +122,18 @@ def test_a_file_that_is_cut_after_opening_is_noticed_when_its_layer_is_read(
         opened.truncate(base.containers[file].data_start + 64)
     with pytest.raises(BrokenFile, match="it ends early"):
         found.hidden(PROMPTS)
+
+
+@pytest.mark.parametrize("held", [0, 1 << 30])
+def test_a_configuration_that_is_another_models_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    base = tiny_xl_base(tmp_path / "xl")
+    monkeypatch.setattr(encoder_models, "HELD", held)
+    config = base.path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 24}))
+    with pytest.raises(BrokenBase, match=r"has shape \[64.*by its configuration \[24"):
+        TextEncoder.of(Base.open(base.path))
 
 
 def test_batches_of_prompts_are_as_large_as_an_encoder_allows(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
