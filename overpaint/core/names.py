@@ -52,6 +52,8 @@ def checked_name(name: str, what: str) -> str:
 def sought_name(name: str, what: str) -> str:
     """`name` in its composed form, for a search: what an older version let pass is found too. Raises OverpaintError."""
     # Composing makes a text shorter, by less than this; what is longer still is not worth the work.
+    if not isinstance(name, str):
+        raise OverpaintError(f"the name of a {what} is a text; got {shown(name)}")
     composed = name if len(name) > 4 * LONGEST_NAME else unicodedata.normalize("NFC", name)
     if not composed.strip():
         raise OverpaintError(f"a {what} needs a name; got an empty one")
@@ -78,8 +80,10 @@ def _is_symbol(character: str) -> bool:
 def typed_path(text: str | Path) -> Path:
     """The absolute path that somebody means, "~" and "~name" being home folders.
 
-    Raises OverpaintError for a home that is not known, and for what no file system can have as a path.
+    Raises OverpaintError for a home that is not known, and for what is no path or what no file system can have as one.
     """
+    if not isinstance(text, str | Path):
+        raise OverpaintError(f"a path is a text or a pathlib.Path; got {shown(text)}")
     try:
         path = Path(text).expanduser().absolute()
         path.exists()
@@ -171,7 +175,7 @@ def shown(value: object) -> str:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFound:
     """The error for a name that nothing answers to, with the nearest names that something does."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     if near := nearest(name, names, most=3):
         return NotFound(f"no {what} answers to {name!r}{near}")
     hint = "there is " + ", ".join(map(repr, names[:8])) if names else f"the registry has no {what} yet"

@@ -335,6 +335,11 @@ def _refuse_name(base: Base, made: Base, out: Path) -> None:
             else "choose a name that does not end in .safetensors"
         )
         raise OverpaintError(f"{why}: {need}, not {out.name}")
+    refuse_inside(base, out)
+
+
+def refuse_inside(base: Base, out: Path) -> None:
+    """Raise OverpaintError where an output would become a part of the base."""
     if not base.is_single_file and out.resolve().is_relative_to(base.path.resolve()):
         raise OverpaintError(f"{out} is inside the base itself; choose a place outside {base.path}")
 

@@ -3,13 +3,15 @@
 Programs other than diffusers keep a diffusion transformer as one file, named as the code it was published with names its
 layers, alone or with encoders and autoencoder beside it, or as GGUF with most of it quantised. Nothing of such a file is
 converted. The tensors that patches change are looked up under every name that they may have there and held against the base's
-own; every other byte is copied.
+own; every other byte is copied. So a file that would still hold what a patch erases is refused: one with a second copy of
+a changed tensor, or one that was built from the base before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +21,32 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import TensorLocation
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
+from overpaint.bases.safetensors_file import (
+    DTYPES,
+    FLOATS,
+    BrokenFile,
+    SafetensorsFile,
+    file_stamp,
+    raw_bytes,
+    tensor_digest,
+)
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.encoding import TensorEntry, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
-from overpaint.patches.build import UNKNOWN, Built, Rewrite, copy_file, write_all
-from overpaint.patches.build_record import record_of, with_digests
+from overpaint.patches.build import UNKNOWN, Built, Rewrite, copy_file, refuse_inside, write_all
+from overpaint.patches.build_record import read_record, record_of, with_digests
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import BadDelta, all_finite, identical
+from overpaint.patches.duplicate_weights import CopyDetector
 from overpaint.patches.formats.dialects import TRANSFORMERS, UNET, ldm_unet_modules, native_modules, split
 
 DENOISERS = (UNET, *TRANSFORMERS)
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 """What stands before the names of a denoiser's tensors in files of other programs."""
 GGUF = ".gguf"
+SUFFIXES = (".safetensors", ".sft", GGUF)
 
 
 class OtherModel(OverpaintError):
@@ -89,20 +101,29 @@ def build_file(
     the composition on the base.
 
     Raises NotFound when there is no such file, AlreadyExists when `out` is there, OtherModel when a changed tensor is not in
-    the file, is quantised there or is not the base's, BadDelta when a sum overflows the file's dtype. Then nothing is written.
+    the file, is there twice, is quantised there or is not the base's, or when the file was built with patches that are not in
+    the base, BadDelta when a sum overflows the file's dtype, BrokenFile when the file changes meanwhile. Then nothing is
+    written.
     """
     original, out, terms = typed_path(original), typed_path(out), list(terms)
     if not original.is_file():
         raise NotFound(f"there is no file {original}; name the one to build from")
+    if original.suffix.lower() not in SUFFIXES:
+        raise OverpaintError(
+            f"{original.name} ends in none of {', '.join(SUFFIXES)}; name a file of one of these, or convert it first"
+        )
     if out.suffix.lower() != original.suffix.lower():
         raise OverpaintError(
             f"{out.name} would be a copy of {original.name}: let its name end in {original.suffix}, too"
         )
+    refuse_inside(base, out)
     refuse_taken(out)
-    composition = plan(base, terms)
+    composition, stamp = plan(base, terms), file_stamp(original.stat())
     file = None if original.suffix.lower() == GGUF else SafetensorsFile.open(original)
     entries = _gguf_entries(original) if file is None else file.entries
     places = _places(base, composition.names, original, entries, notice)
+    if file is not None and places:
+        _refuse_remains(base, file, places)
     digests: dict[str, str] = {}
 
     def value(name: str) -> Tensor:
@@ -124,6 +145,8 @@ def build_file(
         else:
             _write_safetensors(file, scratch, places, value, record_of(base, terms, record or {}), base)
         base.check_digests(composition.names)
+        if file_stamp(original.stat()) != stamp:
+            raise BrokenFile(f"{original} changed while it was read; nothing was built: build again")
     if rounded := {place.entry.dtype for place in places.values()} - {base.places[name].entry.dtype for name in places}:
         notice(f"{original.name} is in {', '.join(sorted(rounded))}: what was composed on the base is rounded to that")
     elsewhere = (name for name in composition.names if name not in digests)
@@ -148,27 +171,30 @@ def _places(
         )
     refusals = []
     for component, changed in by_component.items():
-        places = {name: _place(base, name, original, entries) for name in changed}
-        found = {name: place for name, place in places.items() if place is not None}
+        keys = _keys(base, component, entries)
+        places = {name: [_Place(name, key, original, entries[key]) for key in keys.get(name, ())] for name in changed}
         refusal = _refusal(base, original, places)
         if refusal is None:
             for other in by_component.keys() - {component}:
                 notice(f"{original.name} is the base's {component}; build its {other} from a file of its own as well")
-            return found
+            return {name: place for name, [place] in places.items()}
         refusals.append(refusal)
     if refusals:
         raise OtherModel(refusals[0])
     return {}
 
 
-def _refusal(base: Base, original: Path, places: Mapping[str, _Place | None]) -> str | None:
+def _refusal(base: Base, original: Path, places: Mapping[str, list[_Place]]) -> str | None:
     """Why the changes cannot be made to the file, if they cannot."""
-    for name, place in places.items():
-        if place is None:
+    for name, found in places.items():
+        if not found:
             return (
                 f"{original.name} has no tensor of its own for {name}: it is of another model than {base.path}, or keeps that "
                 "layer as a part of a larger one; build a diffusers folder instead"
             )
+        place, *more = found
+        if more:
+            return _twice(original, more[0].key, name)
         if not place.is_changeable:
             return (
                 f"{original.name} has {place.key} as {place.entry.dtype}, which has no room for a change; take a file that has "
@@ -179,15 +205,39 @@ def _refusal(base: Base, original: Path, places: Mapping[str, _Place | None]) ->
     return None
 
 
-def _place(base: Base, name: str, original: Path, entries: Mapping[str, TensorEntry]) -> _Place | None:
-    """Where the file has a tensor, under any of the names that it may have there."""
-    module, attribute = split(name)
-    component, _, local = module.partition("/")
+def _twice(original: Path, key: str, name: str) -> str:
+    return (
+        f"{key} of {original.name} is a second copy of {name}, which would still hold the unpatched weights; take a file "
+        "without it"
+    )
+
+
+def _keys(base: Base, component: str, entries: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
+    """By canonical name, each key under which the file has a tensor of the component: of all that it may have there."""
     native = dict(ldm_unet_modules(base) if component == UNET else native_modules(base, component))
-    names = [local, *([native[module]] if module in native else [])]
-    keys = (f"{prefix}{each}.{attribute}" for each in names for prefix in PREFIXES)
-    key = next((key for key in keys if key in entries), None)
-    return None if key is None else _Place(name, key, original, entries[key])
+    keys: dict[str, list[str]] = {}
+    for name in (name for name in base.names if name.startswith(f"{component}/")):
+        module, attribute = split(name)
+        names = dict.fromkeys([module.partition("/")[2], *([native[module]] if module in native else [])])
+        possible = (f"{prefix}{each}.{attribute}" for each in names for prefix in PREFIXES)
+        if found := [key for key in possible if key in entries]:
+            keys[name] = found
+    return keys
+
+
+def _refuse_remains(base: Base, file: SafetensorsFile, places: Mapping[str, _Place]) -> None:
+    """Raise OtherModel where the file would still hold what is erased, or holds patches of which the base knows nothing."""
+    record = read_record(file)
+    if record is not None and record["patches"] and record["digest"] != base.fingerprint:
+        raise OtherModel(
+            f"{file.path.name} was built with patches that the base at {base.path} does not have; take the file that it was "
+            "built from, and a recipe with all patches"
+        )
+    copies = CopyDetector(base, places)
+    own = {key for found in _keys(base, next(iter(places)).partition("/")[0], file.entries).values() for key in found}
+    for key in file.entries.keys() - own:
+        if copied := copies.copied_by(file, key):
+            raise OtherModel(_twice(file.path, key, copied))
 
 
 def _write_safetensors(
@@ -223,7 +273,7 @@ def _gguf_entries(path: Path) -> dict[str, TensorEntry]:
         tensors = GGUFReader(path).tensors
     except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
         raise BrokenFile(f"{path} is no whole GGUF file ({error}); get it again") from error
-    return {
+    entries = {
         tensor.name: TensorEntry(
             tensor.tensor_type.name,
             tuple(int(size) for size in reversed(tensor.shape)),
@@ -232,3 +282,7 @@ def _gguf_entries(path: Path) -> dict[str, TensorEntry]:
         )
         for tensor in tensors
     }
+    for (_, one), (name, next_one) in pairwise(sorted(entries.items(), key=lambda item: (item[1].start, item[1].size))):
+        if next_one.start < one.start + one.size:  # to write one would change the other
+            raise BrokenFile(f"{path} is no whole GGUF file ({name} overlaps the tensor before it); get it again")
+    return entries

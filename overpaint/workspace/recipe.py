@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import Note, StaleRevision, refuse_stale, today
 from overpaint.registry.records import (
@@ -394,30 +395,30 @@ class Recipe:
         from overpaint.patches.build import build
         from overpaint.patches.model_file import build_file
 
-        out = Path(out)
+        out = typed_path(out)
         if original is not None:
             if format is not None:
                 raise OverpaintError("a copy of an original file has its form; leave out the format, or the original")
-            return build_file(
+            built = build_file(
                 self.base,
                 self.terms(),
-                Path(original),
+                typed_path(original),
                 out,
                 record=self.as_json(),
                 notice=warn,
                 progress=self._opened.progress,
             )
-        form = format or ("single-file" if out.suffix == ".safetensors" else None)
-        built = build(
-            self.base,
-            self.terms(),
-            out,
-            card=self.card(),
-            record=self.as_json(),
-            notice=warn,
-            form=form,
-            progress=self._opened.progress,
-        )
+        else:
+            built = build(
+                self.base,
+                self.terms(),
+                out,
+                card=self.card(),
+                record=self.as_json(),
+                notice=warn,
+                form=format or ("single-file" if out.suffix == ".safetensors" else None),
+                progress=self._opened.progress,
+            )
         recorded = self.record.digest
         if recorded is not None and built.digest != recorded:
             warn(
@@ -460,7 +461,7 @@ class Recipe:
         """
         from overpaint.workspace.report import report
 
-        return report(self._opened, self.name, Path(out), device=device, progress=progress)
+        return report(self._opened, self.name, typed_path(out), device=device, progress=progress)
 
     def export(
         self,
@@ -475,7 +476,7 @@ class Recipe:
         """Write this recipe as one new file that other tools load; see `Workspace.export_patches`."""
         from overpaint.workspace.exchange import export_patches
 
-        out, base = Path(out), self.record.base
+        out, base = typed_path(out), self.record.base
         return export_patches(
             self._opened,
             base,

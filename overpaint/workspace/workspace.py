@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import refuse_stale, today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
@@ -250,7 +251,7 @@ class Workspace(OpenRegistry):
         defaults = Defaults().overridden(solver, given, seed)
         requests = [replace(defaults.request(Concept(name)), is_bare_name=True) for name in concepts]
         if file is not None:
-            requests += read_concepts(Path(file), solver=solver, settings=given, seed=seed)
+            requests += read_concepts(typed_path(file), solver=solver, settings=given, seed=seed)
         known = self.concepts()
         requests = completed(requests, known, truncations(compress), decoupling_rule(decoupled))
         context = self.solve_context(base_name, universe)
@@ -373,7 +374,7 @@ class Workspace(OpenRegistry):
         """
         from overpaint.workspace.recipe_file import plan_recipe, read_recipe, wanted_entries
 
-        plan = plan_recipe(self, read_recipe(Path(file)), update=update)
+        plan = plan_recipe(self, read_recipe(typed_path(file)), update=update)
         if compose and not plan.is_done and all(each.record is not None for each in plan.entries):
             self._compose(plan.base, wanted_entries(plan, ()))
         return plan
@@ -485,9 +486,14 @@ class Workspace(OpenRegistry):
         from overpaint.registry.sharing.sending import export
         from overpaint.registry.sharing.signing import load_signer
 
-        signer = None if sign is None else load_signer(Path(sign))
+        signer = None if sign is None else load_signer(typed_path(sign))
         return export(
-            self.registry, Path(file), patches=patches, recipes=recipes, signer=signer, vocabularies=self.vocabularies
+            self.registry,
+            typed_path(file),
+            patches=patches,
+            recipes=recipes,
+            signer=signer,
+            vocabularies=self.vocabularies,
         )
 
     def push(
@@ -527,7 +533,7 @@ class Workspace(OpenRegistry):
             destination,
             patches=asked.patches,
             recipes=asked.recipes,
-            signer=None if sign is None else load_signer(Path(sign)),
+            signer=None if sign is None else load_signer(typed_path(sign)),
             vocabularies=self.vocabularies,
             check=check,
             overwrite=overwrite,
@@ -617,7 +623,7 @@ class Workspace(OpenRegistry):
         request = pull_request(
             self.vocabularies, patches=patches, recipes=recipes, name=name, trust=trust, progress=progress, warn=warn
         )
-        return import_file(self.registry, Path(file), request)
+        return import_file(self.registry, typed_path(file), request)
 
     # Other tools' files
 
@@ -643,7 +649,7 @@ class Workspace(OpenRegistry):
         options = Options(meaning, allow_unmatched, keep_rounding, tolerance)
         wanted = self.known_or_new(concept)
         return import_patch(
-            self, Path(file), base=self.base_name(base), concept=wanted, options=options, progress=progress
+            self, typed_path(file), base=self.base_name(base), concept=wanted, options=options, progress=progress
         )
 
     def export_patches(
@@ -668,7 +674,7 @@ class Workspace(OpenRegistry):
         records = list({record.id: record for record in map(self.registry.patch, patches)}.values())
         if len(bases := sorted({record.base for record in records})) != 1:
             raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
-        out, listed = Path(out), [(record, strength) for record in records]
+        out, listed = typed_path(out), [(record, strength) for record in records]
         return export_patches(
             self, bases[0], listed, out, format, out.stem, for_=for_, dtype=dtype, truncate=truncate, progress=progress
         )

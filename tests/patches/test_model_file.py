@@ -176,6 +176,10 @@ def test_what_cannot_be_exact_is_refused_and_nothing_is_written(
     save_file({**as_published(transformer), "txt_in.weight": transformer[SEQUENCE][:, :8].contiguous()}, wide)
     quantised = gguf_file(tmp_path / "quantised.gguf", transformer, frozenset({"txt_in.weight"}))
     (tmp_path / "broken.gguf").write_bytes(quantised.read_bytes()[:100])
+    header = bytearray(gguf_file(tmp_path / "overlapping.gguf", transformer).read_bytes())
+    at = header.index(b"img_in.weight") + len(b"img_in.weight") + 4 + 2 * 8 + 4
+    header[at : at + 8] = bytes(8)  # it begins where the first tensor does
+    (tmp_path / "overlapping.gguf").write_bytes(header)
     fused = Term("b", Dense({"transformer/transformer_blocks.0.attn.to_q.weight": torch.ones(16, 16)}))
     encoder = next(name for name in flux.names if name.startswith("text_encoder/") and name.endswith("q_proj.weight"))
     encoders = Term("c", Dense({encoder: torch.ones(flux.places[encoder].shape)}))
@@ -194,6 +198,7 @@ def test_what_cannot_be_exact_is_refused_and_nothing_is_written(
         (wide, term, OtherModel, "txt_in.weight of wide.safetensors is not"),
         (quantised, term, OtherModel, "has txt_in.weight as Q8_0, which has no room for a change"),
         (tmp_path / "broken.gguf", term, OverpaintError, "broken.gguf is no whole GGUF file"),
+        (tmp_path / "overlapping.gguf", term, OverpaintError, "overlaps the tensor before it"),
         (original, fused, OtherModel, "has no tensor of its own for transformer/transformer_blocks.0.attn.to_q.weight"),
         (original, encoders, OtherModel, "the patches change text_encoder, and only a denoiser"),
         (halves, huge, BadDelta, "overflows F16, in which halves.safetensors has it"),
@@ -227,3 +232,54 @@ def test_a_base_with_two_denoisers_is_built_file_by_file(tmp_path: Path) -> None
         assert changed == {name for name in delta.changes if name.startswith(f"{component}/")}
         [other] = names - {component}
         assert notices == [f"{file.name} is the base's {component}; build its {other} from a file of its own as well"]
+
+
+def test_a_file_that_would_still_hold_the_unpatched_weights_is_refused(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    published = as_published(transformer)
+    copies = {
+        "prefixed": {f"model.diffusion_model.{key}": value.clone() for key, value in published.items()},
+        "named": {key: value.clone() for key, value in transformer.items()},
+        "averaged": {f"model_ema.{key.replace('.', '')}": value * 1.01 for key, value in published.items()},
+    }
+    for name, more in copies.items():
+        save_file({**published, **more}, tmp_path / f"{name}.safetensors")
+        with pytest.raises(OtherModel, match=f"of {name}.safetensors is a second copy of transformer/.* without it"):
+            build_file(flux, [term], tmp_path / f"{name}.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_that_was_built_already_is_refused_since_its_patches_would_not_be_in_the_record(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(transformer, tmp_path / "one.safetensors")
+    once = build_file(flux, [term], tmp_path / "one.safetensors", tmp_path / "once.safetensors").path
+    other = Term("b", Dense({"transformer/proj_out.weight": torch.ones(transformer["proj_out.weight"].shape)}))
+    with pytest.raises(OtherModel, match=r"once.safetensors was built with patches that the base .* does not have"):
+        build_file(flux, [other], once, tmp_path / "twice.safetensors")
+
+
+def test_no_copy_becomes_a_part_of_the_base_or_of_a_file_that_changes(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    original = tmp_path / "one.safetensors"
+    save_file(transformer, original)
+    with pytest.raises(OverpaintError, match="is inside the base itself"):
+        build_file(flux, [term], original, flux.path / "transformer" / "out.safetensors")
+
+    def touch(done: int, total: int, what: str) -> None:
+        original.write_bytes(original.read_bytes())
+
+    with pytest.raises(OverpaintError, match=r"one.safetensors changed while it was read"):
+        build_file(flux, [term], original, tmp_path / "out.safetensors", progress=touch)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model"])
+def test_a_file_of_neither_kind_is_refused_by_its_name(flux: Base, term: Term, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\3\4 and more")
+    with pytest.raises(OverpaintError, match=r"ends in none of .safetensors, .sft, .gguf"):
+        build_file(flux, [term], tmp_path / name, tmp_path / f"out-{name}")
+    with pytest.raises(OverpaintError, match=r"a path is a text or a pathlib.Path; got 5"):
+        build_file(flux, [term], 5, tmp_path / "out")  # type: ignore[arg-type]

@@ -218,6 +218,19 @@ def test_unknown_names_get_the_nearest_known(registry: Registry) -> None:
         registry.log("r")
 
 
+def test_a_name_like_no_other_gets_each_known_one_once(registry: Registry) -> None:
+    for name in ("cat", "dog"):
+        registry.add_concept(Concept(name))
+    with pytest.raises(NotFound, match=r"no concept answers to 'xyz'; there is 'cat', 'dog'$"):
+        registry.concept("xyz")
+
+
+@pytest.mark.parametrize("name", [5, None, b"cat"])
+def test_a_name_that_is_no_text_is_refused(registry: Registry, name: Any) -> None:
+    with pytest.raises(OverpaintError, match=r"the name of a concept is a text; got"):
+        registry.concept(name)
+
+
 def test_a_taken_name_is_refused(registry: Registry) -> None:
     with pytest.raises(AlreadyExists, match="'small' is there already"):
         registry.add_base("small", Path("/elsewhere"), "sd2", "0")
