@@ -126,16 +126,16 @@ def test_its_own_form_is_an_ordinary_build(base: Base, tmp_path: Path) -> None:
 def test_what_has_no_place_in_the_other_container_is_reported(folders: dict[str, Path], tmp_path: Path) -> None:
     one = Base.open(written(folders["1.x"], "single file", tmp_path / "one"))
     without_weights(folders["1.x"], tmp_path / "one")
-    told: list[str] = []
-    built = build(one, [], tmp_path / "folder", form="diffusers", notice=told.append)
+    reports: list[str] = []
+    built = build(one, [], tmp_path / "folder", form="diffusers", notice=reports.append)
     assert set(built.left_out) == set(one.unnamed[one.path])
-    assert [text.startswith("left out 2 tensors") for text in told] == [True]
-    told.clear()
+    assert [text.startswith("left out 2 tensors") for text in reports] == [True]
+    reports.clear()
     assert (
-        build(Base.open(built.path), [], tmp_path / "x.safetensors", form="single-file", notice=told.append).left_out
+        build(Base.open(built.path), [], tmp_path / "x.safetensors", form="single-file", notice=reports.append).left_out
         == ()
     )
-    assert ["configuration" in text for text in told] == [True]
+    assert ["configuration" in text for text in reports] == [True]
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_what_published_single_files_hold_besides_is_named(
     folders: dict[str, Path], tmp_path: Path, architecture: str, missing: list[str]
 ) -> None:
     """Of a folder it cannot be made; ComfyUI warns that it is not there."""
-    told: list[str] = []
+    reports: list[str] = []
     base = Base.open(folders[architecture])
-    built = build(base, [], tmp_path / "x.safetensors", form="single-file", notice=told.append)
+    built = build(base, [], tmp_path / "x.safetensors", form="single-file", notice=reports.append)
     keys = load_file(built.path)
-    assert all(word in told[0] for word in missing)
+    assert all(word in reports[0] for word in missing)
     assert not any(key.endswith(tuple(missing)) or ".resblocks.23." in key for key in keys)
-    told.clear()
-    build(Base.open(built.path), [], tmp_path / "same.safetensors", notice=told.append)
-    assert told == []
+    reports.clear()
+    build(Base.open(built.path), [], tmp_path / "same.safetensors", notice=reports.append)
+    assert reports == []
 
 
 def test_a_safety_checker_that_is_not_there_leaves_the_index(folders: dict[str, Path], tmp_path: Path) -> None:

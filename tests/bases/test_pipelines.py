@@ -81,18 +81,18 @@ def test_it_draws(lacking: tuple[Path, list[str]]) -> None:
 def test_a_build_loads_with_diffusers_alone(lacking: tuple[Path, list[str]], tmp_path: Path) -> None:
     """A folder of a folder, and a folder of the single file that was made of it."""
     folder, absent = lacking
-    base, told = Base.open(folder), list[str]()
+    base, reports = Base.open(folder), list[str]()
     one = build(base, [], tmp_path / "one.safetensors", form="single-file").path
     shutil.copytree(folder, tmp_path / "one", ignore=shutil.ignore_patterns("*.safetensors"))
     for number, (source, terms) in enumerate([(base, [a_change(base)]), (base, list[Term]()), (Base.open(one), [])]):
-        built = build(source, terms, tmp_path / str(number), form="diffusers", notice=told.append)
+        built = build(source, terms, tmp_path / str(number), form="diffusers", notice=reports.append)
         assert set(absent) <= set(built.left_out)
         assert not any((built.path / name).exists() for name in absent)
         pipe: Any = DiffusionPipeline.from_pretrained(built.path, dtype=torch.float32)
         assert pipe.safety_checker is None
         assert len(pipe("a cat", num_inference_steps=1, output_type="np").images) == 1
         assert inspect(built.path).problems == (() if terms else inspect(source.path).problems)
-    assert all(any(name in text for text in told) for name in absent)
+    assert all(any(name in text for text in reports) for name in absent)
 
 
 def test_what_is_there_stays(base_folder: Path, tmp_path: Path) -> None:

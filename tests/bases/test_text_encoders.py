@@ -43,7 +43,7 @@ def numbers_held(model: Any) -> int:
     return sum(tensor.numel() for tensor in tensors if not tensor.is_meta)
 
 
-def heard(base: Base) -> dict[str, torch.Tensor]:
+def embeddings_of(base: Base) -> dict[str, torch.Tensor]:
     return {text_input: encoder.hidden(PROMPTS) for text_input, encoder in encoders(base).items()}
 
 
@@ -58,9 +58,9 @@ def test_layers_that_are_read_when_needed_give_the_same_bits(
         save_file(single_file_tensors(xl), file) if form == "safetensors" else torch.save(single_file_tensors(xl), file)
         (tmp_path / "model").symlink_to(xl.path)
         base = Base.open(file)
-    whole = heard(base)
+    whole = embeddings_of(base)
     monkeypatch.setattr(encoder_models, "HELD", 0)
-    parts = heard(base)
+    parts = embeddings_of(base)
     assert list(parts) == list(whole)
     assert all(torch.equal(parts[text_input], whole[text_input]) for text_input in whole)
 

@@ -25,11 +25,13 @@ def test_a_fault_in_this_process_is_not_hidden() -> None:
 
 
 def test_progress_names_the_piece_that_runs() -> None:
-    told: list[str] = []
+    reports: list[str] = []
     list(
-        InProcess().results([Piece("solving cat", double, (1,))], 1, Resources(), lambda a, b, text: told.append(text))
+        InProcess().results(
+            [Piece("solving cat", double, (1,))], 1, Resources(), lambda a, b, text: reports.append(text)
+        )
     )
-    assert told == ["solving cat"]
+    assert reports == ["solving cat"]
 
 
 def test_an_unknown_place_is_refused_in_a_sentence() -> None:

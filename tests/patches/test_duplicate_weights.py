@@ -73,10 +73,10 @@ def test_what_a_patch_changed_is_in_no_file_any_more(
 def test_a_second_copy_is_left_out_with_notice(source: Path, terms: list[Term], tmp_path: Path, twin: str) -> None:
     (source / twin).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / UNET, source / twin)
-    told: list[str] = []
-    built = build(Base.open(source), terms, tmp_path / "safe", notice=told.append)
+    reports: list[str] = []
+    built = build(Base.open(source), terms, tmp_path / "safe", notice=reports.append)
     assert built.left_out == (twin,)
-    assert [twin in text for text in told] == [True]
+    assert [twin in text for text in reports] == [True]
     assert not (built.path / twin).exists()
 
 
@@ -156,20 +156,20 @@ def test_texts_and_pictures_stay_and_hidden_folders_do_not(source: Path, terms: 
 
 
 def rebuilt(base: Base, terms: list[Term], tmp_path: Path, extra: dict[str, Tensor]) -> tuple[Built, list[str]]:
-    told: list[str] = []
+    reports: list[str] = []
     one = single_file(base, tmp_path / "one.safetensors", {**extras(base), **extra})
-    return build(one, terms, tmp_path / "safe.safetensors", notice=told.append), told
+    return build(one, terms, tmp_path / "safe.safetensors", notice=reports.append), reports
 
 
 def test_moving_averages_in_a_single_file_are_left_out(base: Base, terms: list[Term], tmp_path: Path) -> None:
     extra = {**averages(base), "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
-    built, told = rebuilt(base, terms, tmp_path, extra)
+    built, reports = rebuilt(base, terms, tmp_path, extra)
     again = SafetensorsFile.open(built.path)
     assert set(built.left_out) == set(extra)
     assert not any(key.startswith("model_ema.") for key in again.entries)
     assert set(extras(base)) <= set(again.entries)
-    assert len(told) == 1
-    assert f"{len(extra)} tensors" in told[0]
+    assert len(reports) == 1
+    assert f"{len(extra)} tensors" in reports[0]
     assert Base.open(built.path).fingerprint == built.digest
 
 
@@ -177,8 +177,8 @@ def test_moving_averages_stay_when_only_the_text_encoder_changes(base: Base, tmp
     name = "text_encoder/text_model.encoder.layers.0.mlp.fc1.weight"
     out, width = base.tensor(name).shape
     change = Term("a", LowRank({name: (torch.ones(out, 1), torch.ones(1, width))}))
-    built, told = rebuilt(base, [change], tmp_path, averages(base))
-    assert (built.left_out, told) == ((), [])
+    built, reports = rebuilt(base, [change], tmp_path, averages(base))
+    assert (built.left_out, reports) == ((), [])
     assert set(averages(base)) <= set(SafetensorsFile.open(built.path).entries)
 
 
@@ -193,9 +193,11 @@ def test_a_copy_under_a_name_nobody_knows_is_left_out(
         "averaged": weight + 0.05 * weight.std() * torch.randn_like(weight),
         "convolution": weight[:, :, None, None],
     }[change]
-    built, told = rebuilt(base, terms, tmp_path, {"teacher.k": copy.contiguous(), "stranger": torch.randn_like(weight)})
+    built, reports = rebuilt(
+        base, terms, tmp_path, {"teacher.k": copy.contiguous(), "stranger": torch.randn_like(weight)}
+    )
     assert built.left_out == ("teacher.k",)
-    assert base.projections()[0] in told[0]
+    assert base.projections()[0] in reports[0]
     assert "stranger" in SafetensorsFile.open(built.path).entries
 
 
@@ -214,10 +216,10 @@ def test_what_is_no_part_of_a_base_is_left_out(source: Path, terms: list[Term], 
     (source / "notes.txt").symlink_to(tmp_path / "private.txt")
     (source / "unet/secret.env").write_text("TOKEN=1")
     os.mkfifo(source / "pipe.txt")
-    told: list[str] = []
-    built = build(Base.open(source), terms if changed else [], tmp_path / "safe", notice=told.append)
+    reports: list[str] = []
+    built = build(Base.open(source), terms if changed else [], tmp_path / "safe", notice=reports.append)
     assert set(built.left_out) == {"notes.txt", "unet/secret.env", "pipe.txt"}
-    assert len(told) == 3
+    assert len(reports) == 3
     assert not any(built.path.joinpath(name).exists() for name in built.left_out)
 
 

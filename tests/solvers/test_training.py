@@ -46,9 +46,9 @@ class Settings(Training):
 
 
 def run(base: Base, task: TrainingTask, **settings: Any) -> tuple[dict[str, Any], list[tuple[int, int, str]]]:
-    told: list[tuple[int, int, str]] = []
-    problem = EditProblem(base, Concept("cat"), report=lambda *what: told.append(what))
-    return descend(task, Settings(**settings), problem), told
+    reports: list[tuple[int, int, str]] = []
+    problem = EditProblem(base, Concept("cat"), report=lambda *what: reports.append(what))
+    return descend(task, Settings(**settings), problem), reports
 
 
 def to(point: Point, goal: float) -> Callable[[torch.Generator], StepResult]:
@@ -57,24 +57,24 @@ def to(point: Point, goal: float) -> Callable[[torch.Generator], StepResult]:
 
 def test_it_descends_and_reports_the_loss_of_every_step(base: Base) -> None:
     point = Point(0.0, 5.0)
-    found, told = run(base, TrainingTask(point, to(point, 2.0)), steps=400, lr=0.1)
+    found, reports = run(base, TrainingTask(point, to(point, 2.0)), steps=400, lr=0.1)
     assert torch.allclose(point.at, torch.full((2,), 2.0), atol=1e-2)
     assert found["steps"] == 400
     assert found["first_loss"] == 13.0
     assert not found["stopped_early"]
-    assert [step for step, _, _ in told] == list(range(1, 401))
-    assert told[0][2] == "loss 1.30e+01"
+    assert [step for step, _, _ in reports] == list(range(1, 401))
+    assert reports[0][2] == "loss 1.30e+01"
 
 
 def test_it_stops_when_enough_is_forgotten(base: Base) -> None:
     """The average begins at 1: after n steps at zero it is momentum^n, and 0.5^3 is the first below 0.2."""
     point = Point(1.0)
     task = TrainingTask(point, lambda random: StepResult(point.at.sum(), left=0.0))
-    found, told = run(base, task, steps=50, until=0.2, momentum=0.5)
+    found, reports = run(base, task, steps=50, until=0.2, momentum=0.5)
     assert found["steps"] == 3
     assert found["stopped_early"]
     assert found["left"] == 0.125
-    assert told[-1][2].endswith("12% left")
+    assert reports[-1][2].endswith("12% left")
 
 
 def test_it_stops_early_only_where_that_is_set(base: Base) -> None:

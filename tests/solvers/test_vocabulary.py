@@ -30,7 +30,7 @@ from overpaint.testing.contract import THINGS
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
 CPU = torch.device("cpu")
-Told = list[tuple[int, int, str]]
+Reports = list[tuple[int, int, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def encoded(
-    base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *told: None
+    base: Base, folder: Path | None, limit: int = 0, report: Callable[..., None] = lambda *reports: None
 ) -> object:
     task = EncodingTask.of(base, encoders(base), limit)
     return vocabularies(task, encoders(base), folder, report)["text_encoder"]
@@ -73,12 +73,12 @@ def test_every_word_is_encoded_in_the_asked_number_of_sentences(base: Base) -> N
 
 
 def test_a_stored_vocabulary_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
-    told: Told = []
-    first = encoded(base, tmp_path, report=lambda *what: told.append(what))
-    assert [step for step, _, _ in told] == list(range(1, told[-1][1] + 1))
-    told.clear()
-    assert same(first, encoded(base, tmp_path, report=lambda *what: told.append(what)))
-    assert not told, "nothing was computed again"
+    reports: Reports = []
+    first = encoded(base, tmp_path, report=lambda *what: reports.append(what))
+    assert [step for step, _, _ in reports] == list(range(1, reports[-1][1] + 1))
+    reports.clear()
+    assert same(first, encoded(base, tmp_path, report=lambda *what: reports.append(what)))
+    assert not reports, "nothing was computed again"
     assert same(first, encoded(base, None))
 
 
@@ -114,14 +114,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_reported_and_computed_again(base: Base, tmp_path: Path, damage: str) -> None:
-    first, told = encoded(base, tmp_path), list[str]()
+    first, reports = encoded(base, tmp_path), list[str]()
     file = only_file(tmp_path)
     DAMAGE[damage](file)
     with pytest.raises(BadVocabulary, match="delete it"):
         read_vocabulary(file)
-    assert same(first, encoded(base, tmp_path, report=lambda step, of, text: told.append(text)))
-    assert f"{file} is damaged" in told[0]
-    assert read_vocabulary(only_file(tmp_path)).done == len(told) - 1
+    assert same(first, encoded(base, tmp_path, report=lambda step, of, text: reports.append(text)))
+    assert f"{file} is damaged" in reports[0]
+    assert read_vocabulary(only_file(tmp_path)).done == len(reports) - 1
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(base: Base, tmp_path: Path) -> None:
