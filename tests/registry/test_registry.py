@@ -219,9 +219,8 @@ def test_unknown_names_get_the_nearest_known(registry: Registry) -> None:
 
 
 def test_a_name_like_no_other_gets_each_known_one_once(registry: Registry) -> None:
-    for name in ("cat", "dog"):
-        registry.add_concept(Concept(name))
-    with pytest.raises(NotFound, match=r"no concept answers to 'xyz'; there is 'cat', 'dog'$"):
+    registry.add_concept(Concept("dog"))
+    with pytest.raises(NotFound, match=r"no concept answers to 'xyz'; there is 'apple', 'dog'$"):
         registry.concept("xyz")
 
 
