@@ -78,7 +78,7 @@ def resolve_device(wanted: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OverpaintError(f"unknown device {wanted!r}; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OverpaintError("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_texts, shown
 
 KINDS = ("object", "style", "person", "unsafe")
 HOLE = "{}"
@@ -33,6 +34,11 @@ class Concept:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in ("synonyms", "prompts"):
+            object.__setattr__(self, field, checked_texts(getattr(self, field), f"the {field} of a concept"))
+        for text in (self.name, self.kind, self.anchor):
+            if not isinstance(text, str):
+                raise OverpaintError(f"the name, the kind and the anchor of a concept are texts; got {shown(text)}")
         if not self.name.strip():
             raise OverpaintError("a concept needs a name; got an empty one")
         if len(self.name) > 400:

@@ -109,8 +109,27 @@ def checked_tag(tag: str, *, new: bool = False) -> str:
     return lowered
 
 
+def checked_texts(values: Iterable[str], what: str) -> tuple[str, ...]:
+    """`values`, each a text. Raises OverpaintError for one text alone, which Python would take letter by letter."""
+    listed = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else None
+    if listed is None or not all(isinstance(each, str) for each in listed):
+        raise OverpaintError(f"{what} are a list of texts, such as ['one', 'two']; got {shown(values)}")
+    return listed
+
+
+def checked_page(limit: int | None, offset: int) -> tuple[int | None, int]:
+    """`limit` and `offset` of a list, where both count. Raises OverpaintError."""
+    for what, count in (("limit", limit), ("offset", offset)):
+        is_count = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < SEEDS
+        if not is_count and not (what == "limit" and count is None):
+            raise OverpaintError(f"the {what} of a list is a whole number of at least 0; got {shown(count)}")
+    return limit, offset
+
+
 def checked_note(text: str, what: str) -> str:
     """`text`, which may be empty or of several lines. Raises OverpaintError if it does not print or is far too long."""
+    if not isinstance(text, str):
+        raise OverpaintError(f"{what} is a text; got {shown(text)}")
     _checked(text.replace("\n", " ").replace("\t", " "), what, LONGEST_NOTE)
     return text
 

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.names import checked_note, checked_number, checked_tag, shown
+from overpaint.core.names import checked_note, checked_number, checked_tag, shown, sought_name
 from overpaint.registry import models, queries
 from overpaint.registry.queries import chunks, find, lookup, patches_by_id
 from overpaint.registry.records import Action, Difference, RecipeEntry, RecipeRecord, Revision, action_of
@@ -22,7 +22,7 @@ def find_revision(session: Session, key: str) -> tuple[models.RecipeRow, int]:
 
     A recipe whose name has an "@" goes before another's revision. Raises NotFound.
     """
-    name, at, mark = key.rpartition("@")
+    name, at, mark = sought_name(key, "recipe").rpartition("@")
     recipe = lookup(session, models.RecipeRow, key)
     if recipe is not None or not at or not name.strip() or not mark.strip():
         recipe = recipe or find(session, models.RecipeRow, key)

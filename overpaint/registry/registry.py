@@ -21,9 +21,12 @@ from overpaint.core.names import (
     checked_name,
     checked_note,
     checked_number,
+    checked_page,
     checked_seed,
     checked_tag,
+    checked_texts,
     quoted,
+    shown,
     sought_name,
 )
 from overpaint.registry import models, queries, schema
@@ -535,6 +538,7 @@ class Registry:
 
     def concepts(self, *, limit: int | None = None, offset: int = 0) -> list[Concept]:
         """All concepts, in the order they were added, or `limit` of them after the first `offset`."""
+        limit, offset = checked_page(limit, offset)
         query = select(models.ConceptRow).order_by(models.ConceptRow.id).limit(limit).offset(offset)
         with self._database.reading() as session:
             return [row.concept for row in session.scalars(query)]
@@ -614,6 +618,7 @@ class Registry:
 
         With `limit`, at most so many of them after the first `offset`. Raises NotFound for an unknown concept or base.
         """
+        limit, offset = checked_page(limit, offset)
         order = [each.desc() if newest_first else each for each in (models.PatchRow.solved_at, models.PatchRow.id)]
         with self._database.reading() as session:
             # Which patches: an index alone tells, however many are passed over. What is in them: of the page alone.
@@ -699,6 +704,7 @@ class Registry:
 
     def recipes(self, *, deleted: bool = False, limit: int | None = None, offset: int = 0) -> list[RecipeRecord]:
         """All recipes in the order they were made, or those that were deleted; `limit` and `offset` give a page."""
+        limit, offset = checked_page(limit, offset)
         gone = models.RecipeRow.deleted_at
         query = select(models.RecipeRow).where(gone.is_not(None) if deleted else gone.is_(None))
         query = (
@@ -879,6 +885,8 @@ class Registry:
 
     def due(self, on: date, *, recipe: str | None = None) -> list[ExpiredEntry]:
         """The patches of recipes (or of one) that have expired by `on`; the longest expired first. Raises NotFound."""
+        if not isinstance(on, date):
+            raise OverpaintError(f"a day is a datetime.date; got {shown(on)}")
         query = (
             select(
                 models.RecipeRow.name,
@@ -964,7 +972,8 @@ class Registry:
         out. Each list is newest first, `limit` long at most, after the first `offset`. Raises OverpaintError when nothing
         is asked for, NotFound for an unknown base.
         """
-        words = sought_name(text, "search").split() if text.strip() else []
+        limit, offset = checked_page(limit, offset)
+        words = sought_name(text, "search").split() if not isinstance(text, str) or text.strip() else []
         if not words and {kind, solver, tag, base} == {None}:
             raise OverpaintError("say what to search for: words, or a kind, a solver, a tag or a base")
         with self._database.reading() as session:
@@ -1040,7 +1049,9 @@ class Registry:
 
         Raises NotFound for an unknown base, OverpaintError for a prompt that is empty, too long, or does not print.
         """
-        wanted = list(dict.fromkeys(_checked_prompt(prompt) for prompt in prompts))
+        wanted = list(
+            dict.fromkeys(_checked_prompt(prompt) for prompt in checked_texts(prompts, "the prompts to preserve"))
+        )
         checked_note(who, "the name of who did it")
         with self._database.writing() as session:
             row = find(session, models.BaseRow, base)
@@ -1057,7 +1068,11 @@ class Registry:
         with self._database.writing() as session:
             row = find(session, models.BaseRow, base)
             kept = {each.prompt: each for each in _preserved_of(session, row)}
-            leaving = list(kept) if prompts is None else list(dict.fromkeys(prompt.strip() for prompt in prompts))
+            leaving = (
+                list(kept)
+                if prompts is None
+                else list(dict.fromkeys(prompt.strip() for prompt in checked_texts(prompts, "the prompts to preserve")))
+            )
             for prompt in leaving:
                 if prompt not in kept:
                     raise NotFound(

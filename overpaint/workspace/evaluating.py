@@ -18,6 +18,7 @@ from overpaint.core.atomic import require_parent
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, open_executor
+from overpaint.core.names import checked_seed
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.figures import labelled_grid
@@ -86,6 +87,10 @@ class EvaluationRequest:
     batch: int = 50
     device: str = "auto"
     on: str = ""
+
+    def __post_init__(self) -> None:
+        if checked_seed(self.seed) < 0:
+            raise OverpaintError(f"the seed of an evaluation is at least 0; got {self.seed}")
 
 
 @dataclass(frozen=True)

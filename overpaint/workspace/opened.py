@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import checked_texts
 from overpaint.core.reporting import Progress, silent
 from overpaint.registry.records import BaseRecord, RecipeRecord
 from overpaint.registry.registry import Registry
@@ -288,7 +289,7 @@ class OpenRegistry:
         With a `universe`, only those concepts that it names, and those of the recipes that it names. Raises NotFound.
         """
         preserved = tuple(each.prompt for each in self.registry.preserved_prompts(base))
-        named = tuple(universe)
+        named = checked_texts(universe, "the concepts of a universe")
         concepts = (
             {each.name: each for key in named for each in self._named(key)}.values() if named else self.concepts()
         )

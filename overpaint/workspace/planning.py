@@ -47,8 +47,9 @@ class Truncation:
     energy: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Truncation:
+    def parse(cls, text: str | float) -> Truncation:
         """`4` is a rank, `0.99` (and `1.0`) a share of energy. Raises BadTruncation for anything else."""
+        text = str(text)
         try:
             if text.strip().isdecimal():
                 return cls.from_json({"rank": int(text)})

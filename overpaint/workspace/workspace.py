@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import typed_path
+from overpaint.core.names import checked_texts, typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import refuse_stale, today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
@@ -104,7 +104,13 @@ class Workspace(OpenRegistry):
         Raises AlreadyExists for a name that is taken (with `exist_ok`, only by another description), OverpaintError for a
         concept that is not valid.
         """
-        concept = Concept(name, kind, tuple(synonyms), anchor, tuple(prompts))
+        concept = Concept(
+            name,
+            kind,
+            checked_texts(synonyms, "the synonyms of a concept"),
+            anchor,
+            checked_texts(prompts, "the prompts of a concept"),
+        )
         self.registry.add_concept(concept, exist_ok=exist_ok)
         return concept
 
@@ -125,9 +131,9 @@ class Workspace(OpenRegistry):
         concept = Concept(
             known.name,
             known.kind if kind is None else kind,
-            known.synonyms if synonyms is None else tuple(synonyms),
+            known.synonyms if synonyms is None else checked_texts(synonyms, "the synonyms of a concept"),
             known.anchor if anchor is None else anchor,
-            known.prompts if prompts is None else tuple(prompts),
+            known.prompts if prompts is None else checked_texts(prompts, "the prompts of a concept"),
         )
         self.registry.learn_concepts([concept], update=True)
         return concept

@@ -17,6 +17,7 @@ import overpaint
 from overpaint.bases.base import Base
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.testing import tiny_base
+from overpaint.workspace.planning import Truncation
 from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.workspace import Workspace
 
@@ -144,6 +145,38 @@ def test_a_name_that_is_taken_or_unknown_is_refused(workspace: Workspace, base_f
         workspace.solve("cat", base="tinny")
     with pytest.raises(NotFound):
         workspace.recipe("nothing")
+
+
+MISTAKES: dict[str, tuple[Callable[[Workspace], object], str]] = {
+    "one synonym": (lambda w: w.add_concept("bird", synonyms="birdie"), r"are a list of texts, .*; got 'birdie'"),
+    "one synonym more": (lambda w: w.edit_concept("apple", synonyms="fruit"), r"are a list of texts, .*; got 'fruit'"),
+    "one prompt": (lambda w: w.add_concept("fish", prompts="a fish"), r"are a list of texts, .*; got 'a fish'"),
+    "one prompt to preserve": (lambda w: w.preserve("tiny", "sea"), r"are a list of texts, .*; got 'sea'"),
+    "a universe of one": (lambda w: w.solve_context("tiny", "sea"), r"are a list of texts, .*; got 'sea'"),
+    "an anchor": (lambda w: w.add_concept("fish", anchor=5), r"are texts; got 5"),  # type: ignore[arg-type]
+    "a name": (lambda w: w.recipe(5), r"the name of a recipe is a text; got 5"),  # type: ignore[arg-type]
+    "a reason": (
+        lambda w: w.create_recipe("r", base="tiny").copy("s", why=5),  # type: ignore[arg-type]
+        r"is a text; got 5",
+    ),
+    "a day": (lambda w: w.due("2026-11-29"), r"a day is a datetime.date; got '2026-11-29'"),  # type: ignore[arg-type]
+    "a limit": (lambda w: w.patches(limit=-5), r"the limit of a list is a whole number of at least 0; got -5"),
+    "an offset": (lambda w: w.recipes(offset=-5), r"the offset of a list is a whole number of at least 0; got -5"),
+    "a share": (lambda w: Truncation.parse(None), r"or a share of energy, .*; got 'None'"),  # type: ignore[arg-type]
+    "a seed": (lambda w: w.create_recipe("r", base="tiny").evaluate(seed=-1), r"at least 0; got -1"),
+    "a device": (lambda w: w.prepare("tiny", device=None), r"unknown device None"),  # type: ignore[arg-type]
+    "a place": (lambda w: w.browse("x" * 5000), r"name too long|cannot"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_python_is_one_sentence_and_changes_nothing(workspace: Workspace, mistake: str) -> None:
+    call, message = MISTAKES[mistake]
+    workspace.add_concept("apple", exist_ok=True)
+    before = workspace.concepts()
+    with pytest.raises(OverpaintError, match=message):
+        call(workspace)
+    assert workspace.concepts() == before
 
 
 def test_a_new_recipe_needs_a_base_when_there_are_several(workspace: Workspace, tmp_path: Path) -> None:

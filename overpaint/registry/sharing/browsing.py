@@ -63,7 +63,9 @@ def browse(
     itself or is not signed as the request asks. Nothing is written.
     """
     path = Path(str(source).removeprefix("file://"))
-    if path.is_file():
+    with plain_disk_errors(path, reading=True):
+        is_file = path.is_file()
+    if is_file:
         with plain_disk_errors(path, reading=True), path.open("rb") as opened:
             if not is_archive(opened.read(BLOCK)):
                 raise BadFileKind(
