@@ -23,7 +23,7 @@ from overpaint.bases.checkpoint import (
 )
 from overpaint.bases.embedded import EMBEDDED_BASES
 from overpaint.bases.hub import HubId, cached, snapshot
-from overpaint.bases.layout import Layout, SingleFile, TextInput, UnknownLayout, read_index
+from overpaint.bases.layout import Layout, SingleFile, TextInput, UnknownLayout, read_extras, read_index
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import absent_components, check_configuration, load_pipeline, mended_index
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, SafetensorsFile, dtype_name, file_stamp
@@ -240,9 +240,8 @@ class Base:
 
     @cached_property
     def extras(self) -> dict[str, Any]:
-        """What a base declares in `overpaint.json` beside its index: prompt templates, sampler, judges."""
-        file = self.path / "overpaint.json"
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        """What a base declares in `overpaint.json` beside its index (`read_extras`). Raises OverpaintError for what cannot be."""
+        return read_extras(self.path)
 
     @property
     def config_folder(self) -> Path:

@@ -6,10 +6,15 @@ The words are data (`catalogue.json` in the base's folder), so that training, ju
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
+
+from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_texts, shown
 
 EMOJI = Path(__file__).parent / "emoji" / "model"
 EMBEDDED_BASES = {"emoji": EMOJI, "emoji-dit": Path(__file__).parent / "emoji-dit"}
@@ -61,18 +66,45 @@ class Catalogue:
         return texts
 
 
+HOLES = {"object": "ao", "style": "xs", "background": "xb", "style_only": "s", "background_only": "b"}
+"""What stands in braces in the templates of each kind: article, object, sentence, style, background."""
+
+
 @cache
 def catalogue(base: Path = EMOJI) -> Catalogue:
-    """The catalogue in a base's folder; that of `emoji` where the folder has none."""
+    """The catalogue in a base's folder; that of `emoji` where the folder has none. Raises OverpaintError for a damaged one."""
     file = base / "catalogue.json"
-    raw: dict[str, Any] = json.loads((file if file.is_file() else EMOJI / file.name).read_text("utf-8"))
-    return Catalogue(
-        names={name: (name, *entry.get("synonyms", ())) for name, entry in raw["objects"].items()},
-        styles=tuple(raw["styles"]),
-        backgrounds=tuple(raw["backgrounds"]),
-        templates={kind: tuple(items) for kind, items in raw["templates"].items()},
-        held_out_templates={kind: tuple(items) for kind, items in raw["held_out_templates"].items()},
-    )
+    file = file if file.is_file() else EMOJI / file.name
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        objects = raw["objects"].items()
+        if not objects or "" in raw["objects"]:
+            raise ValueError("its objects have no names")
+        return Catalogue(
+            names={name: (name, *checked_texts(entry.get("synonyms", ()), "synonyms")) for name, entry in objects},
+            styles=checked_texts(raw["styles"], "styles"),
+            backgrounds=checked_texts(raw["backgrounds"], "backgrounds"),
+            templates=_templates(raw["templates"], HOLES),
+            held_out_templates=_templates(raw["held_out_templates"], ("object", "style", "background")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverpaintError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise OverpaintError(f"{file} cannot be used ({why}); mend it, or get the base again") from error
+
+
+def _templates(raw: dict[str, Any], kinds: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Sentences by what they ask for; in braces stand names alone, since a format could ask for a sentence of any length."""
+    templates = {kind: checked_texts(raw[kind], f"the templates of {kind}") for kind in kinds}
+    for kind, items in templates.items():
+        for template in items:
+            for _, name, layout, conversion in Formatter().parse(template):
+                if layout or conversion or (name is not None and name not in HOLES[kind]):
+                    raise ValueError(
+                        f"a template of {kind} has {' and '.join(HOLES[kind])} in braces; got {shown(template)}"
+                    )
+        if not items:
+            raise ValueError(f"it has no template of {kind}")
+    return templates
 
 
 def article(noun: str) -> str:

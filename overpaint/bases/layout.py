@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_number, shown
 
 _HOLE = re.compile(r"\{(?:(\d+)\+)?(\w+)\}")
 _NUMBERS = ("at", "i", "j", "mirror")
@@ -368,6 +369,47 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise OverpaintError(f"{index} is not a diffusers index ({error}); download the base again") from error
     return content
+
+
+def read_extras(folder: Path) -> dict[str, Any]:
+    """What `overpaint.json` in a base declares: `guidance`, `prompt_length` in tokens, `size` in pixels, `sentences`; or nothing.
+
+    `sentences` has lists: under `object` and `style` pairs of a sentence with one `{}` and the same without, under `neutral`
+    sentences with one. Raises OverpaintError where one of these is something else; other keys are passed over.
+    """
+    file = folder / "overpaint.json"
+    if not file.is_file():
+        return {}
+    try:
+        extras = json.loads(file.read_text("utf-8"))
+        if not isinstance(extras, dict):
+            raise ValueError("it is no JSON object")
+        if "guidance" in extras:
+            checked_number(extras["guidance"], "`guidance`")
+        for key, least, most in (("prompt_length", 1, 100_000), ("size", 8, 16_384)):
+            value = extras.get(key, least)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"`{key}` is a whole number from {least} to {most}; got {shown(value)}")
+        _check_sentences(extras.get("sentences", {}))
+    except (OSError, ValueError, RecursionError, OverpaintError) as error:
+        raise OverpaintError(f"{file} cannot be used ({error}); mend it, or get the base again") from error
+    return extras
+
+
+def _check_sentences(sentences: Any) -> None:
+    if not isinstance(sentences, dict):
+        raise ValueError(f"`sentences` is an object; got {shown(sentences)}")
+    for kind in ("object", "style", "neutral"):
+        listed = sentences.get(kind, [["{}", ""]] if kind != "neutral" else ["{}"])
+        pairs = [[each, ""] for each in listed] if kind == "neutral" and isinstance(listed, list) else listed
+        if not isinstance(pairs, list) or not pairs:
+            raise ValueError(f"`sentences` has a list under {kind!r}; got {shown(listed)}")
+        for pair in pairs:
+            texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            if not texts or "{}" not in pair[0] or set("{}") & set(pair[0].replace("{}", "", 1)):
+                raise ValueError(
+                    f"a sentence under {kind!r} has one {{}}, and beside it the same without; got {shown(pair)}"
+                )
 
 
 def layout_of(folder: Path) -> Layout:

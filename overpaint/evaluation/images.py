@@ -59,6 +59,9 @@ class Sampler:
                 f"{self.steps!r} and {self.batch!r}"
             )
         checked_number(self.guidance, "a guidance scale")
+        length = self.prompt_length
+        if length is not None and not (isinstance(length, Integral) and length >= 1):
+            raise OverpaintError(f"a prompt is read for at least one token, a whole number; got {length!r}")
 
     @classmethod
     def of(

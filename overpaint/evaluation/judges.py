@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -136,7 +137,7 @@ def open_judge(spec: str, base: Base, prompt_set: PromptSet, device: torch.devic
 def load_judge(folder: Path) -> JudgeNetwork:
     """The judge in a base's folder, in `judge/`.
 
-    Raises NotFound when the base has none: only the embedded base ships with one.
+    Raises NotFound when the base has none: only the embedded base ships with one. OverpaintError when it is damaged.
     """
     place = folder / "judge"
     if missing := [name for name in ("judge.json", "judge.safetensors") if not (place / name).is_file()]:
@@ -144,7 +145,10 @@ def load_judge(folder: Path) -> JudgeNetwork:
             f"no judge in {folder}: {' and '.join(missing)} not found under judge/. Only the embedded base has "
             "a judge; for another base name one with --judge, such as clip:openai/clip-vit-base-patch32"
         )
-    return JudgeNetwork.load(place)
+    try:
+        return JudgeNetwork.load(place)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise OverpaintError(f"the judge in {place} cannot be used ({error}); get the base again") from error
 
 
 class EmbeddedJudge:
