@@ -198,8 +198,17 @@ class Note:
     digest_after: str | None = None
 
 
-def refuse_stale(recipe: models.RecipeRow | RecipeRecord, revision: int | None) -> None:
-    """Raise StaleRevision unless `recipe` is at the revision from which a change was made; None is any."""
+def refuse_stale(recipe: models.RecipeRow | RecipeRecord, seen: int | RecipeRecord | None) -> None:
+    """Raise StaleRevision unless `recipe` is as it was when a change was made from it; None is any.
+
+    Only a record tells a recipe from one that was deleted and made again under its name.
+    """
+    if isinstance(seen, RecipeRecord) and recipe.created_at != seen.created_at:
+        raise StaleRevision(
+            f"the recipe {recipe.name!r} was deleted and made again since this change was made from it; look at what it holds "
+            "and try again"
+        )
+    revision = seen.revision if isinstance(seen, RecipeRecord) else seen
     if revision is not None and recipe.revision != revision:
         raise StaleRevision(
             f"the recipe {recipe.name!r} is at revision {recipe.revision} by now, and this change was made from {revision}; "

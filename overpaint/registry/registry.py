@@ -776,7 +776,12 @@ class Registry:
             return [(name, RecipeEntry(row.patch_id, row.strength, row.until)) for name, row in rows]
 
     def change_patches(
-        self, name: str, wanted: Mapping[str, RecipeEntry | None], note: Note, *, expected: int | None = None
+        self,
+        name: str,
+        wanted: Mapping[str, RecipeEntry | None],
+        note: Note,
+        *,
+        expected: int | RecipeRecord | None = None,
     ) -> int:
         """Set patches of a recipe (by full id) as in `wanted`, or remove those that are None, in one revision.
 
@@ -802,7 +807,9 @@ class Registry:
             wanted = {each.patch: each for each in entries if before.get(each.patch) != each}
             check_changes(session, name, find(session, models.BaseRow, base), before, wanted)
 
-    def exchange_patches(self, name: str, new: Mapping[str, str], note: Note, *, expected: int | None = None) -> int:
+    def exchange_patches(
+        self, name: str, new: Mapping[str, str], note: Note, *, expected: int | RecipeRecord | None = None
+    ) -> int:
         """Replace patches, keeping strength and expiry, and return the revision that this made.
 
         `new` maps old id to new id. Raises NotFound, AlreadyExists for a patch that would be there twice,
@@ -813,7 +820,7 @@ class Registry:
             refuse_stale(recipe, expected)
             return exchange(session, recipe, new, note)
 
-    def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | None = None) -> int:
+    def checkout_recipe(self, name: str, number: int, note: Note, *, expected: int | RecipeRecord | None = None) -> int:
         """Give a recipe exactly the patches that it had at revision `number`, and return the revision that this made.
 
         Raises NotFound for an unknown recipe or revision, AlreadyExists when it has the same now, StaleRevision as

@@ -172,12 +172,17 @@ class Recipe:
         return self._change(lambda before: dict.fromkeys(self._id_here(each) for each in patches), why, who)
 
     def hold(
-        self, entries: Iterable[RecipeEntry], *, revision: int | None = None, why: str = "", who: str = ""
+        self,
+        entries: Iterable[RecipeEntry],
+        *,
+        revision: int | RecipeRecord | None = None,
+        why: str = "",
+        who: str = "",
     ) -> list[HistoryRecord]:
         """Hold exactly these entries (full patch ids), in one revision; returns its lines, none where it is so already.
 
-        `revision` is the one that the caller saw: raises StaleRevision when there is another by now. Raises NotFound,
-        WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
+        `revision` is the one that the caller saw, or the `record` of it: raises StaleRevision when there is another by now.
+        Raises NotFound, WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
         """
         asked = {entry.patch: entry for entry in entries}
 
@@ -199,7 +204,7 @@ class Recipe:
         expiries = {each.patch: each.until for each in record.entries}
         wanted = {self._id(each, record.base): strength for each, strength in strengths.items()}
         entries = [RecipeEntry(patch_id, strength, expiries.get(patch_id)) for patch_id, strength in wanted.items()]
-        return self.hold(entries, revision=record.revision if revision is None else revision, why=why, who=who)
+        return self.hold(entries, revision=record if revision is None else revision, why=why, who=who)
 
     def replace(self, new: Mapping[str, str], *, why: str = "", who: str = "") -> list[HistoryRecord]:
         """Replace patches in one revision, keeping strength and expiry; `new` maps old id to new id.
@@ -210,7 +215,7 @@ class Recipe:
         def planned(before: RecipeRecord) -> _Change:
             strengths = {new.get(each, each): strength for each, strength in before.patches}
             exchange = self._opened.registry.exchange_patches
-            return _Change(strengths, partial(exchange, self.name, new, expected=before.revision))
+            return _Change(strengths, partial(exchange, self.name, new, expected=before))
 
         return self._record(planned, why, who)
 
@@ -220,20 +225,26 @@ class Recipe:
         Raises NotFound for an unknown revision, AlreadyExists when the recipe holds the same now, LostPatch when a patch has
         to be added whose bytes are lost.
         """
+        return self._checkout(revision, None, why, who)
 
+    def _checkout(self, revision: int | str, seen: RecipeRecord | None, why: str, who: str) -> list[HistoryRecord]:
         def planned(before: RecipeRecord) -> _Change:
+            refuse_stale(before, seen)
             then = self._opened.registry.recipe(f"{before.name}@{revision}")
             checkout = self._opened.registry.checkout_recipe
-            return _Change(dict(then.patches), partial(checkout, self.name, then.revision, expected=before.revision))
+            return _Change(dict(then.patches), partial(checkout, self.name, then.revision, expected=before))
 
         return self._record(planned, why, who)
 
     def undo(self, *, why: str = "", who: str = "") -> list[HistoryRecord]:
-        """Revert the newest change, as a new revision (so undoing twice brings it back). Raises NotFound without any."""
+        """Revert the newest change, as a new revision (so undoing twice brings it back).
+
+        Raises NotFound without any, StaleRevision when somebody makes a newer one meanwhile.
+        """
         newest = self.record
         if newest.revision == 0:
             raise NotFound(f"recipe {self.name!r} was never changed, so there is nothing to undo")
-        return self.checkout(newest.revision - 1, why=why or f"undo of revision {newest.revision}", who=who)
+        return self._checkout(newest.revision - 1, newest, why or f"undo of revision {newest.revision}", who)
 
     def _change(
         self, wanted: Callable[[RecipeRecord], dict[str, RecipeEntry | None]], why: str, who: str
@@ -245,7 +256,7 @@ class Recipe:
             strengths = {each: strength for each, strength in before.patches if each not in changes}
             strengths |= {entry.patch: entry.strength for entry in changes.values() if entry is not None}
             change = self._opened.registry.change_patches
-            commit = partial(change, self.name, changes, expected=before.revision) if changes else None
+            commit = partial(change, self.name, changes, expected=before) if changes else None
             return _Change(strengths, commit)
 
         return self._record(planned, why, who)

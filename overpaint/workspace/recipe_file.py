@@ -38,7 +38,7 @@ import yaml  # type: ignore[import-untyped]
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_note, parsed_day, parsed_number, sought_name
 from overpaint.registry.history import check_entry
-from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeEntry
+from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
 from overpaint.workspace.concept_file import (
@@ -107,7 +107,8 @@ class PlannedEntry:
 class RecipePlan:
     """What makes a recipe as a file says: a recipe to create or to change, and patches to solve before.
 
-    `revision` is the one of the recipe that the plan was made from, 0 for a new recipe: it holds for no other.
+    `revision` is the one of the recipe that the plan was made from, 0 for a new recipe, and `seen` the recipe as it was then,
+    None for a new one: the plan holds for no other.
     """
 
     recipe: str
@@ -117,6 +118,7 @@ class RecipePlan:
     revision: int
     entries: tuple[PlannedEntry, ...]
     solve: SolvePlan
+    seen: RecipeRecord | None = None
 
     @property
     def is_done(self) -> bool:
@@ -226,14 +228,14 @@ def plan_recipe(opened: OpenRegistry, file: RecipeFile, *, update: bool = False)
     base = registry.base(opened.base_name(file.base))
     is_new = not registry.has_recipe(file.recipe)
     held: Mapping[str, RecipeEntry] = {}
-    revision = 0
+    seen: RecipeRecord | None = None
     if not is_new:
-        record = registry.recipe(file.recipe)
-        if registry.base(record.base).fingerprint != base.fingerprint:
+        seen = registry.recipe(file.recipe)
+        if registry.base(seen.base).fingerprint != base.fingerprint:
             raise AlreadyExists(
-                f"the recipe {record.name!r} is there already, on base {record.base!r} and not on {base.name!r}"
+                f"the recipe {seen.name!r} is there already, on base {seen.base!r} and not on {base.name!r}"
             )
-        held, revision = {entry.patch: entry for entry in record.entries}, record.revision
+        held = {entry.patch: entry for entry in seen.entries}
     finder = _Finder(opened, base.name, held)
     planned = [finder.planned(entry) for entry in file.entries]
     named = {entry.record.id: entry for entry in planned if entry.record is not None}
@@ -244,7 +246,9 @@ def plan_recipe(opened: OpenRegistry, file: RecipeFile, *, update: bool = False)
     gone = [registry.patch(id) for id in held if id not in named]
     removed = [PlannedEntry("remove", record.concept, record, None) for record in gone]
     solve = plan_solves(registry, requests, opened.solve_context(base.name), base=base.name, update=update)
-    plan = RecipePlan(file.recipe, base.name, file.why, is_new, revision, (*planned, *removed), solve)
+    plan = RecipePlan(
+        file.recipe, base.name, file.why, is_new, seen.revision if seen else 0, (*planned, *removed), solve, seen
+    )
     plan.reason()
     return plan
 

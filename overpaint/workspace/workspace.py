@@ -410,14 +410,14 @@ class Workspace(OpenRegistry):
         todo = plan if isinstance(plan, RecipePlan) else self.plan_recipe(plan)
         reason = todo.reason(why)
         if not todo.is_new:
-            refuse_stale(self.registry.recipe(todo.recipe), todo.revision)  # before hours of solving
+            refuse_stale(self.registry.recipe(todo.recipe), todo.seen)  # before hours of solving
         outcomes = self.carry_out(todo.solve, device=device, progress=progress, on_result=on_result)
         entries = wanted_entries(todo, outcomes)
         if todo.is_new:
             self._compose(todo.base, entries)  # so that what cannot be applied leaves no empty recipe
             self.create_recipe(todo.recipe, base=todo.base, exist_ok=True)
         recipe = self.recipe(todo.recipe)
-        lines = recipe.hold(entries, revision=todo.revision, why=reason, who=who)
+        lines = recipe.hold(entries, revision=todo.seen or todo.revision, why=reason, who=who)
         solved = [each.record for each in outcomes if each.record is not None and not each.before]
         return RecipeFileOutcome(lines, solved)
 

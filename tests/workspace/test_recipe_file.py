@@ -6,6 +6,7 @@ import json
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -20,6 +21,7 @@ from overpaint.registry import history
 from overpaint.registry.history import StaleRevision
 from overpaint.registry.records import RecipeEntry
 from overpaint.workspace.concept_file import BadConceptFile
+from overpaint.workspace.recipe import Recipe
 from overpaint.workspace.recipe_file import read_recipe
 from overpaint.workspace.workspace import Workspace
 
@@ -264,6 +266,38 @@ def test_a_plan_holds_for_the_revision_that_it_was_made_from(
     with pytest.raises(StaleRevision):
         workspace.apply_recipe(while_solving)
     assert held(workspace)["cat"][0] == 0.5
+
+
+def test_a_plan_is_not_for_another_recipe_that_was_made_under_the_name(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.apply_recipe(file(tmp_path))
+    plan, seen = workspace.plan_recipe(file(tmp_path, FILE.replace("0.5", "0.9"))), workspace.recipe("safe").record
+    workspace.recipe("safe").delete()
+    again = workspace.create_recipe("safe")
+    again.add(workspace.solve("fox"))
+    assert again.record.revision == plan.revision
+    for change in (lambda: workspace.apply_recipe(plan), lambda: again.hold([], revision=seen)):
+        with pytest.raises(
+            StaleRevision, match=r"'safe' was deleted and made again since this change was made from it"
+        ):
+            change()
+    assert set(held(workspace)) == {"fox"}
+
+
+def test_undo_takes_back_no_change_of_somebody_else_made_meanwhile(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace.apply_recipe(file(tmp_path))
+    recipe, fox, compose = workspace.recipe("safe"), workspace.solve("fox"), Recipe._digest_after
+
+    def slow(self: Recipe, *args: Any) -> str | None:
+        monkeypatch.undo()
+        recipe.add(fox, why="takedown of this minute")
+        return compose(self, *args)
+
+    monkeypatch.setattr(Recipe, "_digest_after", slow)
+    with pytest.raises(StaleRevision, match="'safe' is at revision 2 by now, and this change was made from 1"):
+        recipe.undo()
+    assert set(held(workspace)) == {"cat", "dog", "fox"}
 
 
 def test_a_file_that_ends_before_its_patches_removes_none(workspace: Workspace, tmp_path: Path) -> None:
