@@ -31,15 +31,24 @@ pytestmark = [
 LIGHT = Resources(cpus=1)
 
 
+def started(tries: int = 3) -> Any:
+    """A cluster of one node. Ray gives it half a minute to start, which beside other tests is not always enough."""
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+    for left in reversed(range(tries)):
+        try:
+            return Cluster(initialize_head=True, head_node_args=options)
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+    return None
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes, of two cores and of one."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False},
-    )
+    cluster = started()
     cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
