@@ -154,6 +154,16 @@ def build_file(
     return Built(out, combined_digest({**base.digests(base.names), **digests}), ())
 
 
+def _refuse_names(original: Path, out: Path) -> None:
+    if not original.is_file():
+        raise NotFound(f"there is no file {original}; name the one to build from")
+    if out.suffix.lower() != original.suffix.lower():
+        raise OverpaintError(
+            f"{out.name} would be a copy of {original.name}: let its name end in {original.suffix}, too"
+        )
+    refuse_taken(out)
+
+
 def _places(
     base: Base, names: Iterable[str], original: Path, entries: Mapping[str, TensorEntry], notice: Callable[[str], None]
 ) -> dict[str, _Place]:

@@ -54,7 +54,7 @@ def cluster() -> Iterator[Any]:
     cluster.wait_for_nodes()
     yield cluster
     ray.shutdown()
-    cluster.shutdown()  # type: ignore[no-untyped-call]
+    cluster.shutdown()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray does not wait for the processes that it has ended
         del cluster
