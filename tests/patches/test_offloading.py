@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 
 from overpaint.bases.base import Base
@@ -71,6 +71,22 @@ def test_what_is_offloaded_to_disk_is_refused(flux: Base, term: Term, tmp_path: 
     pipe.transformer.enable_group_offload(
         onload_device=CPU, offload_device=CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
     )
+    with pytest.raises(BadPipeline, match="offload the pipeline to the CPU's memory"):
+        Overlay(pipe, flux).set([term])
+
+
+def test_what_accelerate_offloads_to_disk_is_refused_also_where_patches_were_applied_before(
+    flux: Base, term: Term, tmp_path: Path
+) -> None:
+    pipe = loaded(flux)
+    overlay = Overlay(pipe, flux)
+    overlay.set([term])
+    with_patch = drawn(pipe)
+    disk_offload(pipe.transformer, tmp_path, execution_device=CPU)
+    for terms in ([], [Term(term.id, term.delta, 0.5)]):
+        with pytest.raises(BadPipeline, match="offload the pipeline to the CPU's memory"):
+            overlay.set(terms)
+    torch.testing.assert_close(drawn(pipe), with_patch, rtol=1e-4, atol=1e-5)
     with pytest.raises(BadPipeline, match="offload the pipeline to the CPU's memory"):
         Overlay(pipe, flux).set([term])
 
