@@ -12,7 +12,7 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge
+from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
@@ -26,6 +26,7 @@ from overpaint.evaluation.suites.scenes import Scenes
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay
+from overpaint.patches.patch import make_patch
 
 from .scripted import CONCEPTS, Model, Script, broken, context, faithful, idle, value, wrecked
 
@@ -295,6 +296,17 @@ def test_cost_counts_bytes_seconds_and_memory(base: Base) -> None:
     assert value(rows, "all patches", "bytes") == 2000
     assert value(rows, "all patches", "seconds to compose") > 0
     assert value(rows, "separable", "peak memory of solving, MB") > 1
+
+
+def test_cost_measures_what_can_be_solved_again_and_counts_what_cannot(base: Base) -> None:
+    known = context(base, faithful, CONCEPTS[:2])
+    imported = known.patches[0].patch
+    solver = {"name": "imported", "settings": {"from": "a LoRA"}}
+    other = EvaluatedPatch(make_patch(base, imported.concept, imported.delta, solver), 1.0, 0.5, 1000)
+    rows = Cost(repeats=1).run(replace(known, patches=(other, known.patches[1])))
+    assert value(rows, "imported", "patches that cannot be solved again here") == 1
+    assert value(rows, "separable", "peak memory of solving, MB") > 1
+    assert value(rows, "cat (imported)", "bytes") == 1000
 
 
 # All of them

@@ -1,7 +1,8 @@
 """Cost: seconds, memory and bytes of every patch, and the seconds to add it to a live pipeline and to remove it.
 
 The seconds of solving are those of the day on which the patch was solved. For memory, the first patch of each solver is
-solved once more in a process of its own; what is counted is how far that process grew while it solved. Nothing is judged.
+solved once more in a process of its own; what is counted is how far that process grew while it solved. What cannot be
+solved again, an import for example, is counted as such. Nothing is judged.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class Cost(Suite):
         seconds = [_timed(lambda: compose(context.base, context.terms())) for _ in range(self.repeats)]
         rows.append(Measurement("all patches", "seconds to compose", median(seconds), self.repeats))
         for solver, patch in {patch.solver: patch for patch in reversed(context.patches)}.items():
-            rows.append(Measurement(solver, "peak memory of solving, MB", _peak_megabytes(context, patch), 1))
+            try:
+                rows.append(Measurement(solver, "peak memory of solving, MB", _peak_megabytes(context, patch), 1))
+            except OverpaintError:  # imported, or of a solver or pictures that are not here
+                such = sum(each.solver == solver for each in context.patches)
+                rows.append(Measurement(solver, "patches that cannot be solved again here", float(such), such))
         return rows
 
     def _swapped(self, context: EvalContext, patch: EvaluatedPatch, subject: str) -> list[Measurement]:
@@ -70,7 +75,10 @@ def _peak_megabytes(context: EvalContext, patch: EvaluatedPatch) -> float:
 
 
 def _solve_again(path: Path, patch: Patch, device: str) -> float:
-    """Solve a patch again as its manifest says; how many megabytes the process grew by, at most, meanwhile."""
+    """Solve a patch again as its manifest says; how many megabytes the process grew by, at most, meanwhile.
+
+    Raises OverpaintError where it cannot be solved from its manifest here.
+    """
     import torch
 
     from overpaint.bases.base import Base
@@ -86,7 +94,10 @@ def _solve_again(path: Path, patch: Patch, device: str) -> float:
         torch.device(device),
         preserve_prompts=tuple(made.get("keep", ())),
     )
-    method = solver_class(made["name"])(**made.get("settings", {}))
+    try:
+        method = solver_class(made["name"])(**made.get("settings", {}))
+    except (KeyError, TypeError) as error:
+        raise OverpaintError(f"the patch of {patch.concept.name!r} does not say how to solve it again") from error
     before = _peak()
     method.solve(problem)
     return _peak() - before
