@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import LONGEST_NAME, LONGEST_NOTE, SEEDS, checked_note
+from overpaint.core.names import LONGEST_NAME, LONGEST_NOTE, SEEDS, checked_note, parsed_day, shown
 
 LONGEST_PROMPT = 2000
 MOST_PICTURES = 10
@@ -22,6 +22,19 @@ def _printing(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _written_day(value: Any) -> Any:
+    """Only YYYY-MM-DD: pydantic would take a number for seconds since 1970, and a moment for its day."""
+    if isinstance(value, str):
+        try:
+            return parsed_day(value, "a day")
+        except OverpaintError as error:
+            raise ValueError(str(error)) from None
+    if value is None or isinstance(value, date):
+        return value
+    raise ValueError(f"a day is written YYYY-MM-DD; got {shown(value)}")
+
+
+Day = Annotated[date, BeforeValidator(_written_day)]
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printing)]
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT), AfterValidator(_printing)]
 Reason = Annotated[str, Field(max_length=LONGEST_NOTE), AfterValidator(_printing)]
@@ -230,7 +243,7 @@ class AddBody(Body):
 
     patches: list[Name] = Field(min_length=1, max_length=MOST_PATCHES)
     strength: Strength = 1.0
-    expires: date | None = Field(None, description="the day from which they have expired; omitted: never, or as before")
+    expires: Day | None = Field(None, description="the day from which they have expired; omitted: never, or as before")
     why: Reason = ""
 
 

@@ -116,6 +116,9 @@ REFUSED: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/add/kat", {"patches": ["dog"]}, 404, "did you mean 'cat'"),
     ("/v1/add/cat", {"patches": ["dog"], "strength": "1"}, 422, "strength"),
     ("/v1/add/cat", {"patches": ["dog"], "expires": "soon"}, 422, "expires"),
+    ("/v1/add/cat", {"patches": ["dog"], "expires": 32472230400}, 422, "a day is written YYYY-MM-DD; got 32472230400"),
+    ("/v1/add/cat", {"patches": ["dog"], "expires": "32472230400"}, 422, "a day is written YYYY-MM-DD"),
+    ("/v1/add/cat", {"patches": ["dog"], "expires": "2999-01-31T00:00:00"}, 422, "a day is written YYYY-MM-DD"),
     (
         "/v1/add/cat",
         {"patches": ["dog"], "expires": "2020-01-01"},
