@@ -335,6 +335,18 @@ def _refuse_name(base: Base, made: Base, out: Path) -> None:
             else "choose a name that does not end in .safetensors"
         )
         raise OverpaintError(f"{why}: {need}, not {out.name}")
+    if not made.is_single_file and out.suffix.lower() in (
+        ".safetensors",
+        ".sft",
+        ".ckpt",
+        ".pt",
+        ".pth",
+        ".bin",
+        ".gguf",
+    ):
+        raise OverpaintError(
+            f"the build is to be a folder: choose a name that does not end in {out.suffix}, not {out.name}"
+        )
     refuse_inside(base, out)
 
 

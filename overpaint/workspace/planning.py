@@ -68,7 +68,8 @@ class Truncation:
         ):
             return cls(rank, energy)
         raise BadTruncation(
-            f"a compression keeps a rank of at least 1, or a share of energy above 0 and at most 1.0; got {rank or energy}"
+            "a compression keeps a rank of at least 1, or a share of energy above 0 and at most 1.0; got "
+            f"{energy if rank is None else rank}"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.patches.build import build
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import BadDelta, Dense
 from overpaint.patches.model_file import OtherModel, build_file
@@ -274,6 +275,15 @@ def test_no_copy_becomes_a_part_of_the_base_or_of_a_file_that_changes(
     with pytest.raises(OverpaintError, match=r"one.safetensors changed while it was read"):
         build_file(flux, [term], original, tmp_path / "out.safetensors", progress=touch)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["safe.ckpt", "safe.gguf", "safe.SAFETENSORS"])
+def test_no_folder_is_built_by_the_name_of_a_file(flux: Base, term: Term, tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        OverpaintError, match=r"the build is to be a folder: choose a name that does not end in \.\w+, not safe"
+    ):
+        build(flux, [term], tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model"])

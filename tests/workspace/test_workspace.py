@@ -163,6 +163,7 @@ MISTAKES: dict[str, tuple[Callable[[Workspace], object], str]] = {
     "a limit": (lambda w: w.patches(limit=-5), r"the limit of a list is a whole number of at least 0; got -5"),
     "an offset": (lambda w: w.recipes(offset=-5), r"the offset of a list is a whole number of at least 0; got -5"),
     "a share": (lambda w: Truncation.parse(None), r"or a share of energy, .*; got 'None'"),  # type: ignore[arg-type]
+    "a rank of nothing": (lambda w: Truncation.parse("0"), r"a rank of at least 1, .*; got 0$"),
     "a seed": (lambda w: w.create_recipe("r", base="tiny").evaluate(seed=-1), r"at least 0; got -1"),
     "a device": (lambda w: w.prepare("tiny", device=None), r"unknown device None"),  # type: ignore[arg-type]
     "a place": (lambda w: w.browse("x" * 5000), r"name too long|cannot"),
