@@ -60,7 +60,7 @@ class ParameterSlot:
             return parameter
         hook = self.module.__dict__.get("_hf_hook")
         maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
-        kept = next((found for found in maps if found is not None and self.attribute in found), {})
+        kept: Mapping[str, Any] = next((found for found in maps if found is not None and self.attribute in found), {})
         stored = kept.get(self.attribute)
         # What is on a disk is read into new memory at each look; to write there would change nothing.
         is_held = isinstance(stored, Tensor) and stored is kept.get(self.attribute)
