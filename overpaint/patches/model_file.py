@@ -106,18 +106,7 @@ def build_file(
     written.
     """
     original, out, terms = typed_path(original), typed_path(out), list(terms)
-    if not original.is_file():
-        raise NotFound(f"there is no file {original}; name the one to build from")
-    if original.suffix.lower() not in SUFFIXES:
-        raise OverpaintError(
-            f"{original.name} ends in none of {', '.join(SUFFIXES)}; name a file of one of these, or convert it first"
-        )
-    if out.suffix.lower() != original.suffix.lower():
-        raise OverpaintError(
-            f"{out.name} would be a copy of {original.name}: let its name end in {original.suffix}, too"
-        )
-    refuse_inside(base, out)
-    refuse_taken(out)
+    _refuse_names(base, original, out)
     composition, stamp = plan(base, terms), file_stamp(original.stat())
     file = None if original.suffix.lower() == GGUF else SafetensorsFile.open(original)
     entries = _gguf_entries(original) if file is None else file.entries
@@ -154,13 +143,18 @@ def build_file(
     return Built(out, combined_digest({**base.digests(base.names), **digests}), ())
 
 
-def _refuse_names(original: Path, out: Path) -> None:
+def _refuse_names(base: Base, original: Path, out: Path) -> None:
     if not original.is_file():
         raise NotFound(f"there is no file {original}; name the one to build from")
+    if original.suffix.lower() not in SUFFIXES:
+        raise OverpaintError(
+            f"{original.name} ends in none of {', '.join(SUFFIXES)}; name a file of one of these, or convert it first"
+        )
     if out.suffix.lower() != original.suffix.lower():
         raise OverpaintError(
             f"{out.name} would be a copy of {original.name}: let its name end in {original.suffix}, too"
         )
+    refuse_inside(base, out)
     refuse_taken(out)
 
 

@@ -10,7 +10,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry, queries
 
-from .contents import add_patch, lay
+from .contents import add_patch, lay, stock
 
 
 @pytest.fixture
@@ -118,6 +118,16 @@ def test_a_removed_patch_is_no_longer_found(registry: Registry, monkeypatch: pyt
     assert registry.search("banksy").patches
     registry.remove_patch("Straßenkunst 100%")
     assert not registry.search("banksy").patches
+
+
+def test_without_full_text_search_a_registry_is_made_and_searched_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 33, 0))
+    registry = stock(Registry.open(folder))
+    add_patch(registry, "one")
+    monkeypatch.setattr(queries, "RECENT", 0)
+    assert registry.search("apple").patches
 
 
 def test_recipes_are_found_by_name_base_and_reasons(registry: Registry) -> None:

@@ -31,7 +31,9 @@ SQLITE = """
     INSERT INTO patch_pieces (patch_pieces) VALUES ('rebuild');
 """
 TRIGRAM_SINCE = (3, 34)
-"""The SQLite that first had pieces of three letters; on an older one a search reads every text, as before."""
+"""The SQLite that first had pieces of three letters; on an older one, or one built without full-text search, a search reads
+every text, as before."""
+HAS_SEARCH = "SELECT count(*) FROM pragma_module_list WHERE name = 'fts5'"
 POSTGRES = "CREATE INDEX ix_patch_text_pieces ON patch_text USING gin (text gin_trgm_ops)"
 
 
@@ -43,7 +45,7 @@ def upgrade() -> None:
 
 
 def _index_on_sqlite() -> None:
-    if sqlite3.sqlite_version_info < TRIGRAM_SINCE:
+    if sqlite3.sqlite_version_info < TRIGRAM_SINCE or not op.get_bind().scalar(sa.text(HAS_SEARCH)):
         return
     for statement in _statements(SQLITE):
         op.execute(statement)
