@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,30 @@ pytestmark = [
 LIGHT = Resources(cpus=1)
 
 
-def started(tries: int = 3) -> Any:
-    """A cluster of one node. Ray gives it half a minute to start, which beside other tests is not always enough."""
-    from ray.cluster_utils import Cluster
-
-    options = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+def patiently(start: Callable[[], Any], tries: int = 3) -> Any:
+    """What starts a node. Ray gives it half a minute, which beside other tests is not always enough."""
     for left in reversed(range(tries)):
         try:
-            return Cluster(initialize_head=True, head_node_args=options)
+            return start()
         except Exception as error:
             if not left or "timed out during startup" not in str(error):
                 raise
     return None
 
 
+def add_node(cluster: Any) -> Any:
+    """A node of one core more."""
+    return patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes, of two cores and of one."""
-    cluster = started()
-    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    add_node(cluster)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     yield cluster
@@ -124,7 +129,7 @@ def test_another_version_on_a_worker_is_refused_by_name(executor: Executor, monk
 
 
 def test_a_node_that_is_removed_in_the_middle_loses_nothing(cluster: Any) -> None:
-    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    node = add_node(cluster)
     cluster.wait_for_nodes()
     executor = open_executor("ray")
     values = []

@@ -439,7 +439,7 @@ def _change(index: int, **changes: Any) -> Callable[[dict[str, Any]], object]:
 RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "name of a megabyte": (lambda c: c.update(name="x" * (1 << 20)), "at most 400"),
     "name that clears the screen": (lambda c: c.update(name="\x1b[2J"), "does not print"),
-    "name that is a list": (lambda c: c.update(name=[]), "cannot be read|needs a name"),
+    "name that is a list": (lambda c: c.update(name=[]), "the name of a recipe is a text|needs a name"),
     "no base": (lambda c: c.pop("base"), "cannot be read"),
     "another base": (lambda c: c["base"].update(fingerprint="d" * 64), "solved for another base|does not have"),
     "a later format": (lambda c: c.update(format=2), "newer than this program"),
