@@ -15,11 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.checkpoint import TensorLocation
+from overpaint.bases.checkpoint import LoneShard, TensorLocation, refuse_lone_shard
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import (
     DTYPES,
@@ -53,14 +52,48 @@ class OtherModel(OverpaintError):
     """A file that does not hold what patches change, or not as the base has it."""
 
 
+class GgufFile(SafetensorsFile):
+    """A GGUF file as tensors at their places; quantised ones have a dtype that is none of safetensors', and cannot be read."""
+
+    @classmethod
+    def open(cls, path: Path) -> GgufFile:
+        """Read a file's header. Raises BrokenFile for a damaged one, OverpaintError without the package gguf."""
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise OverpaintError("to build a GGUF file, run `pip install gguf`") from error
+        stamp = file_stamp(path.stat())
+        try:
+            tensors = GGUFReader(path).tensors
+        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+            raise BrokenFile(f"{path} is no whole GGUF file ({error}); get it again") from error
+        entries = {
+            tensor.name: TensorEntry(
+                tensor.tensor_type.name,
+                tuple(int(size) for size in reversed(tensor.shape)),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
+            for tensor in tensors
+        }
+        by_place = sorted(entries.items(), key=lambda item: (item[1].start, item[1].size))
+        for (_, one), (name, following) in pairwise(by_place):
+            if following.start < one.start + one.size:  # to write one would change the other
+                raise BrokenFile(f"{path} is no whole GGUF file ({name} overlaps the tensor before it); get it again")
+        return cls(path, entries, {}, 0, stamp)
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a file keeps a tensor of the base."""
 
     name: str
     key: str
-    file: Path
-    entry: TensorEntry
+    file: SafetensorsFile
+
+    @property
+    def entry(self) -> TensorEntry:
+        return self.file.entries[self.key]
 
     @property
     def is_changeable(self) -> bool:
@@ -73,13 +106,8 @@ class _Place:
 
     def holds(self, value: Tensor) -> bool:
         """Whether the file has exactly this value, rounded to its dtype."""
-        entry = self.entry
-        if not self.is_changeable or entry.size != value.numel() * DTYPES[entry.dtype].itemsize:
-            return False
-        with self.file.open("rb") as file:
-            file.seek(entry.start)
-            there = torch.frombuffer(bytearray(file.read(entry.size)), dtype=DTYPES[entry.dtype])
-        return identical(there.reshape(entry.shape), self.stored(value))
+        is_as_large = self.entry.size == value.numel() * DTYPES[self.entry.dtype].itemsize
+        return is_as_large and identical(self.file.tensor(self.key), self.stored(value))
 
 
 @own_torch_settings()
@@ -107,11 +135,11 @@ def build_file(
     """
     original, out, terms = typed_path(original), typed_path(out), list(terms)
     _refuse_names(base, original, out)
-    composition, stamp = plan(base, terms), file_stamp(original.stat())
-    file = None if original.suffix.lower() == GGUF else SafetensorsFile.open(original)
-    entries = _gguf_entries(original) if file is None else file.entries
-    places = _places(base, composition.names, original, entries, notice)
-    if file is not None and places:
+    composition = plan(base, terms)
+    is_gguf = original.suffix.lower() == GGUF
+    file = (GgufFile if is_gguf else SafetensorsFile).open(original)
+    places = _places(base, composition.names, file, notice)
+    if places:
         _refuse_remains(base, file, places)
     digests: dict[str, str] = {}
 
@@ -129,12 +157,12 @@ def build_file(
         return stored
 
     with atomic_output(out) as scratch:
-        if file is None or not places:
+        if is_gguf or not places:
             _write_in_place(original, scratch, places, value)
         else:
             _write_safetensors(file, scratch, places, value, record_of(base, terms, record or {}), base)
         base.check_digests(composition.names)
-        if file_stamp(original.stat()) != stamp:
+        if file_stamp(original.stat()) != file.stamp:
             raise BrokenFile(f"{original} changed while it was read; nothing was built: build again")
     if rounded := {place.entry.dtype for place in places.values()} - {base.places[name].entry.dtype for name in places}:
         notice(f"{original.name} is in {', '.join(sorted(rounded))}: what was composed on the base is rounded to that")
@@ -146,6 +174,12 @@ def build_file(
 def _refuse_names(base: Base, original: Path, out: Path) -> None:
     if not original.is_file():
         raise NotFound(f"there is no file {original}; name the one to build from")
+    try:
+        refuse_lone_shard(original)
+    except LoneShard:
+        raise OtherModel(
+            f"{original.name} is one shard of several, a part of the model; name a file of all of it, or build a diffusers folder"
+        ) from None
     if original.suffix.lower() not in SUFFIXES:
         raise OverpaintError(
             f"{original.name} ends in none of {', '.join(SUFFIXES)}; name a file of one of these, or convert it first"
@@ -159,7 +193,7 @@ def _refuse_names(base: Base, original: Path, out: Path) -> None:
 
 
 def _places(
-    base: Base, names: Iterable[str], original: Path, entries: Mapping[str, TensorEntry], notice: Callable[[str], None]
+    base: Base, names: Iterable[str], file: SafetensorsFile, notice: Callable[[str], None]
 ) -> dict[str, _Place]:
     """Where the file has each changed tensor of one denoiser; a base may have two, in two files of the same names.
 
@@ -175,12 +209,12 @@ def _places(
         )
     refusals = []
     for component, changed in by_component.items():
-        keys = _keys(base, component, entries)
-        places = {name: [_Place(name, key, original, entries[key]) for key in keys.get(name, ())] for name in changed}
-        refusal = _refusal(base, original, places)
+        keys = _keys(base, component, file)
+        places = {name: [_Place(name, key, file) for key in keys.get(name, ())] for name in changed}
+        refusal = _refusal(base, file.path, places)
         if refusal is None:
             for other in by_component.keys() - {component}:
-                notice(f"{original.name} is the base's {component}; build its {other} from a file of its own as well")
+                notice(f"{file.path.name} is the base's {component}; build its {other} from a file of its own as well")
             return {name: place for name, [place] in places.items()}
         refusals.append(refusal)
     if refusals:
@@ -216,7 +250,7 @@ def _twice(original: Path, key: str, name: str) -> str:
     )
 
 
-def _keys(base: Base, component: str, entries: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
+def _keys(base: Base, component: str, file: SafetensorsFile) -> dict[str, list[str]]:
     """By canonical name, each key under which the file has a tensor of the component: of all that it may have there."""
     native = dict(ldm_unet_modules(base) if component == UNET else native_modules(base, component))
     keys: dict[str, list[str]] = {}
@@ -224,7 +258,7 @@ def _keys(base: Base, component: str, entries: Mapping[str, TensorEntry]) -> dic
         module, attribute = split(name)
         names = dict.fromkeys([module.partition("/")[2], *([native[module]] if module in native else [])])
         possible = (f"{prefix}{each}.{attribute}" for each in names for prefix in PREFIXES)
-        if found := [key for key in possible if key in entries]:
+        if found := [key for key in possible if key in file.entries]:
             keys[name] = found
     return keys
 
@@ -238,9 +272,9 @@ def _refuse_remains(base: Base, file: SafetensorsFile, places: Mapping[str, _Pla
             "built from, and a recipe with all patches"
         )
     copies = CopyDetector(base, places)
-    own = {key for found in _keys(base, next(iter(places)).partition("/")[0], file.entries).values() for key in found}
+    own = {key for found in _keys(base, next(iter(places)).partition("/")[0], file).values() for key in found}
     for key in file.entries.keys() - own:
-        if copied := copies.copied_by(file, key):
+        if file.entries[key].dtype in DTYPES and (copied := copies.copied_by(file, key)):
             raise OtherModel(_twice(file.path, key, copied))
 
 
@@ -265,28 +299,3 @@ def _write_in_place(original: Path, target: Path, places: Mapping[str, _Place], 
     with target.open("r+b", buffering=0) as writer:
         for name, place in places.items():
             write_all(writer, raw_bytes(value(name)), place.entry.start)
-
-
-def _gguf_entries(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a GGUF file by name; quantised ones have a dtype that is none of safetensors'."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise OverpaintError("to build a GGUF file, run `pip install gguf`") from error
-    try:
-        tensors = GGUFReader(path).tensors
-    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
-        raise BrokenFile(f"{path} is no whole GGUF file ({error}); get it again") from error
-    entries = {
-        tensor.name: TensorEntry(
-            tensor.tensor_type.name,
-            tuple(int(size) for size in reversed(tensor.shape)),
-            int(tensor.data_offset),
-            int(tensor.n_bytes),
-        )
-        for tensor in tensors
-    }
-    for (_, one), (name, next_one) in pairwise(sorted(entries.items(), key=lambda item: (item[1].start, item[1].size))):
-        if next_one.start < one.start + one.size:  # to write one would change the other
-            raise BrokenFile(f"{path} is no whole GGUF file ({name} overlaps the tensor before it); get it again")
-    return entries

@@ -310,19 +310,6 @@ def _on_recipe(row: models.RecipeTagRow) -> TagRecord:
     return TagRecord(row.tag, "recipe", row.recipe.name, row.revision, row.who, row.at)
 
 
-def _patches(
-    session: Session,
-    words: Sequence[str],
-    marks: Sequence[tuple[str, str]],
-    base_ids: Sequence[int],
-    limit: int | None,
-    offset: int,
-) -> tuple[PatchRecord, ...]:
-    ids = queries.patches_mentioning(session, words, marks, base_ids, limit, offset)
-    by_id = patches_by_id(session, ids)
-    return tuple(PatchRecord.of(by_id[each]) for each in ids)
-
-
 def _recipes(
     session: Session, words: Sequence[str], tag: str | None, base_ids: Sequence[int], limit: int | None, offset: int
 ) -> list[RecipeRecord]:
@@ -990,7 +977,9 @@ class Registry:
             recipes: list[RecipeRecord] = []
             if kind is None and solver is None:
                 recipes = _recipes(session, words, tag, base_ids, limit, offset)
-            return SearchResult(_patches(session, words, given, base_ids, limit, offset), tuple(recipes))
+            ids = queries.patches_mentioning(session, words, given, base_ids, limit, offset)
+            by_id = patches_by_id(session, ids)
+            return SearchResult(tuple(PatchRecord.of(by_id[each]) for each in ids), tuple(recipes))
 
     # Evaluations
 

@@ -30,31 +30,28 @@ def as_published(values: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{into}.{kind}": torch.cat([values[f"{part}.{kind}"] for part in parts]) for kind in ("weight", "bias")
         }
 
-    def same(into: str, part: str) -> dict[str, Tensor]:
-        return fused(into, part)
-
     double, single = "transformer_blocks.0.", "single_transformer_blocks.0."
     published = {
-        **same("txt_in", "context_embedder"),
-        **same("img_in", "x_embedder"),
-        **same("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
-        **same("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
-        **same("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
-        **same("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
+        **fused("txt_in", "context_embedder"),
+        **fused("img_in", "x_embedder"),
+        **fused("vector_in.in_layer", "time_text_embed.text_embedder.linear_1"),
+        **fused("vector_in.out_layer", "time_text_embed.text_embedder.linear_2"),
+        **fused("time_in.in_layer", "time_text_embed.timestep_embedder.linear_1"),
+        **fused("time_in.out_layer", "time_text_embed.timestep_embedder.linear_2"),
         **fused("double_blocks.0.img_attn.qkv", *(f"{double}attn.to_{each}" for each in "qkv")),
         **fused("double_blocks.0.txt_attn.qkv", *(f"{double}attn.add_{each}_proj" for each in "qkv")),
-        **same("double_blocks.0.img_attn.proj", f"{double}attn.to_out.0"),
-        **same("double_blocks.0.txt_attn.proj", f"{double}attn.to_add_out"),
-        **same("double_blocks.0.img_mlp.0", f"{double}ff.net.0.proj"),
-        **same("double_blocks.0.img_mlp.2", f"{double}ff.net.2"),
-        **same("double_blocks.0.txt_mlp.0", f"{double}ff_context.net.0.proj"),
-        **same("double_blocks.0.txt_mlp.2", f"{double}ff_context.net.2"),
-        **same("double_blocks.0.img_mod.lin", f"{double}norm1.linear"),
-        **same("double_blocks.0.txt_mod.lin", f"{double}norm1_context.linear"),
+        **fused("double_blocks.0.img_attn.proj", f"{double}attn.to_out.0"),
+        **fused("double_blocks.0.txt_attn.proj", f"{double}attn.to_add_out"),
+        **fused("double_blocks.0.img_mlp.0", f"{double}ff.net.0.proj"),
+        **fused("double_blocks.0.img_mlp.2", f"{double}ff.net.2"),
+        **fused("double_blocks.0.txt_mlp.0", f"{double}ff_context.net.0.proj"),
+        **fused("double_blocks.0.txt_mlp.2", f"{double}ff_context.net.2"),
+        **fused("double_blocks.0.img_mod.lin", f"{double}norm1.linear"),
+        **fused("double_blocks.0.txt_mod.lin", f"{double}norm1_context.linear"),
         **fused("single_blocks.0.linear1", *(f"{single}attn.to_{each}" for each in "qkv"), f"{single}proj_mlp"),
-        **same("single_blocks.0.linear2", f"{single}proj_out"),
-        **same("single_blocks.0.modulation.lin", f"{single}norm.linear"),
-        **same("final_layer.linear", "proj_out"),
+        **fused("single_blocks.0.linear2", f"{single}proj_out"),
+        **fused("single_blocks.0.modulation.lin", f"{single}norm.linear"),
+        **fused("final_layer.linear", "proj_out"),
     }
     for into, part in (("img_attn", "attn.norm_"), ("txt_attn", "attn.norm_added_")):
         for each, kind in (("query", "q"), ("key", "k")):
@@ -185,9 +182,12 @@ def test_what_cannot_be_exact_is_refused_and_nothing_is_written(
     encoder = next(name for name in flux.names if name.startswith("text_encoder/") and name.endswith("q_proj.weight"))
     encoders = Term("c", Dense({encoder: torch.ones(flux.places[encoder].shape)}))
     huge = Term("d", Dense({f"transformer/{SEQUENCE}": torch.full(transformer[SEQUENCE].shape, 1e5)}))
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(as_published(transformer), shard)
     halves = tmp_path / "halves.safetensors"
     save_file({key: value.half() for key, value in transformer.items()}, halves)
     cases: list[tuple[Path, Term, type[Exception], str]] = [
+        (shard, term, OtherModel, "is one shard of several, a part of the model"),
         (tmp_path / "nowhere.safetensors", term, NotFound, "there is no file .*nowhere"),
         (
             other,

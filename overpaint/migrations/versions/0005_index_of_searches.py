@@ -14,22 +14,30 @@ branch_labels = None
 depends_on = None
 
 # Without positions: what the index finds is compared with the text itself, so that which rows have all pieces is enough.
-SQLITE = """
+SQLITE = (
+    """
     CREATE VIRTUAL TABLE patch_pieces USING fts5(
         text, content='patch_text', content_rowid='id', tokenize='trigram case_sensitive 1', detail='none'
-    );
+    )
+    """,
+    """
     CREATE TRIGGER patch_text_added AFTER INSERT ON patch_text BEGIN
         INSERT INTO patch_pieces (rowid, text) VALUES (new.id, new.text);
-    END;
+    END
+    """,
+    """
     CREATE TRIGGER patch_text_removed AFTER DELETE ON patch_text BEGIN
         INSERT INTO patch_pieces (patch_pieces, rowid, text) VALUES ('delete', old.id, old.text);
-    END;
+    END
+    """,
+    """
     CREATE TRIGGER patch_text_changed AFTER UPDATE ON patch_text BEGIN
         INSERT INTO patch_pieces (patch_pieces, rowid, text) VALUES ('delete', old.id, old.text);
         INSERT INTO patch_pieces (rowid, text) VALUES (new.id, new.text);
-    END;
-    INSERT INTO patch_pieces (patch_pieces) VALUES ('rebuild');
-"""
+    END
+    """,
+    "INSERT INTO patch_pieces (patch_pieces) VALUES ('rebuild')",
+)
 TRIGRAM_SINCE = (3, 34)
 """The SQLite that first had pieces of three letters; on an older one, or one built without full-text search, a search reads
 every text, as before."""
@@ -47,19 +55,8 @@ def upgrade() -> None:
 def _index_on_sqlite() -> None:
     if sqlite3.sqlite_version_info < TRIGRAM_SINCE or not op.get_bind().scalar(sa.text(HAS_SEARCH)):
         return
-    for statement in _statements(SQLITE):
+    for statement in SQLITE:
         op.execute(statement)
-
-
-def _statements(script: str) -> list[str]:
-    """The statements of a script; one ends where SQLite says so, since a trigger has semicolons within."""
-    statements, read = [], ""
-    for line in script.strip().splitlines(keepends=True):
-        read += line
-        if sqlite3.complete_statement(read):
-            statements.append(read)
-            read = ""
-    return statements
 
 
 def _index_on_postgres() -> None:
