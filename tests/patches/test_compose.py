@@ -20,8 +20,9 @@ from torch import Tensor
 from overpaint.bases.base import Base, BrokenBase, Unchangeable
 from overpaint.core.errors import OverpaintError
 from overpaint.patches import arithmetic
-from overpaint.patches.compose import Term, compose, composition_digest, exactly, plan
+from overpaint.patches.compose import Term, compose, composition_digest, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor
+from tests.patches.exact import exactly
 from tests.patches.plain_composition import compose_plainly
 from tests.small_bases import KINDS, WIDTH, equal, small_base, some_delta, some_terms
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.patches import delta as deltas
-from overpaint.patches.compose import Term, compose, exactly, plan
+from overpaint.patches.compose import Term, compose, plan
 from overpaint.patches.delta import BadDelta, Delta, Dense, LowRank, Sum, TextMap, Xor, delta_from, paired, present
 from overpaint.patches.formats.exporting import stored_difference, stored_truncated
 from overpaint.patches.patch import BadPatch, make_patch, read_patch
 from overpaint.workspace.derived_patches import truncate
 from overpaint.workspace.planning import Truncation
+from tests.patches.exact import exactly
 from tests.patches.plain_composition import compose_plainly
 from tests.small_bases import WIDTH, equal, small_base, some_delta
 

@@ -14,11 +14,12 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.build import build
-from overpaint.patches.compose import Term, compose, composition_digest, exactly
+from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import Dense, LowRank, TextMap
 from overpaint.patches.inspect import inspect
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch, read_patch
+from tests.patches.exact import exactly
 from tests.small_bases import WIDTH, equal, small_base, small_pipeline, weights
 from tests.torch_settings import SETTINGS
 
