@@ -48,14 +48,10 @@ LIMIT = 50_000_000
 
 @dataclass(frozen=True)
 class Opened:
-    """The statements of a certificate by predicate type, the key that signed them all, and whether that key is trusted.
-
-    `trusted` is None where nobody said whom to trust: the signatures then fit the key that the certificate itself names.
-    """
+    """The statements of a certificate by predicate type, and the key that signed them all."""
 
     statements: Mapping[str, Mapping[str, Any]]
     key: bytes
-    trusted: bool | None
 
 
 def signed_lines(statements: Iterable[Mapping[str, Any]], signer: Signer) -> bytes:
@@ -104,7 +100,7 @@ def opened(content: bytes, keys: Keyring | None) -> Opened:
             f"dsseEnvelope.signatures[0].keyid: the certificate is signed by {key_id(key)}, and none of your "
             f"{len(keys.keys)} trusted keys is that one; if you trust it, name its .pub file too"
         )
-    return Opened(statements, key, None if keys is None else True)
+    return Opened(statements, key)
 
 
 def producer(signer: Signer, who: str) -> dict[str, Any]:
@@ -251,9 +247,11 @@ def check_certificate(
     """
     try:
         with file.open("rb") as stream:
-            content = stream.read(LIMIT)
+            content = stream.read(LIMIT + 1)
     except OSError as error:
         raise OverpaintError(f"cannot read the certificate {file}: {error.strerror}") from error
+    if len(content) > LIMIT:
+        raise BadCertificate(f"{file} is longer than {LIMIT:,} bytes, which no certificate is")
     certificate = opened(content, keys)
     if set(certificate.statements) != {REPORT, TESTS}:
         raise BadCertificate(
@@ -439,7 +437,7 @@ def _composition(
         if rerun is None:
             yield Finding(field, "not checked", "drawing and judging again takes a while; ask for it with --rerun")
         else:
-            yield _again(field, run, rerun(run, base, made))
+            yield run_again(field, run, rerun(run, base, made))
 
 
 def _compared(
@@ -476,7 +474,7 @@ def _compared(
             yield Finding(f"CONCEPT_HIDDEN.{differing[0]}", "fails", f"patch {each['patch'][:12]} says {wanted}")
 
 
-def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> Finding:
+def run_again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> Finding:
     """Whether a suite that was run again gives the same numbers; another machine may round a picture otherwise."""
     before = {(each["subject"], each["metric"]): each for each in run["results"]}
     moved = []
@@ -492,5 +490,7 @@ def _again(field: str, run: Mapping[str, Any], results: list[ResultRecord]) -> F
             )
     if moved:
         return Finding(field, "fails", "; ".join(moved[:3]))
+    if missing := sorted(before.keys() - {(result.subject, result.metric) for result in results}):
+        return Finding(field, "fails", f"{missing[0][0]}: {missing[0][1]} did not come out again")
     exact = all(before[r.subject, r.metric]["value"] == r.value for r in results)
     return Finding(field, "holds", "run again: the same numbers" if exact else "run again: within the stated intervals")

@@ -148,7 +148,8 @@ def load_judge(folder: Path) -> JudgeNetwork:
     try:
         return JudgeNetwork.load(place)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise OverpaintError(f"the judge in {place} cannot be used ({error}); get the base again") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise OverpaintError(f"the judge in {place} cannot be used ({reason}); get the base again") from error
 
 
 class EmbeddedJudge:

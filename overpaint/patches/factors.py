@@ -24,15 +24,11 @@ ROUNDING = 1.5
 
 @dataclass(frozen=True)
 class Fitted:
-    """One weight's change: thin factors (up, down) or an array of the weight's shape; and residual bits, if any are due.
-
-    `is_given` says that the factors are what was asked for, and not found in an edited weight.
-    """
+    """One weight's change: thin factors (up, down) or an array of the weight's shape; and residual bits, if any are due."""
 
     factors: tuple[Tensor, Tensor] | None = None
     array: Tensor | None = None
     bits: tuple[Tensor, Tensor] | None = None
-    is_given: bool = False
 
     @property
     def nbytes(self) -> int:

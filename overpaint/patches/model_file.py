@@ -3,18 +3,20 @@
 Programs other than diffusers keep a diffusion transformer as one file, named as the code it was published with names its
 layers, alone or with encoders and autoencoder beside it, or as GGUF with most of it quantised. Nothing of such a file is
 converted. The tensors that patches change are looked up under every name that they may have there and held against the base's
-own; every other byte is copied. So a file that would still hold what a patch erases is refused: one with a second copy of
-a changed tensor, or one that was built from the base before.
+own; every other byte is copied. A file that would still hold what a patch erases is refused as far as that can be seen: one with
+a second copy of a changed matrix in its shape, or one whose record says that it was built from the base before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
@@ -104,6 +106,16 @@ class _Place:
         """A value of the base, or one that was composed on it, as the file holds it."""
         return value.to(DTYPES[self.entry.dtype]).reshape(self.entry.shape)
 
+    @property
+    def located(self) -> TensorLocation:
+        """The same for writing the file anew; nothing is turned or reshaped there."""
+        return TensorLocation(self.file.path, self.key, self.entry, self.entry.shape)
+
+    def rounds(self, base: Base) -> bool:
+        """Whether values in the base's dtype lose digits in the file."""
+        own, theirs = DTYPES[self.entry.dtype], DTYPES[base.places[self.name].entry.dtype]
+        return torch.promote_types(own, theirs) != own
+
     def holds(self, value: Tensor) -> bool:
         """Whether the file has exactly this value, rounded to its dtype."""
         is_as_large = self.entry.size == value.numel() * DTYPES[self.entry.dtype].itemsize
@@ -138,16 +150,16 @@ def build_file(
     composition = plan(base, terms)
     is_gguf = original.suffix.lower() == GGUF
     file = (GgufFile if is_gguf else SafetensorsFile).open(original)
-    places = _places(base, composition.names, file, notice)
-    if places:
-        _refuse_remains(base, file, places)
-    digests: dict[str, str] = {}
+    # With nothing to change, what reads the prompt is held against the base all the same.
+    places = _places(base, composition.names or base.projections(), file, notice)
+    places = {name: place for name, place in places.items() if name in composition.stacks}
+    digests, steps = base.digests(base.names), itertools.count(1)
 
     def value(name: str) -> Tensor:
         """A composed tensor as the file holds it; its digest on the base is noted."""
-        progress(len(digests), len(composition.names), "composing")
         composed = composition.tensor(name)
         digests[name] = tensor_digest(name, composed)
+        progress(next(steps), len(places), "composing")
         stored = places[name].stored(composed)
         if not all_finite(stored):
             key, dtype = places[name].key, places[name].entry.dtype
@@ -156,19 +168,19 @@ def build_file(
             )
         return stored
 
+    for name in composition.stacks.keys() - places.keys():  # of the other denoiser, whose file is another
+        digests[name] = tensor_digest(name, composition.tensor(name))
     with atomic_output(out) as scratch:
         if is_gguf or not places:
             _write_in_place(original, scratch, places, value)
         else:
-            _write_safetensors(file, scratch, places, value, record_of(base, terms, record or {}), base)
+            _write_safetensors(file, scratch, places, value, record_of(base, terms, record or {}), digests)
         base.check_digests(composition.names)
         if file_stamp(original.stat()) != file.stamp:
             raise BrokenFile(f"{original} changed while it was read; nothing was built: build again")
-    if rounded := {place.entry.dtype for place in places.values()} - {base.places[name].entry.dtype for name in places}:
-        notice(f"{original.name} is in {', '.join(sorted(rounded))}: what was composed on the base is rounded to that")
-    elsewhere = (name for name in composition.names if name not in digests)
-    digests.update((name, tensor_digest(name, composition.tensor(name))) for name in elsewhere)
-    return Built(out, combined_digest({**base.digests(base.names), **digests}), ())
+    if rounded := sorted({place.entry.dtype for place in places.values() if place.rounds(base)}):
+        notice(f"{original.name} is in {', '.join(rounded)}: what was composed on the base is rounded to that")
+    return Built(out, combined_digest(digests), ())
 
 
 def _refuse_names(base: Base, original: Path, out: Path) -> None:
@@ -207,7 +219,7 @@ def _places(
             f"the patches change {', '.join(others)}, and only a denoiser can be built from a file of another program; build "
             "the whole pipeline instead"
         )
-    refusals = []
+    first = None
     for component, changed in by_component.items():
         keys = _keys(base, component, file)
         places = {name: [_Place(name, key, file) for key in keys.get(name, ())] for name in changed}
@@ -215,11 +227,11 @@ def _places(
         if refusal is None:
             for other in by_component.keys() - {component}:
                 notice(f"{file.path.name} is the base's {component}; build its {other} from a file of its own as well")
-            return {name: place for name, [place] in places.items()}
-        refusals.append(refusal)
-    if refusals:
-        raise OtherModel(refusals[0])
-    return {}
+            found = {name: place for name, [place] in places.items()}
+            _refuse_remains(base, file, found, {key for each in keys.values() for key in each})
+            return found
+        first = first or refusal
+    raise OtherModel(first or f"the base at {base.path} has no denoiser that such a file could hold")
 
 
 def _refusal(base: Base, original: Path, places: Mapping[str, list[_Place]]) -> str | None:
@@ -263,8 +275,11 @@ def _keys(base: Base, component: str, file: SafetensorsFile) -> dict[str, list[s
     return keys
 
 
-def _refuse_remains(base: Base, file: SafetensorsFile, places: Mapping[str, _Place]) -> None:
-    """Raise OtherModel where the file would still hold what is erased, or holds patches of which the base knows nothing."""
+def _refuse_remains(base: Base, file: SafetensorsFile, places: Mapping[str, _Place], own: Collection[str]) -> None:
+    """Raise OtherModel where the file would still hold what is erased, or holds patches of which the base knows nothing.
+
+    `own` are the keys of the denoiser's tensors, of which none is a copy.
+    """
     record = read_record(file)
     if record is not None and record["patches"] and record["digest"] != base.fingerprint:
         raise OtherModel(
@@ -272,8 +287,7 @@ def _refuse_remains(base: Base, file: SafetensorsFile, places: Mapping[str, _Pla
             "built from, and a recipe with all patches"
         )
     copies = CopyDetector(base, places)
-    own = {key for found in _keys(base, next(iter(places)).partition("/")[0], file).values() for key in found}
-    for key in file.entries.keys() - own:
+    for key in file.entries.keys() - set(own):
         if file.entries[key].dtype in DTYPES and (copied := copies.copied_by(file, key)):
             raise OtherModel(_twice(file.path, key, copied))
 
@@ -284,13 +298,13 @@ def _write_safetensors(
     places: Mapping[str, _Place],
     value: Callable[[str], Tensor],
     record: Mapping[str, Any],
-    base: Base,
+    digests: Mapping[str, str],
 ) -> None:
-    located = {name: TensorLocation(file.path, p.key, p.entry, p.entry.shape) for name, p in places.items()}
-    rewrite, whole = Rewrite(file, located), base.digests(base.names)
-    unknown = with_digests(record, dict.fromkeys(places, UNKNOWN), dict.fromkeys(whole, UNKNOWN))
+    """With a record of the composition, whose `digests` are those on the base once every `value` was asked for."""
+    rewrite = Rewrite(file, {name: place.located for name, place in places.items()})
+    unknown = with_digests(record, dict.fromkeys(places, UNKNOWN), dict.fromkeys(digests, UNKNOWN))
     written = rewrite.write(target, unknown, value)
-    rewrite.write_record(target, with_digests(record, written, {**whole, **written}))
+    rewrite.write_record(target, with_digests(record, written, digests))
 
 
 def _write_in_place(original: Path, target: Path, places: Mapping[str, _Place], value: Callable[[str], Tensor]) -> None:

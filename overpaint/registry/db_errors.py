@@ -47,6 +47,7 @@ OF_SQLITE = {
     "unable to open database file": CANNOT_OPEN,
     "file is not a database": NOT_A_DATABASE,
     "database disk image is malformed": DAMAGED,
+    "vtable constructor failed": DAMAGED,
     "Could not decode to UTF-8": DAMAGED,
     # What is written follows from rows that were read, so those do not fit each other.
     "FOREIGN KEY constraint failed": DAMAGED,

@@ -1,4 +1,9 @@
-"""Finding rows by what people call them."""
+"""Finding rows by what people call them.
+
+What a search reads: one short text for each patch, recipe and reason, in folded letters. It passes over them, newest first, and
+stops when it has a page. So what is frequent is found at once; for what is rare, an index of pieces of three letters says which
+texts are worth comparing (migration 0005).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +19,6 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import sought_name, unknown
 from overpaint.registry import models
-
-# What a search reads: one short text for each patch, recipe and reason, in folded letters.
-#
-# A search passes over them, newest first, and stops when it has a page. So what is frequent is found at once; for what is
-# rare, an index of pieces of three letters says which texts are worth comparing (migration 0005).
-
 
 # What must match as a whole stands on a line of its own behind one of these, which no name and no search can contain.
 KIND, SOLVER, BASE, TAG = "\x1c", "\x1d", "\x1e", "\x1f"
@@ -72,6 +71,8 @@ def is_marked(text: InstrumentedAttribute[str], mark: str, value: str) -> Column
     return text.contains(f"\n{mark}{folded(value)}\n", autoescape=True)
 
 
+LARGEST = 2**63 - 1
+"""Rows that a query may ask for."""
 RECENT = 20_000
 """How many of the newest texts a search compares before it asks the index, which is slow for what nearly every text has."""
 PIECES = table("patch_pieces", column("rowid"), column("patch_pieces"))
@@ -99,7 +100,8 @@ def patches_mentioning(
     if not pieces or not _has_pieces(session):
         return session.scalars(query.limit(limit).offset(offset)).all()
     found: list[str] = []
-    last, wanted = session.scalar(select(func.max(number))) or 0, None if limit is None else offset + limit
+    last = session.scalar(select(func.max(number))) or 0
+    wanted = None if limit is None else min(offset + limit, LARGEST)
     if wanted is not None:
         found += session.scalars(query.where(number > last - RECENT).limit(wanted))
         if len(found) == wanted:

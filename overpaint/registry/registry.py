@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,11 @@ def _described(concept: Concept) -> str:
 
 def _row(concept: Concept) -> models.ConceptRow:
     """The row of a concept that may be known. Raises OverpaintError for what the database cannot hold."""
-    name = sought_name(concept.name, "concept")
-    for prompt in concept.prompts:
-        checked_note(prompt, f"a prompt of {name!r}")
-    return models.ConceptRow(
-        name=name, kind=concept.kind, definition=checked_json(concept.as_json(), f"the concept {name!r}")
-    )
+    named = replace(concept, name=sought_name(concept.name, "concept"))
+    for prompt in named.prompts:
+        checked_note(prompt, f"a prompt of {named.name!r}")
+    definition = checked_json(named.as_json(), f"the concept {named.name!r}")
+    return models.ConceptRow(name=named.name, kind=named.kind, definition=definition)
 
 
 def _add_new(session: Session, row: models.ConceptRow) -> None:
@@ -322,9 +322,8 @@ def _recipes(
         query = query.where(models.RecipeRow.id.in_(tagged))
     if base_ids:
         query = query.where(models.RecipeRow.base_id.in_(base_ids))
-    return records_now(
-        session, session.scalars(query.order_by(models.RecipeRow.id.desc()).limit(limit).offset(offset)).all()
-    )
+    page = query.options(selectinload(models.RecipeRow.tags)).order_by(models.RecipeRow.id.desc())
+    return records_now(session, session.scalars(page.limit(limit).offset(offset)).all())
 
 
 def _of_subject(session: Session, query: Select[Any], patch: str | None, recipe: str | None) -> Select[Any]:
@@ -483,7 +482,7 @@ class Registry:
             known = lookup(session, models.ConceptRow, row.name)
             if known is None:
                 _add_new(session, row)
-            elif not (exist_ok and known.concept == concept):
+            elif not (exist_ok and known.concept == row.concept):
                 raise AlreadyExists(
                     f"concept {known.name!r} is there already, as {known.definition}; choose another name"
                 )

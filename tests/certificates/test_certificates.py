@@ -15,12 +15,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from in_toto_attestation.predicates.scai.v0.scai import AttributeAssertion
 from in_toto_attestation.v1.statement import Statement
 
-from overpaint.certificates.checking import Verification, check_certificate, producer, signed_lines
+from overpaint.certificates.checking import Verification, check_certificate, producer, run_again, signed_lines
 from overpaint.certificates.statement import REPORT, TESTS, BadCertificate
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import evenly_spaced
 from overpaint.registry.history import today
+from overpaint.registry.records import ResultRecord
 from overpaint.registry.sharing.signing import load_keyring, load_signer, new_key
 from overpaint.workspace.certifying import Certified, bill_beside, certify, sign_checkpoint, verify
 from overpaint.workspace.workspace import Workspace
@@ -430,3 +431,12 @@ def test_a_build_is_signed_as_it_is_made(workspace: Workspace, folder: Path, tmp
 
 def test_a_producer_is_named_by_key(folder: Path) -> None:
     assert len(base64.b64decode(producer(load_signer(folder / "me"), "Alice")["content"])) == 32
+
+
+def test_a_suite_that_gives_fewer_numbers_than_stated_does_not_agree() -> None:
+    stated = {"subject": "cat", "metric": "accuracy", "value": 0.9, "low": 0.8, "high": 1.0}
+    again = ResultRecord("cat", "accuracy", 0.9, 0.8, 1.0, 20)
+    other = {**stated, "subject": "dog"}
+    assert run_again("MEASURED", {"results": [stated]}, [again]).outcome == "holds"
+    assert run_again("MEASURED", {"results": [stated, other]}, [again]).outcome == "fails"
+    assert run_again("MEASURED", {"results": [stated]}, []).outcome == "fails"

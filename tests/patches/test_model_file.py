@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.patches.build import build
+from overpaint.patches.build_record import read_record
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import BadDelta, Dense
 from overpaint.patches.model_file import OtherModel, build_file
@@ -293,3 +295,49 @@ def test_a_file_of_neither_kind_is_refused_by_its_name(flux: Base, term: Term, t
         build_file(flux, [term], tmp_path / name, tmp_path / f"out-{name}")
     with pytest.raises(OverpaintError, match=r"a path is a text or a pathlib.Path; got 5"):
         build_file(flux, [term], 5, tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_nothing_is_built_from_a_file_that_is_not_the_bases_also_where_nothing_changes(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
+    save_file(transformer, tmp_path / "one.safetensors")
+    build_file(flux, [term], tmp_path / "one.safetensors", tmp_path / "built.safetensors")
+    for name in ("x", "built"):
+        for terms in ([], [Term("a", term.delta, 0.0)]):
+            with pytest.raises(OtherModel):
+                build_file(flux, terms, tmp_path / f"{name}.safetensors", tmp_path / "out.safetensors")
+
+
+def test_the_record_is_of_the_composition_and_a_wider_file_rounds_nothing(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path
+) -> None:
+    notices: list[str] = []
+    steps: list[tuple[int, int]] = []
+    for name, dtype in (("narrow", torch.float16), ("wide", torch.float64)):
+        save_file({key: value.to(dtype) for key, value in transformer.items()}, tmp_path / f"{name}.safetensors")
+        built = build_file(
+            flux,
+            [term],
+            tmp_path / f"{name}.safetensors",
+            tmp_path / f"{name}-built.safetensors",
+            notice=notices.append,
+            progress=lambda done, of, text: steps.append((done, of)),
+        )
+        record = read_record(SafetensorsFile.open(built.path))
+        assert record is not None
+        assert record["digest"] == built.digest == composition_digest(flux, compose(flux, [term]))
+    assert [notice.split(":")[0] for notice in notices] == ["narrow.safetensors is in F16"]
+    assert steps[-1] == (2, 2)
+
+
+def test_a_file_that_is_cut_short_while_it_is_compared_is_one_sentence(
+    flux: Base, term: Term, transformer: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file(transformer, file)
+    opened = SafetensorsFile.open(file)
+    monkeypatch.setattr(SafetensorsFile, "open", lambda path: opened)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BrokenFile, match="ends early"):
+        build_file(flux, [term], file, tmp_path / "two.safetensors")

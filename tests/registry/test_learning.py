@@ -9,6 +9,7 @@ from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.history import Note
 from overpaint.registry.registry import ConceptDiffers
+from overpaint.registry.upkeep import verify
 
 from .contents import add_patch, digest_of, lay
 
@@ -81,3 +82,10 @@ def test_an_exchange_that_cannot_be_leaves_everything_as_it_was(either: Registry
     with pytest.raises(OverpaintError, match="by now, and this change was made from"):
         either.exchange_patches("r", {one: new}, NOTE, expected=1)
     assert either.recipe("r") == before
+
+
+def test_a_decomposed_name_is_stored_composed_in_its_description_too(either: Registry) -> None:
+    either.add_concept(Concept("nai\u0308ve"))
+    either.add_concept(Concept("nai\u0308ve"), exist_ok=True)
+    assert either.concept("na\u00efve").name == "na\u00efve"
+    assert verify(either).problems == ()

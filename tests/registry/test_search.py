@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, event
+from sqlalchemy import text as sql
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry, queries
+from overpaint.registry.schema import connect
 
 from .contents import add_patch, lay, stock
 
@@ -183,3 +186,31 @@ def test_a_search_that_cannot_be_is_refused(registry: Registry) -> None:
         for where in ({"text": text}, {"tag": text}, {"solver": text}):
             with pytest.raises(OverpaintError):
                 registry.search(**where)  # type: ignore[arg-type]
+
+
+def test_as_many_as_a_database_can_count_may_be_asked_for(registry: Registry) -> None:
+    assert registry.search("apple", limit=2**63 - 1, offset=1).patches == ()
+
+
+def test_recipes_that_are_found_are_read_together(registry: Registry) -> None:
+    for number in range(8):
+        registry.create_recipe(f"found {number}", "small")
+    asked: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        assert len(registry.search("found").recipes) == 8
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert sum("recipe_tag" in statement for statement in asked) == 1
+
+
+def test_a_damaged_index_is_one_sentence(folder: Path) -> None:
+    registry = stock(Registry.open(folder))
+    with connect(folder, create=False).writing() as session:
+        session.execute(sql("DELETE FROM patch_pieces_data"))
+    with pytest.raises(OverpaintError, match="is damaged"):
+        registry.search("quagga")

@@ -30,6 +30,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.errors import NotFound
+from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, all_finite, identical, residual
@@ -550,7 +551,7 @@ def import_weights(base: Base, path: Path, options: Options | None = None, *, re
     Raises NotFound, BrokenFile or ForeignFile when it cannot be read, is for another base, has keys that name nothing there
     (unless allowed), or changes nothing.
     """
-    options, path = options or Options(), Path(path).expanduser().absolute()
+    options, path = options or Options(), typed_path(path)
     if not path.exists():
         raise NotFound(f"there is no file or folder at {path}; name the one to import")
     edits = edits_of_checkpoint(base, path, options.keep_rounding)
@@ -578,12 +579,12 @@ def import_weights(base: Base, path: Path, options: Options | None = None, *, re
     if not fits:
         raise ForeignFile(f"{path.name} changes nothing: what it has is what the base at {base.path} has")
     delta = _delta(fits)
-    return Imported(delta, edits, tuple(sorted(fits)), _prove(base, delta, fits, edits, report))
+    return Imported(delta, edits, tuple(sorted(fits)), _prove(base, path, delta, fits, edits, report))
 
 
 def _fit(edit: TensorEdit | Pair, tolerance: float) -> Fitted:
     if isinstance(edit, tuple):
-        return Fitted(factors=edit, is_given=True)
+        return Fitted(factors=edit)
     # Residual bits are those of one result in the base's own dtype: not of a change, nor of a base that was rounded.
     with_bits = edit.rounded is None and not edit.given
     return fit_edit(edit.original, edit.wanted, edit.change, tolerance=tolerance, with_bits=with_bits)
@@ -604,27 +605,33 @@ def _delta(fits: Mapping[str, Fitted]) -> Delta:
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
-def _prove(base: Base, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Progress) -> Proof:
+def _prove(
+    base: Base, path: Path, delta: Delta, fits: Mapping[str, Fitted], edits: FileEdits, report: Progress
+) -> Proof:
     """Compose the delta on the base, read the file once more, and compare.
 
-    Factors of the file are the delta's own, so what they add is what the file says: only whether there is room for it is seen to.
+    Where the file's factors are the delta's own, what they add is what the file says: only whether there is room is seen to.
     """
     planned = plan(base, [Term("", delta)])
     differing = of = 0
     worst, where, dtypes, rounded = 0.0, "", Counter[str](), False
     for step, (name, fit) in enumerate(fits.items()):
         report(len(fits) + step, 2 * len(fits), name)
-        if fit.is_given:
-            planned.check_range(name)
-            place = base.places[name]
-            of += math.prod(place.shape)
-            dtypes[dtype_name(DTYPES[place.entry.dtype])] += 1
-            continue
+        place = base.places[name]
+        of += math.prod(place.shape)
         edit = edits.edit(name)
-        assert isinstance(edit, TensorEdit)
-        coarser, wanted = edit.rounded, edit.wanted
-        composed = fit.added_to(edit.original) if coarser else planned.tensor(name)
-        of += composed.numel()
+        if edit is None:
+            raise BrokenFile(f"{path} changed while it was imported; nothing was stored: import it again")
+        if isinstance(edit, tuple):
+            coarser = None
+            if fit.factors is not None and all(map(identical, edit, fit.factors)):
+                planned.check_range(name)
+                dtypes[dtype_name(DTYPES[place.entry.dtype])] += 1
+                continue
+            composed, wanted = planned.tensor(name), Fitted(factors=edit).added_to(base.tensor(name))
+        else:
+            coarser, wanted = edit.rounded, edit.wanted
+            composed = fit.added_to(edit.original) if coarser else planned.tensor(name)
         dtypes[dtype_name(coarser or composed.dtype)] += 1
         rounded = rounded or coarser is not None
         if not identical(composed, wanted):

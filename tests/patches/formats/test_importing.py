@@ -396,3 +396,17 @@ def test_unmatched_keys_are_refused_unless_they_are_allowed(base: Base, tmp_path
     imported = import_weights(base, file, Options(allow_unmatched=True))
     assert imported.unmatched == ("lora_unet_nowhere.lora_down.weight",)
     assert is_composed(base, imported, with_product(base, found))
+
+
+def test_a_lora_that_changes_while_it_is_imported_is_not_called_exact(base: Base, tmp_path: Path) -> None:
+    file, names = tmp_path / "lora.safetensors", attention(base)
+    writers.kohya(file, factors(base, names))
+    changed = {name: (2 * up, down) for name, (up, down) in factors(base, names).items()}
+
+    def report(done: int, of: int, text: str) -> None:
+        if 2 * done == of:
+            file.unlink()
+            writers.kohya(file, changed)
+
+    assert import_weights(base, file).proof.differing == 0
+    assert import_weights(base, file, report=report).proof.differing > 0
