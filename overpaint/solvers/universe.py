@@ -68,13 +68,15 @@ class Universe:
 
     `cholesky` is L with `A = L L^T`, float64 d x d, `ridge` is lambda. `keys` and `values` are K and V of a concept by name,
     float64 [d, m], all sentences together weighing 1; what keys have of `begin`, which stays where it is, is taken out of
-    both. `begin` is the unit vector of begin-of-text, None where what comes through is pooled.
+    both. `begin` is the unit vector of begin-of-text, None where what comes through is pooled. `means` is the mean of each
+    concept's keys, float64 [n, d], in the order of `keys`.
     """
 
     cholesky: Tensor
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     ridge: float
+    means: Tensor
     begin: Tensor | None = None
 
     @cached_property
@@ -180,9 +182,11 @@ def _build(
     names = {concept.name: concept for concept in concepts}
     known = {word for concept in concepts for word in concept.words}
     moment = VOCABULARY * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
+    means = []
     for concept in concepts:
         keys = _pair(memory, base, text_input, concept)[0].double()
         moment += weight * keys @ keys.T
+        means.append(keys.mean(1))
     for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
         moment += share * keys @ keys.T
@@ -196,7 +200,7 @@ def _build(
             f"what {text_input} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
         )
     both = [_KeysOrValues(memory, base, text_input, names, half, begin) for half in (0, 1)]
-    return Universe(factor, both[0], both[1], lam, begin)
+    return Universe(factor, both[0], both[1], lam, _orthogonal(torch.stack(means, 1), begin).T, begin)
 
 
 def _begin(encoder: AnyTextEncoder) -> Tensor | None:

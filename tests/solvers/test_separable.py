@@ -44,3 +44,13 @@ def test_a_setting_that_came_later_changes_no_id_while_it_is_not_used() -> None:
     assert "harden" not in settings_of(Separable())
     assert settings_of(Separable(harden=2))["harden"] == 2
     assert Separable(**settings_of(Separable(harden=2))) == Separable(harden=2)
+
+
+def test_a_concept_that_is_another_by_a_second_name_is_said_to_be_kept_in_part() -> None:
+    base = Base.open("emoji")
+    feline = Concept("feline", synonyms=("cat",))
+    alone = Separable().solve(EditProblem(base, CAT, (DOG, CAR)))
+    assert "note" not in alone.diagnostics
+    together = Separable().solve(EditProblem(base, CAT, (DOG, CAR, feline)))
+    assert "'feline'" in together.diagnostics["note"]
+    assert "synonym" in together.diagnostics["note"]

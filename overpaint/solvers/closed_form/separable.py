@@ -35,6 +35,8 @@ from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, univer
 
 ADVERSARIAL_RIDGE = 0.1
 """Lambda of the search for c', over the mean eigenvalue of `sum_l W_l^T W_l`, as in RECE."""
+TAKEN_ALONG, ARRIVED = 0.25, 0.9
+"""Where keys go less than `ARRIVED` of their way on average, a concept to be kept is named whose keys go `TAKEN_ALONG` of it."""
 SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
@@ -112,7 +114,14 @@ class Separable(Solver):
         if self.harden:
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
-        return up.float(), down.float().contiguous(), {**about, "condition": known.condition}
+        about = {**about, "condition": known.condition}
+        if taken := _taken_along(known, concept, MapEdit(up, down), way):
+            kept, share = taken
+            about["note"] = (
+                f"{concept.name!r} is erased in part only, and {share:.0%} of the same change happens to {kept!r}, which is to "
+                "be kept: the text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
+            )
+        return up.float(), down.float().contiguous(), about
 
     def reach_on(self, base: Base, concept: Concept) -> float:
         """How much farther than the target the keys of a concept may be sent on a base.
@@ -145,6 +154,18 @@ class Separable(Solver):
             up, down, found = fit(metric, every, goals - every, rank, self.energy, reach, self.weight)
             edit = MapEdit(up, down)
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
+
+
+def _taken_along(known: Universe, concept: Concept, edit: MapEdit, way: Tensor) -> tuple[str, float] | None:
+    """Of what is to be kept, the concept that goes farthest along the erased concept's way, and the share of the way, where
+    much goes there instead of with the erased one. In means over sentences and positions: what all have in common stays.
+    """
+    goal = way.mean(1)
+    moved = edit.up @ (edit.down.T @ known.means.T)
+    shares = dict(zip(known.keys, (goal @ moved / goal.square().sum()).tolist(), strict=True))
+    own = shares.pop(concept.name)
+    kept = max(shares, key=shares.__getitem__, default=None)
+    return None if kept is None or own > ARRIVED or shares[kept] < TAKEN_ALONG else (kept, shares[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +244,9 @@ def _together(about: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return next(iter(about.values()))
     worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max, "recovered": max}
     first = next(iter(about.values()))
+    notes = [one["note"] for one in about.values() if "note" in one]
     return {
         **{key: of(one[key] for one in about.values()) for key, of in worst.items() if key in first},
+        **({"note": notes[0]} if notes else {}),
         "doors": dict(about),
     }
