@@ -213,14 +213,15 @@ def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
     tensors = {}
     for key, value in held.items():
         if isinstance(value, Tensor):
-            if not isinstance(key, str) or not is_key(key):
-                raise _refused(path, f"{str(key)[:80]!r} is no name of a tensor")
-            _refuse_odd(path, key, value)
+            check_plain(path, key, value)
             tensors[key] = value.detach()
     return tensors
 
 
-def _refuse_odd(path: Path, key: str, value: Tensor) -> None:
+def check_plain(path: Path, key: object, value: Tensor) -> None:
+    """Raise BrokenFile for a key that is no tensor's name, and for a tensor that is not plain or is larger than its bytes."""
+    if not isinstance(key, str) or not is_key(key):
+        raise _refused(path, f"{str(key)[:80]!r} is no name of a tensor")
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     if not plain or value.dtype not in _DTYPES or value.is_conj() or value.is_neg():
         raise _refused(path, f"{key[:80]!r} is not a plain tensor")

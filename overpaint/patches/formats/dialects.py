@@ -13,6 +13,7 @@ from typing import Any, Literal
 from overpaint.bases.base import Base
 from overpaint.bases.layout import native_names, single_file_of
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import checked_number
 
 # The U-Net's modules as its first publication numbers them: `input_blocks`, `middle_block`, `output_blocks`.
 #
@@ -463,23 +464,35 @@ class AdapterConfig:
                 f"its configuration has init_lora_weights={str(initialised)[:80]!r}, which changes the base's weights before "
                 "training; convert the adapter to a plain LoRA, or merge it into a checkpoint and import that"
             )
+        pattern, by_root = raw.get("alpha_pattern") or {}, raw.get("use_rslora", False)
+        if not isinstance(pattern, Mapping) or by_root not in (True, False, None):
+            raise ForeignFile(
+                "its alpha_pattern is no map, or its use_rslora neither true nor false; get the file again"
+            )
         try:
-            alphas = {str(name): float(alpha) for name, alpha in (raw.get("alpha_pattern") or {}).items()}
-            config = cls(float(raw["lora_alpha"]), alphas, bool(raw.get("use_rslora", False)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ForeignFile(f"its configuration is not that of a LoRA ({error}); get the file again") from error
+            alphas = {str(name): checked_number(alpha, f"alpha_pattern of {name}") for name, alpha in pattern.items()}
+            config = cls(checked_number(raw.get("lora_alpha", "nothing"), "lora_alpha"), alphas, bool(by_root))
+        except OverpaintError as error:
+            raise ForeignFile(f"its configuration is not that of a LoRA: {error}; get the file again") from error
         if unclear := [name for name in alphas if not re.fullmatch(r"\^?[\w.]+", name)]:
             raise ForeignFile(f"its alpha_pattern {unclear[0][:80]!r} is more than a module's name, which is not read")
         return config
 
     def scale(self, module: str, rank: int) -> float:
-        """What the product of a module's factors is multiplied by. `module` is the name without a component."""
+        """What the product of a module's factors is multiplied by. `module` is the file's name of it, without a component."""
         alpha = self.alpha
         for name, other in self.alphas.items():
             if module == name.removeprefix("^") or (name[0] != "^" and module.endswith(f".{name}")):
                 alpha = other
                 break
         return alpha / (rank**0.5 if self.by_root else rank)
+
+
+def written_module(key: str, component: str) -> str:
+    """The module that a key of an adapter is about, as its file names it, without a component: what patterns are held against."""
+    name = unwrapped(key).removeprefix(PEFT_PREFIX).removeprefix(f"{component}.")
+    endings = sorted((ending for ending in DIFFUSERS_ENDINGS if name.endswith(ending)), key=len)
+    return name.removesuffix(endings[-1]) if endings else name
 
 
 def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
@@ -490,7 +503,9 @@ def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
         flat = json.loads(metadata[HEADER])
         by_component: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            component, _, setting = name.partition(".")
+            component, _, setting = name.rpartition(
+                "."
+            )  # of one model's adapter (`save_lora_adapter`) there is no component
             by_component.setdefault(component, {})[setting] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise ForeignFile(f"its header's {HEADER} is not JSON ({error}); get the file again") from error

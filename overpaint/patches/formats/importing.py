@@ -28,7 +28,7 @@ from overpaint.bases.checkpoint import refuse_lone_shard, weight_files, weight_v
 from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
-from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
+from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint, check_plain
 from overpaint.core.errors import NotFound
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
@@ -44,6 +44,7 @@ from overpaint.patches.formats.dialects import (
     Role,
     configs_of,
     detect,
+    written_module,
 )
 
 PICKLES = (*SUFFIXES, ".bin")
@@ -59,7 +60,8 @@ _ADAPTER_CONFIG_LIMIT = 1 << 20
 class ForeignWeights:
     """An opened file: dtype and shape by key, the texts of its header, and what an adapter's configuration says.
 
-    `configs` has it by component, or under "" where it is about whatever component the keys name.
+    `configs` has it by component, or under "" where it is about whatever component the keys name. `settings` names what else a
+    pickle holds, beside its tensors.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class ForeignWeights:
     metadata: Mapping[str, str]
     configs: Mapping[str, AdapterConfig]
     _tensor: Callable[[str], Tensor] = field(repr=False)
+    settings: tuple[str, ...] = ()
 
     def tensor(self, key: str) -> Tensor:
         """One tensor; float8 is widened to float32, which holds it exactly.
@@ -156,7 +159,8 @@ def _of_weight_files(source: Path, stem: str) -> ForeignWeights:
     if len(owner) != sum(len(part.shapes) for part in parts):
         raise ForeignFile(f"{source} has a tensor in two of its files; get it again")
     shapes = {key: part.shapes[key] for key, part in owner.items()}
-    return ForeignWeights(source, shapes, parts[0].metadata, {}, lambda key: owner[key]._tensor(key))
+    configs = {component: config for part in parts for component, config in part.configs.items()}
+    return ForeignWeights(source, shapes, parts[0].metadata, configs, lambda key: owner[key]._tensor(key))
 
 
 def _config(file: Path) -> AdapterConfig:
@@ -178,33 +182,44 @@ def _of_container(container: SafetensorsFile, configs: Mapping[str, AdapterConfi
     return ForeignWeights(container.path, shapes, container.metadata, configs, container.tensor)
 
 
+_COUNTERS = (
+    *("epoch", "step", "global_step", "iteration", "pytorch-lightning_version", "callbacks", "loops"),
+    *("optimizer", "optimizer_states", "scaler", "lr_scheduler", "lr_schedulers", "scheduler"),
+)
+"""What programs of training keep beside tensors, and what does not change their meaning."""
+
+
+@own_torch_settings()
 def _of_pickle(path: Path) -> ForeignWeights:
-    container = PickledCheckpoint.open(path)
-    if container.entries:
-        return _of_container(container, {})
-    values = _nested(path)
-    shapes = {key: (value.dtype, tuple(value.shape)) for key, value in values.items()}
-    return ForeignWeights(path, shapes, {}, {}, lambda key: values[key].detach().clone())
+    """A state dict, or a map of them such as `{"unet": {...}, "text_encoder": {...}}`, by dotted key.
 
-
-def _nested(path: Path) -> dict[str, Tensor]:
-    """The tensors of a map of state dicts, such as `{"unet": {...}, "text_encoder": {...}}`, by dotted key.
-
-    The file was opened as a PickledCheckpoint before, so that it is no bomb and builds nothing but tensors.
+    A number that is an alpha is one whether it is a tensor or not.
     """
-    loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    parts = loaded.items() if isinstance(loaded, dict) else ()
-    tensors = {
-        f"{name}.{key}": value
-        for name, part in parts
-        if isinstance(part, dict)
-        for key, value in part.items()
-        if isinstance(value, Tensor)
-    }
-    for key, value in tensors.items():
-        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
-            raise BrokenFile(f"{path}: {key[:80]} is not a plain tensor; get the file again")
-    return tensors
+    PickledCheckpoint.open(path)  # so that it is no bomb, and builds nothing but tensors
+    values: dict[str, Tensor] = {}
+    settings = []
+    for key, value in _leaves(torch.load(path, map_location="cpu", weights_only=True, mmap=True)):
+        if isinstance(value, int | float) and key.endswith(".alpha"):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            settings.append(key)
+        elif key in values:
+            raise BrokenFile(f"{path} holds {key[:80]!r} twice; take away the one that is not meant")
+        else:
+            check_plain(path, key, value)
+            values[key] = value
+    shapes = {key: (value.dtype, tuple(value.shape)) for key, value in values.items()}
+    others = tuple(key for key in settings if key.partition(".")[0] not in _COUNTERS)
+    return ForeignWeights(path, shapes, {}, {}, lambda key: values[key].detach().clone(), others)
+
+
+def _leaves(loaded: object) -> Iterator[tuple[str, object]]:
+    """What a pickled map holds, and what the maps in it hold, by dotted key; `state_dict` is no part of a name."""
+    for name, part in loaded.items() if isinstance(loaded, dict) else ():
+        if isinstance(part, dict):
+            yield from ((str(key) if name == "state_dict" else f"{name}.{key}", value) for key, value in part.items())
+        else:
+            yield str(name), part
 
 
 Pair = tuple[Tensor, Tensor]
@@ -277,14 +292,22 @@ def _held(wide: Tensor, dtype: torch.dtype) -> Tensor:
 def _scale(weights: ForeignWeights, name: str, keys: Mapping[Role, str], rank: int) -> float:
     if "alpha" in keys:
         return weights.number(keys["alpha"]) / rank
-    component, _, local = name.removesuffix(".weight").partition("/")
+    component = name.partition("/")[0]
     config = weights.configs.get(component, weights.configs.get(""))
-    if config is None and any(key.startswith(PEFT_PREFIX) for key in keys.values()):
+    if config is not None:
+        return config.scale(written_module(keys["down"], component), rank)
+    if any(key.startswith(PEFT_PREFIX) for key in keys.values()):
         raise ForeignFile(
             f"{weights.path.name} is a PEFT adapter without its {CONFIG}, which says by how much its factors count; name the "
             "adapter's folder, or the weights in it under their own name"
         )
-    return 1.0 if config is None else config.scale(local, rank)
+    if weights.settings:
+        raise ForeignFile(
+            f"{weights.path.name} has more than tensors in it ({', '.join(map(repr, weights.settings[:5]))}), which may say by "
+            "how much its factors count, and is not read; convert it with the tool it comes from, or save its tensors alone "
+            "as .safetensors where they count as they are"
+        )
+    return 1.0
 
 
 Meaning = Literal["change", "weights"]

@@ -137,3 +137,87 @@ def test_an_import_that_leaves_keys_out_speaks_of_those_it_read(base: Base, tmp_
     save_file({**keys, "other.lora_A.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     *_, last = import_weights(base, tmp_path / "x.safetensors", Options(allow_unmatched=True)).sentences()
     assert last.startswith("of the keys that were read")
+
+
+def change_of(base: Base, path: Path, name: str = NAME) -> torch.Tensor:
+    """What an import adds to a weight of the base."""
+    composed = plan(base, [Term("", import_weights(base, path).delta)]).tensor(name)
+    return composed.double() - base.tensor(name).double()
+
+
+def pair(base: Base, name: str = NAME) -> tuple[torch.Tensor, torch.Tensor]:
+    out, width = base.tensor(name).shape
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(out, 2, generator=random), torch.randn(2, width, generator=random)
+
+
+@pytest.mark.parametrize("setting", [{"lora_alpha": 16}, {"config": {"lora_alpha": 16}}, {"text": {"scale": 0.5}}])
+def test_a_pickle_with_settings_beside_its_factors_is_refused(
+    base: Base, tmp_path: Path, setting: dict[str, object]
+) -> None:
+    up, down = pair(base)
+    torch.save({f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up, **setting}, tmp_path / "x.pt")
+    with pytest.raises(ForeignFile, match="more than tensors in it"):
+        import_weights(base, tmp_path / "x.pt")
+
+
+def test_an_alpha_in_a_pickle_counts_whether_or_not_it_is_a_tensor(base: Base, tmp_path: Path) -> None:
+    up, down = pair(base)
+    layer = f"lora_unet_{LAYER.replace('.', '_')}"
+    lora = {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": 16}
+    torch.save({"state_dict": lora, "epoch": 3, "optimizer": {"lr": 1.0}}, tmp_path / "x.pt")
+    assert torch.allclose(change_of(base, tmp_path / "x.pt"), 8 * (up.double() @ down.double()), atol=1e-5)
+
+
+def test_what_stands_beside_flat_tensors_of_a_pickle_is_read_too(base: Base, tmp_path: Path) -> None:
+    up, down = pair(base)
+    lora = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    torch.save({**lora, "other": {"x.lora_A.weight": down}}, tmp_path / "x.pt")
+    with pytest.raises(ForeignFile, match=r"name nothing in the base .*'other\.x\.lora_A\.weight'"):
+        import_weights(base, tmp_path / "x.pt")
+
+
+def test_the_header_of_one_models_adapter_is_read(base: Base, tmp_path: Path) -> None:
+    """As `save_lora_adapter` of a model writes it: no component stands before the settings."""
+    up, down = pair(base)
+    header = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 16, "alpha_pattern": {}, "use_rslora": False})
+    save_file(
+        {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up},
+        tmp_path / "pytorch_lora_weights.safetensors",
+        {"lora_adapter_metadata": header},
+    )
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        assert torch.allclose(change_of(base, path), 8 * (up.double() @ down.double()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": True},
+        {"alpha_pattern": {"to_k": float("inf")}},
+        {"use_rslora": "no"},
+    ],
+)
+def test_a_setting_that_is_no_number_or_switch_is_refused(
+    base: Base, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    with pytest.raises(ForeignFile, match=r"lora_alpha|alpha_pattern|use_rslora"):
+        import_weights(base, adapter(base, tmp_path / "a", **{"lora_alpha": 2, **settings}))
+
+
+@pytest.mark.parametrize("start", ["text_model.", ""])
+@pytest.mark.parametrize("pattern", ["^text_model.encoder.layers.0.mlp.fc1", "^encoder.layers.0.mlp.fc1", "mlp.fc1"])
+def test_a_pattern_is_held_against_the_name_in_the_file(base: Base, tmp_path: Path, start: str, pattern: str) -> None:
+    """Newer libraries name a text encoder's modules without the `text_model.` of older ones."""
+    name = "text_encoder/text_model.encoder.layers.0.mlp.fc1.weight"
+    up, down = pair(base, name)
+    module = f"{start}encoder.layers.0.mlp.fc1"
+    save_file(
+        {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": {pattern: 16}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    scale = 8 if pattern in (f"^{module}", "mlp.fc1") else 1
+    assert torch.allclose(change_of(base, tmp_path, name), scale * (up.double() @ down.double()), atol=1e-5)
