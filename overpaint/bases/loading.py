@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import shown
 
 _SMALLEST = 5e-324
 """Compares as zero where the processor takes numbers below the normal range for zero."""
@@ -78,8 +79,8 @@ def resolve_device(wanted: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-    except (RuntimeError, TypeError) as error:
-        raise OverpaintError(f"unknown device {wanted!r}; use auto, cpu or cuda") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OverpaintError(f"unknown device {shown(wanted)}; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OverpaintError("--device cuda was asked for, but PyTorch finds no CUDA device here; use --device cpu")
     if device.type not in ("cpu", "cuda"):

@@ -362,7 +362,7 @@ def open_executor(on: str = "") -> Executor:
     """
     if not on:
         return InProcess()
-    if on != "ray" and not on.startswith("ray://") and ":" not in on:
+    if not isinstance(on, str) or (on != "ray" and not on.startswith("ray://") and ":" not in on):
         raise OverpaintError(f"work can run on ray or ray://HOST:PORT; got {on!r}")
     try:
         _ray()

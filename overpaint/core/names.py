@@ -13,10 +13,11 @@ from contextlib import suppress
 from datetime import date
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from overpaint.core.errors import NotFound, OverpaintError
 
+Item = TypeVar("Item")
 LONGEST_NAME = 400
 LONGEST_NOTE = 10_000
 SEEDS = 2**63
@@ -111,19 +112,28 @@ def checked_tag(tag: str, *, new: bool = False) -> str:
 
 def checked_texts(values: Iterable[str], what: str) -> tuple[str, ...]:
     """`values`, each a text. Raises OverpaintError for one text alone, which Python would take letter by letter."""
+    return checked_list(values, what, str, "texts, such as ['one', 'two']")
+
+
+def checked_list(values: Iterable[Item], what: str, kinds: type | tuple[type, ...], named: str) -> tuple[Item, ...]:
+    """`values`, each of these types, which are `named` in words. Raises OverpaintError for what is no list of such."""
     listed = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else None
-    if listed is None or not all(isinstance(each, str) for each in listed):
-        raise OverpaintError(f"{what} are a list of texts, such as ['one', 'two']; got {shown(values)}")
+    if listed is None or not all(isinstance(each, kinds) for each in listed):
+        raise OverpaintError(f"{what} are a list of {named}; got {shown(values)}")
     return listed
 
 
 def checked_page(limit: int | None, offset: int) -> tuple[int | None, int]:
     """`limit` and `offset` of a list, where both count. Raises OverpaintError."""
-    for what, count in (("limit", limit), ("offset", offset)):
-        is_count = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < SEEDS
-        if not is_count and not (what == "limit" and count is None):
-            raise OverpaintError(f"the {what} of a list is a whole number of at least 0; got {shown(count)}")
-    return limit, offset
+    limit = None if limit is None else checked_count(limit, "the limit of a list")
+    return limit, checked_count(offset, "the offset of a list")
+
+
+def checked_count(count: int, what: str) -> int:
+    """`count` if it counts something. Raises OverpaintError."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < SEEDS:
+        raise OverpaintError(f"{what} is a whole number of at least 0; got {shown(count)}")
+    return count
 
 
 def checked_note(text: str, what: str) -> str:

@@ -916,6 +916,10 @@ class Registry:
         NotFound, and AlreadyExists for what has the tag.
         """
         tag, who = checked_tag(tag, new=True), checked_note(who, "the name of who did it")
+        recipes, patches = (
+            checked_texts(recipes, "the names of recipes"),
+            checked_texts(patches, "the names of patches"),
+        )
         with self._database.writing() as session:
             tags = [_tag_recipe(session, key, tag, who) for key in recipes]
             tags += [_tag_patch(session, key, tag, who) for key in patches]
@@ -924,6 +928,10 @@ class Registry:
     def untag(self, tag: str, *, patches: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[TagRecord]:
         """Untie `tag` from patches and recipes: from all of them, or from none. Raises NotFound."""
         tag = checked_tag(tag)
+        recipes, patches = (
+            checked_texts(recipes, "the names of recipes"),
+            checked_texts(patches, "the names of patches"),
+        )
         with self._database.writing() as session:
             removed = [_untag_recipe(session, name, tag) for name in recipes]
             removed += [_untag_patch(session, key, tag) for key in patches]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from overpaint.core.concepts import Concept, universe_of
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import checked_seed
+from overpaint.core.names import checked_seed, checked_texts
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, refusals
 from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
@@ -99,6 +99,7 @@ class SolveRequest:
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
+        checked_texts([self.solver], "the names of solvers")
 
     def configured(self) -> Solver:
         """The configured solver. Raises NotFound for an unknown one, BadSetting for settings that it cannot take."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.names import typed_path
+from overpaint.core.names import checked_list, shown, typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import Note, StaleRevision, refuse_stale, today
 from overpaint.registry.records import (
@@ -50,6 +50,12 @@ def current_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+
+
+def _own_id(patch: Solved | PatchRecord) -> str:
+    if not isinstance(found := getattr(patch, "id", None), str):
+        raise OverpaintError(f"a patch is named by its id or concept, or is what `solve` returned; got {shown(patch)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Recipe:
         exist_ok: bool = False,
     ) -> list[HistoryRecord]:
         """Add several patches in one revision, all or none; see `add`. Returns the revision's lines, one for each patch."""
-        patches = list(patches)
+        patches = checked_list(patches, "patches", object, "ids, concepts or what `solve` returned")
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
             entries = {each.patch: each for each in before.entries}
@@ -168,7 +174,7 @@ class Recipe:
         self, patches: Iterable[Solved | PatchRecord | str], *, why: str = "", who: str = ""
     ) -> list[HistoryRecord]:
         """Remove several patches in one revision, all or none; see `remove`."""
-        patches = list(patches)
+        patches = checked_list(patches, "patches", object, "ids, concepts or what `solve` returned")
         return self._change(lambda before: dict.fromkeys(self._id_here(each) for each in patches), why, who)
 
     def hold(
@@ -184,7 +190,7 @@ class Recipe:
         `revision` is the one that the caller saw, or the `record` of it: raises StaleRevision when there is another by now.
         Raises NotFound, WrongBase, LostPatch and CannotFollow as `add` does; the recipe is then as it was.
         """
-        asked = {entry.patch: entry for entry in entries}
+        asked = {entry.patch: entry for entry in checked_list(entries, "entries", RecipeEntry, "recipe entries")}
 
         def wanted(before: RecipeRecord) -> dict[str, RecipeEntry | None]:
             refuse_stale(before, revision)
@@ -311,12 +317,12 @@ class Recipe:
 
     def _id(self, patch: Solved | PatchRecord | str, base: str) -> str:
         """The id of a patch; a concept's name means its newest patch for `base`."""
-        return self._opened.registry.patch(patch, base=base).id if isinstance(patch, str) else patch.id
+        return self._opened.registry.patch(patch, base=base).id if isinstance(patch, str) else _own_id(patch)
 
     def _id_here(self, patch: Solved | PatchRecord | str) -> str:
         """The id of a patch; a concept's name means the patch of it that is on this recipe."""
         if not isinstance(patch, str):
-            return patch.id
+            return _own_id(patch)
         records = [record for record, _ in self._opened.registry.patches_on(self.name)]
         named = [record.id for record in records if record.concept == patch]
         begun = [record.id for record in records if len(patch) >= 4 and record.id.startswith(patch.lower())]

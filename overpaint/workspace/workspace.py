@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import checked_texts, typed_path
+from overpaint.core.names import checked_count, checked_texts, typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import refuse_stale, today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
@@ -81,8 +81,9 @@ class Workspace(OpenRegistry):
         from overpaint.bases.loading import resolve_device
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
+        words = checked_count(vocabulary, "how much of the vocabulary is encoded")
         context = self.solve_context(base)
-        preserved = PreservedPrompts(context.preserve_prompts, vocabulary, context.cache)
+        preserved = PreservedPrompts(context.preserve_prompts, words, context.cache)
         prepare(self.base(base), context.universe, resolve_device(device), preserved=preserved, report=progress)
 
     def preserve(self, base: str, prompts: Iterable[str]) -> int:
@@ -255,7 +256,8 @@ class Workspace(OpenRegistry):
 
         given, base_name = setting_texts(settings), self.base_name(base)
         defaults = Defaults().overridden(solver, given, seed)
-        requests = [replace(defaults.request(Concept(name)), is_bare_name=True) for name in concepts]
+        names = checked_texts(concepts, "the concepts to solve")
+        requests = [replace(defaults.request(Concept(name)), is_bare_name=True) for name in names]
         if file is not None:
             requests += read_concepts(typed_path(file), solver=solver, settings=given, seed=seed)
         known = self.concepts()
@@ -677,7 +679,8 @@ class Workspace(OpenRegistry):
         """
         from overpaint.workspace.exchange import export_patches
 
-        records = list({record.id: record for record in map(self.registry.patch, patches)}.values())
+        named = checked_texts(patches, "the patches to export")
+        records = list({record.id: record for record in map(self.registry.patch, named)}.values())
         if len(bases := sorted({record.base for record in records})) != 1:
             raise OverpaintError(f"one file is for one base; these patches are for {', '.join(bases) or 'none'}")
         out, listed = typed_path(out), [(record, strength) for record in records]

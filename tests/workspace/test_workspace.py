@@ -166,6 +166,30 @@ MISTAKES: dict[str, tuple[Callable[[Workspace], object], str]] = {
     "a rank of nothing": (lambda w: Truncation.parse("0"), r"a rank of at least 1, .*; got 0$"),
     "a seed": (lambda w: w.create_recipe("r", base="tiny").evaluate(seed=-1), r"at least 0; got -1"),
     "a device": (lambda w: w.prepare("tiny", device=None), r"unknown device None"),  # type: ignore[arg-type]
+    "a device's number": (lambda w: w.prepare("tiny", device=10**40), r"unknown device"),  # type: ignore[arg-type]
+    "one concept to solve": (lambda w: w.solve_many("dog", base="tiny"), r"are a list of texts, .*; got 'dog'"),
+    "one concept to plan": (lambda w: w.plan("dog", base="tiny"), r"are a list of texts, .*; got 'dog'"),
+    "one patch to export": (
+        lambda w: w.export_patches("dog", "x.safetensors"),
+        r"the patches to export are a list of texts, .*; got 'dog'",
+    ),
+    "one patch to add": (lambda w: w.create_recipe("r", base="tiny").add_all("dog"), r"are a list of ids.*; got 'dog'"),
+    "one patch to remove": (
+        lambda w: w.create_recipe("r", base="tiny").remove_all("dog"),
+        r"are a list of ids.*; got 'dog'",
+    ),
+    "no patch": (
+        lambda w: w.create_recipe("r", base="tiny").add(None),  # type: ignore[arg-type]
+        r"named by its id or concept.*; got None",
+    ),
+    "no entries": (
+        lambda w: w.create_recipe("r", base="tiny").hold(["dog"]),  # type: ignore[list-item]
+        r"entries are a list of recipe entries; got \['dog'\]",
+    ),
+    "one patch to tag": (lambda w: w.registry.tag("x", patches="dog", who="me"), r"are a list of texts.*; got 'dog'"),
+    "a solver": (lambda w: w.solve("dog", base="tiny", solver=None), r"names of solvers .*; got"),  # type: ignore[arg-type]
+    "a part of the vocabulary": (lambda w: w.prepare("tiny", vocabulary=-1), r"of at least 0; got -1"),
+    "a cluster": (lambda w: w.solve_many(["dog"], base="tiny", on=3), r"on ray or .*; got 3"),  # type: ignore[arg-type]
     "a place": (lambda w: w.browse("x" * 5000), r"name too long|cannot"),
 }
 

@@ -31,6 +31,7 @@ from overpaint.core import __version__
 from overpaint.core.atomic import atomic_output, refuse_taken
 from overpaint.core.encoding import canonical_json, header_bytes
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import shown
 from overpaint.core.reporting import Progress, silent
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Factors, all_finite
@@ -546,10 +547,10 @@ def export(
     NotExportable when the format has no place for a change or the tool would pass over one.
     """
     out = Path(out).absolute()
-    if dtype not in STORED:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise NotExportable(f"values are stored as {', '.join(STORED)}; got {dtype!r}")
-    if truncate is not None and truncate < 1:
-        raise NotExportable(f"a change is cut to one direction or more; got {truncate}")
+    if truncate is not None and (not isinstance(truncate, int) or truncate < 1):
+        raise NotExportable(f"a change is cut to one direction or more; got {shown(truncate)}")
     if out.suffix != ".safetensors":
         raise NotExportable(f"an export is a safetensors file: let its name end in .safetensors, not {out.name}")
     refuse_taken(out)

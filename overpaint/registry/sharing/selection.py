@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
-from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.errors import NotFound
+from overpaint.core.names import checked_texts
 from overpaint.registry.sharing.documents import (
     MANIFEST,
     NAME,
@@ -135,14 +136,7 @@ class Selection:
     @classmethod
     def by(cls, patches: Iterable[str], recipes: Iterable[str]) -> Selection:
         """What these names mean. Raises OverpaintError for what is no list of names."""
-        for names in (patches, recipes):
-            if isinstance(names, str) or not isinstance(names, Iterable):
-                raise OverpaintError(f"patches and recipes are lists of names, not {names!r}; write [{names!r}]")
-        selection = cls(tuple(patches), tuple(recipes))
-        for name in (*selection.patches, *selection.recipes):
-            if not isinstance(name, str):
-                raise OverpaintError(f"a patch or a recipe is named by a text, not {name!r}")
-        return selection
+        return cls(checked_texts(patches, "the names of patches"), checked_texts(recipes, "the names of recipes"))
 
     @property
     def everything(self) -> bool:

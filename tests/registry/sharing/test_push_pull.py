@@ -464,9 +464,9 @@ def test_the_time_of_solving_stays_the_earliest_that_is_known(ours: Registry, th
 def test_one_name_is_no_list_of_names(ours: Registry, theirs: Registry, place: str) -> None:
     push(ours, place)
     for names in ("safe", 7):
-        with pytest.raises(OverpaintError, match="lists of names"):
+        with pytest.raises(OverpaintError, match="list of texts"):
             push(ours, place, recipes=names)  # type: ignore[arg-type]
-        with pytest.raises(OverpaintError, match="lists of names"):
+        with pytest.raises(OverpaintError, match="list of texts"):
             pull(theirs, place, PullRequest(recipes=names))  # type: ignore[arg-type]
     assert pull(theirs, place, PullRequest(recipes=(each for each in ["safe"]))).recipes
 
