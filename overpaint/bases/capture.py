@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.encoder_models import component_class, layers_of, text_model
 from overpaint.bases.loading import own_torch_settings, quiet_loading
+from overpaint.bases.pipelines import class_of_diffusers, loading
 
 PADDING_ROWS = 4
 """So many embeddings, at equal distances, stand for all of a prompt's padding."""
@@ -106,9 +107,11 @@ class CapturingPipeline:
     @own_torch_settings()
     def of(cls, base: Base, device: torch.device | str = "cpu") -> CapturingPipeline:
         """Raises BrokenBase for a base without one of its text encoders or text inputs, NotFound for unknown projections."""
-        with quiet_loading():
-            encoders = {name: text_model(base, name, torch.device(device)) for name in base.layout.encoders(base.names)}
-            pipe = _without_weights(base, encoders, torch.device(device))
+        # One that inpaints or follows instructions hands on text as its family's first one does, which asks for no picture.
+        kind = class_of_diffusers(base.layout.pipelines[0])
+        encoders = {name: text_model(base, name, torch.device(device)) for name in base.layout.encoders(base.names)}
+        with loading("the pipeline", base.path):
+            pipe = _without_weights(base, kind, encoders, torch.device(device))
         places = {name: base.projections(name)[0].removesuffix(".weight").partition("/") for name in base.text_inputs}
         (component,) = {component for component, _, _ in places.values()}
         denoiser = getattr(pipe, component)
@@ -314,7 +317,7 @@ class CapturingPipeline:
 def tokenizer_of(pipe: Any, encoder: str) -> Any:
     """The tokenizer of a text encoder: that with the same number behind its name; a processor's own."""
     found = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
-    return getattr(found, "tokenizer", found)
+    return found if hasattr(found, "pad_token_id") else found.tokenizer
 
 
 def prompt_length(base: Base, kind: type) -> int | None:
@@ -368,12 +371,8 @@ def _norms(base: Base, denoiser: nn.Module, component: str) -> dict[nn.Parameter
     return found
 
 
-def _without_weights(base: Base, encoders: Mapping[str, nn.Module], device: torch.device) -> Any:
-    """The pipeline, its tokenizers and scheduler loaded, its denoisers and VAE on the meta device, nothing else."""
-    import diffusers
-
-    # A pipeline that inpaints or follows instructions hands on text as its family's first one does, which asks for no picture.
-    kind = getattr(diffusers, base.layout.pipelines[0])
+def _without_weights(base: Base, kind: Any, encoders: Mapping[str, nn.Module], device: torch.device) -> Any:
+    """A pipeline of that class, its tokenizers and scheduler loaded, its denoisers and VAE on the meta device, nothing else."""
     parts: dict[str, Any] = {}
     for name, value in base.index.items():
         if name.startswith("_") or name not in inspect.signature(kind.__init__).parameters:

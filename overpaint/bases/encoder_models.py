@@ -54,8 +54,7 @@ def text_model(base: Base, component: str, device: torch.device) -> Any:
         for key, name in held.items():
             _put(model, key, values[name].float().to(device))
         # Parameters that no prompt needs have no values.
-        has_all = not any(parameter.is_meta for parameter in model.parameters())
-        return model.to(device) if has_all else model
+        return model._apply(lambda values: values if values.is_meta else values.to(device))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -188,13 +187,16 @@ def _put(model: nn.Module, key: str, values: Tensor) -> None:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within the block, new modules have their parameters on the meta device; buffers, which are computed, are real."""
-    register = nn.Module.register_parameter
+    register, to_empty = nn.Module.register_parameter, nn.Module.to_empty
 
     def on_meta(self: nn.Module, name: str, param: Any) -> None:
         register(self, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    # ChatGLM would get memory for its parameters by `torch.nn.utils.skip_init`.
+    nn.Module.to_empty = lambda self, **_: self  # type: ignore[method-assign,assignment,misc]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.to_empty = to_empty  # type: ignore[method-assign]

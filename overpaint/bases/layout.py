@@ -295,7 +295,7 @@ class Layout:
     `pipelines` are the classes of such a pipeline. Where `by_channels` names some too, the one that draws is found by the
     input channels of the tensor `input`: they alone distinguish an inpainting model.
     `single_files` are the ways of keeping such a pipeline in one file; none: there is no such file of this architecture.
-    `read_by` are the tools that load LoRAs of a diffusion transformer by diffusers' names (`formats.dialects.READERS`).
+    `read_by` are the tools that load LoRAs by diffusers' names (`formats.dialects.READERS`), where prompts are caught.
     Where prompts are caught, `norms` are the parameters through which they pass before a projection, and `arguments` what the
     pipeline is called with: small pictures, few frames, no guidance.
     """

@@ -6,6 +6,7 @@ alone, or nothing of them. A pipeline draws without, and an index that names the
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -40,6 +41,17 @@ def absent_components(folder: Path, index: Mapping[str, Any], layout: Layout, *,
     named = {name for name, value in index.items() if isinstance(value, list) and any(value)}
     optional = named - required_components(layout)
     return sorted(name for name in optional if not _is_there(folder / name, weights))
+
+
+def class_of_diffusers(name: str) -> Any:
+    """A pipeline's class. Raises OverpaintError where diffusers offers it together with a package that is not installed."""
+    import diffusers
+
+    found = getattr(diffusers, name)
+    # What stands for a class that cannot be used says which packages that takes.
+    if lacking := [each for each in getattr(found, "_backends", ()) if importlib.util.find_spec(each) is None]:
+        raise OverpaintError(f"{name} needs the package {lacking[0]}; run `pip install {lacking[0]}`")
+    return found
 
 
 @contextmanager
@@ -146,9 +158,7 @@ def load_pipeline(
     for text_input in layout.text_inputs.values():
         check_tokenizer(config / text_input.tokenizer)
     with loading("the pipeline", path):
-        import diffusers
-
-        pipeline_class: Any = getattr(diffusers, kind)
+        pipeline_class = class_of_diffusers(kind)
         known = inspect.signature(pipeline_class.__init__).parameters
         without: dict[str, Any] = {name: None for name in {*absent, "safety_checker"} if name in known}
         if "requires_safety_checker" in known:

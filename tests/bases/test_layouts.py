@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,37 @@ def test_a_class_of_another_program_is_not_loaded(broken: Path) -> None:
         text_sources(Base.open(broken))
 
 
+def test_code_beside_the_weights_is_never_run(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Kolors' text encoder was published as a program; diffusers has its classes."""
+    path = shutil.copytree(folder("kolors"), tmp_path / "kolors")
+    for part, settings, program in (
+        ("text_encoder", "config.json", "modeling_chatglm.ChatGLMModel"),
+        ("tokenizer", "tokenizer_config.json", "tokenization_chatglm.ChatGLMTokenizer"),
+    ):
+        file = path / part / settings
+        auto_map = {"AutoModel": program, "AutoTokenizer": [program, None]}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": auto_map}))
+        (path / part / f"{program.partition('.')[0]}.py").write_text("raise SystemExit('this was run')")
+    rows = [text_sources(Base.open(each))["context"].hidden([PROMPT])[0] for each in (path, folder("kolors"))]
+    assert torch.equal(*rows)
+    in_index(path, text_encoder=["modeling_chatglm", "ChatGLMModel"])
+    with pytest.raises(BrokenBase, match=r"asks for modeling_chatglm\.ChatGLMModel.*never run"):
+        text_sources(Base.open(path))
+
+
+def test_a_package_that_a_base_needs_is_named(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.utils import dummy_torch_and_transformers_and_sentencepiece_objects as stand_ins
+
+    base = Base.open(folder("kolors"))
+    monkeypatch.setattr(diffusers, "KolorsPipeline", stand_ins.KolorsPipeline)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    for use in (base.pipeline, lambda: text_sources(base)):
+        with pytest.raises(
+            OverpaintError, match="KolorsPipeline needs the package sentencepiece; run `pip install sent"
+        ):
+            use()
+
+
 def test_a_denoiser_without_its_text_input_is_refused(broken: Path) -> None:
     file = broken / "transformer/diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -211,7 +243,7 @@ def test_solving_reads_nothing_of_the_denoiser_but_its_text_inputs(
     assert read == {"txt_norm.weight"}
 
 
-@pytest.mark.parametrize("layout", ["flux", "z-image"])
+@pytest.mark.parametrize("layout", ["flux", "z-image", "kolors"])
 def test_a_text_encoder_read_layer_by_layer_gives_the_same_bits(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import string
+import tempfile
+import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import diffusers
+import pytest
 import torch
 import transformers
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
@@ -35,7 +40,7 @@ VIDEO_VAE: dict[str, Any] = {
 }
 
 
-def sentencepiece(**settings: Any) -> Any:
+def t5_tokenizer(**settings: Any) -> Any:
     """T5's tokenizer with the words of the tests, and letters."""
     pieces = [f"▁{word}" for word in (*WORDS, *THINGS)]
     known = ["<pad>", "</s>", "<unk>", "▁", *pieces, *string.ascii_lowercase]
@@ -108,7 +113,7 @@ def stable_diffusion_3() -> Any:
         text_encoder_2=clip(8, 8),
         tokenizer_2=tiny_tokenizer(LENGTH),
         text_encoder_3=t5(40),
-        tokenizer_3=sentencepiece(),
+        tokenizer_3=t5_tokenizer(),
     )
 
 
@@ -133,7 +138,7 @@ def flux() -> Any:
         text_encoder=clip(16),
         tokenizer=tiny_tokenizer(LENGTH),
         text_encoder_2=t5(32),
-        tokenizer_2=sentencepiece(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -203,7 +208,7 @@ def chroma() -> Any:
         scheduler=flow(),
         vae=vae(),
         text_encoder=t5(32),
-        tokenizer=sentencepiece(),
+        tokenizer=t5_tokenizer(),
     )
 
 
@@ -220,12 +225,12 @@ def pixart(kind: type[Any]) -> Any:
         caption_channels=32,
         use_additional_conditions=False,
     )
-    return kind(sentencepiece(), t5(32), vae(), transformer, diffusers.DPMSolverMultistepScheduler())
+    return kind(t5_tokenizer(), t5(32), vae(), transformer, diffusers.DPMSolverMultistepScheduler())
 
 
 def auraflow() -> Any:
     return diffusers.AuraFlowPipeline(
-        tokenizer=sentencepiece(),
+        tokenizer=t5_tokenizer(),
         text_encoder=t5(32, "UMT5"),
         vae=vae(),
         transformer=diffusers.AuraFlowTransformer2DModel(
@@ -374,7 +379,7 @@ def wan_transformer() -> Any:
 def wan() -> Any:
     """Wan 2.2: two denoisers that take turns."""
     return diffusers.WanPipeline(
-        tokenizer=sentencepiece(),
+        tokenizer=t5_tokenizer(),
         text_encoder=t5(32, "UMT5"),
         vae=diffusers.AutoencoderKLWan(**VIDEO_VAE),
         scheduler=flow(),
@@ -386,7 +391,7 @@ def wan() -> Any:
 
 def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(
-        tokenizer=sentencepiece(),
+        tokenizer=t5_tokenizer(),
         text_encoder=t5(32),
         vae=diffusers.AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -425,7 +430,7 @@ def ltx_video() -> Any:
             decoder_layers_per_block=(1, 1, 1, 1, 1),
         ),
         text_encoder=t5(32),
-        tokenizer=sentencepiece(),
+        tokenizer=t5_tokenizer(),
         transformer=diffusers.LTXVideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
@@ -512,6 +517,60 @@ def flux2() -> Any:
     )
 
 
+def kolors() -> Any:
+    """A U-Net whose text passes a projection first, and whose text encoder and tokenizer come with diffusers."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason='pip install -e ".[dev]" installs sentencepiece')
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel, RMSNorm
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join((*WORDS, *THINGS))] * 4 + [string.ascii_lowercase]),
+        model_writer=vocabulary,
+        model_type="bpe",
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".model", delete=False) as file:
+        file.write(vocabulary.getvalue())
+    tokenizer = ChatGLMTokenizer(file.name)
+    weakref.finalize(tokenizer, Path(file.name).unlink)
+    config = ChatGLMConfig(
+        num_layers=3,
+        padded_vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=64,
+        multi_query_attention=True,
+        add_qkv_bias=True,
+        original_rope=True,
+        use_cache=False,
+    )
+    text_encoder = ChatGLMModel(config, empty_init=False)
+    for module in text_encoder.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.ones_(module.weight)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_proj",
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    return diffusers.KolorsPipeline(vae(), text_encoder, tokenizer, unet, diffusers.EulerDiscreteScheduler())
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "stable-diffusion-3": stable_diffusion_3,
     "flux": flux,
@@ -529,6 +588,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan-video": hunyuan_video,
     "flux2": flux2,
     "flux2-klein": flux2_klein,
+    "kolors": kolors,
 }
 """How a random pipeline of a layout is made."""
 

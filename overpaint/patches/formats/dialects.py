@@ -533,11 +533,12 @@ KOHYA_ENDINGS: Endings = {
 def kohya_written(base: Base) -> dict[str, str]:
     """The name under which every reader finds a module, by canonical module.
 
-    For SDXL, trained on the U-Net as first published, the old names of its modules; diffusers' for all others.
+    For SDXL, trained on the U-Net as first published, the old names of its modules; diffusers' for SD 1.x and 2.x. No denoiser
+    of another architecture has names that every reader knows.
     """
     is_xl = ENCODERS[1] in base.layout.components
     unet = ldm_unet_modules(base) if is_xl else unet_modules(base)
-    names = {module: _underscored("lora_unet", local) for module, local in unet}
+    names = {module: _underscored("lora_unet", local) for module, local in unet if not base.layout.is_caught}
     if f"{UNET}/conv_norm_out" in names:
         names[f"{UNET}/conv_norm_out"] = "lora_unet_out_0"  # A1111 knows diffusers' names of all layers but this one
     prefixes = {ENCODERS[0]: "lora_te1" if is_xl else "lora_te", ENCODERS[1]: "lora_te2"}
@@ -587,10 +588,11 @@ DIALECTS: tuple[Dialect, ...] = (KOHYA, DIFFUSERS, PEFT, PROCESSORS, COMFY, WEIG
 
 @dataclass(frozen=True)
 class Reader:
-    """A tool: its name, what it is called, the formats that it reads of a U-Net, the best first, and what it makes of them.
+    """A tool: its name, what it is called, the formats that it reads of SD 1.x, 2.x and XL, the best first, and what it makes of
+    them.
 
-    Of diffusion transformers it reads those whose layout says so (`read_by`), and the diffusers format alone: kohya's names of
-    text inputs load nothing in diffusers.
+    Of other architectures it reads those whose layout says so (`read_by`), and the diffusers format alone: kohya's names of text
+    inputs load nothing in diffusers.
     `skips` has, by format, patterns of the canonical names that it passes over; encoders that the tool builds by OpenCLIP
     are called `open_clip` there. `note` is what else is to be known of it.
     """
@@ -603,7 +605,7 @@ class Reader:
 
     def formats_of(self, base: Base) -> tuple[str, ...]:
         """The formats that it reads for a base's architecture."""
-        if UNET in base.layout.components:
+        if not base.layout.is_caught:
             return self.formats
         return ("diffusers",) if self.name in base.layout.read_by else ()
 

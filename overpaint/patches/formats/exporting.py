@@ -42,7 +42,6 @@ from overpaint.patches.formats.dialects import (
     ENCODERS,
     PEFT_PREFIX,
     READERS,
-    UNET,
     Reader,
     open_clip_encoders,
     reader,
@@ -110,7 +109,7 @@ def _architecture(base: Base) -> tuple[str, str]:
     """What kohya's scripts and the model specification call it."""
     if base.layout.name == "stable-diffusion-xl":
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if UNET not in base.layout.components:
+    if base.layout.is_caught:
         return _TRANSFORMERS.get(base.layout.name, (base.layout.name, base.layout.name))
     is_2 = ENCODERS[0] in open_clip_encoders(base)
     return ("sd_v2", "stable-diffusion-v2-768-v") if is_2 else ("sd_v1", "stable-diffusion-v1")
@@ -581,7 +580,7 @@ def _chosen(
 ) -> tuple[str, list[TensorExport]]:
     """The first format that holds all changes, and from which the tool that is named loads all of them."""
     tool = None if for_ is None else reader(for_)
-    known = "kohya" if UNET in plan.base.layout.components else "diffusers"
+    known = "diffusers" if plan.base.layout.is_caught else "kohya"
     formats = (format,) if format else tool.formats_of(plan.base) if tool else (known,)
     if tool and not formats:
         raise NotExportable(

@@ -1,4 +1,4 @@
-"""Diffusion transformers: diffusers loads what is written, every tool's names are read, and what none would load is refused."""
+"""Diffusion transformers and Kolors: diffusers loads what is written, tools' names are read, what none would load is refused."""
 
 from __future__ import annotations
 
@@ -44,28 +44,35 @@ def terms(base: Base) -> list[Term]:
     return [Term("a", sum(others, start=first))] if others else [Term("a", first)]
 
 
-@pytest.mark.parametrize("layout", ["flux", "stable-diffusion-3"])
+@pytest.mark.parametrize("layout", ["flux", "stable-diffusion-3", "kolors"])
 def test_diffusers_loads_and_fuses_a_patch_of_text_inputs(
     opened: Callable[[str], Base], tmp_path: Path, layout: str
 ) -> None:
     base = opened(layout)
     exported = export(base, terms(base), tmp_path / "x.safetensors", None, About("safe"), for_="diffusers")
-    assert (exported.format, exported.whole_for) == ("diffusers", ["comfyui", "diffusers"])
+    assert exported.format == "diffusers"
+    assert exported.whole_for == list(base.layout.read_by)
+    denoiser = "unet" if layout == "kolors" else "transformer"
     pipe: Any = base.pipeline()
     pipe.load_lora_weights(str(exported.path))
-    pipe.fuse_lora(components=["transformer"])
+    pipe.fuse_lora(components=[denoiser])
     pipe.unload_lora_weights()
     composed = compose(base, terms(base))
-    fused = pipe.transformer.state_dict()
-    assert set(composed) == {f"transformer/{module}.weight" for module in FLUX.values()}
+    fused = getattr(pipe, denoiser).state_dict()
+    assert sorted(composed) == base.projections()
+    assert len(composed) == 2
     for name, value in composed.items():
-        assert (fused[name.removeprefix("transformer/")] - value).abs().max() < 2.4e-7
+        assert (fused[name.removeprefix(f"{denoiser}/")] - value).abs().max() < 2.4e-7
     again = compose(base, [Term("b", import_weights(base, exported.path).delta)])
     assert all((again[name] - composed[name]).abs().max() < 2.4e-7 for name in composed)
 
 
 def test_what_no_tool_would_load_is_refused_by_its_name(opened: Callable[[str], Base], tmp_path: Path) -> None:
-    base, file = opened("flux"), tmp_path / "x.safetensors"
+    base, file = opened("kolors"), tmp_path / "x.safetensors"
+    for tool in ("kohya", "comfyui", "a1111"):
+        with pytest.raises(NotExportable, match=r"loads? no LoRA that is written here for kolors; build a checkpoint"):
+            export(base, terms(base), file, None, About("safe"), for_=tool)
+    base = opened("flux")
     for format, tool, why in (
         ("kohya", None, "no reader of this format has a name for it"),
         ("kohya", "diffusers", "diffusers cannot load a kohya file of flux; export as diffusers"),
@@ -119,7 +126,7 @@ def test_uces_edited_weights_of_flux_are_read(opened: Callable[[str], Base], tmp
 def test_diffusers_has_a_loader_for_every_layout_that_it_is_said_to_load() -> None:
     for layout in layouts():
         can = any(hasattr(getattr(diffusers, each, None), "load_lora_weights") for each in layout.pipelines)
-        if "unet" not in layout.components:
+        if layout.is_caught:
             assert can == ("diffusers" in layout.read_by), layout.name
         assert set(layout.read_by) <= set(READERS)
 
