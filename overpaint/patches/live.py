@@ -76,7 +76,15 @@ class ParameterSlot:
     @property
     def is_fused(self) -> bool:
         """Whether an attention block on the way computes with a copy (diffusers' `fuse_qkv_projections`)."""
-        return any(parent.__dict__.get("fused_projections") for parent, _, _ in self.way[-3:])
+        return any(_computes_fused(parent) for parent, _, _ in self.way[-3:])
+
+
+def _computes_fused(block: nn.Module) -> bool:
+    """Whether an attention block computes with fused copies: by its flag alone, or by its processor, in which case the flag stays
+    after `unfuse_qkv_projections`."""
+    processor = type(getattr(block, "processor", None)).__name__
+    by_flag = hasattr(block, "unfuse_projections") or processor == "NoneType"
+    return bool(block.__dict__.get("fused_projections")) and (by_flag or processor.startswith("Fused"))
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -184,14 +184,12 @@ class _RecipeReader(ConceptReader):
     def entry(self, node: Node) -> FileEntry | None:
         """One patch, or None where it has a mistake."""
         before = len(self.mistakes)
-        own = (
-            {key.value: value for key, value in node.pairs if key.value in ENTRY_KEYS}
-            if isinstance(node, Pairs)
-            else {}
-        )
+        pairs = node.pairs if isinstance(node, Pairs) else []
+        names_concept = not isinstance(node, Pairs) or any(key.value not in ENTRY_KEYS for key, _ in pairs)
+        # Where a concept is named, what is there twice is found with the rest of its keys.
+        own = {key.value: value for key, value in pairs} if names_concept else self.pairs(node, ENTRY_KEYS, "an entry")
         patch, expires = self.text(own.get("patch"), "a patch"), self.day(own.get("expires"))
         strength, why = self.strength(own.get("strength")), self.note(own.get("why"), "a reason")
-        names_concept = not isinstance(node, Pairs) or any(key.value not in ENTRY_KEYS for key, _ in node.pairs)
         if not names_concept and patch is None and len(self.mistakes) == before:
             self.wrong(node.at, "this entry names nothing; add `name: CONCEPT`, or `patch: ID`")
         # Several patches of a concept are told apart by their ids.

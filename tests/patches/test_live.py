@@ -19,6 +19,7 @@ from overpaint.patches.compose import CompositionPlan, Term, compose
 from overpaint.patches.delta import BadDelta, Dense, TextMap
 from overpaint.patches.live import BadPipeline, ForeignChange, Overlay
 from overpaint.testing import tiny_pipeline
+from overpaint.testing.contract import tiny_base
 from tests.small_bases import WIDTH, equal, small_base, small_pipeline, some_delta, some_terms, weights
 
 KEY, VALUE, OTHER = (f"unet/{n}.weight" for n in ("down.attn2.to_k", "down.attn2.to_v", "up.attn2.to_v"))
@@ -622,3 +623,17 @@ def test_a_foreign_change_on_a_gpu_is_noticed(small: Base, change: Callable[[nn.
     change(pipe.unet.down.attn2.to_v.weight)
     with pytest.raises(ForeignChange, match=VALUE):
         overlay.clear()
+
+
+def test_patches_go_on_again_once_fused_projections_are_undone(tmp_path: Path) -> None:
+    """diffusers computes with the copies while an attention has a processor for them; its flag stays afterwards."""
+    base, pipe = tiny_base(tmp_path / "base", torch.float32), tiny_pipeline()
+    overlay = Overlay(pipe, base)
+    overlay.set([Term("a", TextMap("text_encoder", torch.ones(64, 1), torch.ones(64, 1)))])
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(BadPipeline, match="fused copy"):
+        overlay.clear()
+    pipe.unet.unfuse_qkv_projections()
+    overlay.clear()
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    assert torch.equal(pipe.unet.state_dict()[layer], base.tensor(f"unet/{layer}"))

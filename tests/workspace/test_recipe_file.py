@@ -428,6 +428,13 @@ def test_a_folder_of_pictures_is_named_as_it_is(workspace: Workspace, tmp_path: 
             read_recipe(file(tmp_path, images % wrong))
 
 
+@pytest.mark.parametrize("entry", ["patch: abcd", "name: cat"])
+def test_a_setting_that_is_there_twice_is_a_mistake(tmp_path: Path, entry: str) -> None:
+    text = f"recipe: safe\nbase: tiny\npatches: [{{{entry}, strength: 1, strength: 0.2}}]"
+    with pytest.raises(BadConceptFile, match=r"a mistake.*\n.*'strength' is there twice"):
+        read_recipe(file(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("recipe", "entry", "sentence"),
     [
