@@ -198,9 +198,9 @@ def single_file_of(forms: Iterable[SingleFile], names: Collection[str]) -> Singl
 
 
 @cache
-def native_names(layout: str) -> KeyMapping | None:
-    """How the model that a diffusion transformer was published as names its layers, as far as they are no parts of stacks."""
-    rules = _rules_of("native")
+def transformer_names(layout: str, code: str) -> KeyMapping | None:
+    """How code for a diffusion transformer names its layers: that of its own publication (`native`), or another (`xlabs`)."""
+    rules = _rules_of(code)
     return KeyMapping("", rules[layout]) if layout in rules else None
 
 

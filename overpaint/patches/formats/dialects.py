@@ -8,10 +8,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from overpaint.bases.base import Base
-from overpaint.bases.layout import native_names, single_file_of
+from overpaint.bases.layout import single_file_of, transformer_names
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import checked_number
 
@@ -105,11 +109,42 @@ def ldm_unet_modules(base: Base) -> Iterator[tuple[str, str]]:
 
 
 def native_modules(base: Base, component: str) -> Iterator[tuple[str, str]]:
-    """Canonical name and name in the model's own code of the modules of a diffusion transformer, as far as it is known."""
-    rules = native_names(base.layout.name)
-    local = [f"{module}.weight" for module in modules_of(base).get(component, ())]
-    for key, names in rules.keys(local).items() if rules else ():
-        yield f"{component}/{split(names[0])[0]}", split(key)[0]
+    """Canonical name and name in the model's own code of the modules of a diffusion transformer, as far as it is known.
+
+    Without those that it keeps with others in one matrix, or with its rows in another order.
+    """
+    for modules, name in _named_by(base, component, "native"):
+        if len(modules) == 1 and not _is_turned(base, modules[0]):
+            yield modules[0], name
+
+
+def native_stacks(base: Base, component: str, code: str = "native") -> Iterator[tuple[tuple[str, ...], str]]:
+    """Canonical names, from the first row down, and name of what some code keeps in one matrix, or with its halves turned."""
+    for modules, name in _named_by(base, component, code):
+        if len(modules) > 1 or code != "native" or _is_turned(base, modules[0]):
+            yield modules, name
+
+
+def _named_by(base: Base, component: str, code: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    rules, there = transformer_names(base.layout.name, code), modules_of(base).get(component, ())
+    for key, names in rules.keys(f"{module}.weight" for module in there).items() if rules else ():
+        modules = tuple(split(name)[0] for name in names)
+        if {*modules} <= {*there}:
+            yield tuple(f"{component}/{module}" for module in modules), split(key)[0]
+
+
+_TURNED = re.compile(r"transformer/(norm_out|transformer_blocks\.\d+\.norm1_context)\.linear")
+
+
+def _is_turned(base: Base, module: str) -> bool:
+    """Whether diffusers has first what scales and then what shifts, against the models' own code: the norm before an output.
+
+    It is known by its width: other norms of these names give six vectors instead of two.
+    """
+    if not _TURNED.fullmatch(module):
+        return False
+    rows, columns = base.places[f"{module}.weight"].shape
+    return rows == 2 * columns
 
 
 def encoder_modules(base: Base, encoder: str) -> Iterator[tuple[str, str]]:
@@ -147,7 +182,8 @@ _ENCODER_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o
 @dataclass(frozen=True)
 class Root:
     """How names of a component's modules begin in some dialects. What follows is diffusers' name, or (`old`) the U-Net's as
-    first published; with underscores for dots (`flat`); or also as attention processors were once named (`processors`)."""
+    first published; with underscores for dots (`flat`); or also as attention processors were once named (`processors`). `code`
+    is the one whose names of a transformer are meant by old ones."""
 
     prefix: str
     component: str
@@ -155,6 +191,7 @@ class Root:
     old: bool = False
     flat: bool = False
     processors: bool = False
+    code: str = "native"
 
     def names(self, base: Base) -> Iterator[tuple[str, str]]:
         """Canonical module and name, for every module of the component."""
@@ -163,8 +200,16 @@ class Root:
             if self.processors:
                 yield from ((module, self.prefix + name) for name in self._processor(local))
 
+    def stacks(self, base: Base) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Name and canonical modules of every layer that is not one module's, row by row."""
+        if self.old and self.component != UNET:
+            for modules, local in native_stacks(base, self.component, self.code):
+                yield self.prefix + (local.replace(".", "_") if self.flat else local), modules
+
     def _modules(self, base: Base) -> Iterator[tuple[str, str]]:
         if self.old:
+            if self.code != "native":
+                return iter(())
             return ldm_unet_modules(base) if self.component == UNET else native_modules(base, self.component)
         return encoder_modules(base, self.component)
 
@@ -181,7 +226,7 @@ class Root:
 
 
 _KOHYA, _DIFFUSERS, _PEFT = ("kohya LoRA",), ("diffusers LoRA",), ("PEFT adapter",)
-_PROCESSORS, _WEIGHTS = ("diffusers attention processors",), ("edited weights",)
+_PROCESSORS, _XLABS, _WEIGHTS = ("diffusers attention processors",), ("XLabs LoRA",), ("edited weights",)
 _COMFY = ("ComfyUI LoRA", *_WEIGHTS)
 
 ROOTS: tuple[Root, ...] = (
@@ -212,6 +257,7 @@ ROOTS: tuple[Root, ...] = (
     Root("base_model.model.", TRANSFORMERS[0], _PEFT),
     Root("", TRANSFORMERS[0], (*_PROCESSORS, *_WEIGHTS)),
     *(Root(prefix, TRANSFORMERS[0], _COMFY, old=True) for prefix in ("diffusion_model.", "model.diffusion_model.")),
+    *(Root(prefix, TRANSFORMERS[0], _XLABS, old=True, code="xlabs") for prefix in ("", "diffusion_model.")),
 )
 """All of them. A name that could mean two modules means none."""
 
@@ -246,28 +292,60 @@ class Dialect:
     def read(self, base: Base, keys: Collection[str]) -> FileReading:
         """What the keys of a file mean in this dialect."""
         modules, endings = self.module_names(base), sorted(self.endings, key=len, reverse=True)
+        stacks = {name: found for root in ROOTS if self.name in root.dialects for name, found in root.stacks(base)}
         parts: dict[str, dict[Role, str]] = {}
+        rows: dict[str, Rows] = {}
         unmatched, layers = [], set()
         for key in keys:
             name = unwrapped(key)
-            ending = next((each for each in endings if name.endswith(each)), None)
-            module = modules.get(name.removesuffix(ending)) if ending else None
-            if ending is None or module is None:
+            ending = next((each for each in endings if name.endswith(each)), "")
+            layer = name.removesuffix(ending)
+            role, attribute = self.endings.get(ending, ("value", ""))
+            alone = {f"{modules[layer]}.{attribute}": None} if layer in modules else {}
+            tensors = alone or _rows_of_stack(base, [f"{module}.{attribute}" for module in stacks.get(layer, ())])
+            if not ending or not tensors:
                 unmatched.append(key)
                 continue
-            role, attribute = self.endings[ending]
-            roles = parts.setdefault(f"{module}.{attribute}", {})
-            if role in roles:
-                raise ForeignFile(f"{roles[role]} and {key} are about the same layer; take away the one not meant")
-            roles[role] = key
-            layers.add(name.removesuffix(ending))
+            for tensor, own_rows in tensors.items():
+                roles = parts.setdefault(tensor, {})
+                if role in roles or (roles and rows.get(tensor) != own_rows):
+                    other = roles.get(role) or next(iter(roles.values()))
+                    raise ForeignFile(f"{other} and {key} are about the same layer; take away the one not meant")
+                roles[role] = key
+                if own_rows is not None:
+                    rows[tensor] = own_rows
+            layers.add(layer)
         partly = tuple(key for key in unmatched if any(parent in layers for parent in _parents(unwrapped(key))))
-        return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched), partly)
+        return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched), partly, rows)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a matrix of `whole` rows are those of one tensor: these ranges, one after the other."""
+
+    whole: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def of(self, values: Tensor) -> Tensor:
+        """The tensor's rows."""
+        return torch.cat([values[start:stop] for start, stop in self.ranges])
+
+
+def _rows_of_stack(base: Base, names: Sequence[str]) -> dict[str, Rows | None]:
+    """By tensor, its rows in a matrix that has those of all of them; nothing where the base lacks one of them."""
+    if not {*names} <= base.places.keys():
+        return {}
+    ends = [0, *accumulate(base.places[name].shape[0] for name in names)]
+    if len(names) == 1 and _is_turned(base, split(names[0])[0]):
+        return {names[0]: Rows(ends[1], ((ends[1] // 2, ends[1]), (0, ends[1] // 2)))}
+    return {name: Rows(ends[-1], (place,)) for name, place in zip(names, pairwise(ends), strict=True)}
 
 
 @dataclass(frozen=True)
 class FileReading:
     """A file's keys explained: by canonical tensor name, the key in each role; and the keys left over.
+
+    `rows` has the tensors of which the file's matrices have more, or in another order.
 
     `partly` are those of the keys left over that belong to a layer of which other keys were explained: without them nobody
     knows what the layer does.
@@ -278,6 +356,7 @@ class FileReading:
     unmatched: tuple[str, ...]
     matched: int
     partly: tuple[str, ...] = ()
+    rows: Mapping[str, Rows] = field(default_factory=dict, repr=False)
 
 
 def _parents(key: str) -> Iterator[str]:
@@ -583,7 +662,13 @@ def weights_written(base: Base) -> dict[str, str]:
 WEIGHTS = Dialect("edited weights", WEIGHTS_ENDINGS)
 
 
-DIALECTS: tuple[Dialect, ...] = (KOHYA, DIFFUSERS, PEFT, PROCESSORS, COMFY, WEIGHTS)
+# XLabs' LoRA files of FLUX: a block's attention processor has factors for q, k and v at once, and for what follows them.
+
+
+XLABS = Dialect("XLabs LoRA", {".down.weight": ("down", "weight"), ".up.weight": ("up", "weight")})
+
+
+DIALECTS: tuple[Dialect, ...] = (KOHYA, DIFFUSERS, PEFT, PROCESSORS, COMFY, XLABS, WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from overpaint.patches.formats.dialects import (
     FileReading,
     ForeignFile,
     Role,
+    Rows,
     configs_of,
     detect,
     written_module,
@@ -226,13 +227,16 @@ Pair = tuple[Tensor, Tensor]
 """up (out x r) and down (r x in)."""
 
 
-def factors(weights: ForeignWeights, name: str, keys: Mapping[Role, str], shape: tuple[int, ...]) -> Pair | None:
-    """The factors of one weight of a shape, None where their product is zero.
+def factors(
+    weights: ForeignWeights, name: str, keys: Mapping[Role, str], shape: tuple[int, ...], rows: Rows | None = None
+) -> Pair | None:
+    """The factors of one weight of a shape, None where their product is zero; `rows` are its own of what the file has.
 
     A convolution's kernel counts as the matrix out x (in h w). Alpha over rank, or what a configuration says, is folded
     into `up`; where a file says neither, the factors count as they are. Raises ForeignFile when they do not fit.
     """
     shapes = {role: weights.shapes[key][1] for role, key in keys.items()}
+    shape = _whole(shape, rows)
     if missing := {"up", "down"} - keys.keys():
         raise ForeignFile(
             f"{weights.path.name} has {next(iter(keys.values()))} without the factor {missing.pop()!r}; it is incomplete: get "
@@ -241,15 +245,16 @@ def factors(weights: ForeignWeights, name: str, keys: Mapping[Role, str], shape:
     if not _multiply(shapes, shape):
         found = " and ".join(str(list(shapes[role])) for role in ("up", "mid", "down") if role in shapes)
         raise ForeignFile(
-            f"{weights.path.name} has factors {found} for {name}, which has shape {list(shape)} here; it was made for another "
-            "base"
+            f"{weights.path.name} has factors {found} for {_with_others(name, rows)}, which has shape {list(shape)} here; it was "
+            "made for another base"
         )
     up, down = (weights.tensor(keys[role]) for role in ("up", "down"))
     if "mid" in keys:
         down = _with_core(weights.tensor(keys["mid"]), down)
     matrix = down.reshape(shapes["up"][1], -1)
     scale = _scale(weights, name, keys, shapes["down"][0])
-    return _trimmed(_held(up.reshape(shape[0], -1).double() * scale, up.dtype), matrix)
+    matrix_up = _held(up.reshape(shape[0], -1).double() * scale, up.dtype)
+    return _trimmed(matrix_up if rows is None else rows.of(matrix_up), matrix)
 
 
 def _trimmed(up: Tensor, down: Tensor) -> Pair | None:
@@ -258,6 +263,15 @@ def _trimmed(up: Tensor, down: Tensor) -> Pair | None:
     if bool(used.all()):
         return up, down
     return (up[:, used], down[used]) if bool(used.any()) else None
+
+
+def _whole(shape: tuple[int, ...], rows: Rows | None) -> tuple[int, ...]:
+    """The shape of what a file has where a tensor of a shape is some rows of it."""
+    return tuple(shape) if rows is None else (rows.whole, *shape[1:])
+
+
+def _with_others(name: str, rows: Rows | None) -> str:
+    return name if rows is None else f"{name} and what is in one matrix with it"
 
 
 def _multiply(shapes: Mapping[Role, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
@@ -355,15 +369,15 @@ def edits_of_file(
     meaning = meaning or _meaning(base, weights, reading)
 
     def edit(name: str) -> TensorEdit | Pair | None:
-        keys = reading.parts[name]
+        keys, rows = reading.parts[name], reading.rows.get(name)
         if not keys.keys() & {"difference", "value"}:
-            pair = factors(weights, name, keys, base.places[name].shape)
+            pair = factors(weights, name, keys, base.places[name].shape, rows)
             return None if pair is None or is_zero(*pair) else pair
         original = base.tensor(name)
         if "difference" in keys or ("value" in keys and meaning == "change"):
             key = keys.get("difference") or keys["value"]
-            return _changed(original, _fitting(weights, key, name, original.shape).double())
-        value = _fitting(weights, keys["value"], name, original.shape)
+            return _changed(original, _fitting(weights, key, name, original.shape, rows).double())
+        value = _fitting(weights, keys["value"], name, original.shape, rows)
         return edited(original, value, weights.shapes[keys["value"]][0], keep_rounding)
 
     keys = [key for roles in reading.parts.values() for role, key in roles.items() if role != "alpha"]
@@ -439,12 +453,13 @@ def _changed(original: Tensor, change: Tensor) -> TensorEdit | None:
     return TensorEdit(original, (original.double() + change).to(original.dtype), change, given=True)
 
 
-def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size) -> Tensor:
+def _fitting(weights: ForeignWeights, key: str, name: str, shape: torch.Size, rows: Rows | None = None) -> Tensor:
     """A tensor of the base's shape; matrices are sometimes stored as 1 x 1 kernels, and the other way round."""
-    found = weights.shapes[key][1]
-    if found != tuple(shape) and (found[:2] != tuple(shape[:2]) or {*found[2:], *shape[2:]} != {1}):
-        raise _other_shape(weights.path.name, name, found, tuple(shape))
-    return weights.tensor(key).reshape(shape)
+    found, whole = weights.shapes[key][1], _whole(shape, rows)
+    if found != whole and (found[:2] != whole[:2] or {*found[2:], *whole[2:]} != {1}):
+        raise _other_shape(weights.path.name, _with_others(name, rows), found, whole)
+    values = weights.tensor(key).reshape(whole)
+    return values if rows is None else rows.of(values)
 
 
 def _other_shape(file: str, name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ForeignFile:
@@ -463,7 +478,7 @@ def _meaning(base: Base, weights: ForeignWeights, reading: FileReading) -> Meani
     apart, length = [], []
     for name in islice(sorted(matrices or plain), SAMPLE):
         weight = base.tensor(name).double()
-        value = _fitting(weights, plain[name], name, weight.shape).double()
+        value = _fitting(weights, plain[name], name, weight.shape, reading.rows.get(name)).double()
         size = float(weight.square().sum()) or 1.0
         apart.append(float((value - weight).square().sum()) / size)
         length.append(float(value.square().sum()) / size)
