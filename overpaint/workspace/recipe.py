@@ -269,6 +269,10 @@ class Recipe:
 
     def _record(self, planned: Callable[[RecipeRecord], _Change], why: str, who: str) -> list[HistoryRecord]:
         """Compose, bring the pipelines along, then record; again from the start when another process was faster."""
+        if (now := self.record.name) != self.name and not self._opened.registry.has_recipe(self.name):
+            raise NotFound(
+                f"{self.name!r} is recipe {now!r} as it was then and cannot be changed; change {now!r} itself"
+            )
         for attempt in range(TRIES):
             before = self.record
             change = planned(before)

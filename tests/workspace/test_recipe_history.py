@@ -72,6 +72,22 @@ def test_an_earlier_revision_can_be_built_but_not_changed(workspace: Workspace, 
     assert [record.name for record in workspace.recipes()] == ["safe"]
 
 
+def test_what_an_earlier_revision_holds_already_is_no_change_of_the_recipe(
+    workspace: Workspace, recipe: Recipe
+) -> None:
+    """Or whoever names a revision would believe that the recipe itself has the patch."""
+    earlier, before = workspace.recipe("safe@1"), recipe.record
+    changes: list[Callable[[], object]] = [
+        lambda: earlier.add("cat", exist_ok=True),
+        lambda: earlier.hold(earlier.record.entries),
+        lambda: earlier.set_patches({"cat": 1.0}),
+    ]
+    for change in changes:
+        with pytest.raises(NotFound, match="'safe@1' is recipe 'safe' as it was then and cannot be changed"):
+            change()
+    assert recipe.record == before
+
+
 def test_a_build_with_another_digest_than_the_history_is_noticed(
     workspace: Workspace, recipe: Recipe, tmp_path: Path
 ) -> None:
