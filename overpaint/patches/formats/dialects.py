@@ -308,7 +308,7 @@ class Dialect:
                 continue
             for tensor, own_rows in tensors.items():
                 roles = parts.setdefault(tensor, {})
-                if role in roles or (roles and rows.get(tensor) != own_rows):
+                if role in roles or (roles and rows.get(tensor) != own_rows) or _two_ways({role, *roles}):
                     other = roles.get(role) or next(iter(roles.values()))
                     raise ForeignFile(f"{other} and {key} are about the same layer; take away the one not meant")
                 roles[role] = key
@@ -317,6 +317,11 @@ class Dialect:
             layers.add(layer)
         partly = tuple(key for key in unmatched if any(parent in layers for parent in _parents(unwrapped(key))))
         return FileReading(self, parts, tuple(unmatched), len(keys) - len(unmatched), partly, rows)
+
+
+def _two_ways(roles: Collection[Role]) -> bool:
+    """Whether a weight is changed by factors and also otherwise, of which tools make different things."""
+    return not {"difference", "value"}.isdisjoint(roles) and not {"up", "down", "mid"}.isdisjoint(roles)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -55,14 +54,16 @@ _STEMS = ("pytorch_lora_weights", "diffusion_pytorch_model", "model")
 _PICKLED_LORA = "pytorch_lora_weights.bin"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _ADAPTER_CONFIG_LIMIT = 1 << 20
+_SCALES = frozenset(("alpha", "lora_alpha", "network_alpha", "lora_scale", "scale"))
+"""Words in a header by which some programs say how much factors count, and which others pass over."""
 
 
 @dataclass(frozen=True)
 class ForeignWeights:
     """An opened file: dtype and shape by key, the texts of its header, and what an adapter's configuration says.
 
-    `configs` has it by component, or under "" where it is about whatever component the keys name. `settings` names what else a
-    pickle holds, beside its tensors.
+    `configs` has it by component, or under "" where it is about whatever component the keys name. `settings` names what the file
+    holds beside its tensors and may be about how much they count.
     """
 
     path: Path
@@ -130,7 +131,8 @@ def _of_file(path: Path) -> ForeignWeights:
             f"{path.name} is none of the files known here: .safetensors, {', '.join(PICKLES)}, or a folder"
         )
     container = SafetensorsFile.open(path)
-    return _of_container(container, configs_of(container.metadata))
+    weights = _of_container(container, configs_of(container.metadata))
+    return replace(weights, settings=tuple(sorted(_SCALES & container.metadata.keys())))
 
 
 def _of_folder(folder: Path) -> ForeignWeights:
@@ -304,12 +306,19 @@ def _held(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale(weights: ForeignWeights, name: str, keys: Mapping[Role, str], rank: int) -> float:
-    if "alpha" in keys:
-        return weights.number(keys["alpha"]) / rank
     component = name.partition("/")[0]
     config = weights.configs.get(component, weights.configs.get(""))
-    if config is not None:
-        return config.scale(written_module(keys["down"], component), rank)
+    configured = None if config is None else config.scale(written_module(keys["down"], component), rank)
+    if "alpha" in keys:
+        scale = weights.number(keys["alpha"]) / rank
+        if configured not in (None, scale):
+            raise ForeignFile(
+                f"{weights.path.name} says by {keys['alpha'][:100]} that these factors count {scale:g} times, and by its "
+                f"configuration {configured:g} times; take away the one not meant"
+            )
+        return scale
+    if configured is not None:
+        return configured
     if any(key.startswith(PEFT_PREFIX) for key in keys.values()):
         raise ForeignFile(
             f"{weights.path.name} is a PEFT adapter without its {CONFIG}, which says by how much its factors count; name the "
@@ -676,7 +685,7 @@ def _prove(
             left = residual(composed, wanted)
             differing += len(left[0]) if left else 0
             error = _relative(composed, wanted)
-            worst, where = max((worst, where), (error, name), key=itemgetter(0))
+            worst, where = max((worst, where), (error, name))
     return Proof(differing, of, worst, where, dtypes.most_common(1)[0][0], rounded)
 
 

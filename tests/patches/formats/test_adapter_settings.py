@@ -221,3 +221,42 @@ def test_a_pattern_is_held_against_the_name_in_the_file(base: Base, tmp_path: Pa
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     scale = 8 if pattern in (f"^{module}", "mlp.fc1") else 1
     assert torch.allclose(change_of(base, tmp_path, name), scale * (up.double() @ down.double()), atol=1e-5)
+
+
+def test_a_weight_that_is_changed_in_two_ways_is_refused(base: Base, tmp_path: Path) -> None:
+    up, down = pair(base)
+    layer = f"lora_unet_{LAYER.replace('.', '_')}"
+    both = {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.diff": up @ down}
+    save_file(both, tmp_path / "x.safetensors")
+    with pytest.raises(ForeignFile, match="are about the same layer"):
+        import_weights(base, tmp_path / "x.safetensors")
+
+
+def test_an_alpha_that_contradicts_the_configuration_is_refused(base: Base, tmp_path: Path) -> None:
+    up, down = pair(base)
+    lora = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    header = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 16, "unet.r": 2})}
+    save_file({**lora, f"unet.{LAYER}.alpha": torch.tensor(16.0)}, tmp_path / "x.safetensors", header)
+    assert torch.allclose(change_of(base, tmp_path / "x.safetensors"), 8 * (up.double() @ down.double()), atol=1e-5)
+    save_file({**lora, f"unet.{LAYER}.alpha": torch.tensor(4.0)}, tmp_path / "y.safetensors", header)
+    with pytest.raises(ForeignFile, match="count 2 times, and by its configuration 8 times"):
+        import_weights(base, tmp_path / "y.safetensors")
+
+
+def test_a_header_that_says_how_much_factors_count_in_other_words_is_refused(base: Base, tmp_path: Path) -> None:
+    up, down = pair(base)
+    lora = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
+    save_file(lora, tmp_path / "x.safetensors", {"lora_alpha": "16", "r": "2"})
+    with pytest.raises(ForeignFile, match=r"'lora_alpha'.* may say by how much"):
+        import_weights(base, tmp_path / "x.safetensors")
+    alpha = {f"unet.{LAYER}.alpha": torch.tensor(16.0)}
+    save_file({**lora, **alpha}, tmp_path / "y.safetensors", {"lora_alpha": "16", "r": "2"})
+    assert import_weights(base, tmp_path / "y.safetensors").proof.differing == 0
+
+
+def test_a_tensor_that_is_off_by_signs_of_zero_alone_is_named(base: Base, tmp_path: Path) -> None:
+    edited = base.tensor(NAME) + 0.01 * torch.randn(base.tensor(NAME).shape, generator=torch.Generator().manual_seed(0))
+    save_file({f"{LAYER}.weight": edited.to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    proof = import_weights(base, tmp_path / "x.safetensors").proof
+    assert proof.differing > 0
+    assert proof.where == NAME
