@@ -39,6 +39,11 @@ _HOOKS = "_diffusers_hook"
 """Under which name diffusers keeps a module's hooks."""
 
 
+_PLAIN = (Tensor, nn.Parameter)
+"""The kinds of tensors that are their numbers. Others (of bitsandbytes, torchao, quanto) may have a base's shape and dtype, and
+yet hold codes and scales."""
+
+
 Step = tuple[nn.Module, str, nn.Module]
 """From a module to one that it holds, and under which name."""
 
@@ -178,12 +183,23 @@ class Parameters:
             raise BadPipeline(
                 f"the pipeline computes with a fused copy of {name}; undo the fusing (unfuse_qkv_projections) first"
             )
-        if parameter.shape != self._base.places[name].shape or not parameter.is_floating_point():
+        if type(parameter) not in _PLAIN or not parameter.is_floating_point():
+            layer = name.partition("/")[2].rpartition(".")[0]
             raise BadPipeline(
-                f"{name} is {dtype_name(parameter.dtype)} {list(parameter.shape)} in the pipeline, and in the base it has "
+                f"{name} is quantised in the pipeline ({type(parameter).__name__}, {_described(parameter)}), and a patch needs "
+                f"its numbers; leave the layer as it is when quantising (bitsandbytes: llm_int8_skip_modules=[{layer!r}]), or "
+                "load the pipeline without quantisation"
+            )
+        if parameter.shape != self._base.places[name].shape:
+            raise BadPipeline(
+                f"{name} is {_described(parameter)} in the pipeline, and in the base it has "
                 f"shape {list(self._base.places[name].shape)}; load the pipeline from the base, without quantisation"
             )
         return parameter
+
+
+def _described(parameter: Tensor) -> str:
+    return f"{dtype_name(parameter.dtype)} {list(parameter.shape)}"
 
 
 def _slots(

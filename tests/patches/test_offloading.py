@@ -14,7 +14,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.patches.compose import Term
+from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense
 from overpaint.patches.live import BadPipeline, Overlay
 
@@ -122,6 +122,88 @@ def test_weights_in_eight_bits_but_for_what_reads_the_prompt_take_a_patch_exactl
     assert overlay.rounding_error() == 0
 
 
+@pytest.fixture
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes computes on the CPU; diffusers wants to see a GPU before it quantises with it."""
+    pytest.importorskip("bitsandbytes", reason='pip install -e ".[dev]" installs bitsandbytes')
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+
+
+BITS: dict[str, dict[str, Any]] = {
+    "8 bits": {"load_in_8bit": True},
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "4 bits kept as bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+}
+
+
+def quantised(base: Base, bits: str, skipped: list[str] | None) -> Any:
+    config = diffusers.BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=skipped)
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(
+        base.path, subfolder="transformer", quantization_config=config, torch_dtype=torch.float32
+    )
+    pipe: Any = diffusers.FluxPipeline.from_pretrained(base.path, transformer=transformer, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def bytes_of(pipe: Any) -> dict[str, bytes]:
+    named = pipe.transformer.named_parameters()
+    return {name: each.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, each in named}
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_quantised_by_bitsandbytes_takes_a_patch_exactly_where_its_text_inputs_are_left_as_they_are(
+    flux: Base, term: Term, bits: str
+) -> None:
+    pipe = quantised(flux, bits, ["context_embedder", "time_text_embed"])
+    assert type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__ in ("Int8Params", "Params4bit")
+    before, picture = bytes_of(pipe), drawn(pipe)
+    overlay = Overlay(pipe, flux)
+    overlay.set([term])
+    overlay.verify()
+    assert overlay.rounding_error() == 0
+    composed = compose(flux, [term])
+    parameters = dict(pipe.transformer.named_parameters())
+    assert all(torch.equal(parameters[name.partition("/")[2]], value) for name, value in composed.items())
+    assert (drawn(pipe) - picture).abs().max() > 1e-3
+    overlay.set([])
+    assert bytes_of(pipe) == before
+    assert torch.equal(drawn(pipe), picture)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("skipped", [None, ["context_embedder"]])
+def test_a_text_input_quantised_by_bitsandbytes_is_refused_with_what_to_do(
+    flux: Base, term: Term, bits: str, skipped: list[str] | None
+) -> None:
+    pipe = quantised(flux, bits, skipped)
+    before = bytes_of(pipe)
+    layer = "time_text_embed.text_embedder.linear_1" if skipped else "context_embedder"
+    with pytest.raises(BadPipeline, match=rf"{layer}\.weight is quantised .*llm_int8_skip_modules=\['{layer}'\]"):
+        Overlay(pipe, flux).set([term])
+    assert bytes_of(pipe) == before
+
+
+def test_a_quantised_tensor_that_looks_like_the_bases_is_refused(flux: Base, term: Term) -> None:
+    """torchao's and quanto's have the shape and dtype of what they stand for; to write to them would quantise anew."""
+
+    class Codes(torch.nn.Parameter):
+        """A stand-in."""
+
+    pipe = loaded(flux)
+    weight = pipe.transformer.context_embedder.weight
+    pipe.transformer.context_embedder.weight = Codes(weight.detach().clone())
+    with pytest.raises(BadPipeline, match=r"context_embedder\.weight is quantised in the pipeline \(Codes, float32 \["):
+        Overlay(pipe, flux).set([term])
+    assert torch.equal(pipe.transformer.context_embedder.weight, weight)
+
+
 def test_of_a_gguf_model_what_is_quantised_is_refused_and_what_reads_the_prompt_is_changed_exactly(
     flux: Base, term: Term
 ) -> None:
@@ -138,7 +220,7 @@ def test_of_a_gguf_model_what_is_quantised_is_refused_and_what_reads_the_prompt_
     overlay = Overlay(pipe, flux)
     overlay.set([term])
     assert overlay.rounding_error() == 0
-    quantised = Term("b", Dense({name: torch.ones(flux.places[name].shape)}))
+    quantised_layer = Term("b", Dense({name: torch.ones(flux.places[name].shape)}))
     with pytest.raises(BadPipeline, match="without quantisation"):
-        overlay.add(quantised)
+        overlay.add(quantised_layer)
     overlay.verify()
