@@ -194,7 +194,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     # ChatGLM would get memory for its parameters by `torch.nn.utils.skip_init`.
-    nn.Module.to_empty = lambda self, **_: self  # type: ignore[method-assign,assignment,misc]
+    nn.Module.to_empty = lambda self, **_: self  # type: ignore[method-assign]
     try:
         yield
     finally:

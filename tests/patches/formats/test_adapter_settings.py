@@ -199,9 +199,7 @@ def test_the_header_of_one_models_adapter_is_read(base: Base, tmp_path: Path) ->
         {"use_rslora": "no"},
     ],
 )
-def test_a_setting_that_is_no_number_or_switch_is_refused(
-    base: Base, tmp_path: Path, settings: dict[str, object]
-) -> None:
+def test_a_setting_that_is_no_number_or_switch_is_refused(base: Base, tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ForeignFile, match=r"lora_alpha|alpha_pattern|use_rslora"):
         import_weights(base, adapter(base, tmp_path / "a", **{"lora_alpha": 2, **settings}))
 

@@ -72,9 +72,9 @@ def test_diffusers_loads_and_fuses_a_patch_of_text_inputs(
 
 def test_what_no_tool_would_load_is_refused_by_its_name(opened: Callable[[str], Base], tmp_path: Path) -> None:
     base, file = opened("kolors"), tmp_path / "x.safetensors"
-    for tool in ("kohya", "comfyui", "a1111"):
+    for reader in ("kohya", "comfyui", "a1111"):
         with pytest.raises(NotExportable, match=r"loads? no LoRA that is written here for kolors; build a checkpoint"):
-            export(base, terms(base), file, None, About("safe"), for_=tool)
+            export(base, terms(base), file, None, About("safe"), for_=reader)
     base = opened("flux")
     for format, tool, why in (
         ("kohya", None, "no reader of this format has a name for it"),
