@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from overpaint.commands.common import ExpiryDay, json_option, open_workspace, show_table
+from overpaint.commands.common import ExpiryDay, LocalPath, json_option, open_workspace, show_table
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR
 
 MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
@@ -16,10 +16,8 @@ MARKS = {"holds": "yes", "fails": "NO", "not checked": "not checked"}
 
 @click.command(short_help="Sign what a recipe or checkpoint hides, and how it was tested.")
 @click.argument("subject", metavar="RECIPE|CHECKPOINT")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
-@click.option(
-    "--key", type=click.Path(path_type=Path), required=True, metavar="KEY", help="The private key to sign with."
-)
+@click.option("-o", "--out", type=LocalPath(dir_okay=False), required=True, metavar="FILE")
+@click.option("--key", type=LocalPath(), required=True, metavar="KEY", help="The private key to sign with.")
 @click.option(
     "--expires",
     type=ExpiryDay(),
@@ -77,10 +75,10 @@ def certify(
 
 
 @click.command("verify-certificate", short_help="Check a certificate: signature, expiry, weights, files.")
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
-@click.option("--trust", multiple=True, type=click.Path(path_type=Path), metavar="KEY.pub", help="A key you trust.")
-@click.option("--base", type=click.Path(path_type=Path), metavar="PATH", help="The base; default: the registry's.")
-@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), metavar="PATH", help="The checkpoint.")
+@click.argument("file", type=LocalPath(), metavar="FILE")
+@click.option("--trust", multiple=True, type=LocalPath(), metavar="KEY.pub", help="A key you trust.")
+@click.option("--base", type=LocalPath(), metavar="PATH", help="The base; default: the registry's.")
+@click.option("--checkpoint", type=LocalPath(exists=True), metavar="PATH", help="The checkpoint.")
 @click.option("--from", "source", metavar="FILE|FOLDER|URL", help="Where to get patches that the registry lacks.")
 @click.option("--rerun", is_flag=True, help="Draw and judge the suites' pictures again, and compare the numbers.")
 @json_option

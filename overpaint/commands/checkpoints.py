@@ -12,6 +12,7 @@ import click
 from overpaint.commands.common import (
     BASE,
     RECIPE,
+    LocalPath,
     Terminal,
     choose_threads,
     device_option,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name", metavar="RECIPE", type=RECIPE)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=LocalPath())
 @click.option(
     "--format",
     "form",
@@ -41,13 +42,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--original",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FILE",
     help="The base's denoiser as another program has it (safetensors, GGUF): OUT is a copy with the recipe baked in.",
 )
-@click.option(
-    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign all files: model.sig, as OpenSSF has it."
-)
+@click.option("--sign", type=LocalPath(), metavar="KEY", help="Sign all files: model.sig, as OpenSSF has it.")
 @digests_option
 @click.pass_context
 def build(
@@ -78,7 +77,7 @@ def build(
 @click.command()
 @click.argument("prompt")
 @recipe_option
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option("-o", "--out", type=LocalPath(dir_okay=False), required=True, metavar="FILE")
 @click.option("--compare", is_flag=True, help="Show the base beside the recipe, same seeds, in one labelled picture.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
 @click.option("--count", default=4, show_default=True, help="How many pictures.", type=click.IntRange(1, 64))
@@ -130,7 +129,7 @@ def generate(
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     help="A new folder; default: overpaint-demo, or the first free overpaint-demo-N.",
 )
 @click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
@@ -172,7 +171,7 @@ def _free_folder() -> Path:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), metavar="FILE-OR-FOLDER")
+@click.argument("path", type=LocalPath(), metavar="FILE-OR-FOLDER")
 @click.option("--explain", is_flag=True, help="Fit the registry's patches to what any checkpoint changes.")
 @click.option("--base", type=BASE, metavar="NAME", help="With --explain: the base that it was made from.")
 @digests_option

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import parsed_day, parsed_number
+from overpaint.core.names import parsed_day, parsed_number, refuse_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -298,6 +299,20 @@ PATCH = Named("patch", _patch_names)
 CONCEPT = Named("concept", lambda registry, incomplete: (each.name for each in registry.concepts()))
 BASE = Named("base", lambda registry, incomplete: (each.name for each in registry.bases()))
 SOLVER = Named("solver", _solver_names)
+
+
+class LocalPath(click.Path):
+    """A path on this machine. A URL is refused, and not printed: it may hold a password, and would be a folder called `s3:`."""
+
+    def __init__(self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            refuse_url(value)
+        except OverpaintError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class ExpiryDay(click.types.StringParamType):

@@ -11,6 +11,7 @@ import click
 from overpaint.commands.common import (
     BASE,
     RECIPE,
+    LocalPath,
     Terminal,
     device_option,
     json_option,
@@ -35,7 +36,7 @@ COLUMNS = ["about", "metric", "value", "low", "high", "n"]
 @click.option("--judge", default="", help="cnn, clip[:FOLDER-or-ID], classifier:FOLDER-or-ID, hook:MODULE:FUNCTION.")
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="A CSV file with the columns prompt and concept (and seed), asked instead of the usual ones.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="All seeds follow from it.")
@@ -104,7 +105,7 @@ def evaluate(
 
 @click.command()
 @click.argument("recipe", metavar="RECIPE", type=RECIPE)
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html")
+@click.option("-o", "--out", type=LocalPath(dir_okay=False), required=True, metavar="FILE.html")
 @device_option
 @click.pass_context
 def report(ctx: click.Context, recipe: str, out: Path, device: str) -> None:
@@ -155,7 +156,7 @@ def show_evaluations(records: list[EvaluationRecord]) -> None:
 @click.option("--recipe", type=RECIPE, help="The patches of this recipe.")
 @click.option("--base", "base_name", type=BASE, help="Without a recipe: the newest patch of each concept on this base.")
 @click.option("--all", "everything", is_flag=True, help="Also show what moves the registry's other concepts.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="A heat map, as a new PNG file.")
+@click.option("-o", "--out", type=LocalPath(dir_okay=False), help="A heat map, as a new PNG file.")
 @click.option("--above", default=0.0, show_default=True, help="Show only pairs above this.")
 @device_option
 @json_option

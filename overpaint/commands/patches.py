@@ -18,6 +18,7 @@ from overpaint.commands.common import (
     PATCH,
     SOLVER,
     ExpiryDay,
+    LocalPath,
     Renamed,
     Strength,
     Terminal,
@@ -380,14 +381,14 @@ def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(READERS),
             help="The tool that is to load it: a format is chosen of which it loads everything, or the export is refused.",
         ),
-        click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"),
+        click.option("-o", "--out", type=LocalPath(dir_okay=False), required=True, metavar="FILE"),
     ):
         command = option(command)
     return command
 
 
 @patch.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.option("--base", "base_name", required=True, type=BASE, help="Name of the base that the file is for.")
 @click.option(
     "--concept",

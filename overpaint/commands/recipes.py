@@ -13,6 +13,7 @@ from overpaint.commands.common import (
     BASE,
     RECIPE,
     ExpiryDay,
+    LocalPath,
     Terminal,
     device_option,
     digests_option,
@@ -337,7 +338,7 @@ recipe.add_command(renamed(recipe_expired, "due"))
 
 
 @recipe.command("apply")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @click.option("--check", is_flag=True, help="Only show the plan; exit with 1 unless there is nothing to do.")
 @click.option("--update", is_flag=True, help="Describe known concepts as the file does.")

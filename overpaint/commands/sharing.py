@@ -12,6 +12,7 @@ import click
 from overpaint.commands.common import (
     PATCH,
     RECIPE,
+    LocalPath,
     Terminal,
     digests_option,
     json_option,
@@ -31,7 +32,7 @@ patches_argument = click.argument("patches", nargs=-1, metavar="[PATCH]...", typ
 recipes_option = click.option(
     "--recipe", "recipes", multiple=True, type=RECIPE, help="A recipe with its history; may be repeated."
 )
-sign_option = click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign with this key.")
+sign_option = click.option("--sign", "key", type=LocalPath(), metavar="KEY", help="Sign with this key.")
 
 
 older_option = click.option(
@@ -73,7 +74,7 @@ def receiving_options(command: Command) -> Command:
 @click.command("export")
 @patches_argument
 @recipes_option
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE")
+@click.option("-o", "--out", type=LocalPath(dir_okay=False), required=True, metavar="FILE")
 @sign_option
 @click.pass_context
 def export_(
@@ -92,7 +93,7 @@ def export_(
 
 
 @click.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @patches_argument
 @receiving_options
 @click.pass_context
@@ -250,7 +251,7 @@ def key() -> None:
 
 
 @key.command("new")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.option("--for-checkpoints", is_flag=True, help="A P-256 key for `build --sign`, which model_signing verifies.")
 def key_new(file: Path, for_checkpoints: bool) -> None:
     """Make a key pair, to sign what you share.

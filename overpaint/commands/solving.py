@@ -12,6 +12,7 @@ from overpaint.commands.common import (
     BASE,
     CONCEPT,
     SOLVER,
+    LocalPath,
     Renamed,
     Terminal,
     decouple_options,
@@ -89,9 +90,7 @@ def _show_one(name: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("concepts", nargs=-1, metavar="[CONCEPT]...", type=CONCEPT)
-@click.option(
-    "--from", "file", type=click.Path(path_type=Path), metavar="FILE", help="A YAML or JSON list of concepts."
-)
+@click.option("--from", "file", type=LocalPath(), metavar="FILE", help="A YAML or JSON list of concepts.")
 @click.option("--base", "base_name", required=True, type=BASE, help="Name of the base.")
 @click.option("--solver", type=SOLVER, help="How; default: separable, or what the file says.")
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="A setting of the solver; may be repeated.")

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from overpaint.commands.common import Terminal, digests_option, interruptible, json_option, open_workspace, show_table
+from overpaint.commands.common import (
+    LocalPath,
+    Terminal,
+    digests_option,
+    interruptible,
+    json_option,
+    open_workspace,
+    show_table,
+)
 
 
 @click.command()
@@ -121,7 +129,7 @@ def db_upgrade(ctx: click.Context) -> None:
 
 
 @db.command("backup")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.pass_context
 def db_backup(ctx: click.Context, file: Path) -> None:
     """Copy the database to a new FILE, also while in use.
@@ -138,7 +146,7 @@ def db_backup(ctx: click.Context, file: Path) -> None:
 
 
 @db.command("restore")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @click.pass_context
 def db_restore(ctx: click.Context, file: Path) -> None:
     """Put a backup in the place of the database.

@@ -33,6 +33,9 @@ BLANKS = frozenset(" \u3000")
 JOINERS, EMOJI_STYLE = frozenset("\u200c\u200d"), "\ufe0f"
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
 def checked_name(name: str, what: str) -> str:
     """`name`, for something new, in Unicode's composed form, so that both encodings of "é" are one.
 
@@ -81,10 +84,12 @@ def _is_symbol(character: str) -> bool:
 def typed_path(text: str | Path) -> Path:
     """The absolute path that somebody means, "~" and "~name" being home folders.
 
-    Raises OverpaintError for a home that is not known, and for what is no path or what no file system can have as one.
+    Raises OverpaintError for a home that is not known, and for what is no path or what no file system can have as one, such as
+    a URL, which would become a folder called `s3:`.
     """
     if not isinstance(text, str | Path):
         raise OverpaintError(f"a path is a text or a pathlib.Path; got {shown(text)}")
+    refuse_url(text)
     try:
         path = Path(text).expanduser().absolute()
         path.exists()
@@ -97,6 +102,14 @@ def typed_path(text: str | Path) -> Path:
         raise OverpaintError(f"{quoted(str(text))} cannot be used as a path ({why}); mend it") from error
     except RuntimeError as error:
         raise OverpaintError(f"{text} names a home folder that is not known; write the whole path") from error
+
+
+def refuse_url(path: str | Path) -> None:
+    """Raise OverpaintError for a URL where a path is needed, unless there is a folder of that name."""
+    first, *more = Path(path).parts or ("",)
+    if more and _SCHEME.fullmatch(first) and not os.path.lexists(first):
+        # Without the rest of it, which may hold a password.
+        raise OverpaintError(f"a path on this machine is needed here, and {first}// begins a URL; write the path alone")
 
 
 def checked_tag(tag: str, *, new: bool = False) -> str:

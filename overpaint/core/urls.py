@@ -6,6 +6,7 @@ Everything that prints a URL, or what another package said about one, prints wha
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
@@ -18,6 +19,12 @@ _PORT = re.compile(r"(\[[^]]*\]|[^:]*)(:[0-9]*)?")
 # Of a query's values only these are shown: any other may be a password, a token or a signature.
 _PUBLIC = {"host", "port", "user", "dbname", "sslmode", "connect_timeout", "blobs", "versionId", "region"}
 _SHORTEST = 3
+
+
+def without_file_scheme(location: str) -> str:
+    """The path that a `file://` URL names, its `%20` being a blank unless it is there as written; any other text as it is."""
+    path = location.removeprefix("file://")
+    return path if path == location or Path(path).exists() else unquote(path)
 
 
 def has_credentials(url: str) -> bool:

@@ -349,3 +349,26 @@ def test_every_command_says_what_it_does() -> None:
             walk(child)
 
     walk(main)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate cat --recipe safe -o {}",
+        "crosstalk --recipe safe -o {}",
+        "certify safe --key me.key -o {}",
+        "recipe export safe --as-file -o {}",
+        "verify-certificate {}",
+        "key new {}",
+        "db backup {}",
+    ],
+)
+def test_a_url_where_a_file_is_needed_makes_no_folder_and_shows_no_password(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell.ok("init")
+    said = shell.fails(*command.format("s3://KEY:SECRET@bucket/x.png").split())
+    assert "s3:// begins a URL" in said
+    assert "SECRET" not in said
+    assert not (tmp_path / "s3:").exists()

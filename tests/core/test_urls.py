@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.urls import printed, printed_url, reported
 from overpaint.registry.store.blobs import open_files, place_store
 
@@ -70,3 +71,25 @@ def test_what_others_report_is_one_printable_line_without_credentials() -> None:
     assert shown.isprintable()
     assert len(shown) < 320
     assert reported("404 topsecret", "https://ada:topsecret@host") == "404 ***"
+
+
+def test_a_file_url_is_the_path_that_it_names(tmp_path: Path) -> None:
+    """As `Path.as_uri` writes it; a folder whose name has a percent sign is found as it is written."""
+    assert open_files((tmp_path / "a b").as_uri()).where == str(tmp_path / "a b")
+    assert open_files(f"file://{tmp_path}/a b").where == str(tmp_path / "a b")
+    (tmp_path / "a%20b").mkdir()
+    assert open_files(f"file://{tmp_path}/a%20b").where == str(tmp_path / "a%20b")
+    assert open_files(f"{tmp_path}/c%20d").where == str(tmp_path / "c%20d")
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_a_url_is_no_path_and_its_password_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_type: type[str] | type[Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OverpaintError, match="s3:// begins a URL") as caught:
+        typed_path(as_type("s3://KEY:SECRET@bucket/x"))
+    assert "SECRET" not in str(caught.value)
+    (tmp_path / "s3:").mkdir()
+    assert typed_path(as_type("s3:/x")) == tmp_path / "s3:" / "x"
+    assert typed_path("s3:") == tmp_path / "s3:"

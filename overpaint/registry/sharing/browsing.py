@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from overpaint.core.urls import without_file_scheme
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import HistoriesDiverged, compare_histories
 from overpaint.registry.registry import Registry
@@ -62,7 +63,7 @@ def browse(
     here, under whatever tag. `strict` raises what the pull would raise; otherwise nothing is refused but what contradicts
     itself or is not signed as the request asks. Nothing is written.
     """
-    path = Path(str(source).removeprefix("file://"))
+    path = Path(without_file_scheme(str(source)))
     with plain_disk_errors(path, reading=True):
         is_file = path.is_file()
     if is_file:

@@ -12,7 +12,7 @@ from pathlib import Path
 from overpaint.core.atomic import replacing
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
-from overpaint.core.urls import URL, has_credentials
+from overpaint.core.urls import URL, has_credentials, without_file_scheme
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.store.files import TEMPORARY, FileInfo, Files, FolderFiles, RemoteFiles
 
@@ -49,9 +49,9 @@ def open_files(location: str | Path) -> Files:
 
     Raises OverpaintError for a URL of an unknown kind, one whose package is not installed, and what names no place.
     """
-    if not isinstance(location, (str, Path)) or not str(location).removeprefix("file://").strip():
+    if not isinstance(location, (str, Path)) or not without_file_scheme(str(location)).strip():
         raise OverpaintError(f"a folder or a URL is needed, and {location!r} is none; name one")
-    text = str(location).removeprefix("file://")
+    text = without_file_scheme(str(location))
     return RemoteFiles(text) if isinstance(location, str) and URL.match(text) else FolderFiles(typed_path(text))
 
 
