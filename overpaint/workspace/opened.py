@@ -73,6 +73,10 @@ class LivePipelines:
         if recipe is not None:
             self._overlays.setdefault(recipe, weakref.WeakSet()).add(overlay)
 
+    def carries(self, pipe: Any) -> bool:
+        """Whether a recipe was applied to `pipe`, be it an empty one, and not taken off again."""
+        return getattr(pipe, ATTRIBUTE, None) is not None
+
     def release(self, pipe: Any) -> None:
         """Let go of a pipeline: it follows no recipe any more, and its weights stay as they are."""
         overlay: Overlay | None = getattr(pipe, ATTRIBUTE, None)

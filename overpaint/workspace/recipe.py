@@ -358,7 +358,15 @@ class Recipe:
         return pipe
 
     def applied(self, pipe: Any) -> AppliedRecipe:
-        """`apply` as a handle: closing it, or the end of its `with` block, gives the pipeline the base's weights back."""
+        """`apply` as a handle: closing it, or the end of its `with` block, gives the pipeline the base's weights back.
+
+        Raises OverpaintError for a pipeline that carries a recipe already: it would carry none afterwards.
+        """
+        if self._opened.pipelines.carries(pipe):
+            raise OverpaintError(
+                "the pipeline carries a recipe already, and would draw with the bare base once this handle is closed; close the "
+                "handle that is open, or use `apply`, which replaces what is carried"
+            )
         return AppliedRecipe(self._opened, self.apply(pipe))
 
     def widget(
@@ -620,15 +628,20 @@ class AppliedRecipe:
 
     def __init__(self, opened: OpenRegistry, pipe: Any) -> None:
         self._opened, self.pipe = opened, pipe
+        self._is_open = True
 
     def close(self) -> None:
         """Give the base's weights back, bit for bit, and follow the recipe no more. Closing twice is closing once.
 
         Raises ForeignChange where somebody else changed the weights; the pipeline is let go of nevertheless.
         """
-        self._opened.pipelines.restore(self.pipe)
+        if self._is_open:
+            self._is_open = False
+            self._opened.pipelines.restore(self.pipe)
 
     def __enter__(self) -> AppliedRecipe:
+        if not self._is_open:
+            raise OverpaintError("this handle is closed, and its pipeline has the base's weights; ask for a new one")
         return self
 
     def __exit__(self, *exc: object) -> None:

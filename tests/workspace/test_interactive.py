@@ -144,6 +144,21 @@ def test_a_handle_gives_the_base_back_when_it_closes(workspace: Workspace) -> No
     assert is_base(), "a closed handle's pipeline does not follow"
 
 
+def test_a_pipeline_is_never_bare_where_a_recipe_was_asked_for(workspace: Workspace) -> None:
+    """Neither in a block after an inner one, nor in a closed handle's, nor when a handle is closed once more."""
+    recipe, other = workspace.recipe("safe"), workspace.recipe("safe").copy("other")
+    pipe = recipe.base.pipeline()
+    with recipe.applied(pipe) as handle:
+        carried = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+        with pytest.raises(OverpaintError, match="carries a recipe already"):
+            other.applied(pipe)
+    with pytest.raises(OverpaintError, match="this handle is closed"), handle:
+        pass
+    recipe.apply(pipe)
+    handle.close()
+    assert all(torch.equal(value, carried[name]) for name, value in pipe.unet.state_dict().items())
+
+
 def test_a_widget_draws_what_is_switched_and_saves_it_when_asked_to(workspace: Workspace) -> None:
     pytest.importorskip("anywidget", reason="widgets need anywidget: pip install 'overpaint[notebook]'")
     recipe = workspace.recipe("safe").copy("in-a-notebook")
