@@ -191,10 +191,11 @@ class CompositionPlan:
             bound = change.bound(target.original.peak)
         # Looking at every value would take a third of the time that composing takes.
         if bound > target.largest and not all_finite(target.out):
-            patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in stack.pieces))
-            raise BadDelta(
-                f"{name} overflows {dtype_name(target.out.dtype)} under patches {patches}; lower their strengths"
-            )
+            patches = ", ".join(dict.fromkeys(term.id[:12] for term, _ in stack.pieces if term.id))
+            overflows = f"{name} overflows {dtype_name(target.out.dtype)}"
+            if not patches:  # a change that is no patch yet
+                raise BadDelta(f"{overflows} with this change, which is too large for this base; scale it down")
+            raise BadDelta(f"{overflows} under patches {patches}; lower their strengths")
 
     def _change(self, name: str, stack: Stack, original: Original) -> TensorUpdate:
         """All that is added to one tensor. A patch with residual bits counts as the difference that it makes alone."""

@@ -43,7 +43,7 @@ def checked_array(name: str, array: Tensor) -> Tensor:
     if array.dtype not in FLOATS:
         raise BadDelta(f"{name} is {dtype_name(array.dtype)}; a change is float16, bfloat16, float32 or float64")
     if not all_finite(array):
-        raise BadDelta(f"{name} has values that are not finite; the solver diverged: lower its learning rate")
+        raise BadDelta(f"{name} has values that are not finite; if a solver trained it, lower its learning rate")
     return array.detach().cpu().contiguous()
 
 
