@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from overpaint.bases.safetensors_file import SafetensorsFile, is_key, raw_bytes
 from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
 from overpaint.core.encoding import DTYPE_NAMES, TensorEntry, tensor_label
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import available_cores
 from overpaint.core.reporting import Progress, silent
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -291,7 +291,7 @@ def digests_of(
     if threads == 1 or len(batches) < 2:
         return merged(map(digest, batches))
     # hashlib lets go of the interpreter while it works.
-    with ThreadPoolExecutor(threads or _cores()) as pool:
+    with ThreadPoolExecutor(threads or available_cores()) as pool:
         return merged(pool.map(digest, batches))
 
 
@@ -320,7 +320,3 @@ def _digests(places: Mapping[str, TensorLocation], container: SafetensorsFile) -
     for name, stored in container.read(turned):
         sums[name].update(raw_bytes(places[name].canonical(stored)))
     return {name: found.hexdigest() for name, found in sums.items()}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

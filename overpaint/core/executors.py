@@ -25,6 +25,11 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 
 
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a piece needs: CPU cores, GPUs, bytes of memory (0: whatever there is)."""

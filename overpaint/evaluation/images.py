@@ -7,10 +7,13 @@ its neighbours in the batch.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +33,7 @@ from overpaint.bases.pipelines import blank_inputs
 from overpaint.core.atomic import replacing
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
-from overpaint.core.executors import Executor, Piece, Resources
+from overpaint.core.executors import Executor, Piece, Resources, available_cores
 from overpaint.core.names import checked_number, checked_seed
 from overpaint.core.reporting import Progress, silent
 from overpaint.evaluation.prompts import EvalPrompt, checked_prompt
@@ -100,6 +103,8 @@ def generate(
     settings (autocast, default device and type) change no picture. `on_batch` is
     called after each batch with the number of pictures done so far. The pipeline is left as it was. Raises
     OverpaintError when there is nothing to draw, the two lists differ in length, or a prompt or seed is none.
+
+    A small model on the CPU draws as many batches at once as the process has cores (or as OMP_NUM_THREADS says).
     """
     if not prompts or len(prompts) != len(seeds):
         raise OverpaintError(f"one seed per prompt is needed; got {len(prompts)} prompts and {len(seeds)} seeds")
@@ -108,15 +113,73 @@ def generate(
         checked_seed(seed)
     sampler = sampler or Sampler()
     pictures: list[Pixels] = []
-    with _silenced(pipe):
-        for start in range(0, len(prompts), sampler.batch):
-            part = slice(start, start + sampler.batch)
-            pictures += _draw(pipe, list(prompts[part]), seeds[part], sampler)
+    at_once = min(_batches_at_once(pipe), len(prompts) // FEWEST)
+
+    def draw(part: slice) -> list[Pixels]:
+        return _draw(pipe if at_once <= 1 else _beside(pipe), list(prompts[part]), seeds[part], sampler)
+
+    with _silenced(pipe), _in_order(draw, _parts(len(prompts), sampler.batch, at_once), at_once) as batches:
+        for batch in batches:
+            pictures += batch
             if on_batch is not None:
                 on_batch(len(pictures))
     return np.stack(pictures)
 
 
+SMALL_DENOISER = 100 << 20
+"""Bytes of a denoiser below which its operations are too small to be shared out among threads; whole batches are not."""
+FEWEST = 4
+"""Pictures for which a thread of their own is worth while."""
+
+
+def _batches_at_once(pipe: Any) -> int:
+    """How many batches a pipeline draws at once: one, but for a small model in ordinary modules on the CPU."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is None or denoiser.device.type != "cpu" or hasattr(denoiser, "_hf_hook"):
+        return 1
+    if sum(value.nbytes for value in denoiser.parameters()) > SMALL_DENOISER:
+        return 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else available_cores()
+
+
+def _parts(count: int, batch: int, at_once: int) -> list[slice]:
+    """`count` pictures in even batches of at most `batch`, as many as keep all threads busy."""
+    batches = -(-count // batch)
+    if at_once > 1:
+        batches = -(-batches // at_once) * at_once
+    edges = [count * i // batches for i in range(batches + 1)] if at_once > 1 else [*range(0, count, batch), count]
+    return list(map(slice, edges, edges[1:]))
+
+
+@contextmanager
+def _in_order(
+    draw: Callable[[slice], list[Pixels]], parts: Sequence[slice], at_once: int
+) -> Iterator[Iterator[list[Pixels]]]:
+    """What `draw` gives of each part, in order; in threads of one core each where more than one is drawn at once."""
+    if at_once <= 1:
+        yield map(draw, parts)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map(draw, parts)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _beside(pipe: Any) -> Any:
+    """The same pipeline with what it remembers while it draws apart, above all the step its scheduler is at."""
+    beside = copy.copy(pipe)
+    # Not by assignment, which would write into the configuration that both share.
+    vars(beside)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    return beside
+
+
+# What a thread computes with is its own, and not what `generate` has set for its caller's.
+@own_torch_settings()
+@torch.no_grad()
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[Pixels]:
     size = {} if sampler.size is None else {"width": sampler.size[0], "height": sampler.size[1]}
     has_length = sampler.prompt_length and "max_sequence_length" in inspect.signature(pipe.__call__).parameters

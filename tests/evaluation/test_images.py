@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.images import Sampler, generate
+from overpaint.evaluation.images import Sampler, _parts, generate
 from overpaint.evaluation.prompts import EvalPrompt
 
 PROMPTS = ["a cat", "a dog in ink style", "a cat", "the fox", "one bus"]
@@ -43,6 +44,41 @@ def test_progress_counts_pictures_and_the_bar_is_silent(pipe: Any, capfd: pytest
     assert counts == [2, 4, 5]
     assert capfd.readouterr().err == ""
     assert pipe._progress_bar_config == {"desc": "kept"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batches_drawn_at_once_are_those_that_are_drawn_one_after_the_other(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
+    prompts, seeds = [*PROMPTS, *PROMPTS], [*SEEDS, *range(5)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    expected = generate(pipe, prompts, seeds, Sampler(steps=2, batch=5))
+    counts: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads, scheduler = torch.get_num_threads(), pipe.scheduler
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        pictures = generate(pipe, prompts, seeds, Sampler(steps=2, batch=50), on_batch=counts.append)
+    assert counts == [5, 10]
+    assert np.array_equal(pictures, expected)
+    assert pipe.scheduler is scheduler
+    assert torch.get_num_threads() == threads
+
+
+def test_a_mistake_in_one_of_several_batches_is_told_and_ends_all(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, PROMPTS * 2, SEEDS * 2, SAMPLER)
+
+
+@pytest.mark.parametrize(("count", "batch", "at_once"), [(1, 1, 1), (40, 50, 2), (41, 50, 2), (120, 50, 4), (7, 3, 2)])
+def test_parts_cover_every_picture_once_and_are_no_larger_than_a_batch(count: int, batch: int, at_once: int) -> None:
+    parts = _parts(count, batch, at_once)
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) <= batch
+    assert len(parts) % at_once == 0
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_lists_that_do_not_match_are_refused(pipe: Any) -> None:
