@@ -1,7 +1,9 @@
-"""How long the embedded base takes to draw: `python -m benchmarks.images [--count 1000] [--json FILE]`."""
+"""How long the embedded base takes to draw, one batch after the other and as many at once as there are cores:
+`python -m benchmarks.images [--count 1000] [--json FILE]`."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -10,6 +12,7 @@ from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
 from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
+from overpaint.core.executors import available_cores
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.prompts import object_scenes
 
@@ -29,15 +32,16 @@ def main() -> None:
     scenes = object_scenes(objects, -(-asked.count // len(objects)), held_out=True)[: asked.count]
     prompts, seeds = [scene.prompt for scene in scenes], [scene.seed for scene in scenes]
     generate(pipe, prompts[:50], seeds[:50], Sampler.of(base, 1))  # warm
-    started = time.perf_counter()
-    generate(pipe, prompts, seeds, Sampler.of(base, asked.steps))
-    seconds = time.perf_counter() - started
-    each = 1000 * seconds / len(scenes)
-    title = f"Pictures of the embedded base, {asked.steps} steps, {device}, {torch.get_num_threads()} threads"
-    save(
-        asked.json,
-        show(title, ["pictures", "seconds", "seconds for 1,000", "bar"], [[len(scenes), seconds, each, BAR]]),
-    )
+    rows = []
+    for cores in dict.fromkeys((1, available_cores())):
+        os.environ["OMP_NUM_THREADS"] = str(cores)
+        torch.set_num_threads(1)
+        started, before = time.perf_counter(), time.process_time()
+        generate(pipe, prompts, seeds, Sampler.of(base, asked.steps))
+        seconds, of_processor = time.perf_counter() - started, time.process_time() - before
+        rows.append([len(scenes), cores, seconds, of_processor, 1000 * seconds / len(scenes), BAR])
+    columns = ["pictures", "batches at once", "seconds", "of CPU", "seconds for 1,000", "bar"]
+    save(asked.json, show(f"Pictures of the embedded base, {asked.steps} steps, {device}", columns, rows))
 
 
 if __name__ == "__main__":
