@@ -25,19 +25,21 @@ CLIP_WORDS, T5_WORDS = 49408, 32128
 """Rows of the embedding tables of the published text encoders."""
 
 
-def write_base(folder: Path, family: str, scale: float, words: int) -> dict[str, int]:
-    """Write a base of a family (see PIPELINES) in half precision, whose tokenizers know so many words of three letters.
+def write_base(
+    folder: Path, family: str, scale: float, words: int, dtype: torch.dtype = torch.float16
+) -> dict[str, int]:
+    """Write a base of a family (see PIPELINES), whose tokenizers know so many words of three letters.
 
     Returns the bytes of each component.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(1 << 24, generator=generator) / 50).half()
+    values = (torch.randn(1 << 24, generator=generator) / 50).to(dtype)
 
     def value(shapes: dict[str, tuple[int, ...]], key: str) -> Tensor:
         if "norm" in key and key.endswith("weight"):
-            return torch.ones(shapes[key], dtype=torch.float16)
+            return torch.ones(shapes[key], dtype=dtype)
         count = torch.Size(shapes[key]).numel()
         start = int(torch.randint(1 << 20, (1,), generator=generator))
         return torch.cat([values[start:]] * (count // (len(values) - start) + 1))[:count].reshape(shapes[key])
@@ -48,7 +50,7 @@ def write_base(folder: Path, family: str, scale: float, words: int) -> dict[str,
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
         file = folder / name / f"{'model' if name in ENCODERS else 'diffusion_pytorch_model'}.safetensors"
         file.parent.mkdir(parents=True)
-        described = [(key, torch.float16, shape) for key, shape in shapes.items()]
+        described = [(key, dtype, shape) for key, shape in shapes.items()]
         write_single_file(file, described, lambda key, shapes=shapes: value(shapes, key))  # type: ignore[misc]
         model.config.save_pretrained(file.parent) if name in ENCODERS else model.save_config(file.parent)
         sizes[name] = file.stat().st_size
