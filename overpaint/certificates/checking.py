@@ -268,16 +268,12 @@ def check_certificate(
         signer = Finding(
             "signature", "not checked", f"it fits the key {signed}; nobody said whom to trust (--trust KEY)"
         )
-    with ThreadPoolExecutor(1) as pool:
-        # The digests of files and those of tensors each read every byte: side by side, where there are two cores.
-        weights = pool.submit(lambda: Base.open(checkpoint).fingerprint) if checkpoint is not None else None
-        checks = [
-            signer,
-            _validity(validity, recipe, today or datetime.now(timezone.utc).date()),
-            *_consistency(report, tests, facts),
-            *_files(report, checkpoint, file),
-            *_composition(facts, find_base, find_patch, weights, rerun),
-        ]
+    checks = [
+        signer,
+        _validity(validity, recipe, today or datetime.now(timezone.utc).date()),
+        *_consistency(report, tests, facts),
+        *_bytes_and_composition(report, facts, file, find_base, find_patch, checkpoint, rerun),
+    ]
     short = {
         "recipe": recipe["name"],
         "base": recipe["base"],
@@ -379,22 +375,51 @@ def _subject_files(report: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _files(report: Mapping[str, Any], checkpoint: Path | None, certificate: Path) -> Iterator[Finding]:
+def _bytes_and_composition(
+    report: Mapping[str, Any],
+    facts: Mapping[str, list[Mapping[str, Any]]],
+    certificate: Path,
+    find_base: FindBase,
+    find_patch: FindPatch,
+    checkpoint: Path | None,
+    rerun: Rerun | None,
+) -> Iterator[Finding]:
+    """The checkpoint's files and weights, then base and patches composed again.
+
+    The digests of files and those of tensors each read every byte, so they are computed side by side, while it is composed.
+    """
     wanted = _subject_files(report)
+    with ThreadPoolExecutor(2) as pool:
+        digests = weights = None
+        if checkpoint is not None:
+            beside = [certificate, certificate.with_name(f"{certificate.name}.cdx.json")]
+            digests = pool.submit(file_digests, checkpoint, beside) if wanted else None
+            weights = pool.submit(lambda: Base.open(checkpoint).fingerprint)
+        composed = list(_composition(facts, find_base, find_patch, rerun))
+        yield from _files(wanted, digests, checkpoint)
+        if weights is not None:
+            digest = weights.result()
+            same = digest == facts["WEIGHTS"][0]["digest"]
+            yield Finding("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
+        yield from composed
+
+
+def _files(
+    wanted: Mapping[str, str], digests: Future[dict[str, str]] | None, checkpoint: Path | None
+) -> Iterator[Finding]:
     if not wanted:
         detail = "the certificate is about a recipe and names no files" if checkpoint else "it names none"
         yield Finding("subject files", "not checked", detail)
         return
-    if checkpoint is None:
+    if digests is None:
         yield Finding("subject files", "not checked", f"{len(wanted)} files; give the checkpoint with --checkpoint")
         return
-    beside = [certificate, certificate.with_name(f"{certificate.name}.cdx.json")]
-    digests = file_digests(checkpoint, but=beside)
+    there = digests.result()
     wrong = False
-    for name in sorted({*wanted, *digests}):
-        if wanted.get(name) != digests.get(name):
+    for name in sorted({*wanted, *there}):
+        if wanted.get(name) != there.get(name):
             wrong = True
-            why = "missing" if name not in digests else "not in the certificate" if name not in wanted else "altered"
+            why = "missing" if name not in there else "not in the certificate" if name not in wanted else "altered"
             yield Finding(f"subject {name}", "fails", f"the file is {why}")
     if not wrong:
         yield Finding("subject files", "holds", f"all {len(wanted)} files are as certified")
@@ -404,15 +429,10 @@ def _composition(
     facts: Mapping[str, list[Mapping[str, Any]]],
     find_base: FindBase,
     find_patch: FindPatch,
-    of_checkpoint: Future[str] | None,
     rerun: Rerun | None,
 ) -> Iterator[Finding]:
-    """Base and patches composed again, the checkpoint's weights, and if asked for the suites run again."""
+    """Base and patches composed again, and if asked for the suites run again."""
     (recipe,), (weights,), (inputs,) = facts["RECIPE"], facts["WEIGHTS"], facts["TEXT_INPUTS"]
-    if of_checkpoint is not None:
-        digest = of_checkpoint.result()
-        same = digest == weights["digest"]
-        yield Finding("WEIGHTS.digest of the checkpoint", "holds" if same else "fails", f"its weights are {digest}")
     named = recipe["base"]
     base = find_base(named["fingerprint"])
     if base is None:
