@@ -198,9 +198,13 @@ class Base:
     def check_changeable(self, names: Iterable[str]) -> None:
         """Raise Unchangeable unless the named tensors are of types that a change can be added to."""
         for name in names:
-            if (dtype := DTYPES[self.places[name].entry.dtype]) not in FLOATS:
+            dtype = DTYPES[self.places[name].entry.dtype]
+            # bitsandbytes may store its codes as if they were numbers; what they stand for lies beside them.
+            has_codes = f"{name}.quant_map" in self.places
+            if dtype not in FLOATS or has_codes:
+                kind = "four-bit codes" if has_codes else dtype_name(dtype)
                 raise Unchangeable(
-                    f"{name} of the base at {self.path} is {dtype_name(dtype)}, whose steps are too coarse for the change of a "
+                    f"{name} of the base at {self.path} is {kind}, whose steps are too coarse for the change of a "
                     "patch; use the float16 or bfloat16 model that it was made from (patches are small, and quantising can "
                     "follow the build)"
                 )

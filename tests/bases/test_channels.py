@@ -130,3 +130,17 @@ def test_a_quantised_base_is_refused_before_anything_is_solved_for_it(tmp_path: 
         with pytest.raises(Unchangeable, match=r"too coarse for the change of a patch; use the float16 or bfloat16"):
             workspace.add_base("small", source)
     assert workspace.bases() == []
+
+
+def test_codes_that_are_stored_as_numbers_are_known_by_what_is_beside_them(tmp_path: Path) -> None:
+    """As bitsandbytes stores four bits where it is told to keep them as bfloat16."""
+    folder = with_channels("1.x", 4, tmp_path / "one")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    layer = next(key for key in weights if key.endswith("attn2.to_k.weight"))
+    packed = torch.zeros(weights[layer].numel() // 4, 1, dtype=torch.bfloat16)
+    save_file(
+        {**weights, layer: packed, f"{layer}.quant_map": torch.zeros(16), f"{layer}.absmax": torch.zeros(4)}, file
+    )
+    with pytest.raises(Unchangeable, match=r"attn2\.to_k\.weight of the base at .* is four-bit codes, whose steps"):
+        overpaint.open(tmp_path / "registry").add_base("small", folder)

@@ -237,6 +237,19 @@ def test_a_file_of_fused_layers_becomes_what_diffusers_makes_of_it(
         assert (fused[name[12:]] - value).abs().max() <= 4e-7 * value.abs().max(), name
 
 
+def test_kohyas_names_of_hunyuan_video_mean_what_the_models_own_names_mean(
+    opened: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base, deltas = opened("hunyuan-video"), []
+    for file, tensors in (
+        ("own", prefixed(HUNYUAN, "diffusion_model.", ("lora_A", "lora_B"))),
+        ("kohya", kohya(HUNYUAN)),
+    ):
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+        deltas.append(import_weights(base, tmp_path / f"{file}.safetensors").delta)
+    assert deltas[0] == deltas[1]
+
+
 def test_the_halves_of_the_last_norm_are_turned(opened: Callable[[str], Base], tmp_path: Path) -> None:
     """As diffusers' conversion does it, whose loader then loses what it calls by a name without a prefix."""
     base, tensors = opened("flux"), kohya({"final_layer.adaLN_modulation.1": 32})
