@@ -312,10 +312,18 @@ class Base:
         """A fresh diffusers pipeline of this base, of the class `pipeline_class`.
 
         It has no safety checker. Raises NotFound for a single file without configuration, BrokenBase for what diffusers
-        cannot load.
+        cannot load, or would fill with random values where a weight is missing.
         """
         kind, config = self.pipeline_class, self.config_folder
         pipe = load_pipeline(kind, self.path, config, self.layout, self.absent_components, self.variant, dtype)
+        for component in {name.partition("/")[0] for name in self.projections()}:
+            canonical = self.layout.components[component].canonical
+            needed = {f"{component}/{canonical(local)}" for local, _ in getattr(pipe, component).named_parameters()}
+            if missing := sorted(needed - self.places.keys()):
+                raise BrokenBase(
+                    f"the base at {self.path} lacks {missing[0]}, of {len(missing)} weights that its configuration asks for; "
+                    "get it again"
+                )
         return pipe.to(device)
 
 

@@ -143,12 +143,13 @@ def open_folder(folder: Path) -> ResolvedCheckpoint:
     layout = layout_of(folder)
     index = read_index(folder)
     parts, variants = [], set()
+    shared = shared_variant(_variants_in(folder / name, each.weights) for name, each in layout.components.items())
     for name, component in layout.components.items():
         if (index.get(name) or [None])[0] is None and layout.is_caught:
             if component.optional:
                 continue
             raise BrokenBase(f"the pipeline at {folder} has no {name}, which it needs; get the whole base")
-        variant, files = weight_files(folder / name, component.weights)
+        variant, files = weight_files(folder / name, component.weights, shared)
         variants.add(variant)
         for file in files:
             container = SafetensorsFile.open(file)
@@ -189,11 +190,22 @@ def open_weights(file: Path) -> SafetensorsFile:
     return PickledCheckpoint.open(file) if file.suffix in SUFFIXES else SafetensorsFile.open(file)
 
 
-def weight_files(source: Path, stem: str) -> tuple[str, list[Path]]:
+def shared_variant(offered: Iterable[list[str]]) -> str:
+    """Of the variants that each component has, the one to read: the first that all have, as diffusers loads a pipeline by one."""
+    sets = [set(variants) for variants in offered if variants]
+    return min(set.intersection(*sets), default="") if sets else ""
+
+
+def _variants_in(folder: Path, stem: str) -> list[str]:
+    return weight_variants([entry.name for entry in folder.iterdir()], stem) if folder.is_dir() else []
+
+
+def weight_files(source: Path, stem: str, preferred: str = "") -> tuple[str, list[Path]]:
     """The files of one model's weights, and their variant (`fp16`; "" for plain ones).
 
     `source` is the folder in which their names begin with `stem`, an index of shards (`.safetensors.index.json`), or the
-    one file that holds everything. Plain weights go before variants, and one file before shards.
+    one file that holds everything. The `preferred` variant goes before others, plain weights before those, and one file
+    before shards.
 
     Raises LoneShard for one shard of several, BrokenBase for a folder without such weights and for a damaged index.
     """
@@ -207,7 +219,7 @@ def weight_files(source: Path, stem: str) -> tuple[str, list[Path]]:
         return "", [source]
     if not source.is_dir():
         raise BrokenBase(f"there is no folder {source}; download the model again")
-    for variant in weight_variants([entry.name for entry in source.iterdir()], stem):
+    for variant in sorted(_variants_in(source, stem), key=lambda each: (each != preferred, each)):
         whole = source / f"{stem}{variant}.safetensors"
         files = [whole] if whole.is_file() else _shards(source / f"{stem}.safetensors.index{variant}.json")
         return variant.removeprefix("."), files

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overpaint.bases.checkpoint import BrokenBase, open_folder, weight_variants
+from overpaint.bases.checkpoint import BrokenBase, open_folder, shared_variant, weight_variants
 from overpaint.bases.layout import Layout, layout_of
 from overpaint.core.errors import NotFound, OverpaintError
 
@@ -114,16 +114,21 @@ def _download(wanted: HubId, listing: list[str]) -> Path:
 def _needed(layout: Layout, listing: Sequence[str], wanted: HubId) -> Iterator[str]:
     """The files of a model that its base is read from, and those it is loaded with."""
     yield from (name for name in listing if name.endswith(_SMALL))
+    files = {
+        name: [each.removeprefix(f"{name}/") for each in listing if each.startswith(f"{name}/")]
+        for name in layout.components
+    }
+    offered = {name: weight_variants(files[name], each.weights) for name, each in layout.components.items()}
+    shared = shared_variant(offered.values())
     for name, component in layout.components.items():
-        inside = [file.removeprefix(f"{name}/") for file in listing if file.startswith(f"{name}/")]
-        variants = weight_variants(inside, component.weights)
+        inside, variants = files[name], offered[name]
         if not variants and component.optional:
             continue
         if not variants:
             raise BrokenBase(
                 f"{wanted.repository} has no {name}/{component.weights}.safetensors; choose a revision or a copy that has"
             )
-        stem = component.weights + variants[0]
+        stem = component.weights + (shared if shared in variants else variants[0])
         whole = f"{stem}.safetensors"
         shards = [file for file in inside if file.startswith(f"{stem}-") and file.endswith(".safetensors")]
         yield from (f"{name}/{file}" for file in ([whole] if whole in inside else shards))

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import BrokenBase, LoneShard, weight_files
@@ -35,6 +37,20 @@ def test_a_variant_is_read_where_there_is_nothing_else(folder: Path) -> None:
     shards = shard(folder, "unet", 2, ".fp16")
     index = unet / f"{STEM}.safetensors.index.fp16.json"
     assert weight_files(unet, STEM) == weight_files(index, STEM) == ("fp16", shards)
+
+
+def test_the_variant_that_all_components_have_is_read(folder: Path, tmp_path: Path) -> None:
+    """As diffusers loads them: one variant for the pipeline, plain weights where a component has no other."""
+    plain = shutil.copytree(folder / "unet", tmp_path / "plain")
+    rename_weights(folder, "fp16", ["unet", "text_encoder", "vae"])
+    shutil.copytree(plain, folder / "unet", dirs_exist_ok=True)
+    weights = load_file(folder / f"unet/{STEM}.fp16.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / f"unet/{STEM}.fp16.safetensors")
+    base = Base.open(folder)
+    assert base.variant == "fp16"
+    name = next(name for name in base.names if name.startswith("unet/conv_in"))
+    assert torch.equal(base.tensor(name), weights[name.removeprefix("unet/")] * 2)
+    assert torch.equal(base.pipeline().unet.state_dict()[name.removeprefix("unet/")], base.tensor(name).float())
 
 
 @pytest.mark.parametrize("name", [None, "renamed.safetensors"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from overpaint.bases.base import Base, BrokenBase
@@ -106,6 +107,16 @@ def test_what_is_there_stays(base_folder: Path, tmp_path: Path) -> None:
     assert (built.path / "model_index.json").read_text() == text
     assert (built.path / "feature_extractor/preprocessor_config.json").is_file()
     assert built.left_out == ()
+
+
+def test_a_weight_that_is_missing_is_named_and_not_drawn_at_random(base_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base_folder, tmp_path / "broken")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_out.bias"]
+    save_file(weights, file)
+    with pytest.raises(BrokenBase, match=r"lacks unet/conv_out\.bias, of 1 weights"):
+        Base.open(folder).pipeline()
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer/tokenizer.json", "scheduler", "unet/config.json"])
