@@ -6,6 +6,8 @@ Results go to standard output, notices and progress to standard error. Heavy imp
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import click
@@ -44,6 +46,9 @@ class _Commands(click.Group):
     """Lists commands by section, and turns the package's own errors into one sentence and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A file's name may be no text, and a terminal may lack a letter: neither is a reason to stop when all is done.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except OverpaintError as error:

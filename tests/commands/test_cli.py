@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -349,6 +350,16 @@ def test_every_command_says_what_it_does() -> None:
             walk(child)
 
     walk(main)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_name_that_the_terminal_cannot_show_stops_nothing(shell: Shell, tmp_path: Path, encoding: str) -> None:
+    shell.ok("init")
+    file = tmp_path / os.fsdecode(b"b\xff\xe2\x86\x92.db")
+    run = [sys.executable, "-m", "overpaint.cli", "--registry", str(shell.registry), "db", "backup", str(file)]
+    done = subprocess.run(run, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert file.is_file()
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,12 @@ def edits_of_checkpoint(base: Base, path: Path, keep_rounding: bool) -> FileEdit
     if other.layout.name != base.layout.name:
         raise ForeignFile(f"{path} is a {other.layout.name}, the base at {base.path} a {base.layout.name}")
     common = [name for name in base.names if name in other.places]
+    denoisers = {name.partition("/")[0] for name in base.projections()}
+    if lacking := [name for name in base.names if name not in other.places and name.partition("/")[0] in denoisers]:
+        raise ForeignFile(
+            f"{path} lacks {lacking[0]}, of {len(lacking)} weights that the base at {base.path} has, so it is not whole; get it "
+            "again, or name the file of the edited weights alone"
+        )
     for name in common:
         if other.places[name].shape != base.places[name].shape:
             raise _other_shape(path.name, name, other.places[name].shape, base.places[name].shape)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.sharing.documents import (
     COUNTER,
@@ -186,7 +187,9 @@ def load_keyring(paths: Iterable[str | Path]) -> Keyring:
     named = list(paths)
     if not named or not all(isinstance(path, (str, Path)) and str(path).strip() for path in named):
         raise OverpaintError(NO_KEYS)
-    files = [file for path in map(Path, named) for file in (sorted(path.glob("*.pub")) if path.is_dir() else [path])]
+    files = [
+        file for path in map(typed_path, named) for file in (sorted(path.glob("*.pub")) if path.is_dir() else [path])
+    ]
     if not files:
         raise NotFound("there is no .pub file among the keys to trust; name one, or a folder with some")
     return Keyring(frozenset(_load_public(file) for file in files))

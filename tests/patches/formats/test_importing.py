@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,16 @@ def test_a_whole_edited_pipeline(base: Base, tmp_path: Path, container: str) -> 
     imported = import_weights(base, file)
     assert imported.edits.meaning == "weights"
     assert is_composed(base, imported, values)
+
+
+def test_a_pipeline_that_is_not_whole_is_refused(base: Base, tmp_path: Path) -> None:
+    folder = shutil.copytree(base.path, tmp_path / "part")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_out.bias"]
+    save_file({key: value * 1.01 for key, value in weights.items()}, file)
+    with pytest.raises(ForeignFile, match=r"lacks unet/conv_out\.bias, of 1 weights .* not whole"):
+        import_weights(base, folder)
 
 
 def test_a_pipeline_of_the_same_weights_changes_nothing(base: Base, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from overpaint.registry import Registry
 from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
+from overpaint.registry.sharing.signing import load_keyring
 from overpaint.registry.store.files import Unreachable
 
 from .conftest import is_empty
@@ -191,3 +192,9 @@ def test_a_file_that_may_not_be_read_is_called_so(
     monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(OverpaintError, match=f"cannot read .*{name}: this user may not"):
         pull(theirs, place, ALL)
+
+
+@pytest.mark.parametrize("key", ["x" * 3000, "a\0b", "~nobody-of-that-name/me.pub", "missing.pub"])
+def test_keys_that_cannot_be_read_are_one_sentence(key: str) -> None:
+    with pytest.raises(OverpaintError, match=r"cannot be used as a path|home folder|missing\.pub"):
+        load_keyring([key])
