@@ -193,6 +193,11 @@ def other_kind(beginning: bytes) -> str:
         return "a Git LFS pointer, which stands for the weights; run `git lfs pull` in its repository, or download it"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, such as one that asks to log in; download the file again"
+    if beginning.startswith(b"GGUF"):
+        return "a GGUF file by another name; let its name end in .gguf"
+    if text and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in text):
+        shown = beginning[:40].decode("utf-8", "replace")
+        return f"a text that begins {shown!r}, such as a server's answer; download the file again"
     if beginning.startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")) and beginning[6:8] != b"\0\0":
         return "a PyTorch pickle by another name; let its name end in .ckpt, or convert it to safetensors"
     return ""

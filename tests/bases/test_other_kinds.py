@@ -17,7 +17,14 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64
 
 @pytest.mark.parametrize("open", [SafetensorsFile.open, PickledCheckpoint.open])
 @pytest.mark.parametrize(
-    ("content", "said"), [(POINTER, "git lfs pull"), (b"<!doctype html><html>log in</html>", "a web page")]
+    ("content", "said"),
+    [
+        (POINTER, "git lfs pull"),
+        (b"<!doctype html><html>log in</html>", "a web page"),
+        (b"Entry not found", "a text that begins 'Entry not found'"),
+        (b'{"error":"Repository not found"}', "a text that begins"),
+        (b"GGUF\3\0\0\0" + bytes(56), "a GGUF file"),
+    ],
 )
 def test_a_pointer_or_a_page_is_no_damaged_file(
     tmp_path: Path, open: Callable[[Path], object], content: bytes, said: str

@@ -204,6 +204,8 @@ def _of_pickle(path: Path) -> ForeignWeights:
     for key, value in _leaves(torch.load(path, map_location="cpu", weights_only=True, mmap=True)):
         if isinstance(value, int | float) and key.endswith(".alpha"):
             value = torch.tensor(float(value), dtype=torch.float64)
+        if value is None:
+            continue
         if not isinstance(value, Tensor):
             settings.append(key)
         elif key in values:

@@ -135,7 +135,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "changes nothing",
     ),
     "an empty file": (lambda f: raw(f / "x.safetensors", {}), "none of its 0 keys"),
-    "text": (lambda f: _text(f / "x.safetensors", b"hello"), "cannot be read as safetensors"),
+    "text": (lambda f: _text(f / "x.safetensors", b"hello"), "is no safetensors file: it is a text"),
     "an unknown kind of file": (lambda f: _text(f / "x.gguf", b"GGUF"), "none of the files known here"),
     "nothing": (lambda f: f / "nothing.safetensors", "no file or folder at"),
     "a strange folder": (lambda f: f, "no folder of a pipeline"),
