@@ -79,6 +79,7 @@ from overpaint.registry.records import (
     TagRecord,
 )
 from overpaint.registry.store import PatchFiles, open_store
+from overpaint.registry.store.patch_files import bytes_of_patch
 
 
 class ConceptDiffers(AlreadyExists):
@@ -665,7 +666,8 @@ class Registry:
 
     def blob(self, record: PatchRecord) -> bytes:
         """The bytes of a patch, checked. Raises BlobMissing or BlobCorrupt."""
-        return PatchFiles(self.blobs).get(record.id, record.blob)
+        with bytes_of_patch(record.id, record.concept):
+            return PatchFiles(self.blobs).get(record.id, record.blob)
 
     # Recipes and their history
 

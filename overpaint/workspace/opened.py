@@ -324,9 +324,8 @@ class OpenRegistry:
                 patch = read_patch(self.registry.blob(record))
             except (BlobMissing, BlobCorrupt) as error:
                 raise LostPatch(
-                    f"the bytes of patch {record.id[:12]} for {record.concept!r} cannot be read ({error}); solve it again "
-                    f"(`overpaint solve {shlex.quote(record.concept)} --base {shlex.quote(record.base)} --force`) or "
-                    "restore a backup; removing it works without them"
+                    f"{error}; solve it again (`overpaint solve {shlex.quote(record.concept)} --base "
+                    f"{shlex.quote(record.base)} --force`) or restore a backup; removing it works without them"
                 ) from error
             if patch.id != record.id:
                 raise OverpaintError(

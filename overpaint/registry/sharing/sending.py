@@ -46,7 +46,7 @@ from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_od
 from overpaint.registry.sharing.signing import SignedList, Signer, Untrusted, refuse_older, seen_counter, signed_list
 from overpaint.registry.sharing.signing import remember as remember_counters
 from overpaint.registry.store import DIGEST, PatchFiles
-from overpaint.registry.store.patch_files import Manifest, Parts, split
+from overpaint.registry.store.patch_files import Manifest, Parts, bytes_of_patch, split
 
 # What the OCI image format allows for the name of a reference.
 REFERENCE = re.compile(r"[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*(/[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*)*")
@@ -227,17 +227,20 @@ class _Sender:
 
     def patch(self, files: PatchFiles, record: PatchRecord) -> None:
         """Send one patch: its arrays, its manifest, its document."""
-        manifest, whole = _manifest(files, record)
-        for array in manifest.arrays:
-            # Read only when it is asked for, which it is not when it is there already.
-            parts = (part for _ in (0,) for part in _array(files, array.name, array.digest, array.label, whole))
-            self._put(array.digest, len(array.label) + array.nbytes, parts)
-        self._put(manifest.id, len(manifest.raw), [manifest.raw])
-        document = patch_document(manifest)
-        self._base(manifest.content["subject"]["fingerprint"])
-        self._documents[manifest.id] = document
-        concept = str(manifest.content["concept"]["name"])
-        self._entries += self._list(document, {REF: manifest.id, NAME: concept, CREATED: record.solved_at.isoformat()})
+        with bytes_of_patch(record.id, record.concept):
+            manifest, whole = _manifest(files, record)
+            for array in manifest.arrays:
+                # Read only when it is asked for, which it is not when it is there already.
+                parts = (part for _ in (0,) for part in _array(files, array.name, array.digest, array.label, whole))
+                self._put(array.digest, len(array.label) + array.nbytes, parts)
+            self._put(manifest.id, len(manifest.raw), [manifest.raw])
+            document = patch_document(manifest)
+            self._base(manifest.content["subject"]["fingerprint"])
+            self._documents[manifest.id] = document
+            concept = str(manifest.content["concept"]["name"])
+            self._entries += self._list(
+                document, {REF: manifest.id, NAME: concept, CREATED: record.solved_at.isoformat()}
+            )
 
     def recipe(self, record: Record) -> None:
         """Send one recipe, whose patches have been sent."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,16 @@ class Parts:
 
     manifest: Manifest
     values: Mapping[str, memoryview | bytes]
+
+
+@contextmanager
+def bytes_of_patch(id: str, concept: str) -> Iterator[None]:
+    """Within the block, what is raised for lost or damaged bytes names the patch that needs them."""
+    try:
+        yield
+    except (BlobMissing, BlobCorrupt) as error:
+        message = f"the bytes of patch {id[:12]} for {concept!r} cannot be read ({error})"
+        raise (BlobCorrupt(message, error.found) if isinstance(error, BlobCorrupt) else BlobMissing(message)) from error
 
 
 class PatchFiles:

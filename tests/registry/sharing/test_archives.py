@@ -92,9 +92,10 @@ def test_a_bare_patch_file_can_be_imported(ours: Registry, theirs: Registry, tmp
 
 
 def test_an_export_that_fails_leaves_nothing(ours: Registry, file: Path) -> None:
-    ours.blobs.discard(ours.patches()[2].id)
+    lost = ours.patches()[2]
+    ours.blobs.discard(lost.id)
     before = set(file.parent.iterdir())
-    with pytest.raises(BlobMissing):
+    with pytest.raises(BlobMissing, match=f"the bytes of patch {lost.id[:12]} for '{lost.concept}' cannot be read"):
         export(ours, file)
     assert set(file.parent.iterdir()) == before
 
