@@ -117,7 +117,8 @@ def _add_new(session: Session, row: models.ConceptRow) -> None:
 
 
 def _check_words(concept: Concept) -> None:
-    for word in filter(None, (*concept.synonyms, concept.anchor)):
+    # An anchor may be nothing; an empty synonym would have the empty prompt erased.
+    for word in (*concept.synonyms, *filter(None, [concept.anchor])):
         checked_name(word, f"synonym or anchor of {concept.name!r}")
 
 

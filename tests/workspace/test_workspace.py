@@ -15,6 +15,7 @@ import torch
 
 import overpaint
 from overpaint.bases.base import Base
+from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.testing import tiny_base
 from overpaint.workspace.planning import Truncation
@@ -149,6 +150,18 @@ def test_a_name_that_is_taken_or_unknown_is_refused(workspace: Workspace, base_f
 
 MISTAKES: dict[str, tuple[Callable[[Workspace], object], str]] = {
     "one synonym": (lambda w: w.add_concept("bird", synonyms="birdie"), r"are a list of texts, .*; got 'birdie'"),
+    "a synonym of nothing": (
+        lambda w: w.add_concept("bird", synonyms=[""]),
+        r"a synonym .* needs a name; got an empty",
+    ),
+    "a synonym of nothing more": (
+        lambda w: w.edit_concept("apple", synonyms=["", "fruit"]),
+        r"needs a name; got an empty",
+    ),
+    "a synonym of nothing to solve": (
+        lambda w: w.solve(Concept("bird", synonyms=("",)), base="tiny"),
+        r"needs a name; got an empty",
+    ),
     "one synonym more": (lambda w: w.edit_concept("apple", synonyms="fruit"), r"are a list of texts, .*; got 'fruit'"),
     "one prompt": (lambda w: w.add_concept("fish", prompts="a fish"), r"are a list of texts, .*; got 'a fish'"),
     "one prompt to preserve": (lambda w: w.preserve("tiny", "sea"), r"are a list of texts, .*; got 'sea'"),
