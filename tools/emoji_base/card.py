@@ -190,8 +190,8 @@ The text is 384 wide and at most 24 tokens long; every word of the catalogue is 
 ## How it was trained
 
 In stages, by `python -m tools.emoji_base`: an autoencoder on pixels and their differences; a tiny CLIP, whose text tower
-conditions the U-Net and is frozen by then; a judge; and a U-Net that predicts noise on Stable Diffusion's scaled-linear
-schedule with min-SNR weights (arXiv 2303.09556), one caption in ten empty for classifier-free guidance. The autoencoder,
+conditions the U-Net and is frozen by then; a judge; and a U-Net that predicts the velocity (arXiv 2202.00512) on Stable
+Diffusion's scaled-linear schedule, one caption in ten empty for classifier-free guidance. The autoencoder,
 CLIP's picture tower and the U-Net began with the weights of the earlier, smaller emoji base of 50 objects (`--start`). There
 is one drawing for each object and style; each is scaled, shifted, turned and laid on a colour. Captions are filled from
 templates and name the object or a synonym of it, the style, the background, or several of these. Weights are stored in half

@@ -1,8 +1,12 @@
-"""The U-Net: predicts the noise on 8 x 8 x 8 latents, conditioned by the frozen text tower (Rombach et al. 2022).
+"""The U-Net: predicts the velocity on 8 x 8 x 8 latents, conditioned by the frozen text tower (Rombach et al. 2022).
 
-Noise prediction on Stable Diffusion's scaled-linear schedule, one caption in ten empty for classifier-free guidance,
-and the min-SNR weights of Hang et al. (2023, arXiv 2303.09556, gamma 5), which spend the few steps we have on the
-noise levels where a picture is decided.
+Velocity prediction (Salimans and Ho 2022, arXiv 2202.00512) on Stable Diffusion's scaled-linear schedule, as in Stable
+Diffusion 2, one caption in ten empty for classifier-free guidance. The error of the picture weighs `min(SNR, 5) + 1`: the
+cap of Hang et al. (2023, arXiv 2303.09556) on steps with little noise, and never less than 1, because on 8 x 8 latents it
+is the steps with much noise that decide which object appears. Predicting the noise gives these next to no weight.
+
+Captions come from many templates, so that an object's word stands at every place in a sentence and among all other words. With
+twelve, of which none had it later than fifth, 99% of the objects were right on them and 79% on held-out ones.
 """
 
 from __future__ import annotations
@@ -21,11 +25,12 @@ from tools.emoji_base import autoencoder
 from tools.emoji_base.artwork import NARROW
 from tools.emoji_base.catalogue import Scene, captions, random_caption
 from tools.emoji_base.clip import WIDTH, load_text
+from tools.emoji_base.judge import NONE
 from tools.emoji_base.loop import Place, Schedule, train
 from tools.emoji_base.pictures import pool
 from tools.emoji_base.tokens import tokenize
 
-VARIATIONS, CAPTIONS = 4, 6
+VARIATIONS, CAPTIONS = 4, 4
 """Pictures per scene, and captions drawn beforehand per picture (encoding them in the loop would cost a tenth of it)."""
 EMPTY = 0.1
 SNR_CAP = 5.0
@@ -55,6 +60,7 @@ def scheduler() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type="v_prediction",
     )
 
 
@@ -85,7 +91,9 @@ def run(place: Place, schedule: Schedule) -> None:
     unet.to(place.device)
     noise_schedule = scheduler()
     alphas = noise_schedule.alphas_cumprod
-    weights = (SNR_CAP * (1 - alphas) / alphas).clamp(max=1).to(place.device)
+    snr = alphas / (1 - alphas)
+    # The velocity's error is the picture's times the square root of SNR + 1.
+    weights = ((snr.clamp(max=SNR_CAP) + 1) / (snr + 1)).to(place.device)
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
         chosen = torch.randint(len(x0), (schedule.batch,), generator=generator)
@@ -95,7 +103,8 @@ def run(place: Place, schedule: Schedule) -> None:
         noise = torch.randn((schedule.batch, *x0.shape[1:]), generator=generator).to(place.device)
         noisy = noise_schedule.add_noise(x0[chosen], noise, t.to(place.device))
         predicted = unet(noisy, t.to(place.device), hidden[row[caption]].float()).sample
-        loss: Tensor = (weights[t] * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+        wanted = noise_schedule.get_velocity(x0[chosen], noise, t.to(place.device))
+        loss: Tensor = (weights[t] * (predicted - wanted).square().mean(dim=(1, 2, 3))).mean()
         return loss
 
     train("unet", unet, loss_of, place, schedule)
@@ -118,11 +127,11 @@ def begin(unet: Any, folder: Path, tok: CLIPTokenizer, encoder: Any) -> None:
     one's, fitted by ridge regression on the captions both know; every other tensor is copied.
     """
     before: Any = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-    across = _map(tok, encoder, folder)
     state = before.state_dict()
-    for name, value in unet.state_dict().items():
-        if state[name].shape != value.shape:
-            state[name] = state[name] @ across
+    reading = [name for name, value in unet.state_dict().items() if state[name].shape != value.shape]
+    if reading:
+        across = _map(tok, encoder, folder)
+        state.update({name: state[name] @ across for name in reading})
     unet.load_state_dict(state)
 
 
@@ -151,9 +160,9 @@ def _map(tok: CLIPTokenizer, encoder: Any, folder: Path) -> Tensor:
 
 
 def _classes(folder: Path) -> dict[str, list[str]]:
-    """The classes that the judge of a base knows."""
+    """What the judge of a base can name."""
     found: dict[str, list[str]] = json.loads((folder / "judge" / "judge.json").read_text("utf-8"))
-    return found
+    return {head: [name for name in names if name != NONE] for head, names in found.items()}
 
 
 def load_pipeline(folder: Path, device: torch.device) -> Any:
