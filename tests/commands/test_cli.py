@@ -87,7 +87,7 @@ def test_a_recipe_with_a_lost_patch_is_shown_with_its_digest(ready: Shell) -> No
     shutil.rmtree(ready.registry / "blobs")
     shown = ready("recipe", "show", "safe")
     assert (shown.exit_code, shown.stdout.split()[-1]) == (0, added.split()[-1])
-    assert "is not known: blob" in shown.stderr
+    assert "is not known: the bytes of patch" in shown.stderr
 
 
 def test_adding_a_patch_loads_no_more_than_composing_needs(ready: Shell) -> None:
