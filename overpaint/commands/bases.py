@@ -9,6 +9,7 @@ import click
 
 from overpaint.commands.common import (
     BASE,
+    LocalText,
     Terminal,
     device_option,
     digests_option,
@@ -130,9 +131,7 @@ def base_remove(ctx: click.Context, name: str) -> None:
 
 @base.command("preserve")
 @click.argument("name", type=BASE)
-@click.option(
-    "--prompts", type=click.File(encoding="utf-8"), help="Preserve these, one on each line; - reads standard input."
-)
+@click.option("--prompts", type=LocalText(), help="Preserve these, one on each line; - reads standard input.")
 @click.option("--remove", multiple=True, metavar="PROMPT", help="No longer preserve this; may be repeated.")
 @click.option("--remove-all", is_flag=True, help="No longer preserve any.")
 @json_option

@@ -308,11 +308,26 @@ class LocalPath(click.Path):
         super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            refuse_url(value)
-        except OverpaintError as error:
-            self.fail(str(error), param, ctx)
+        _refuse_url(self, value, param, ctx)
         return super().convert(value, param, ctx)
+
+
+class LocalText(click.File):
+    """A text file on this machine, or `-` for standard input. A URL is refused as `LocalPath` does."""
+
+    def __init__(self) -> None:
+        super().__init__(encoding="utf-8")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        _refuse_url(self, value, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _refuse_url(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> None:
+    try:
+        refuse_url(value)
+    except OverpaintError as error:
+        kind.fail(str(error), param, ctx)
 
 
 class ExpiryDay(click.types.StringParamType):
