@@ -323,7 +323,9 @@ class LocalText(click.File):
         return super().convert(value, param, ctx)
 
 
-def _refuse_url(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> None:
+def _refuse_url(
+    kind: LocalPath | LocalText, value: Any, param: click.Parameter | None, ctx: click.Context | None
+) -> None:
     try:
         refuse_url(value)
     except OverpaintError as error:
