@@ -133,8 +133,7 @@ def locate(location: str | Path) -> Path:
 
 
 def _file(text: str) -> Path:
-    path = typed_path(text)
-    if text in ("", ":memory:") or path.is_dir() or text.startswith("sqlite:"):
+    if text in ("", ":memory:") or text.startswith("sqlite:") or (path := typed_path(text)).is_dir():
         raise OverpaintError(f"{SQLITE}{text} names no database file; write {SQLITE}path/to/{FILE_NAME}")
     return path
 
