@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
 
 from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
@@ -114,11 +116,12 @@ def generate(
     sampler = sampler or Sampler()
     pictures: list[Pixels] = []
     at_once = min(_batches_at_once(pipe), len(prompts) // FEWEST)
+    parts = _parts(len(prompts), sampler.batch, at_once)
 
-    def draw(part: slice) -> list[Pixels]:
-        return _draw(pipe if at_once <= 1 else _beside(pipe), list(prompts[part]), seeds[part], sampler)
+    def draw(own: Any, part: slice) -> list[Pixels]:
+        return _draw(own, list(prompts[part]), seeds[part], sampler)
 
-    with _silenced(pipe), _in_order(draw, _parts(len(prompts), sampler.batch, at_once), at_once) as batches:
+    with _silenced(pipe), _in_order(pipe, draw, parts, at_once) as batches:
         for batch in batches:
             pictures += batch
             if on_batch is not None:
@@ -133,14 +136,24 @@ FEWEST = 4
 
 
 def _batches_at_once(pipe: Any) -> int:
-    """How many batches a pipeline draws at once: one, but for a small model in ordinary modules on the CPU."""
+    """How many batches a pipeline draws at once: one, but for a small model in plain modules on the CPU."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if denoiser is None or denoiser.device.type != "cpu" or hasattr(denoiser, "_hf_hook"):
+    if denoiser is None or denoiser.device.type != "cpu":
         return 1
     if sum(value.nbytes for value in denoiser.parameters()) > SMALL_DENOISER:
         return 1
+    if not all(map(_keeps_nothing, (*denoiser.modules(), *pipe.vae.modules()))):
+        return 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) else available_cores()
+
+
+def _keeps_nothing(module: nn.Module) -> bool:
+    """Whether a call of a module leaves another one that is under way alone: no offloading or casting around it, no hooks, and
+    not compiled."""
+    around = ("_hf_hook", "_diffusers_hook", "_orig_mod")
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
+    return not any(name in module.__dict__ or name in module._modules for name in around) and not any(hooks)
 
 
 def _parts(count: int, batch: int, at_once: int) -> list[slice]:
@@ -154,26 +167,39 @@ def _parts(count: int, batch: int, at_once: int) -> list[slice]:
 
 @contextmanager
 def _in_order(
-    draw: Callable[[slice], list[Pixels]], parts: Sequence[slice], at_once: int
+    pipe: Any, draw: Callable[[Any, slice], list[Pixels]], parts: Sequence[slice], at_once: int
 ) -> Iterator[Iterator[list[Pixels]]]:
-    """What `draw` gives of each part, in order; in threads of one core each where more than one is drawn at once."""
+    """What `draw` gives of each part, in order; where several are drawn at once, each in a thread of one core, by a pipeline
+    that no other thread uses meanwhile."""
     if at_once <= 1:
-        yield map(draw, parts)
+        yield (draw(pipe, part) for part in parts)
         return
+    free: SimpleQueue[Any] = SimpleQueue()
+    for each in (pipe, *(_beside(pipe) for _ in range(at_once - 1))):
+        free.put(each)
+
+    def draw_by_a_free_one(part: slice) -> list[Pixels]:
+        own = free.get()
+        try:
+            return draw(own, part)
+        finally:
+            free.put(own)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map(draw, parts)
+            yield pool.map(draw_by_a_free_one, parts)
     finally:
         torch.set_num_threads(threads)
 
 
 def _beside(pipe: Any) -> Any:
-    """The same pipeline with what it remembers while it draws apart, above all the step its scheduler is at."""
+    """A pipeline of the same models, with all else its own: schedulers remember a step, and tokenizers how they pad."""
     beside = copy.copy(pipe)
+    own = {name: part for name, part in pipe.components.items() if not isinstance(part, nn.Module)}
     # Not by assignment, which would write into the configuration that both share.
-    vars(beside)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    vars(beside).update(copy.deepcopy(own))
     return beside
 
 

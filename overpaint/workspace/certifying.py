@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -67,10 +67,11 @@ def certify(
         refuse_taken(path)
     signer = load_signer(key)
     checkpoint = Path(subject) if not opened.registry.has_recipe(subject.partition("@")[0]) else None
-    with ThreadPoolExecutor(1) as pool:
-        # Digests of files and of weights each read every byte: side by side, where there are two cores.
-        files = pool.submit(file_digests, checkpoint, (out, bill_beside(out))) if checkpoint else None
-        composition = _of_checkpoint(opened, checkpoint) if checkpoint else _of_recipe(opened, subject)
+    files: Mapping[str, str] = {}
+    if checkpoint is None:
+        composition = _of_recipe(opened, subject)
+    else:
+        composition, files = _of_checkpoint(opened, checkpoint, but=(out, bill_beside(out)))
     runs = _runs(opened.registry, composition.weights)
     if not runs:
         raise OverpaintError(
@@ -90,7 +91,7 @@ def certify(
         who=who,
         issued=issued,
         expires=first,
-        files=files.result() if files else {},
+        files=files,
         thresholds=thresholds or Thresholds(),
     )
     write_new(out, signed_lines(certificate.statements(producer(signer, who)), signer))
@@ -109,8 +110,13 @@ def _of_recipe(opened: OpenRegistry, name: str) -> Composition:
     return Composition.of(opened.base(record.base), record.base, entries, record.name, record.revision)
 
 
-def _of_checkpoint(opened: OpenRegistry, checkpoint: Path) -> Composition:
-    """What a build's own record says it is made of, composed again. Raises OverpaintError when that is not what is there."""
+def _of_checkpoint(
+    opened: OpenRegistry, checkpoint: Path, *, but: Iterable[Path]
+) -> tuple[Composition, Mapping[str, str]]:
+    """What a build's own record says it is made of, composed again, and the digests of its files without those in `but`.
+
+    Raises OverpaintError when that is not what is there.
+    """
     if not checkpoint.exists():
         raise NotFound(f"there is no recipe and no checkpoint {str(checkpoint)!r}; see `overpaint recipe list`")
     built = Base.open(checkpoint)
@@ -128,13 +134,17 @@ def _of_checkpoint(opened: OpenRegistry, checkpoint: Path) -> Composition:
     recipe = str(record.get("recipe", ""))
     days, revision = _days(opened.registry, recipe, record)
     entries = [(opened.patch(p["id"]), float(p["strength"]), days.get(p["id"])) for p in record["patches"]]
-    composition = Composition.of(opened.base(base_name), base_name, entries, recipe, revision)
-    if built.fingerprint != composition.weights:
+    base = opened.base(base_name)
+    with ThreadPoolExecutor(2) as pool:
+        # Digests of files and those of tensors each read every byte: side by side, while it is composed.
+        files, weights = pool.submit(file_digests, checkpoint, but), pool.submit(lambda: built.fingerprint)
+        composition = Composition.of(base, base_name, entries, recipe, revision)
+    if weights.result() != composition.weights:
         raise OverpaintError(
             f"the weights in {checkpoint} are {built.fingerprint[:12]}, and base and patches compose to "
             f"{composition.weights[:12]}; build it again, and see `overpaint inspect`"
         )
-    return composition
+    return composition, files.result()
 
 
 def _days(registry: Registry, recipe: str, record: Mapping[str, Any]) -> tuple[dict[str, date | None], int | None]:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from overpaint.bases.base import Base
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.images import Sampler, _parts, generate
+from overpaint.evaluation.images import Sampler, _batches_at_once, _parts, generate
 from overpaint.evaluation.prompts import EvalPrompt
+from tests.bases.tiny_transformers import tiny_transformer
 
 PROMPTS = ["a cat", "a dog in ink style", "a cat", "the fox", "one bus"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -44,6 +47,23 @@ def test_progress_counts_pictures_and_the_bar_is_silent(pipe: Any, capfd: pytest
     assert counts == [2, 4, 5]
     assert capfd.readouterr().err == ""
     assert pipe._progress_bar_config == {"desc": "kept"}
+
+
+def test_prompts_of_other_lengths_that_are_drawn_at_once_do_not_disturb_each_other(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Stable Diffusion 3 reads a prompt with three tokenizers, which remember how they padded the last one.
+    pipe = tiny_transformer("stable-diffusion-3")
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    prompts = [' '.join(['cat'] * (1 + i % 3)) for i in range(24)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    expected = generate(pipe, prompts, range(24), Sampler(steps=1, batch=3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    pictures = generate(pipe, prompts, range(24), Sampler(steps=1, batch=3))
+    assert np.array_equal(pictures, expected)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -116,3 +136,22 @@ def test_half_a_character_is_no_prompt(pipe: Any) -> None:
     for ask in (lambda: generate(pipe, ["\ud800"], [0]), lambda: EvalPrompt("\ud800", 0, {})):
         with pytest.raises(OverpaintError, match="a text of whole characters"):
             ask()
+
+
+def _cast_by_layers(pipe: Any) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def _hook(pipe: Any) -> None:
+    pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: None)
+
+
+@pytest.mark.parametrize("change", [_cast_by_layers, _hook, lambda pipe: pipe.unet.compile(backend="eager")])
+def test_a_model_that_keeps_something_while_it_is_called_draws_one_batch_after_the_other(
+    base: Base, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    pipe = base.pipeline()
+    assert _batches_at_once(pipe) == 2
+    change(pipe)
+    assert _batches_at_once(pipe) == 1
