@@ -15,7 +15,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -393,10 +393,11 @@ def _bytes_and_composition(
         digests = weights = None
         if checkpoint is not None:
             beside = [certificate, certificate.with_name(f"{certificate.name}.cdx.json")]
+            built = Base.open(checkpoint)
             digests = pool.submit(file_digests, checkpoint, beside) if wanted else None
-            weights = pool.submit(lambda: Base.open(checkpoint).fingerprint)
+            weights = pool.submit(lambda: built.fingerprint)
         composed = list(_composition(facts, find_base, find_patch, rerun))
-        yield from _files(wanted, digests, checkpoint)
+        yield from _files(wanted, digests.result() if digests else None, checkpoint)
         if weights is not None:
             digest = weights.result()
             same = digest == facts["WEIGHTS"][0]["digest"]
@@ -404,17 +405,14 @@ def _bytes_and_composition(
         yield from composed
 
 
-def _files(
-    wanted: Mapping[str, str], digests: Future[dict[str, str]] | None, checkpoint: Path | None
-) -> Iterator[Finding]:
+def _files(wanted: Mapping[str, str], there: Mapping[str, str] | None, checkpoint: Path | None) -> Iterator[Finding]:
     if not wanted:
         detail = "the certificate is about a recipe and names no files" if checkpoint else "it names none"
         yield Finding("subject files", "not checked", detail)
         return
-    if digests is None:
+    if there is None:
         yield Finding("subject files", "not checked", f"{len(wanted)} files; give the checkpoint with --checkpoint")
         return
-    there = digests.result()
     wrong = False
     for name in sorted({*wanted, *there}):
         if wanted.get(name) != there.get(name):

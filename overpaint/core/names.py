@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.urls import SCHEME
 
 Item = TypeVar("Item")
 LONGEST_NAME = 400
@@ -33,7 +34,8 @@ BLANKS = frozenset(" \u3000")
 JOINERS, EMOJI_STYLE = frozenset("\u200c\u200d"), "\ufe0f"
 
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_SCHEME = re.compile(rf"(?:{SCHEME}::)*{SCHEME}(?<!^.):")
+"""How a URL begins, chains of them included; one letter is a drive of Windows."""
 
 
 def checked_name(name: str, what: str) -> str:

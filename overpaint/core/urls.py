@@ -5,8 +5,8 @@ Everything that prints a URL, or what another package said about one, prints wha
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
@@ -24,7 +24,7 @@ _SHORTEST = 3
 def without_file_scheme(location: str) -> str:
     """The path that a `file://` URL names, its `%20` being a blank unless it is there as written; any other text as it is."""
     path = location.removeprefix("file://")
-    return path if path == location or Path(path).exists() else unquote(path)
+    return path if path == location or os.path.lexists(path) else unquote(path)
 
 
 def has_credentials(url: str) -> bool:

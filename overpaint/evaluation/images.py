@@ -157,12 +157,11 @@ def _keeps_nothing(module: nn.Module) -> bool:
 
 
 def _parts(count: int, batch: int, at_once: int) -> list[slice]:
-    """`count` pictures in even batches of at most `batch`, as many as keep all threads busy."""
-    batches = -(-count // batch)
-    if at_once > 1:
-        batches = -(-batches // at_once) * at_once
-    edges = [count * i // batches for i in range(batches + 1)] if at_once > 1 else [*range(0, count, batch), count]
-    return list(map(slice, edges, edges[1:]))
+    """`count` pictures in batches; where several are drawn at once, in even ones, as many as keep all threads busy."""
+    if at_once <= 1:
+        return [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
+    batches = -(-count // (batch * at_once)) * at_once
+    return [slice(count * i // batches, count * (i + 1) // batches) for i in range(batches)]
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _beside(pipe: Any) -> Any:
     return beside
 
 
-# What a thread computes with is its own, and not what `generate` has set for its caller's.
+# Autocast, the default device and whether gradients are kept are each thread's own: what `generate` sets does not reach others.
 @own_torch_settings()
 @torch.no_grad()
 def _draw(pipe: Any, prompts: list[str], seeds: Sequence[int], sampler: Sampler) -> list[Pixels]:

@@ -87,9 +87,10 @@ class ParameterSlot:
 def _computes_fused(block: nn.Module) -> bool:
     """Whether an attention block computes with fused copies: by its flag alone, or by its processor, in which case the flag stays
     after `unfuse_qkv_projections`."""
-    processor = type(getattr(block, "processor", None)).__name__
-    by_flag = hasattr(block, "unfuse_projections") or processor == "NoneType"
-    return bool(block.__dict__.get("fused_projections")) and (by_flag or processor.startswith("Fused"))
+    processor = getattr(block, "processor", None)
+    by_flag = processor is None or hasattr(block, "unfuse_projections")
+    is_fused = by_flag or type(processor).__name__.startswith("Fused")
+    return is_fused and bool(block.__dict__.get("fused_projections"))
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -24,6 +24,7 @@ from overpaint.certificates.statement import (
 )
 from overpaint.core.atomic import refuse_taken, require_parent, write_new
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import typed_path
 from overpaint.core.reporting import silent
 from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.suites import configured
@@ -65,11 +66,13 @@ def certify(
     for path in (out, bill_beside(out)):
         require_parent(path)
         refuse_taken(path)
+    checkpoint = typed_path(subject) if not opened.registry.has_recipe(subject.partition("@")[0]) else None
     signer = load_signer(key)
-    checkpoint = Path(subject) if not opened.registry.has_recipe(subject.partition("@")[0]) else None
     files: Mapping[str, str] = {}
     if checkpoint is None:
         composition = _of_recipe(opened, subject)
+    elif not checkpoint.exists():
+        raise NotFound(f"there is no recipe and no checkpoint {subject!r}; see `overpaint recipe list`")
     else:
         composition, files = _of_checkpoint(opened, checkpoint, but=(out, bill_beside(out)))
     runs = _runs(opened.registry, composition.weights)
@@ -117,8 +120,6 @@ def _of_checkpoint(
 
     Raises OverpaintError when that is not what is there.
     """
-    if not checkpoint.exists():
-        raise NotFound(f"there is no recipe and no checkpoint {str(checkpoint)!r}; see `overpaint recipe list`")
     built = Base.open(checkpoint)
     stored = records(built.containers.values())
     if not stored:

@@ -269,12 +269,12 @@ class Recipe:
 
     def _record(self, planned: Callable[[RecipeRecord], _Change], why: str, who: str) -> list[HistoryRecord]:
         """Compose, bring the pipelines along, then record; again from the start when another process was faster."""
-        if (now := self.record.name) != self.name and not self._opened.registry.has_recipe(self.name):
-            raise NotFound(
-                f"{self.name!r} is recipe {now!r} as it was then and cannot be changed; change {now!r} itself"
-            )
         for attempt in range(TRIES):
             before = self.record
+            if before.name != self.name and not self._opened.registry.has_recipe(self.name):
+                raise NotFound(
+                    f"{self.name!r} is recipe {before.name!r} as it was then and cannot be changed; change {before.name!r} itself"
+                )
             change = planned(before)
             after = self._digest_after(before, change.strengths)
             note = Note(why, who or current_user(), self._digest_of(before), after)

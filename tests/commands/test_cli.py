@@ -373,6 +373,7 @@ def test_a_name_that_the_terminal_cannot_show_stops_nothing(shell: Shell, tmp_pa
         "key new {}",
         "db backup {}",
         "base preserve any --prompts {}",
+        "certify {} --key me.key -o new.cert",
     ],
 )
 def test_a_url_where_a_file_is_needed_makes_no_folder_and_shows_no_password(

@@ -80,6 +80,8 @@ def test_a_file_url_is_the_path_that_it_names(tmp_path: Path) -> None:
     (tmp_path / "a%20b").mkdir()
     assert open_files(f"file://{tmp_path}/a%20b").where == str(tmp_path / "a%20b")
     assert open_files(f"{tmp_path}/c%20d").where == str(tmp_path / "c%20d")
+    with pytest.raises(OverpaintError, match="too long"):
+        open_files(f"file:///{'b' * 5000}")
 
 
 @pytest.mark.parametrize("as_type", [str, Path])
@@ -93,3 +95,7 @@ def test_a_url_is_no_path_and_its_password_is_not_shown(
     (tmp_path / "s3:").mkdir()
     assert typed_path(as_type("s3:/x")) == tmp_path / "s3:" / "x"
     assert typed_path("s3:") == tmp_path / "s3:"
+    with pytest.raises(OverpaintError, match="simplecache::s3:// begins a URL") as caught:
+        typed_path(as_type("simplecache::s3://KEY:SECRET@bucket/x"))
+    assert "SECRET" not in str(caught.value)
+    assert typed_path("c:/x") == tmp_path / "c:" / "x"

@@ -57,7 +57,7 @@ def test_prompts_of_other_lengths_that_are_drawn_at_once_do_not_disturb_each_oth
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    prompts = [' '.join(['cat'] * (1 + i % 3)) for i in range(24)]
+    prompts = [" ".join(["cat"] * (1 + i % 3)) for i in range(24)]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     expected = generate(pipe, prompts, range(24), Sampler(steps=1, batch=3))
     monkeypatch.setenv("OMP_NUM_THREADS", "4")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -126,11 +127,17 @@ def native_stacks(base: Base, component: str, code: str = "native") -> Iterator[
 
 
 def _named_by(base: Base, component: str, code: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    rules, there = transformer_names(base.layout.name, code), modules_of(base).get(component, ())
-    for key, names in rules.keys(f"{module}.weight" for module in there).items() if rules else ():
-        modules = tuple(split(name)[0] for name in names)
-        if {*modules} <= {*there}:
-            yield tuple(f"{component}/{module}" for module in modules), split(key)[0]
+    for modules, name in _code_names(base.layout.name, code, tuple(modules_of(base).get(component, ()))):
+        yield tuple(f"{component}/{module}" for module in modules), name
+
+
+@lru_cache(maxsize=8)  # asked a dozen times for a file, and it takes a tenth of a second on FLUX.1
+def _code_names(layout: str, code: str, there: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]]:
+    """Modules, from the first row down, and their name in some code for the transformer of a layout, of those that are there."""
+    rules, known = transformer_names(layout, code), {*there}
+    named = rules.keys(f"{module}.weight" for module in there).items() if rules else ()
+    found = [(tuple(split(name)[0] for name in names), split(key)[0]) for key, names in named]
+    return [(modules, name) for modules, name in found if {*modules} <= known]
 
 
 _TURNED = re.compile(r"transformer/(norm_out|transformer_blocks\.\d+\.norm1_context)\.linear")
@@ -587,9 +594,8 @@ def configs_of(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
         flat = json.loads(metadata[HEADER])
         by_component: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            component, _, setting = name.rpartition(
-                "."
-            )  # of one model's adapter (`save_lora_adapter`) there is no component
+            # Of one model's adapter (`save_lora_adapter`) there is no component.
+            component, _, setting = name.rpartition(".")
             by_component.setdefault(component, {})[setting] = value
     except (ValueError, AttributeError, RecursionError) as error:
         raise ForeignFile(f"its header's {HEADER} is not JSON ({error}); get the file again") from error

@@ -49,9 +49,9 @@ def open_files(location: str | Path) -> Files:
 
     Raises OverpaintError for a URL of an unknown kind, one whose package is not installed, and what names no place.
     """
-    if not isinstance(location, (str, Path)) or not without_file_scheme(str(location)).strip():
+    text = without_file_scheme(str(location)) if isinstance(location, (str, Path)) else ""
+    if not text.strip():
         raise OverpaintError(f"a folder or a URL is needed, and {location!r} is none; name one")
-    text = without_file_scheme(str(location))
     return RemoteFiles(text) if isinstance(location, str) and URL.match(text) else FolderFiles(typed_path(text))
 
 

@@ -35,8 +35,8 @@ from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, univer
 
 ADVERSARIAL_RIDGE = 0.1
 """Lambda of the search for c', over the mean eigenvalue of `sum_l W_l^T W_l`, as in RECE."""
-TAKEN_ALONG, ARRIVED = 0.25, 0.9
-"""Where keys go less than `ARRIVED` of their way on average, a concept to be kept is named whose keys go `TAKEN_ALONG` of it."""
+ARRIVED, TAKEN_ALONG = 0.9, 0.25
+"""A note is written where a concept's mean key goes less than `ARRIVED` of its way, and another's `TAKEN_ALONG` of it."""
 SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
@@ -115,11 +115,12 @@ class Separable(Solver):
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
         about = {**about, "condition": known.condition}
-        if taken := _taken_along(known, concept, MapEdit(up, down), way):
+        if taken := _taken_along(known, concept, MapEdit(up, down), keys, way):
             kept, share = taken
             about["note"] = (
-                f"{concept.name!r} is erased in part only, and {share:.0%} of the same change happens to {kept!r}, which is to "
-                "be kept: the text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
+                f"{concept.name!r} is erased in part only, and {share:.0%} of the same change happens to {kept!r}, which this "
+                "patch is to keep: the text encoder says nearly the same of both. If they are one thing, make one a synonym "
+                "of the other"
             )
         return up.float(), down.float().contiguous(), about
 
@@ -156,16 +157,20 @@ class Separable(Solver):
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
 
 
-def _taken_along(known: Universe, concept: Concept, edit: MapEdit, way: Tensor) -> tuple[str, float] | None:
+def _taken_along(
+    known: Universe, concept: Concept, edit: MapEdit, keys: Tensor, way: Tensor
+) -> tuple[str, float] | None:
     """Of what is to be kept, the concept that goes farthest along the erased concept's way, and the share of the way, where
     much goes there instead of with the erased one. In means over sentences and positions: what all have in common stays.
     """
     goal = way.mean(1)
-    moved = edit.up @ (edit.down.T @ known.means.T)
-    shares = dict(zip(known.keys, (goal @ moved / goal.square().sum()).tolist(), strict=True))
-    own = shares.pop(concept.name)
-    kept = max(shares, key=shares.__getitem__, default=None)
-    return None if kept is None or own > ARRIVED or shares[kept] < TAKEN_ALONG else (kept, shares[kept])
+    along = edit.down @ (edit.up.T @ goal) / goal.square().sum()  # times a key: the share of the way that it goes
+    if along @ keys.mean(1) > ARRIVED:
+        return None
+    shares = dict(zip(known.keys, (known.means @ along).tolist(), strict=True))
+    del shares[concept.name]
+    share, kept = max(((share, name) for name, share in shares.items()), default=(0.0, ""))
+    return (kept, share) if share >= TAKEN_ALONG else None
 
 
 @dataclass(frozen=True, eq=False)
