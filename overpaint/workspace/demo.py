@@ -109,6 +109,8 @@ SEPARABLE = (
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
 STRENGTHS = {"ink": 1.3}
 """Every word of a prompt carries part of a style; at strength 1 it shows through now and then."""
+LISTED = 22
+"""Objects that SepME leaves undisturbed. The text is wide enough for the names of some thirty."""
 PUT_BACK = ("cat", "ink")
 STEPS = 10
 """Of drawing; half the usual number, with which the judge recognises as many pictures of this base, in half the time."""
@@ -190,12 +192,14 @@ class Demo:
         return recipe
 
     def sepme_settings(self) -> dict[str, str]:
-        """SepME preserves only the prompts that it is given: here, all other objects.
+        """As the paper has it: bare names, its stopping rule, and a null space of nothing but unused directions.
 
-        They are more than its null space has room for on so narrow a text encoder, so that weak directions count as free.
+        What is left undisturbed beside the other erased concepts is listed: as many objects, spread over the catalogue, as there is
+        room for.
         """
-        kept = [f"a {name}" for name in catalogue().objects if name not in {c.name for c in self.concepts}]
-        return {"preset": "emoji", "keep": "; ".join(kept), "tolerance": "0.05", "sentences": "24", "tau": "-0.01"}
+        others = [name for name in catalogue().objects if name not in {c.name for c in self.concepts}]
+        listed = [others[i * len(others) // LISTED] for i in range(LISTED)]
+        return {"preset": "emoji", "keep": "; ".join(listed), "batch": "4"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""

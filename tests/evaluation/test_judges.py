@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from overpaint.bases.base import Base
+from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation import judges
@@ -43,7 +44,8 @@ def test_the_embedded_judges_see_what_the_embedded_base_draws(emoji: Base, drawi
     judge = open_judge(spec, emoji, EmojiPrompts(), CPU)
     assert isinstance(judge, Judge)
     found = judge.probabilities(pictures, "object")
-    assert found.shape == (4, 50)
+    assert found.shape == (4, len(judge.heads["object"]))
+    assert judge.heads["object"][:124] == catalogue().objects
     assert found.sum(1) == pytest.approx(1, abs=1e-4)
     seen = [judge.heads["object"][i] for i in found.argmax(1)]
     assert sum(a == q.shows["object"] for a, q in zip(seen, asked, strict=True)) >= 3

@@ -116,8 +116,8 @@ def test_others_are_all_asked_about_before_one_is_asked_again() -> None:
 
 
 def test_an_unknown_concept_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(NotFound, match="knows nothing called 'unicorn'; choose from cat, dog"):
-        questions("unicorn", Counts())
+    with pytest.raises(NotFound, match="knows nothing called 'teapot'; choose from cat, dog"):
+        questions("teapot", Counts())
 
 
 # What is kept

@@ -207,7 +207,14 @@ class Increments:
             self.active = True
 
     def delta_of(self, concept: str) -> Delta:
-        return LowRank({name: (w.detach(), self._down(concept, name)) for name, w in self.w[concept].items()})
+        """The increments in as few numbers as they need: a null space may have more directions than a projection has rows."""
+        factors = {name: (w.detach(), self._down(concept, name)) for name, w in self.w[concept].items()}
+        return LowRank(
+            {
+                name: (up, down) if len(down) < len(up) else (torch.eye(len(up), device=up.device), up @ down)
+                for name, (up, down) in factors.items()
+            }
+        )
 
     def _down(self, concept: str, name: str) -> Tensor:
         """`(beta S)^T` over all input columns of a tensor."""
@@ -247,8 +254,8 @@ class SepME(Solver):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "iterations": 60,
-                "beta": 0.02,
+                "iterations": 120,
+                "beta": 0.2,  # with lr, the size of a step; there is no other use of it
                 "batch": 8,
                 "guidance": 3.0,
             },
@@ -256,7 +263,7 @@ class SepME(Solver):
         }
     )
 
-    revision = 3
+    revision = 4
 
     iterations: int = setting(1000, "most gradient steps", low=1)
     warm_up: int = setting(10, "steps before the stopping rule is asked", low=0)
