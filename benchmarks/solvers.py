@@ -78,15 +78,16 @@ class Asked:
     def origin(self, told: Sequence[Concept], seed: int = 0, *, apart: Sequence[Concept] = ()) -> dict[str, Any]:
         """What a patch of this solver follows from beside its base and its concept; with what it is decoupled from."""
         listed = [concept.as_json() for concept in told]
-        found = {"name": self.name, "settings": settings_of(self.solver), "seed": seed, "universe": listed}
+        found = {"name": self.name, "settings": self.settings, "seed": seed, "universe": listed}
         if not self.decoupled:
             return found
         return {**found, "decoupled": {"rule": self.decoupled, "universe": [concept.as_json() for concept in apart]}}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The solver's settings, and how its patches are decoupled."""
-        return settings_of(self.solver) | ({"decoupled": self.decoupled} if self.decoupled else {})
+        """All that decides what the solver computes: its settings, its revision, how its patches are decoupled."""
+        decoupled = {"decoupled": self.decoupled} if self.decoupled else {}
+        return settings_of(self.solver) | {"revision": self.solver.revision} | decoupled
 
 
 class Bench:

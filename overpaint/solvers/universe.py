@@ -39,8 +39,8 @@ from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompt
 from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file
 
 VOCABULARY, OVER_LISTED = 25.0, 1.5
-"""What the vocabulary counts, in concepts: at least so many, and so many for each that is listed. Were it the same for any number,
-a hundred patches would have four fifths of what nobody listed erased, too."""
+"""What the vocabulary counts, in concepts: at least so many, and so many for each that is listed. Were it the same for any
+number, a hundred patches would have four fifths of what nobody listed erased, too."""
 EMPTY = 0.35
 RIDGE = 1e-3
 """Lambda over the mean eigenvalue, where no solver says otherwise."""

@@ -107,8 +107,6 @@ SEPARABLE = (
     Concept("ink", "style", anchor="flat"),
 )
 BY_SEPME = Concept("cigarette", "unsafe", ("tobacco",))
-STRENGTHS = {"ink": 1.3}
-"""Every word of a prompt carries part of a style; at strength 1 it shows through now and then."""
 LISTED = 22
 """Objects that SepME leaves undisturbed. The text is wide enough for the names of some thirty."""
 PUT_BACK = ("cat", "ink")
@@ -146,10 +144,7 @@ class Demo:
     @cached_property
     def context(self) -> EvalContext:
         """What the suite `quick` chooses prompts and judges pictures with; asked for when everything is solved."""
-        patches = [
-            EvaluatedPatch(self.workspace.patch(solved.id), STRENGTHS.get(name, 1.0))
-            for name, solved in self.findings.solved.items()
-        ]
+        patches = [EvaluatedPatch(self.workspace.patch(solved.id)) for solved in self.findings.solved.values()]
         asked = EvaluationRequest(steps=STEPS)
         return open_context(self.workspace.registry, self.base, patches, asked, self.progress, fresh=True)
 
@@ -185,8 +180,7 @@ class Demo:
             solved = self.workspace.solve(concept.name, base="emoji", solver=solver, settings=settings)
             self.findings.solved[concept.name] = solved
         for concept in self.concepts:
-            strength = STRENGTHS.get(concept.name, 1.0)
-            recipe.add(self.findings.solved[concept.name], strength, why="demo: takedown")
+            recipe.add(self.findings.solved[concept.name], why="demo: takedown")
         self.findings.digests["base"] = self.base.fingerprint
         self.findings.digests["safe"] = recipe.digest()
         return recipe
@@ -194,12 +188,11 @@ class Demo:
     def sepme_settings(self) -> dict[str, str]:
         """As the paper has it: bare names, its stopping rule, and a null space of nothing but unused directions.
 
-        What is left undisturbed beside the other erased concepts is listed: as many objects, spread over the catalogue, as there is
-        room for.
+        What is left undisturbed beside the other erased concepts is listed: objects spread over the catalogue.
         """
         others = [name for name in catalogue().objects if name not in {c.name for c in self.concepts}]
         listed = [others[i * len(others) // LISTED] for i in range(LISTED)]
-        return {"preset": "emoji", "keep": "; ".join(listed), "batch": "4"}
+        return {"preset": "emoji", "keep": "; ".join(listed), "beta": "0.1"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
@@ -239,7 +232,7 @@ class Demo:
         never = self.workspace.create_recipe("never-erased", base="emoji")
         for name, solved in self.findings.solved.items():
             if name not in PUT_BACK:
-                never.add(solved, STRENGTHS.get(name, 1.0))
+                never.add(solved)
         equal = recipe.digest() == never.digest()
         self.findings.check("two put back: weights as if never erased", recipe.digest()[:12], "equal digests", equal)
         for concept in (each for each in self.concepts if each.name in PUT_BACK):
