@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 import overpaint
 from benchmarks.cells import Budget, BudgetSpent, Shard, write
@@ -26,8 +27,11 @@ from benchmarks.protocol import ASKED_BASE, WORDS, chosen
 from benchmarks.results_page import results_page
 from benchmarks.solvers import Asked
 from benchmarks.tables import arguments, save, show
+from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
+from overpaint.evaluation.judges import open_judge
+from overpaint.evaluation.prompts import EmojiPrompts
 from overpaint.evaluation.suites import SUITES as EVERY_SUITE
 from overpaint.registry.records import EvaluationRecord
 from overpaint.solvers import SOLVERS
@@ -248,7 +252,8 @@ def _write(records: Sequence[EvaluationRecord], refused: Mapping[str, str]) -> N
         kept.add(file)
     for old in set(RESULTS.glob("*.json")) - kept:
         old.unlink()
-    write(PAGE, results_page(records, refused).encode())
+    judge = open_judge("", Base.open("emoji"), EmojiPrompts(), torch.device("cpu"))
+    write(PAGE, results_page(records, refused, judge.name).encode())
 
 
 if __name__ == "__main__":

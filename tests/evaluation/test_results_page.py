@@ -151,3 +151,8 @@ def test_a_patch_is_asked_for_with_todays_settings_among_those_told_of(
     outcome.record, outcome.error = None, "no room"
     with pytest.raises(OverpaintError, match="no room"):
         evaluation._solved(workspace, "cat", "sepme", "cpu", ("cat",))
+
+
+def test_figures_of_another_judge_are_said_to_be_older(records: list[EvaluationRecord]) -> None:
+    assert "earlier embedded base" in results_page(records, {}, "another judge")
+    assert "earlier embedded base" not in results_page(records, {}, records[0].judge)
