@@ -6,8 +6,7 @@ preserved. The vocabulary speaks for the concepts that nobody listed.
 
 Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a preserved prompt and the
 empty prompt are one second moment each (`sentences.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
-as much as one of them, and where many concepts are listed `OVER_LISTED` times as much as they do together; and lambda is a share
-of the mean eigenvalue.
+as much as one of them; and lambda is a share of the mean eigenvalue.
 
 Begin-of-text is the same in every prompt and by far the largest embedding of CLIP. It is preserved exactly: as a constraint
 `W b = W0 b` rather than by a weight, which takes nothing but the direction b out of all keys.
@@ -38,9 +37,7 @@ from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file
 
-VOCABULARY, OVER_LISTED = 25.0, 1.5
-"""What the vocabulary counts, in concepts: at least so many, and so many for each that is listed. Were it the same for any
-number, a hundred patches would have four fifths of what nobody listed erased, too."""
+VOCABULARY = 25.0
 EMPTY = 0.35
 RIDGE = 1e-3
 """Lambda over the mean eigenvalue, where no solver says otherwise."""
@@ -184,8 +181,7 @@ def _build(
     encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
     known = {word for concept in concepts for word in concept.words}
-    vocabulary_weight = max(VOCABULARY, OVER_LISTED * weight * len(concepts))
-    moment = vocabulary_weight * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
+    moment = VOCABULARY * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
     means = []
     for concept in concepts:
         keys = _pair(memory, base, text_input, concept)[0].double()

@@ -47,7 +47,7 @@ class RECE(Solver):
     }
 
     is_closed_form = True
-    revision = 3
+    revision = 2
 
     start: str = setting("uce", "the first edit, with its own default settings", choices=("uce", "separable"))
     rounds: int = setting(1, "adversarial rounds; the paper has 1 for objects, 2 and 3 for unsafe content", low=0)
