@@ -122,7 +122,7 @@ class Demo:
 
     def __init__(self, out: Path, quick: bool, progress: Progress, on_base: Callable[[Base], None]) -> None:
         self.out, self.progress = out, progress
-        self.per_concept, self.per_kept = (3, 1) if quick else (20, 4)
+        self.per_concept, self.per_kept = (3, 1) if quick else (20, 2)
         self.workspace = Workspace.open(out / "registry")
         self.workspace.on_base = on_base
         self.base = self.workspace.base(self.workspace.add_base("emoji", "emoji").name)
@@ -192,7 +192,7 @@ class Demo:
         """
         others = [name for name in catalogue().objects if name not in {c.name for c in self.concepts}]
         listed = [others[i * len(others) // LISTED] for i in range(LISTED)]
-        return {"preset": "emoji", "keep": "; ".join(listed), "beta": "0.1"}
+        return {"preset": "emoji", "keep": "; ".join(listed), "beta": "0.1", "batch": "4"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
@@ -351,12 +351,15 @@ def _overview(findings: Findings) -> Image.Image:
     """One labelled picture: the base, all patches, and the two concepts that were put back."""
     shown = list(findings.solved)
     rows = [
-        ("base", [findings.pictures[f"{n} before"][0] for n in shown] + [findings.pictures["kept before"][1]]),
-        ("seven patches", [findings.pictures[f"{n} after"][0] for n in shown] + [findings.pictures["kept after"][1]]),
+        ("base", [findings.pictures[f"{n} before"][0] for n in shown] + [findings.pictures["kept before"][SHOWN // 2]]),
+        (
+            "seven patches",
+            [findings.pictures[f"{n} after"][0] for n in shown] + [findings.pictures["kept after"][SHOWN // 2]],
+        ),
         (
             "two removed again",
             [findings.pictures.get(f"{n} put back", findings.pictures[f"{n} after"])[0] for n in shown]
-            + [findings.pictures["kept after"][1]],
+            + [findings.pictures["kept after"][SHOWN // 2]],
         ),
     ]
     return labelled_grid(rows, [*shown, "another object"], scale=2, title="")
