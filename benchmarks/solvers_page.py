@@ -15,6 +15,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, SHARE
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.report_page import Table, percent, plain
+from overpaint.solvers import SOLVERS
 
 TITLES = {
     "emoji": ("Solvers, measured", "the embedded base", ""),
@@ -68,7 +69,20 @@ def solvers_page(
     blocks += list(_claims(claims))
     refused = [f"- {cell.solver}, {cell.concept}: {cell.refused}" for cell in cells if cell.refused]
     blocks += ["## Refused", "\n".join(refused)] if refused else []
+    blocks += _missing(seen, claims)
     return "\n\n".join([*blocks, _provenance(seen)]) + "\n"
+
+
+def _missing(seen: Cells, claims: Mapping[str, Sequence[Measurement]]) -> list[str]:
+    """What no figure stands for yet."""
+    measured = {cell.solver.partition(":")[0] for cell in seen}
+    absent = [f"`{name}`" for name in SOLVERS if name not in measured] + (
+        [] if claims else ["the claims of the abstracts"]
+    )
+    if not absent:
+        return []
+    command = f"{TITLES[ASKED_BASE][2]}python -m benchmarks.all"
+    return ["## Not measured on this base yet", f"{', '.join(absent)}; `{command}` measures what is missing."]
 
 
 def _claims(claims: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
