@@ -50,7 +50,7 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, STYLE, EmojiPrompts, EvalPrompt
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import SOLVERS
-from overpaint.solvers.problem import Solution, settings_of
+from overpaint.solvers.problem import Solution
 
 EVERY = (*OBJECTS, *STYLES, *PAIRS)
 
@@ -234,7 +234,7 @@ class Fake:
         if len(self.measured) == self.lives:
             raise Killed
         self.measured.append((solver, name))
-        values = {} if solver == BASE else settings_of(solvers.Asked.parse(solver).solver)
+        values = {} if solver == BASE else solvers.Asked.parse(solver).settings
         verdicts = {
             group: tuple(Verdict(q.prompt, q.seed, solver == BASE or group in (*KEPT, *NEAR)) for q in some)
             for group, some in asked.items()
@@ -447,3 +447,11 @@ def test_the_same_work_needs_as_much_memory_the_second_time() -> None:
         found.append(peak[0])
     # 32 MB of numbers; the rest of the process may give or take a little meanwhile.
     assert found[0] == 0 or min(found) > 24
+
+
+def test_what_an_earlier_revision_of_a_solver_gave_is_not_taken_for_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = solvers.Asked.parse("separable")
+    before = asked.origin(()), asked.settings
+    monkeypatch.setattr(type(asked.solver), "revision", asked.solver.revision + 1)
+    assert asked.origin(()) != before[0]
+    assert asked.settings != before[1]
