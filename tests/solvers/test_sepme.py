@@ -131,6 +131,15 @@ def test_increments_trained_together_leave_each_others_prompts_alone(base: Base)
             assert (theirs @ down.T @ up.T).norm() < 1e-3 * (mine @ down.T @ up.T).norm()
 
 
+def test_an_increment_has_no_more_directions_than_its_projection_has_rows(base: Base) -> None:
+    factors = SepME(**QUICK).solve(EditProblem(base, CAT)).delta
+    assert isinstance(factors, LowRank)
+    assert all(up.shape[1] <= len(up) for up, _ in factors.factors.values())
+    whole = [up for up, _ in factors.factors.values() if up.shape[1] == len(up)]
+    assert whole, "a null space wider than a projection is what this is about"
+    assert all(torch.equal(up, torch.eye(len(up))) for up in whole)
+
+
 def test_joint_training_preserves_its_own_increment(base: Base) -> None:
     """Increments do not disturb each other; the weights eta and the shared norm are what joint training adds."""
     problem = EditProblem(base, CAT, (DOG,))
