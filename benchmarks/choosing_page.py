@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.cells import BASE, Cell, Verdict
 from benchmarks.protocol import ERASED, KEPT
-from benchmarks.rates import Base, by_solver, pooled, rate
+from benchmarks.rates import Base, by_solver, pooled, rate, unmeasured
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Score
@@ -43,6 +43,14 @@ def short_table(cells: Sequence[Cell]) -> str:
         "with each other) and KB are medians, MB the most."
     )
     return markdown(Table(("solver", *heads, "s", "MB", "KB"), tuple(rows), output))
+
+
+def left_out(cells: Sequence[Cell]) -> str:
+    """The sentence that names solvers without a row; nothing where there are none."""
+    names = ", ".join(f"`{name}`" for name in unmeasured(cells))
+    return (
+        f"Not measured on this base yet: {names}; [results.md](results.md) has them on an earlier one." if names else ""
+    )
 
 
 def _seen(cells: Sequence[Cell]) -> str:

@@ -18,7 +18,15 @@ from overpaint.bases.base import Base
 from overpaint.bases.embedded import Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
-from overpaint.evaluation.prompts import OBJECT, STYLE, CatalogueScene, EvalPrompt, object_scenes, style_scenes
+from overpaint.evaluation.prompts import (
+    OBJECT,
+    STYLE,
+    CatalogueScene,
+    EvalPrompt,
+    evenly_spaced,
+    object_scenes,
+    style_scenes,
+)
 from overpaint.solvers import solver_class
 
 ASKED_BASE = os.environ.get("OVERPAINT_BENCHMARK_BASE", "emoji")
@@ -32,8 +40,7 @@ def chosen(wanted: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     """The names of `wanted` that are known, and as many of the others as are missing, spread over all of them."""
     found = [name for name in wanted if name in known]
     rest = [name for name in known if name not in found]
-    missing = min(len(wanted) - len(found), len(rest))
-    return (*found, *(rest[i * len(rest) // missing] for i in range(missing)))
+    return (*found, *evenly_spaced(rest, len(wanted) - len(found)))
 
 
 OBJECTS = chosen(ERASING, WORDS.objects)
@@ -83,8 +90,7 @@ class Counts:
 def listed(count: int = LISTED) -> tuple[str, ...]:
     """The objects that solvers are told of: the erased ones first, then others spread over the catalogue."""
     rest = [name for name in WORDS.objects if name not in OBJECTS]
-    wanted = min(max(0, count - len(OBJECTS)), len(rest))
-    return (*OBJECTS, *(rest[i * len(rest) // wanted] for i in range(wanted)))
+    return (*OBJECTS, *evenly_spaced(rest, max(0, count - len(OBJECTS))))
 
 
 def never_listed() -> tuple[str, ...]:

@@ -49,6 +49,12 @@ def by_solver(cells: Cells) -> dict[str, list[Cell]]:
     return {solver: [cell for cell in cells if cell.solver == solver] for solver in known}
 
 
+def unmeasured(cells: Cells) -> list[str]:
+    """The package's solvers without a cell, with whatever settings."""
+    known = {cell.solver.partition(":")[0] for cell in cells}
+    return [name for name in SOLVERS if name not in known]
+
+
 def pooled(cells: Cells, group: str) -> list[Verdict]:
     """The verdicts of a group over concepts; all concepts were asked about alike."""
     return [verdict for cell in cells for verdict in cell.verdicts.get(group, ())]

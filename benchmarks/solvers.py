@@ -78,16 +78,20 @@ class Asked:
     def origin(self, told: Sequence[Concept], seed: int = 0, *, apart: Sequence[Concept] = ()) -> dict[str, Any]:
         """What a patch of this solver follows from beside its base and its concept; with what it is decoupled from."""
         listed = [concept.as_json() for concept in told]
-        found = {"name": self.name, "settings": self.settings, "seed": seed, "universe": listed}
+        found = {"name": self.name, "settings": self._decisive, "seed": seed, "universe": listed}
         if not self.decoupled:
             return found
         return {**found, "decoupled": {"rule": self.decoupled, "universe": [concept.as_json() for concept in apart]}}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what the solver computes: its settings, its revision, how its patches are decoupled."""
-        decoupled = {"decoupled": self.decoupled} if self.decoupled else {}
-        return settings_of(self.solver) | {"revision": self.solver.revision} | decoupled
+        """All that decides what a patch is: the solver's settings, its revision, how its patches are decoupled."""
+        return self._decisive | ({"decoupled": self.decoupled} if self.decoupled else {})
+
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        """All that decides what the solver computes."""
+        return settings_of(self.solver) | {"revision": self.solver.revision}
 
 
 class Bench:
@@ -249,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(chosen: Namespace, cells: Cells) -> None:
     """The page where it was asked for, and a short table for whoever waits."""
-    from benchmarks.choosing_page import filled, short_table
+    from benchmarks.choosing_page import filled, left_out, short_table
     from benchmarks.claims import measured_claims
     from benchmarks.composition import curves
     from benchmarks.solvers_page import short_rows, solvers_page
@@ -258,7 +262,8 @@ def _write(chosen: Namespace, cells: Cells) -> None:
     if chosen.page:
         write(PAGE, solvers_page(found, curves(chosen.work), measured_claims(chosen.work)).encode())
         if ASKED_BASE == "emoji":
-            write(CHOOSING, filled(CHOOSING.read_text("utf-8"), short_table(found)).encode())
+            table = f"{short_table(found)}\n\n{left_out(found)}".rstrip()
+            write(CHOOSING, filled(CHOOSING.read_text("utf-8"), table).encode())
     columns, rows = short_rows(found)
     title = "Judged right, per cent: erased concepts (low is good), others (high is good)"
     save(chosen.json, show(title, columns, rows))

@@ -9,13 +9,12 @@ from typing import Any
 
 from benchmarks.cells import BASE
 from benchmarks.protocol import ASKED_BASE, ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, STYLES
-from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share
+from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share, unmeasured
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import ACCURACY, SHARE
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.report_page import Table, percent, plain
-from overpaint.solvers import SOLVERS
 
 TITLES = {
     "emoji": ("Solvers, measured", "the embedded base", ""),
@@ -75,10 +74,8 @@ def solvers_page(
 
 def _missing(seen: Cells, claims: Mapping[str, Sequence[Measurement]]) -> list[str]:
     """What no figure stands for yet."""
-    measured = {cell.solver.partition(":")[0] for cell in seen}
-    absent = [f"`{name}`" for name in SOLVERS if name not in measured] + (
-        [] if claims else ["the claims of the abstracts"]
-    )
+    absent = [f"`{name}`" for name in unmeasured(seen)]
+    absent += [] if claims else ["the claims of the abstracts"]
     if not absent:
         return []
     command = f"{TITLES[ASKED_BASE][2]}python -m benchmarks.all"

@@ -25,7 +25,7 @@ from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, Evaluated
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import generate
 from overpaint.evaluation.metrics import Measurement, verdict
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
 from overpaint.evaluation.report_page import (
     Picture,
     PictureRow,
@@ -191,8 +191,7 @@ class Demo:
         What is left undisturbed beside the other erased concepts is listed: objects spread over the catalogue.
         """
         others = [name for name in catalogue().objects if name not in {c.name for c in self.concepts}]
-        listed = [others[i * len(others) // LISTED] for i in range(LISTED)]
-        return {"preset": "emoji", "keep": "; ".join(listed), "beta": "0.1", "batch": "4"}
+        return {"preset": "emoji", "keep": "; ".join(evenly_spaced(others, LISTED)), "beta": "0.1", "batch": "4"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
@@ -349,17 +348,14 @@ def _provenance(demo: Demo, findings: Findings) -> Iterator[tuple[str, str]]:
 
 def _overview(findings: Findings) -> Image.Image:
     """One labelled picture: the base, all patches, and the two concepts that were put back."""
-    shown = list(findings.solved)
+    shown, pictures = list(findings.solved), findings.pictures
+    other_before, other_after = (pictures[f"kept {when}"][SHOWN // 2] for when in ("before", "after"))
     rows = [
-        ("base", [findings.pictures[f"{n} before"][0] for n in shown] + [findings.pictures["kept before"][SHOWN // 2]]),
-        (
-            "seven patches",
-            [findings.pictures[f"{n} after"][0] for n in shown] + [findings.pictures["kept after"][SHOWN // 2]],
-        ),
+        ("base", [*(pictures[f"{n} before"][0] for n in shown), other_before]),
+        ("seven patches", [*(pictures[f"{n} after"][0] for n in shown), other_after]),
         (
             "two removed again",
-            [findings.pictures.get(f"{n} put back", findings.pictures[f"{n} after"])[0] for n in shown]
-            + [findings.pictures["kept after"][SHOWN // 2]],
+            [*(pictures.get(f"{n} put back", pictures[f"{n} after"])[0] for n in shown), other_after],
         ),
     ]
     return labelled_grid(rows, [*shown, "another object"], scale=2, title="")

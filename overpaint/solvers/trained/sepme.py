@@ -255,7 +255,7 @@ class SepME(Solver):
         {
             "emoji": {
                 "iterations": 120,
-                "beta": 0.2,  # with lr, the size of a step; there is no other use of it
+                "beta": 0.2,  # a step moves the increment by about lr times beta
                 "batch": 8,
                 "guidance": 3.0,
             },
