@@ -379,6 +379,28 @@ class PipelineTextInput:
             values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
         return torch.cat(keys).T, torch.cat(values).T
 
+    def keys_and_mean_values(self, pairs: Sequence[tuple[str, Sequence[str]]], padding: float) -> tuple[Tensor, Tensor]:
+        """As `keys_and_values`, with the mean over several other prompts in place of one: float64 [d, m] each.
+
+        The mean is over those that line up with the prompt as the first of them does.
+        """
+        caught = self.source.of([prompt for prompt, _ in pairs])
+        keys, values = [], []
+        for prompt, others in pairs:
+            among = self.source.of(others)
+            sides = [among[other][self.name] for other in others if other != prompt]
+            lined_up = [self._lined_up(caught[prompt][self.name], side, padding, True) for side in sides]
+            own = [(row, weight) for row, _, weight in lined_up[0]]
+            same = [
+                side.embeddings[[target for _, target, _ in rows]].double()
+                for side, rows in zip(sides, lined_up, strict=True)
+                if [(row, weight) for row, _, weight in rows] == own
+            ]
+            roots = torch.tensor([weight for _, weight in own], dtype=torch.float64).sqrt()[:, None].to(self.device)
+            keys.append(caught[prompt][self.name].embeddings[[row for row, _ in own]].double() * roots)
+            values.append(torch.stack(same).mean(0) * roots)
+        return torch.cat(keys).T, torch.cat(values).T
+
     def last_keys_and_values(self, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
         """The last token in which each prompt differs from the other, and its counterpart: float64 [d, m] each.
 

@@ -13,12 +13,14 @@ after them is never encoded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -172,22 +174,73 @@ def keys_of_prompts(encoder: AnyTextEncoder, prompts: Sequence[str]) -> Tensor:
     return _weighted(encoder, prompts, [KeyPositions.of(encoder, HOLE, prompt, whole=True) for prompt in prompts])
 
 
-def keys_and_values(encoder: AnyTextEncoder, base: Base, concept: Concept) -> tuple[Tensor, Tensor]:
+def keys_and_values(
+    encoder: AnyTextEncoder, base: Base, concept: Concept, averages: AverageWord | None = None
+) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float64 [d, m] each: where its words are now, and where they should be sent.
 
-    With an anchor, V are the anchor's embeddings in the same sentence at the same positions; without one, those of the
-    sentence with the concept left out. All sentences together weigh 1. Raises PromptTooLong.
+    With an anchor, V are the anchor's embeddings in the same sentence at the same positions; without one, those of the average
+    word there, or, without `averages`, those of the sentence with the concept left out. All sentences together weigh 1.
+    Raises PromptTooLong.
     """
     every = phrasings(base, concept)
+    to_average = averages is not None and bool(averages.words) and not concept.anchor
     if isinstance(encoder, PipelineTextInput):
         for each in every:
             encoder.first_position(each.template, each.word)
-        keys, values = encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
+        if averages is not None and to_average:
+            among = [(each.prompt, [each.template.format(word) for word in averages.words]) for each in every]
+            keys, values = encoder.keys_and_mean_values(among, PADDING)
+        else:
+            keys, values = encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
     keys = _weighted(encoder, [each.prompt for each in every], positions, STEP)
+    if averages is not None and to_average:
+        return keys, torch.cat([averages.values(encoder, *pair) for pair in zip(every, positions, strict=True)], 1)
     return keys, _weighted(encoder, [each.replacement for each in every], positions, STEP)
+
+
+AVERAGED, AVERAGED_CAUGHT = 64, 16
+"""Words of the vocabulary whose mean is the average word; fewer where every prompt goes through a whole pipeline."""
+
+
+class AverageWord:
+    """What a text encoder gives on average for a word of its vocabulary, in any sentence: embeddings that name nothing.
+
+    The words are the first of one fixed order (by digest, so without any pattern); there are none where the tokenizer knows
+    fewer than two. What was encoded for a sentence is kept.
+    """
+
+    def __init__(self, encoder: AnyTextEncoder) -> None:
+        in_order = sorted(encoder.words(), key=lambda word: hashlib.sha256(word.encode()).digest())
+        single = (word for word in in_order if len(encoder.tokens(word)) == 1)
+        words = list(islice(single, AVERAGED_CAUGHT if isinstance(encoder, PipelineTextInput) else AVERAGED))
+        self.words = words if len(words) > 1 else []
+        self._means: dict[str, Tensor] = {}
+
+    def values(self, encoder: TextEncoder, phrasing: Phrasing, positions: KeyPositions) -> Tensor:
+        """V of a phrasing: the average word where its word is, float64 [d, m].
+
+        A word of several tokens goes, token by token, to where the one of the average word is.
+        """
+        mean, weights = self._mean(encoder, phrasing.template), positions.weights
+        extra = 0 if encoder.is_pooled else len(encoder.tokens(phrasing.word)) - 1
+        places = (torch.arange(len(weights)) - extra).clamp(0, len(mean) - 1).to(mean.device)
+        return (weights.sqrt().to(mean.device)[:, None] * mean[places]).T
+
+    def _mean(self, encoder: TextEncoder, template: str) -> Tensor:
+        """The mean embedding at every position of a sentence from the word on, float64 [positions, d].
+
+        Each sentence is encoded by itself, so that its last bits do not depend on what others were asked about.
+        """
+        if template not in self._means:
+            own = KeyPositions.of(encoder, template, self.words[0])
+            prompts = [template.format(word) for word in self.words]
+            hidden = encoder.hidden(prompts, -(-own.end // STEP) * STEP).double().mean(0)
+            self._means[template] = hidden[own.start : own.start + len(own.weights)]
+        return self._means[template]
 
 
 def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions], step: int = 1) -> Tensor:

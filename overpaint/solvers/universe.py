@@ -6,7 +6,7 @@ preserved. The vocabulary speaks for the concepts that nobody listed.
 
 Weights are relative, so that they mean the same for a small and a large text encoder: a concept, a preserved prompt and the
 empty prompt are one second moment each (`sentences.py`); the whole vocabulary, of however many words, counts `VOCABULARY` times
-as much as one of them; and lambda is a share of the mean eigenvalue.
+as much as one of them, unless a solver says otherwise; and lambda is a share of the mean eigenvalue.
 
 Begin-of-text is the same in every prompt and by far the largest embedding of CLIP. It is preserved exactly: as a constraint
 `W b = W0 b` rather than by a weight, which takes nothing but the direction b out of all keys.
@@ -34,7 +34,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json
 from overpaint.core.reporting import Progress, silent
 from overpaint.solvers.problem import Unsolvable
-from overpaint.solvers.sentences import keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.sentences import AverageWord, keys_and_values, keys_of, keys_of_prompts
 from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file
 
 VOCABULARY = 25.0
@@ -54,11 +54,12 @@ PAIRS_BYTES = 1 << 30
 class PreservedPrompts:
     """What a universe preserves beside its concepts: prompts, and how many words of the vocabulary (0: all).
 
-    `cache` is a folder in which the vocabulary's moments are kept.
+    The whole vocabulary counts `weight` times as much as one concept. `cache` is a folder in which its moments are kept.
     """
 
     prompts: tuple[str, ...] = ()
     words: int = 0
+    weight: float = VOCABULARY
     cache: Path | None = None
 
 
@@ -93,7 +94,8 @@ class _UniverseCache:
         self.encoders = text_sources(base, device)
         self.vocabularies: dict[int, EncodedVocabulary] = {}
         self.words: dict[tuple[str, str, str], Tensor] = {}
-        self.pairs: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor]] = OrderedDict()
+        self.averages: dict[str, AverageWord] = {}
+        self.pairs: OrderedDict[tuple[str, bytes, bool], tuple[Tensor, Tensor]] = OrderedDict()
         self.nbytes = 0
         self.universes: OrderedDict[tuple[str, bytes], Universe] = OrderedDict()
 
@@ -110,11 +112,13 @@ def universe(
     *,
     text_input: str = "text_encoder",
     preserved: PreservedPrompts = PreservedPrompts(),
+    to_average: bool = False,
     report: Progress = silent,
 ) -> Universe:
     """The universe of `concepts` (in any order) for a text input; computed once per opened base and set of concepts.
 
     `ridge` is lambda relative to the mean eigenvalue of A before it is added; `weight` is w, how much a listed concept counts.
+    The values of a concept without an anchor are those of the sentence without it, or, `to_average`, of the average word.
     Raises NotFound for a text input the base lacks, PromptTooLong for a concept that does not fit, Unsolvable for too small
     a ridge.
     """
@@ -128,12 +132,14 @@ def universe(
         weight,
         preserved.prompts,
         preserved.words,
+        preserved.weight,
+        to_average,
         encoded.words,
     ]
     key = (text_input, canonical_json(about))
     if key not in memory.universes:
         words = encoded.by_text_input[text_input]
-        memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved.prompts, words)
+        memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved, to_average, words)
         while len(memory.universes) > 4 * len(base.text_inputs):
             memory.universes.popitem(last=False)
     return memory.universes[key]
@@ -153,7 +159,7 @@ def prepare(
     _vocabulary(memory, base, preserved, report, whole=True)
     for concept in concepts:
         for text_input in base.text_inputs:
-            _pair(memory, base, text_input, concept)
+            _pair(memory, base, text_input, concept, to_average=True)
 
 
 def text_encoders(base: Base, device: torch.device) -> Mapping[str, AnyTextEncoder]:
@@ -175,19 +181,20 @@ def _build(
     concepts: Sequence[Concept],
     ridge: float,
     weight: float,
-    prompts: Sequence[str],
+    preserved: PreservedPrompts,
+    to_average: bool,
     vocabulary: Vocabulary,
 ) -> Universe:
     encoder = memory.encoders[text_input]
     names = {concept.name: concept for concept in concepts}
     known = {word for concept in concepts for word in concept.words}
-    moment = VOCABULARY * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
+    moment = preserved.weight * _vocabulary_moment(memory, text_input, vocabulary, known).to(encoder.device)
     means = []
     for concept in concepts:
-        keys = _pair(memory, base, text_input, concept)[0].double()
+        keys = _pair(memory, base, text_input, concept, to_average)[0].double()
         moment += weight * keys @ keys.T
         means.append(keys.mean(1))
-    for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(prompts)))):
+    for share, prompt in ((EMPTY, ""), *((1.0, prompt) for prompt in sorted(set(preserved.prompts)))):
         keys = keys_of_prompts(encoder, [prompt])
         moment += share * keys @ keys.T
     begin = _begin(encoder)
@@ -199,7 +206,7 @@ def _build(
         raise Unsolvable(
             f"what {text_input} says does not fill its {len(moment)} dimensions, so ridge={ridge:g} is too small"
         )
-    both = [_KeysOrValues(memory, base, text_input, names, half, begin) for half in (0, 1)]
+    both = [_KeysOrValues(memory, base, text_input, names, half, begin, to_average) for half in (0, 1)]
     return Universe(factor, both[0], both[1], lam, _orthogonal(torch.stack(means, 1), begin).T, begin)
 
 
@@ -225,11 +232,16 @@ def _orthogonal(keys: Tensor, begin: Tensor | None) -> Tensor:
     return keys if begin is None else keys - torch.outer(begin, begin @ keys)
 
 
-def _pair(memory: _UniverseCache, base: Base, text_input: str, concept: Concept) -> tuple[Tensor, Tensor]:
+def _pair(
+    memory: _UniverseCache, base: Base, text_input: str, concept: Concept, to_average: bool = False
+) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float32. Encoded by itself: in a batch with others, its last bits would depend on them."""
-    key = (text_input, canonical_json(concept.as_json()))
+    key = (text_input, canonical_json(concept.as_json()), to_average)
     if key not in memory.pairs:
-        keys, values = keys_and_values(memory.encoders[text_input], base, concept)
+        encoder = memory.encoders[text_input]
+        if to_average and text_input not in memory.averages:
+            memory.averages[text_input] = AverageWord(encoder)
+        keys, values = keys_and_values(encoder, base, concept, memory.averages[text_input] if to_average else None)
         memory.pairs[key] = keys.float(), values.float()
         memory.nbytes += keys.nbytes
     memory.pairs.move_to_end(key)
@@ -250,15 +262,16 @@ class _KeysOrValues(Mapping[str, Tensor]):
         concepts: Mapping[str, Concept],
         half: int,
         begin: Tensor | None,
+        to_average: bool,
     ) -> None:
         # What is kept for a base must not keep the base.
         self._memory, self._base, self._text_input = memory, weakref.ref(base), text_input
-        self._concepts, self._half, self._begin = concepts, half, begin
+        self._concepts, self._half, self._begin, self._to_average = concepts, half, begin, to_average
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._base()
         assert base is not None, "a universe is asked while its base is open"
-        pair = _pair(self._memory, base, self._text_input, self._concepts[name])
+        pair = _pair(self._memory, base, self._text_input, self._concepts[name], self._to_average)
         factor = pair[self._half].double()
         return factor if self._begin is None else factor.addr_(self._begin, self._begin @ pair[0].double(), alpha=-1.0)
 

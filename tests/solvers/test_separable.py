@@ -27,7 +27,7 @@ def test_hardening_sends_away_what_called_the_concept_up_and_leaves_others_where
     assert isinstance(hard.delta, TextMap)
     assert hard.delta.up.shape[1] <= 2 * Separable().rank
     assert 0 < hard.diagnostics["recovered"] <= 1
-    known = universe(base, (CAT, DOG, CAR), RIDGE, 1.0, torch.device("cpu"))
+    known = universe(base, (CAT, DOG, CAR), RIDGE, 1.0, torch.device("cpu"), to_average=True)
     before, after = (MapEdit(d.up.double(), d.down.double()) for d in (plain.delta, hard.delta))
     cat, values, dog = known.keys["cat"], known.values["cat"], known.keys["dog"]
     g = gram(projection_weights(base, "text_encoder", torch.device("cpu")).values(), len(cat))

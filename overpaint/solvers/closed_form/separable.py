@@ -6,9 +6,15 @@ For concepts with keys K_j and targets V_j, and keys R to preserve, the joint mi
 sum of terms that each depend on one concept, and the same for all projections. The patch is one such term, for each text input by
 which a prompt enters the base. That begin-of-text does not move at all is a constraint (`universe.py`).
 
-Preserving the rest leaves some of the concept: of the way from K_i to V_i, keys go the share alpha on average. Asking for
-`V_i' = K_i + (V_i - K_i) / alpha` instead moves the average all the way. That is the same problem with a farther target, so that
-terms still add up to the joint solution.
+A concept without an anchor is sent to the average word of the vocabulary in the same sentence, rather than to the sentence
+without it. What all words have in common then stays where it is, so that no patch moves it, and a hundred patches do not add up
+to moving it for everything else.
+
+Preserving the rest leaves some of the concept, the more of it the more is known. So its own keys weigh more than those of the
+others, as much more as lets them go the share `share` of their way on average (`favouring`). Every term remains a sum of thin
+factors that depends on one concept and on A; terms add up to the joint solution exactly with `share` 0, and else to one in
+which what is erased weighs more. `reach` then asks for a farther target, `V_i' = K_i + reach (V_i - K_i)`, at most as far as
+brings the average to V_i: for styles, of which every word of a sentence carries a part.
 
 `harden` adds rounds as in RECE (`rece.py`): the embeddings c' that reproduce K_i best through the edited projections become
 further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
@@ -35,8 +41,12 @@ from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, univer
 
 ADVERSARIAL_RIDGE = 0.1
 """Lambda of the search for c', over the mean eigenvalue of `sum_l W_l^T W_l`, as in RECE."""
-ARRIVED, TAKEN_ALONG = 0.9, 0.25
-"""A note is written where a concept's mean key goes less than `ARRIVED` of its way, and another's `TAKEN_ALONG` of it."""
+AVERAGE, NOTHING = "average", "nothing"
+TARGETS = (AVERAGE, NOTHING)
+MOST = 20.0
+"""How much a concept's own keys may count, over those of the others, at most."""
+TAKEN_ALONG = 0.35
+"""A note is written where the mean key of a concept that is to be kept goes this share of the erased one's way."""
 SPARE, ITERATIONS = 8, 8
 """Directions that are followed beside those that are kept, and steps: what is kept is off by the ratio of the singular values
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
@@ -47,19 +57,35 @@ class Separable(Solver):
     """Send a concept to its anchor in closed form and hold everything else; patches add up to the joint solution."""
 
     is_closed_form = True
-    revision = 2
+    revision = 3
 
     ridge: float = setting(RIDGE, "lambda over the mean eigenvalue of A", low=0.0)
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
-    reach: float = setting(1.5, "at most so much farther than the target, so that keys reach it on average", low=1.0)
-    style_reach: float = setting(3.0, "`reach` for styles, of which every word of a sentence carries a part", low=1.0)
+    reach: float = setting(1.0, "at most so much farther than the target, so that keys reach it on average", low=1.0)
+    style_reach: float = setting(2.0, "`reach` for styles, of which every word of a sentence carries a part", low=1.0)
     rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
     vocabulary: int = setting(
         0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
     )
     caught_reach: float = setting(
-        1.25, "`reach` for what is no style on diffusion transformers", low=1.0, added_later=True
+        1.0, "`reach` for what is no style on diffusion transformers", low=1.0, added_later=True
+    )
+    share: float = setting(
+        0.85,
+        "of the way to the target, what a concept's keys go on average; 0: as far as the joint solution has them",
+        low=0.0,
+        high=0.99,
+        added_later=True,
+    )
+    target: str = setting(
+        AVERAGE,
+        "where a concept without an anchor goes: the average word, or the sentence without it",
+        choices=TARGETS,
+        added_later=True,
+    )
+    vocabulary_weight: float = setting(
+        60.0, "how much the whole vocabulary counts, in listed concepts", low=0.0, added_later=True
     )
     harden: int = setting(
         0, "rounds that erase what still calls the concept up, at most `rank` directions each", low=0, added_later=True
@@ -86,7 +112,9 @@ class Separable(Solver):
 
     def universe_of(self, problem: EditProblem, text_input: str) -> Universe:
         """The moment of all that is known at a text input: the problem's concepts, the vocabulary, preserved prompts."""
-        preserved = PreservedPrompts(problem.preserved_prompts(), self.vocabulary, problem.cache)
+        preserved = PreservedPrompts(
+            problem.preserved_prompts(), self.vocabulary, self.vocabulary_weight, problem.cache
+        )
         return universe(
             problem.base,
             (problem.concept, *problem.others),
@@ -95,6 +123,7 @@ class Separable(Solver):
             problem.device,
             text_input=text_input,
             preserved=preserved,
+            to_average=self.target == AVERAGE,
             report=problem.report,
         )
 
@@ -110,7 +139,7 @@ class Separable(Solver):
                 "name another anchor or a larger weight"
             )
         reach = self.reach_on(base, concept)
-        up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight)
+        up, down, about = self._fitted(Metric(known.cholesky), keys, way, self.rank, reach)
         if self.harden:
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
@@ -118,18 +147,21 @@ class Separable(Solver):
         if taken := _taken_along(known, concept, MapEdit(up, down), keys, way):
             kept, share = taken
             about["note"] = (
-                f"{concept.name!r} is erased in part only, and {share:.0%} of the same change happens to {kept!r}, which this "
-                "patch is to keep: the text encoder says nearly the same of both. If they are one thing, make one a synonym "
-                "of the other"
+                f"{share:.0%} of what happens to {concept.name!r} happens to {kept!r} too, which this patch is to keep: the "
+                "text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
             )
         return up.float(), down.float().contiguous(), about
 
-    def reach_on(self, base: Base, concept: Concept) -> float:
-        """How much farther than the target the keys of a concept may be sent on a base.
+    def _fitted(
+        self, metric: Metric, keys: Tensor, way: Tensor, rank: int, reach: float
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The factors that `fit` finds once a concept's own keys are favoured; `residual` is what they leave of the whole way."""
+        favoured = favouring(metric, keys, way, self.share, self.weight)
+        up, down, about = fit(metric, keys, favoured, rank, self.energy, reach, self.weight)
+        return up, down, about | {"residual": float((up @ (down.T @ keys) - way).norm() / way.norm())}
 
-        Measured rather than derived: on `emoji-dit`, going 1.5 times as far erases no object better than 1.25 times, and moves
-        more of what nobody listed; at 1, a fifth of a single object is left.
-        """
+    def reach_on(self, base: Base, concept: Concept) -> float:
+        """How much farther than the target the keys of a concept may be sent on a base."""
         if concept.kind == "style":
             return self.style_reach
         return self.caught_reach if base.layout.is_caught else self.reach
@@ -151,8 +183,7 @@ class Separable(Solver):
             every, goals = torch.cat([every, again], 1), torch.cat([goals, values], 1)
             moment = moment + self.weight * again @ again.T
             metric = Metric(torch.linalg.cholesky(moment))
-            rank = (1 + turn) * self.rank
-            up, down, found = fit(metric, every, goals - every, rank, self.energy, reach, self.weight)
+            up, down, found = self._fitted(metric, every, goals - every, (1 + turn) * self.rank, reach)
             edit = MapEdit(up, down)
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
 
@@ -161,16 +192,39 @@ def _taken_along(
     known: Universe, concept: Concept, edit: MapEdit, keys: Tensor, way: Tensor
 ) -> tuple[str, float] | None:
     """Of what is to be kept, the concept that goes farthest along the erased concept's way, and the share of the way, where
-    much goes there instead of with the erased one. In means over sentences and positions: what all have in common stays.
+    that is much. In means over sentences and positions: what all have in common stays.
     """
     goal = way.mean(1)
     along = edit.down @ (edit.up.T @ goal) / goal.square().sum()  # times a key: the share of the way that it goes
-    if along @ keys.mean(1) > ARRIVED:
-        return None
     shares = dict(zip(known.keys, (known.means @ along).tolist(), strict=True))
     del shares[concept.name]
     share, kept = max(((share, name) for name, share in shares.items()), default=(0.0, ""))
     return (kept, share) if share >= TAKEN_ALONG else None
+
+
+def favouring(metric: Metric, keys: Tensor, way: Tensor, share: float, weight: float = 1.0) -> Tensor:
+    """Targets [o, m] with which `fit` solves the problem in which a concept's own keys weigh f times as much as the others'.
+
+    f is the least with which they go, on average, the `share` of their way; at least 1, at most `MOST`. With
+    `w K^T A^-1 K = Q diag(e) Q^T`, own keys that weigh f times as much go the share `f e / (1 + (f - 1) e)` of what their way
+    has of each direction of Q instead of e, by Woodbury's identity: as if their way there were so much longer.
+    """
+    _, size, right = torch.linalg.svd(weight**0.5 * metric.whitened(keys), full_matrices=False)
+    e = size.square()
+    parts = way @ right.T
+    energy, whole = parts.square().sum(0), float(way.square().sum())
+
+    def gone(f: float) -> float:
+        return float((energy * f * e / (1 + (f - 1) * e)).sum()) / whole
+
+    low, high = 1.0, MOST
+    if gone(low) >= share:
+        return way
+    if gone(high) > share:
+        for _ in range(30):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if gone(middle) >= share else (middle, high)
+    return (parts * (high / (1 + (high - 1) * e))) @ right
 
 
 @dataclass(frozen=True, eq=False)
