@@ -2,8 +2,9 @@
 
 The first N of `--most` listed objects are erased; kept are those that nobody was told of. `separable` and `nullspace` are told
 of all that is listed, and so is what is decoupled (`esd+decoupled`); `sepme` is told of as many as its sums go to; every other
-solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. Solvers that train stop
-at 16 concepts. Of `separable`, each concept is also restored while all the others stay.
+solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. `separable:share=0` gives
+the terms of the joint solution and no more. Solvers that train stop at 16 concepts. Of `separable`, each concept is also
+restored while all the others stay.
 
 Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, `--shard 0/2` and `--shard 1/2`
 share the solving and the drawing between two processes, and with `--budget` nothing is begun after so many seconds.
@@ -39,14 +40,16 @@ TRAINED = ("sepme", "esd", "ablation", "few_shot_lora")
 STRICT = "esd:variant=x-strict"
 """ESD that trains the prompt's keys and values alone, so that decoupling leaves nothing out."""
 DECOUPLED = tuple(f"{name}+decoupled" for name in (*TRAINED[1:], STRICT))
-SOLVERS = ("separable", "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
+TOGETHER = "separable:share=0"
+"""Patches that are the joint solution's terms and no more: for many concepts, of which none is erased alone."""
+SOLVERS = ("separable", TOGETHER, "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
 FAR, TRAINED_FAR = 100, 16
 """The most concepts at once, of solvers in closed form and of those that train."""
 MERGED = ("uce",)
 """Solvers whose patches are also merged in other ways, and that also solve for all concepts at once."""
 LISTENING = ("separable", "nullspace")
 """Solvers that are told of everything that is listed."""
-RESTORED = "separable, one restored"
+RESTORED = "one restored"
 PLAIN = "plain sum"
 """How the suite calls patches that are laid side by side."""
 
@@ -78,7 +81,7 @@ class Curve(Scale):
     def run(self, context: EvalContext) -> list[Measurement]:
         """What the suite measures; and of `separable`, what each concept is once it is restored while the others stay."""
         rows = super().run(context)
-        return [*rows, *self._restored(context)] if self.solvers == "separable" else rows
+        return [*rows, *self._restored(context)] if self.solvers in ("separable", TOGETHER) else rows
 
     def _restored(self, context: EvalContext) -> list[Measurement]:
         concepts = self._concepts(context)
@@ -90,7 +93,7 @@ class Curve(Scale):
             before.append(context.verdicts((), asked, OBJECT))
             after.append(context.verdicts([*terms[:place], *terms[place + 1 :]], asked, OBJECT))
         sides = Verdicts.joined(before), Verdicts.joined(after)
-        return context.preserved(f"{RESTORED}, N={len(concepts)}", *sides)
+        return context.preserved(f"{self.solvers}, {RESTORED}, N={len(concepts)}", *sides)
 
     def _merged(self, solvers: list[str]) -> list[str]:
         return solvers if self.merges else []

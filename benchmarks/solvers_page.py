@@ -203,7 +203,7 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     yield (
         "The first N listed objects are erased at once; kept are objects that are in no universe. `separable` and "
         "`nullspace` know all that is listed, `sepme` as many as its sums go to, the others work alone. A plain sum adds patches "
-        "as they are; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
+        "as they are; `separable:share=0` gives the terms of the joint solution and no more; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
         f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )
     for metric, output in (
@@ -216,8 +216,9 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     for row in restored:
         if row.metric == SHARE:
             yield (
-                f"With {int(row.subject.rpartition('=')[2]) - 1} of {row.subject.rpartition('=')[2]} left in place, each of them "
-                f"restored in turn: {_spelled(row)} of the base's accuracy on it."
+                f"`{row.subject.partition(', ')[0]}`, with {int(row.subject.rpartition('=')[2]) - 1} of "
+                f"{row.subject.rpartition('=')[2]} left in place and each of them restored in turn: {_spelled(row)} of the "
+                "base's accuracy on it."
             )
     spread = max(row.value for row in rows if row.metric == "order spread")
     yield f"Tensors that depend on the order in which patches are added: {plain(spread)}."
