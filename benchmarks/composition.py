@@ -2,9 +2,9 @@
 
 The first N of `--most` listed objects are erased; kept are those that nobody was told of. `separable` and `nullspace` are told
 of all that is listed, and so is what is decoupled (`esd+decoupled`); `sepme` is told of as many as its sums go to; every other
-solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. `separable:share=0` gives
-the terms of the joint solution and no more. Solvers that train stop at 16 concepts. Of `separable`, each concept is also
-restored while all the others stay.
+solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. `separable:share=0`
+weighs no concept's own keys more than those of the others. Solvers that train stop at 16 concepts. Of `separable`, each concept
+is also restored while all the others stay.
 
 Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, `--shard 0/2` and `--shard 1/2`
 share the solving and the drawing between two processes, and with `--budget` nothing is begun after so many seconds.
@@ -41,7 +41,7 @@ STRICT = "esd:variant=x-strict"
 """ESD that trains the prompt's keys and values alone, so that decoupling leaves nothing out."""
 DECOUPLED = tuple(f"{name}+decoupled" for name in (*TRAINED[1:], STRICT))
 TOGETHER = "separable:share=0"
-"""Patches that are the joint solution's terms and no more: for many concepts, of which none is erased alone."""
+"""Patches for many concepts that are erased together and never alone: none's own keys weigh more than the others'."""
 SOLVERS = ("separable", TOGETHER, "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
 FAR, TRAINED_FAR = 100, 16
 """The most concepts at once, of solvers in closed form and of those that train."""

@@ -203,8 +203,8 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     yield (
         "The first N listed objects are erased at once; kept are objects that are in no universe. `separable` and "
         "`nullspace` know all that is listed, `sepme` as many as its sums go to, the others work alone. A plain sum adds patches "
-        "as they are; `separable:share=0` gives the terms of the joint solution and no more; `+decoupled` patches were "
-        "decoupled from all that is listed first; task arithmetic and TIES "
+        "as they are; `separable:share=0` lets no concept's own keys weigh more than the others', as suits concepts that are "
+        "never erased alone; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
         f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )
     for metric, output in (

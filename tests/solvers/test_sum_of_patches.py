@@ -14,7 +14,7 @@ from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import solver_class
-from overpaint.solvers.closed_form.separable import MOST, TARGETS, Separable
+from overpaint.solvers.closed_form.separable import MOST, TARGETS, Metric, Separable, favouring
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.sentences import AVERAGED, AverageWord, keys_and_values
 from overpaint.solvers.universe import VOCABULARY, Universe, universe
@@ -37,7 +37,8 @@ def test_an_unknown_solver_is_named_with_the_nearest() -> None:
         solver_class("seperable")
 
 
-def test_the_sum_of_separable_patches_is_the_joint_solution(base: Base) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.8])
+def test_the_sum_of_separable_patches_is_the_joint_solution(base: Base, share: float) -> None:
     """The theorem of the module's docstring, for every subset, in float64, before any truncation."""
     concepts = (CAT, DOG, CAR)
     known = told(base, concepts)
@@ -49,10 +50,12 @@ def test_the_sum_of_separable_patches_is_the_joint_solution(base: Base) -> None:
         right = a.clone()
         for concept in subset:
             k, v = known.keys[concept.name], known.values[concept.name]
-            solution = Separable(**EXACT).solve(EditProblem(base, concept, concepts))
+            solution = Separable(**EXACT | {"share": share}).solve(EditProblem(base, concept, concepts))
             delta, gain = solution.delta, solution.diagnostics["gain"]
             assert 1 < gain <= EXACT["reach"]
-            right += 2.0 * gain * (v - k) @ k.T
+            way = favouring(Metric(known.cholesky), k, v - k, share, weight=2.0)
+            assert (torch.equal(way, v - k)) == (share == 0.0)
+            right += 2.0 * gain * way @ k.T
             assert isinstance(delta, TextMap)
             total += delta.up.double() @ delta.down.double().T
         joint = torch.linalg.solve(a, right, left=False)

@@ -10,11 +10,11 @@ A concept without an anchor is sent to the average word of the vocabulary in the
 without it. What all words have in common then stays where it is, so that no patch moves it, and a hundred patches do not add up
 to moving it for everything else.
 
-Preserving the rest leaves some of the concept, the more of it the more is known. So its own keys weigh more than those of the
-others, as much more as lets them go the share `share` of their way on average (`favouring`). Every term remains a sum of thin
-factors that depends on one concept and on A; terms add up to the joint solution exactly with `share` 0, and else to one in
-which what is erased weighs more. `reach` then asks for a farther target, `V_i' = K_i + reach (V_i - K_i)`, at most as far as
-brings the average to V_i: for styles, of which every word of a sentence carries a part.
+Preserving the rest leaves some of the concept, the more of it the more is known. So a concept's own keys weigh more than those
+of the others, as much more as lets them go `share` of their way on average. By Woodbury's identity that is the same problem
+with farther targets (`favouring`), so that terms still add up to the joint solution, for these targets, of every subset.
+Styles, of which every word of a sentence carries a part, are asked to go `style_reach` times as far, at most as far as
+brings the average to its target.
 
 `harden` adds rounds as in RECE (`rece.py`): the embeddings c' that reproduce K_i best through the edited projections become
 further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
