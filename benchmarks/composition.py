@@ -95,6 +95,9 @@ class Curve(Scale):
         sides = Verdicts.joined(before), Verdicts.joined(after)
         return context.preserved(f"{self.solvers}, {RESTORED}, N={len(concepts)}", *sides)
 
+    def _check(self, solver: str) -> None:
+        Asked.parse(solver)
+
     def _merged(self, solvers: list[str]) -> list[str]:
         return solvers if self.merges else []
 

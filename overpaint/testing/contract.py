@@ -209,7 +209,8 @@ class SolverContract:
         assert (self._id(base, changed, universe=(Concept("fox"),)) != self._id(base, solved.solution)) == differ
 
     def test_preserved_prompts_decide_exactly_where_that_is_declared(self, base: Base, solved: SolvedExample) -> None:
-        prompts = ("the moon and a house", "a rose by the sun")
+        # Several, for a solver may preserve only those that its change would disturb.
+        prompts = tuple(f"a {word}" for word in ("moon", "house", "rose", "sun", "bus", "tree", "person", "fox"))
         changed = self.made().solve(self.problem(base, preserve_prompts=prompts))
         differ = changed.delta != solved.solution.delta
         assert differ == self.made().uses_preserved_prompts, "see Solver.uses_preserved_prompts"

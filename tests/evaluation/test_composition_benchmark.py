@@ -113,6 +113,12 @@ def test_of_separable_each_concept_is_restored_while_the_others_stay(base: Base,
     assert not [row for row in found["esd"] if "restored" in row.subject]
 
 
+def test_solvers_with_settings_and_decoupled_ones_are_drawn_under_their_whole_names(base: Base, tmp_path: Path) -> None:
+    asked = [composition.TOGETHER, "uce+decoupled", f"{composition.STRICT}+decoupled"]
+    assert draw(curve(Fake(base)), tmp_path, asked, ALL) == {}
+    assert {*curves(tmp_path)} == {*asked}
+
+
 def test_a_budget_that_is_spent_begins_nothing(base: Base, tmp_path: Path) -> None:
     spent = Budget(1.0, began=0.0)
     fake = Fake(base)

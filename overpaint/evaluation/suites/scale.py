@@ -96,7 +96,7 @@ class Scale(Suite):
         concepts = self._concepts(context)
         solvers = [name.strip() for name in self.solvers.split(",") if name.strip()]
         for name in solvers:
-            solver_class(name)
+            self._check(name)
         counts = self._counts(len(concepts))
         alone = self._merged(solvers)
         ways = len(solvers) + (3 if alone else 0)
@@ -121,6 +121,10 @@ class Scale(Suite):
         metrics = ("H_c", "accuracy on erased", "accuracy on kept", "order spread")
         own = numbers.table([s for s in numbers.subjects() if ", N=" in s], metrics, "The same in numbers")
         return Section(cls.heading, text, charts=(_curve(numbers),), more=(own, *published("scale")))
+
+    def _check(self, solver: str) -> None:
+        """Raise NotFound, before anything is solved, for a solver that there is not."""
+        solver_class(solver)
 
     def _counts(self, most: int) -> list[int]:
         """How many concepts are erased at once, in turn."""

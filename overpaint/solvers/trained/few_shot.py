@@ -44,10 +44,10 @@ class FewShot(Training):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "steps": 28,
+                "steps": 40,
                 "until": 0.05,
                 "momentum": 0.5,
-                "lr": 1e-3,
+                "lr": 5e-4,
                 "batch": 8,
                 "pictures": 8,
                 "sampling_steps": 12,
