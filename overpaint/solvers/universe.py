@@ -54,13 +54,13 @@ PAIRS_BYTES = 1 << 30
 class PreservedPrompts:
     """What a universe preserves beside its concepts: prompts, and how many words of the vocabulary (0: all).
 
-    The whole vocabulary counts `weight` times as much as one concept. `cache` is a folder in which its moments are kept.
+    `cache` is a folder in which the vocabulary's moments are kept. The whole of it counts `weight` times as much as one concept.
     """
 
     prompts: tuple[str, ...] = ()
     words: int = 0
-    weight: float = VOCABULARY
     cache: Path | None = None
+    weight: float = VOCABULARY
 
 
 @dataclass(frozen=True, eq=False)

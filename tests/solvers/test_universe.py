@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
 CPU = torch.device("cpu")
 SHAPES = {"short and narrow": (32, 12, 2), "long": (64, 77, 2), "wide": (256, 24, 2), "CLIP-L": (768, 77, 12)}
 """Width, length, layers."""
-FEW = {"vocabulary": 6}
+FEW: dict[str, Any] = {"vocabulary": 6}
 """Enough words for what is tested, and few enough for an encoder of CLIP-L's size."""
 
 

@@ -113,7 +113,7 @@ class Separable(Solver):
     def universe_of(self, problem: EditProblem, text_input: str) -> Universe:
         """The moment of all that is known at a text input: the problem's concepts, the vocabulary, preserved prompts."""
         preserved = PreservedPrompts(
-            problem.preserved_prompts(), self.vocabulary, self.vocabulary_weight, problem.cache
+            problem.preserved_prompts(), self.vocabulary, problem.cache, self.vocabulary_weight
         )
         return universe(
             problem.base,
@@ -224,7 +224,8 @@ def favouring(metric: Metric, keys: Tensor, way: Tensor, share: float, weight: f
         for _ in range(30):
             middle = (low * high) ** 0.5
             low, high = (low, middle) if gone(middle) >= share else (middle, high)
-    return (parts * (high / (1 + (high - 1) * e))) @ right
+    favoured: Tensor = (parts * (high / (1 + (high - 1) * e))) @ right
+    return favoured
 
 
 @dataclass(frozen=True, eq=False)
