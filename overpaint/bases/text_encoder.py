@@ -382,22 +382,24 @@ class PipelineTextInput:
     def keys_and_mean_values(self, pairs: Sequence[tuple[str, Sequence[str]]], padding: float) -> tuple[Tensor, Tensor]:
         """As `keys_and_values`, with the mean over several other prompts in place of one: float64 [d, m] each.
 
-        The mean is over those that line up with the prompt as the first of them does.
+        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out. Raises
+        PromptTooLong where all are the same.
         """
         caught = self.source.of([prompt for prompt, _ in pairs])
         keys, values = [], []
         for prompt, others in pairs:
             among = self.source.of(others)
+            here = caught[prompt][self.name]
             sides = [among[other][self.name] for other in others if other != prompt]
-            lined_up = [self._lined_up(caught[prompt][self.name], side, padding, True) for side in sides]
-            own = [(row, weight) for row, _, weight in lined_up[0]]
-            same = [
-                side.embeddings[[target for _, target, _ in rows]].double()
-                for side, rows in zip(sides, lined_up, strict=True)
-                if [(row, weight) for row, _, weight in rows] == own
-            ]
+            sides = [side for side in sides if self.is_pooled or not _same_tokens(here, side)] or sides
+            by_rows: dict[tuple[tuple[int, float], ...], list[Tensor]] = {}
+            for side in sides:
+                rows = self._lined_up(here, side, padding, True)
+                pattern = tuple((row, weight) for row, _, weight in rows)
+                by_rows.setdefault(pattern, []).append(side.embeddings[[target for _, target, _ in rows]].double())
+            own, same = max(by_rows.items(), key=lambda item: len(item[1]))
             roots = torch.tensor([weight for _, weight in own], dtype=torch.float64).sqrt()[:, None].to(self.device)
-            keys.append(caught[prompt][self.name].embeddings[[row for row, _ in own]].double() * roots)
+            keys.append(here.embeddings[[row for row, _ in own]].double() * roots)
             values.append(torch.stack(same).mean(0) * roots)
         return torch.cat(keys).T, torch.cat(values).T
 
@@ -444,6 +446,11 @@ class PipelineTextInput:
         if other.padding:
             rows += [(row, other.padding[min(i, len(other.padding) - 1)], share) for i, row in enumerate(one.padding)]
         return rows
+
+
+def _same_tokens(a: CaughtPrompt, b: CaughtPrompt) -> bool:
+    """Whether two prompts are the same to every text encoder."""
+    return [segment.ids for segment in a.segments] == [segment.ids for segment in b.segments]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -85,6 +85,15 @@ def settings_of(solver: Any) -> dict[str, Any]:
     }
 
 
+def chosen_settings(solver: type[Solver], recorded: Mapping[str, Any], revision: int) -> dict[str, Any]:
+    """Of the settings that a patch of some revision records, those that were chosen: not the defaults of that time."""
+    former: dict[str, Any] = {}
+    for until in sorted(solver.FORMER_DEFAULTS, reverse=True):
+        if revision <= until:
+            former |= solver.FORMER_DEFAULTS[until]
+    return {name: value for name, value in recorded.items() if name not in former or value != former[name]}
+
+
 def settable(solver: Any) -> dict[str, Field[Any]]:
     """The settings of a solver (or of its class) by name, in the order they are declared."""
     return {f.name: f for f in dataclasses.fields(solver)}
@@ -228,6 +237,10 @@ class Solver(ABC):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    FORMER_DEFAULTS: ClassVar[Mapping[int, Mapping[str, Any]]] = MappingProxyType({})
+    """By revision, defaults that a later one changed: a patch of that revision or an earlier one was solved by default where it
+    records them, and is solved again by today's defaults."""
 
     is_closed_form = False
     """Whether the answer is a formula over text embeddings: no training, no pictures. Write it as a literal: it is also read

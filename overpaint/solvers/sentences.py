@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -204,13 +205,15 @@ def keys_and_values(
 
 AVERAGED, AVERAGED_CAUGHT = 64, 16
 """Words of the vocabulary whose mean is the average word; fewer where every prompt goes through a whole pipeline."""
+AVERAGED_SENTENCES = 256
+"""Sentences for which the average word is kept."""
 
 
 class AverageWord:
     """What a text encoder gives on average for a word of its vocabulary, in any sentence: embeddings that name nothing.
 
-    The words are the first of one fixed order (by digest, so without any pattern); there are none where the tokenizer knows
-    fewer than two. What was encoded for a sentence is kept.
+    The words are the first of one fixed order (by digest, so without any pattern), whatever the concept: its own may be one of
+    them. Where the tokenizer knows fewer than two there are none, and a concept goes to the sentence without it.
     """
 
     def __init__(self, encoder: AnyTextEncoder) -> None:
@@ -218,7 +221,7 @@ class AverageWord:
         single = (word for word in in_order if len(encoder.tokens(word)) == 1)
         words = list(islice(single, AVERAGED_CAUGHT if isinstance(encoder, PipelineTextInput) else AVERAGED))
         self.words = words if len(words) > 1 else []
-        self._means: dict[str, Tensor] = {}
+        self._means: OrderedDict[str, Tensor] = OrderedDict()
 
     def values(self, encoder: TextEncoder, phrasing: Phrasing, positions: KeyPositions) -> Tensor:
         """V of a phrasing: the average word where its word is, float64 [d, m].
@@ -239,7 +242,10 @@ class AverageWord:
             own = KeyPositions.of(encoder, template, self.words[0])
             prompts = [template.format(word) for word in self.words]
             hidden = encoder.hidden(prompts, -(-own.end // STEP) * STEP).double().mean(0)
-            self._means[template] = hidden[own.start : own.start + len(own.weights)]
+            self._means[template] = hidden[own.start : own.start + len(own.weights)].clone()
+        self._means.move_to_end(template)
+        while len(self._means) > AVERAGED_SENTENCES:
+            self._means.popitem(last=False)
         return self._means[template]
 
 

@@ -154,7 +154,8 @@ def prepare(
     preserved: PreservedPrompts = PreservedPrompts(),
     report: Progress = silent,
 ) -> None:
-    """Encode the whole vocabulary of a base, and the concepts of a universe, now rather than in the first solve."""
+    """Encode the whole vocabulary of a base, and the concepts of a universe as `separable` has them by default, now rather than
+    in the first solve."""
     memory = _memory(base, device)
     _vocabulary(memory, base, preserved, report, whole=True)
     for concept in concepts:
@@ -236,6 +237,7 @@ def _pair(
     memory: _UniverseCache, base: Base, text_input: str, concept: Concept, to_average: bool = False
 ) -> tuple[Tensor, Tensor]:
     """K and V of a concept, float32. Encoded by itself: in a batch with others, its last bits would depend on them."""
+    to_average = to_average and not concept.anchor
     key = (text_input, canonical_json(concept.as_json()), to_average)
     if key not in memory.pairs:
         encoder = memory.encoders[text_input]

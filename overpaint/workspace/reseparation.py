@@ -18,7 +18,7 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.registry.records import HistoryRecord, PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.registry.store import BlobCorrupt, BlobMissing
-from overpaint.solvers import is_closed_form
+from overpaint.solvers import is_closed_form, solver_class
 from overpaint.workspace.planning import (
     SolveRequest,
     as_texts,
@@ -112,9 +112,9 @@ def reseparate(
 ) -> Reseparated:
     """Solve a recipe's closed-form patches for the registry's universe, and `exchange` them: new ids by old ones, and why.
 
-    Each new patch has the settings, seed and compressions of the old one. The concepts are those of the registry as they
-    are described now. Patches of other solvers stay. Raises what the solvers raise, and NotReseparable where two patches
-    would become one; nothing is exchanged then.
+    Each new patch has the settings that were chosen for the old one, its seed and compressions. The concepts are those of the
+    registry as they are described now. Patches of other solvers stay. Raises what the solvers raise, and NotReseparable where
+    two patches would become one; nothing is exchanged then.
     """
     from overpaint.bases.loading import resolve_device
     from overpaint.workspace.solving import carry_out
@@ -146,6 +146,8 @@ def _stale(
     opened: OpenRegistry, recipe: str, context: SolveContext
 ) -> tuple[dict[str, SolveRequest], tuple[PatchRecord, ...]]:
     """By id, the requests that solve patches again; and patches of other solvers, for another universe than today's."""
+    from overpaint.solvers.problem import chosen_settings
+
     known = {concept.name: concept for concept in context.universe}
     stale, left = dict[str, SolveRequest](), []
     records = [record for record, _ in opened.registry.patches_on(recipe)]
@@ -153,7 +155,9 @@ def _stale(
     for record, manifest in _with_universe(opened.registry, records):
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
-            settings, rule = as_texts(record.settings), decoupled_of(manifest)
+            revision = manifest["solver"].get("revision", 1)
+            settings = as_texts(chosen_settings(solver_class(record.solver), record.settings, revision))
+            rule = decoupled_of(manifest)
             request = SolveRequest(
                 concept, record.solver, settings, record.seed, truncations_of(manifest), decoupled=rule
             )

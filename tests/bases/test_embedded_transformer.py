@@ -8,6 +8,7 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.bases.embedded import EMBEDDED_BASES, catalogue
+from overpaint.bases.text_encoder import PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge, load_judge
@@ -17,6 +18,7 @@ from overpaint.patches.live import Overlay
 from overpaint.patches.patch import uncovered_inputs
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.sentences import PADDING, AverageWord
 
 FOLDER = EMBEDDED_BASES["emoji-dit"]
 SEQUENCE, POOLED = "context", "pooled"
@@ -45,6 +47,24 @@ def test_its_card_states_measurements_and_licences() -> None:
     card = (FOLDER / "README.md").read_text("utf-8")
     for word in ("held-out", "95% Wilson", "CC BY 4.0", "Apache-2.0", "MIT", "max_sequence_length"):
         assert word in card
+
+
+def test_a_concept_that_begins_with_a_word_of_the_average_keeps_all_of_its_keys(transformer: Base) -> None:
+    encoder = text_sources(transformer)[SEQUENCE]
+    assert isinstance(encoder, PipelineTextInput)
+    words = AverageWord(encoder).words
+
+    def keys(name: str) -> int:
+        others = [f"a {word}" for word in words]
+        both = encoder.keys_and_mean_values([(f"a {name}", others)], PADDING)
+        assert both[0].shape == both[1].shape
+        assert all(side.isfinite().all() for side in both)
+        return int(both[0].shape[1])
+
+    # The first of the words lines up with it otherwise than the rest, which decide.
+    assert keys(f"{words[0]} {words[1]}") == keys(f"{words[1]} {words[0]}")
+    # What is the same to CLIP, which reads no capitals, is none of the others there.
+    assert keys(words[0].upper()) > 0
 
 
 def test_one_concept_is_erased_through_both_inputs_others_stay_and_the_base_comes_back(transformer: Base) -> None:

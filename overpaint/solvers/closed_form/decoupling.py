@@ -34,7 +34,7 @@ from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor, joined
 from overpaint.solvers import DECOUPLING_RULES
 from overpaint.solvers.closed_form.edits import free_of
-from overpaint.solvers.closed_form.separable import NOTHING, Metric, Separable, fit
+from overpaint.solvers.closed_form.separable import BEFORE_FAVOURING, Metric, fit
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values
 from overpaint.solvers.universe import text_encoders, vocabulary_record
@@ -42,8 +42,6 @@ from overpaint.solvers.universe import text_encoders, vocabulary_record
 RIDGE_RULE, EXACT_RULE = DECOUPLING_RULES
 RANK, ENERGY = 16, 0.99
 """Of every tensor's change, the directions that hold this share of its energy are kept, and at most so many of them."""
-MEASURED = Separable(reach=1.5, style_reach=3.0, caught_reach=1.25, vocabulary_weight=25.0, target=NOTHING)
-"""The universe and the reach with which decoupled patches are made and were measured."""
 
 
 @own_torch_settings()
@@ -55,7 +53,7 @@ def decouple(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Solu
     where nothing does, or where `exact` finds no direction free; PromptTooLong.
     """
     started = time.perf_counter()
-    settings, concept, base = MEASURED, problem.concept, problem.base
+    settings, concept, base = BEFORE_FAVOURING, problem.concept, problem.base
     problem.report(0, 1, "decoupling")
     reach = settings.reach_on(base, concept)
     maps: list[Delta] = []

@@ -33,7 +33,7 @@ from overpaint.solvers.closed_form.edits import (
     revived,
     text_maps,
 )
-from overpaint.solvers.closed_form.separable import Separable
+from overpaint.solvers.closed_form.separable import BEFORE_FAVOURING
 from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Solution, Solver, setting
 
@@ -49,7 +49,11 @@ class RECE(Solver):
     is_closed_form = True
     revision = 2
 
-    start: str = setting("uce", "the first edit, with its own default settings", choices=("uce", "separable"))
+    start: str = setting(
+        "uce",
+        "the first edit, as it is by default (`separable`: as it was in revision 2)",
+        choices=("uce", "separable"),
+    )
     rounds: int = setting(1, "adversarial rounds; the paper has 1 for objects, 2 and 3 for unsafe content", low=0)
     adversarial_ridge: float = setting(0.1, "lambda of the search for c', over the mean eigenvalue of G", low=1e-9)
     ridge: float = setting(0.1, "lambda of the edits that follow, on the scale of squared embeddings", low=0.0)
@@ -71,7 +75,7 @@ class RECE(Solver):
 
     def _first(self) -> Solver:
         if self.start == "separable":
-            return Separable()
+            return BEFORE_FAVOURING
         # The paper's own start: last tokens, unless the caller asks otherwise for all rounds.
         positions = self.positions if self.spoken else LAST
         return UCE(

@@ -11,10 +11,10 @@ without it. What all words have in common then stays where it is, so that no pat
 to moving it for everything else.
 
 Preserving the rest leaves some of the concept, the more of it the more is known. So a concept's own keys weigh more than those
-of the others, as much more as lets them go `share` of their way on average. By Woodbury's identity that is the same problem
-with farther targets (`favouring`), so that terms still add up to the joint solution, for these targets, of every subset.
-Styles, of which every word of a sentence carries a part, are asked to go `style_reach` times as far, at most as far as
-brings the average to its target.
+of the others, as much more as lets them go `share` of their way on average, up to `MOST` times. By Woodbury's identity that is
+the same problem with farther targets (`favouring`), so that terms still add up to the joint solution, for these targets, of
+every subset. With a `reach` above 1 these targets are reached on average, so that keys go past their own: styles do, of which
+every word of a sentence carries a part.
 
 `harden` adds rounds as in RECE (`rece.py`): the embeddings c' that reproduce K_i best through the edited projections become
 further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
@@ -58,11 +58,14 @@ class Separable(Solver):
 
     is_closed_form = True
     revision = 3
+    FORMER_DEFAULTS = {2: {"reach": 1.5, "style_reach": 3.0}}  # noqa: RUF012
 
     ridge: float = setting(RIDGE, "lambda over the mean eigenvalue of A", low=0.0)
     weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
     energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
-    reach: float = setting(1.0, "at most so much farther than the target, so that keys reach it on average", low=1.0)
+    reach: float = setting(
+        1.0, "the change is at most so many times as large, so that keys reach the favoured target on average", low=1.0
+    )
     style_reach: float = setting(2.0, "`reach` for styles, of which every word of a sentence carries a part", low=1.0)
     rank: int = setting(2, "most directions to keep; each costs 8 d bytes", low=1)
     vocabulary: int = setting(
@@ -110,6 +113,11 @@ class Separable(Solver):
             vocabulary_record(base, problem.device, self.vocabulary),
         )
 
+    @property
+    def _nowhere(self) -> str:
+        """Where a concept without an anchor goes, in words."""
+        return "nothing" if self.target == NOTHING else "the average word"
+
     def universe_of(self, problem: EditProblem, text_input: str) -> Universe:
         """The moment of all that is known at a text input: the problem's concepts, the vocabulary, preserved prompts."""
         preserved = PreservedPrompts(
@@ -135,7 +143,7 @@ class Separable(Solver):
         way = values - keys
         if not (self.weight * keys @ way.T).square().sum() > 0:
             raise Unsolvable(
-                f"the text encoder says of {concept.name!r} what it says of {concept.anchor or 'nothing'!r}, or weight is 0; "
+                f"the text encoder says of {concept.name!r} what it says of {concept.anchor or self._nowhere!r}, or weight is 0; "
                 "name another anchor or a larger weight"
             )
         reach = self.reach_on(base, concept)
@@ -158,7 +166,9 @@ class Separable(Solver):
         """The factors that `fit` finds once a concept's own keys are favoured; `residual` is what they leave of the whole way."""
         favoured = favouring(metric, keys, way, self.share, self.weight)
         up, down, about = fit(metric, keys, favoured, rank, self.energy, reach, self.weight)
-        return up, down, about | {"residual": float((up @ (down.T @ keys) - way).norm() / way.norm())}
+        went = up @ (down.T @ keys)
+        share = float((way * went).sum() / way.square().sum())
+        return up, down, about | {"share": share, "residual": float((went - way).norm() / way.norm())}
 
     def reach_on(self, base: Base, concept: Concept) -> float:
         """How much farther than the target the keys of a concept may be sent on a base."""
@@ -186,6 +196,12 @@ class Separable(Solver):
             up, down, found = self._fitted(metric, every, goals - every, (1 + turn) * self.rank, reach)
             edit = MapEdit(up, down)
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
+
+
+BEFORE_FAVOURING = Separable(
+    reach=1.5, style_reach=3.0, caught_reach=1.25, share=0.0, target=NOTHING, vocabulary_weight=25.0
+)
+"""What `separable` was in revision 2. Methods that were measured with it begin with it."""
 
 
 def _taken_along(
@@ -302,7 +318,7 @@ def _together(about: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The numbers of several text inputs: the worst of each, and under `doors` each one's own."""
     if len(about) == 1:
         return next(iter(about.values()))
-    worst = {"rank": max, "energy": min, "gain": max, "residual": max, "condition": max, "recovered": max}
+    worst = {"rank": max, "energy": min, "gain": max, "share": min, "residual": max, "condition": max, "recovered": max}
     first = next(iter(about.values()))
     notes = [one["note"] for one in about.values() if "note" in one]
     return {

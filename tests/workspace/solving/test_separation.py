@@ -13,6 +13,8 @@ from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import compose
 from overpaint.registry.sharing.recipe_record import read_record, record_of
 from overpaint.registry.upkeep import verify
+from overpaint.solvers.closed_form.separable import Separable
+from overpaint.solvers.problem import chosen_settings, settings_of
 from overpaint.workspace.reseparation import NotReseparable, universes
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
@@ -39,6 +41,19 @@ def test_afterwards_everything_is_as_if_solved_together(
     wanted = {name: fresh.solve(name, base="tiny", device="cpu").id for name in ("cat", "dog")}
     assert {patch.concept: patch.id for patch, _ in workspace.recipe("safe").patches()} == wanted
     assert verify(workspace.registry).problems == ()
+
+
+def test_defaults_of_an_earlier_revision_become_those_of_today(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"reach": 1.5, "style_reach": 3.0, "rank": 1}
+    with monkeypatch.context() as then:
+        then.setattr(Separable, "revision", 2)
+        workspace.create_recipe("safe").add(workspace.solve("cat", base="tiny", device="cpu", settings=settings))
+    workspace.recipe("safe").reseparate(device="cpu")
+    ((patch, _),) = workspace.recipe("safe").patches()
+    assert patch.settings == settings_of(Separable(rank=1)), "what was chosen stays chosen"
+    assert chosen_settings(Separable, settings, 3) == settings, "since then the same values are somebody's choice"
 
 
 def test_it_is_one_revision_and_keeps_strengths_and_expiry(workspace: Workspace) -> None:
