@@ -50,6 +50,8 @@ MERGED = ("uce",)
 LISTENING = ("separable", "nullspace")
 """Solvers that are told of everything that is listed."""
 RESTORED = "one restored"
+RESTORING = ("separable", TOGETHER)
+"""Solvers of which each concept is also restored while the others stay."""
 PLAIN = "plain sum"
 """How the suite calls patches that are laid side by side."""
 
@@ -79,9 +81,9 @@ class Curve(Scale):
         return [count for count in COUNTS if count <= most]
 
     def run(self, context: EvalContext) -> list[Measurement]:
-        """What the suite measures; and of `separable`, what each concept is once it is restored while the others stay."""
+        """What the suite measures; and of `RESTORING`, what each concept is once it is restored while the others stay."""
         rows = super().run(context)
-        return [*rows, *self._restored(context)] if self.solvers in ("separable", TOGETHER) else rows
+        return [*rows, *self._restored(context)] if self.solvers in RESTORING else rows
 
     def _restored(self, context: EvalContext) -> list[Measurement]:
         concepts = self._concepts(context)
@@ -187,7 +189,8 @@ def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict
 
 
 def _place(work: Path, solver: str, merges: bool) -> Path:
-    return work / "curves" / f"{solver}{'-merged' if merges else ''}.json"
+    plain = re.sub(r"[^\w+-]+", "-", solver)  # not every file system takes a colon
+    return work / "curves" / f"{plain}{'-merged' if merges else ''}.json"
 
 
 def table(found: Mapping[str, Sequence[Measurement]]) -> list[list[str]]:

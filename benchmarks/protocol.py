@@ -18,12 +18,12 @@ from overpaint.bases.base import Base
 from overpaint.bases.embedded import Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.prompts import (
     OBJECT,
     STYLE,
     CatalogueScene,
     EvalPrompt,
-    evenly_spaced,
     object_scenes,
     style_scenes,
 )

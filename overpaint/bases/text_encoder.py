@@ -21,6 +21,7 @@ from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextIn
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.core.errors import OverpaintError
+from overpaint.core.sampling import evenly_spaced
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -350,8 +351,7 @@ class PipelineTextInput:
         whole = whole or {token[1:] for token in vocabulary if token[:1] in ("▁", "Ġ")}  # SentencePiece, byte-level BPE
         known = sorted(word for word in whole if len(word) > 1 and word.isalpha() and word.isascii() and word.islower())
         parameters = sum(p.numel() for encoder in self._pipeline.encoders.values() for p in encoder.parameters())
-        count = min(len(known), SAMPLED_WORDS) if parameters > LARGE else len(known)
-        return [known[i * len(known) // count] for i in range(count)]
+        return evenly_spaced(known, SAMPLED_WORDS) if parameters > LARGE else known
 
     def hidden(self, prompts: Sequence[str]) -> list[Tensor]:
         """What the projection reads of each prompt, float32 [rows, d]: its tokens, and some positions for its padding."""

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from overpaint.bases.embedded import Catalogue, Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed, shown
 
-T = TypeVar("T")
 OBJECT, STYLE = "object", "style"
 SPREAD = 10_000
 """Seeds set aside for each object or style."""
@@ -120,12 +119,6 @@ def checked_prompt(prompt: str) -> str:
     except (AttributeError, UnicodeEncodeError) as error:
         raise OverpaintError(f"a prompt is a text of whole characters; got {shown(prompt)}") from error
     return prompt
-
-
-def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, or all where there are fewer, spread evenly from the first on."""
-    wanted = min(count, len(items))
-    return [items[i * len(items) // wanted] for i in range(wanted)]
 
 
 def head_of(concept: Concept) -> str:

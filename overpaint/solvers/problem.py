@@ -239,8 +239,9 @@ class Solver(ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     FORMER_DEFAULTS: ClassVar[Mapping[int, Mapping[str, Any]]] = MappingProxyType({})
-    """By revision, defaults that a later one changed: a patch of that revision or an earlier one was solved by default where it
-    records them, and is solved again by today's defaults."""
+    """By the last revision that had them, defaults that changed since. A patch of that revision or an earlier one that records
+    such a value is taken not to have chosen it, and is solved again by today's. What was `added_later` needs no entry: its
+    default is not recorded."""
 
     is_closed_form = False
     """Whether the answer is a formula over text embeddings: no training, no pictures. Write it as a literal: it is also read

@@ -13,7 +13,6 @@ after them is never encoded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
+from overpaint.core.sampling import by_digest, evenly_spaced
 from overpaint.solvers.problem import EditProblem
 
 PADDING = 4.0
@@ -37,8 +37,6 @@ PADDING = 4.0
 KEPT_PADDING = 2
 STEP = 4
 """Concepts are encoded to multiples of so many positions, so that most share what they are sent to: it is encoded once."""
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def training_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) 
     own, plain = every[: len(concept.phrases)], every[len(concept.phrases) :]
     for phrasing in every:
         encoder.first_position(phrasing.template, phrasing.word)
-    return [(each.prompt, each.replacement) for each in (*own, *(spread(plain, count) if count else plain))]
+    return [(each.prompt, each.replacement) for each in (*own, *(evenly_spaced(plain, count) if count else plain))]
 
 
 def retained_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) -> list[str]:
@@ -118,15 +116,9 @@ def retained_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) 
     ]
     plain = [template.format(word) for word in encoder.words() for template in neutral_sentences(problem.base)]
     own = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in problem.concept.words), re.IGNORECASE)
-    others = spread([prompt for prompt in named if not own.search(prompt)], count // 2)
-    vocabulary = spread([prompt for prompt in plain if not own.search(prompt)], count - len(others))
+    others = evenly_spaced([prompt for prompt in named if not own.search(prompt)], count // 2)
+    vocabulary = evenly_spaced([prompt for prompt in plain if not own.search(prompt)], count - len(others))
     return ["", *problem.preserved_prompts(), *others, *vocabulary]
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """`count` of the items at equal distances; all, where there are fewer."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +209,7 @@ class AverageWord:
     """
 
     def __init__(self, encoder: AnyTextEncoder) -> None:
-        in_order = sorted(encoder.words(), key=lambda word: hashlib.sha256(word.encode()).digest())
-        single = (word for word in in_order if len(encoder.tokens(word)) == 1)
+        single = (word for word in by_digest(encoder.words()) if len(encoder.tokens(word)) == 1)
         words = list(islice(single, AVERAGED_CAUGHT if isinstance(encoder, PipelineTextInput) else AVERAGED))
         self.words = words if len(words) > 1 else []
         self._means: OrderedDict[str, Tensor] = OrderedDict()
@@ -226,7 +217,7 @@ class AverageWord:
     def values(self, encoder: TextEncoder, phrasing: Phrasing, positions: KeyPositions) -> Tensor:
         """V of a phrasing: the average word where its word is, float64 [d, m].
 
-        A word of several tokens goes, token by token, to where the one of the average word is.
+        All tokens of a word of several go to the one embedding that the average word has; later positions follow.
         """
         mean, weights = self._mean(encoder, phrasing.template), positions.weights
         extra = 0 if encoder.is_pooled else len(encoder.tokens(phrasing.word)) - 1

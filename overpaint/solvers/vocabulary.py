@@ -12,7 +12,6 @@ many pieces are done, and each array's digest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from overpaint.core.atomic import replacing
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress
+from overpaint.core.sampling import by_digest
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, neutral_sentences
 
 FORMAT, KEY = 1, "overpaint-vocabulary"
@@ -94,7 +94,7 @@ class EncodingTask:
     def of(cls, base: Base, encoders: Mapping[str, AnyTextEncoder], limit: int = 0) -> EncodingTask:
         """The task for the text inputs of one text encoder, with `limit` words (0: all)."""
         first = next(iter(encoders.values()))
-        order = tuple(sorted(first.words(), key=lambda word: hashlib.sha256(word.encode()).digest()))
+        order = tuple(by_digest(first.words()))
         encoder = {
             "encoder": base.encoder_digest(next(iter(encoders))),
             "tokenizer": json_digest(first.tokenizer.get_vocab()),

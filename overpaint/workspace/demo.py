@@ -21,11 +21,12 @@ from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists
 from overpaint.core.reporting import Progress, silent
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import generate
 from overpaint.evaluation.metrics import Measurement, verdict
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.report_page import (
     Picture,
     PictureRow,

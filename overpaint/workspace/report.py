@@ -17,11 +17,12 @@ from overpaint.bases.loading import resolve_device
 from overpaint.core.atomic import require_parent, write_over
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.reporting import Progress, html_table, silent
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, EvaluatedPatch
 from overpaint.evaluation.figures import save_figures
 from overpaint.evaluation.images import ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement, verdict
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet, evenly_spaced
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet
 from overpaint.evaluation.report_page import (
     Numbers,
     Picture,

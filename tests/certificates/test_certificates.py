@@ -19,7 +19,7 @@ from overpaint.certificates.checking import Verification, check_certificate, pro
 from overpaint.certificates.statement import REPORT, TESTS, BadCertificate
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.prompts import evenly_spaced
+from overpaint.core.sampling import evenly_spaced
 from overpaint.registry.history import today
 from overpaint.registry.records import ResultRecord
 from overpaint.registry.sharing.signing import load_keyring, load_signer, new_key

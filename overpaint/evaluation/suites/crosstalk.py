@@ -14,10 +14,11 @@ import numpy as np
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.crosstalk import WARN_ABOVE, crosstalk
 from overpaint.evaluation.metrics import Measurement, differences, rank_correlation
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.report_page import HeatMap, Numbers, Section, percent, plain
 from overpaint.evaluation.suites import Suite
 

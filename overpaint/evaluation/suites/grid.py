@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Mean, Measurement, average, unlearning_accuracy
-from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt, evenly_spaced
+from overpaint.evaluation.prompts import OBJECT, STYLE, EvalPrompt
 from overpaint.evaluation.suites import Suite
 
 HEADS = (STYLE, OBJECT)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, ON_BASE, EvalContext
 from overpaint.evaluation.images import ImageGenerator, Pixels, generate
 from overpaint.evaluation.metrics import Measurement, average, mean
@@ -45,7 +46,7 @@ from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.report_page import Numbers, Section
 from overpaint.evaluation.suites import Suite
 from overpaint.patches.compose import Term
-from overpaint.solvers.sentences import phrasings, spread
+from overpaint.solvers.sentences import phrasings
 
 ETA = 1.0
 """DDIM's noise at its full size; the paper goes from 1 to 1.85."""
@@ -128,7 +129,7 @@ class Probes(Suite):
         prompts = [question.prompt for question in other]
         seeds = [context.seed + restart for restart in range(self.restarts)]
         wanted = image_generator.draw((), questions)
-        pairs = [(each.prompt, each.replacement) for each in spread(phrasings(context.base, concept), SENTENCES)]
+        pairs = [(each.prompt, each.replacement) for each in evenly_spaced(phrasings(context.base, concept), SENTENCES)]
         clean = min(self.clean, image_generator.sampler.steps - 1)
         yield f"accuracy after {clean} steps of the base", [lambda: completed(image_generator, terms, questions, clean)]
         yield "accuracy with added noise", [lambda: noised(image_generator, terms, questions, ETA)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, EvalContext, changed_tensors, differing_tensors
 from overpaint.evaluation.metrics import Measurement, h_composed, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
@@ -139,7 +140,7 @@ class Scale(Suite):
         concepts = [each.concept for each in context.patches if context.class_of(each.concept)[0] == OBJECT]
         others = context.others(OBJECT)
         wanted = max(0, min(self.most - len(concepts), len(others) * 2 // 3))
-        return [*concepts, *(Concept(others[i * len(others) // wanted]) for i in range(wanted))][: self.most]
+        return [*concepts, *map(Concept, evenly_spaced(others, wanted))][: self.most]
 
     def _kept(self, context: EvalContext, concepts: list[Concept]) -> list[EvalPrompt]:
         erased = {context.class_of(concept)[1] for concept in concepts}

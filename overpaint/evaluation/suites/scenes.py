@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from overpaint.core.errors import OverpaintError
+from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import (
     ACCURACY,
     CHANGE,
@@ -31,7 +32,7 @@ from overpaint.evaluation.context import (
     Verdicts,
 )
 from overpaint.evaluation.metrics import Measurement, differences, frechet_distance, mean, measured, psnr
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt, evenly_spaced
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import Suite
 
 CONCEPTS = 6

@@ -34,7 +34,7 @@ from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, LowRank, Sum, TextMap, Xor, joined
 from overpaint.solvers import DECOUPLING_RULES
 from overpaint.solvers.closed_form.edits import free_of
-from overpaint.solvers.closed_form.separable import BEFORE_FAVOURING, Metric, fit
+from overpaint.solvers.closed_form.separable import AS_OF_REVISION_2, Metric, fit
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values
 from overpaint.solvers.universe import text_encoders, vocabulary_record
@@ -53,7 +53,7 @@ def decouple(problem: EditProblem, delta: Delta, rule: str = RIDGE_RULE) -> Solu
     where nothing does, or where `exact` finds no direction free; PromptTooLong.
     """
     started = time.perf_counter()
-    settings, concept, base = BEFORE_FAVOURING, problem.concept, problem.base
+    settings, concept, base = AS_OF_REVISION_2, problem.concept, problem.base
     problem.report(0, 1, "decoupling")
     reach = settings.reach_on(base, concept)
     maps: list[Delta] = []

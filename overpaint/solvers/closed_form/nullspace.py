@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
+from overpaint.core.sampling import evenly_spaced
 from overpaint.patches.delta import LowRank
 from overpaint.patches.factors import above_rounding
 from overpaint.solvers.closed_form.edits import (
@@ -39,7 +40,6 @@ from overpaint.solvers.closed_form.edits import (
     text_maps,
 )
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
-from overpaint.solvers.sentences import spread
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class NullSpace(Solver):
     def _retained(self, edit: TextEdit) -> Tensor:
         """Keys of the other concepts, of the vocabulary's words at equal distances and of preserved prompts, float64 [d, n]."""
         own = {word.casefold() for word in edit.problem.concept.words}
-        texts = [*edit.problem.preserved_prompts(self.keep), *spread(edit.encoder.words(), self.words)]
+        texts = [*edit.problem.preserved_prompts(self.keep), *evenly_spaced(edit.encoder.words(), self.words)]
         texts = [text for text in texts if text.casefold() not in own]
         retained = [_prompt_keys(edit.encoder, texts[i : i + 256], self.positions) for i in range(0, len(texts), 256)]
         for keys, _ in edit.keys_and_values(edit.problem.others):

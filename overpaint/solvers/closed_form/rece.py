@@ -33,7 +33,7 @@ from overpaint.solvers.closed_form.edits import (
     revived,
     text_maps,
 )
-from overpaint.solvers.closed_form.separable import BEFORE_FAVOURING
+from overpaint.solvers.closed_form.separable import AS_OF_REVISION_2
 from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Solution, Solver, setting
 
@@ -75,7 +75,7 @@ class RECE(Solver):
 
     def _first(self) -> Solver:
         if self.start == "separable":
-            return BEFORE_FAVOURING
+            return AS_OF_REVISION_2
         # The paper's own start: last tokens, unless the caller asks otherwise for all rounds.
         positions = self.positions if self.spoken else LAST
         return UCE(

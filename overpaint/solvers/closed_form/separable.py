@@ -147,7 +147,7 @@ class Separable(Solver):
                 "name another anchor or a larger weight"
             )
         reach = self.reach_on(base, concept)
-        up, down, about = self._fitted(Metric(known.cholesky), keys, way, self.rank, reach)
+        up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight, self.share)
         if self.harden:
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
@@ -159,16 +159,6 @@ class Separable(Solver):
                 "text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
             )
         return up.float(), down.float().contiguous(), about
-
-    def _fitted(
-        self, metric: Metric, keys: Tensor, way: Tensor, rank: int, reach: float
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The factors that `fit` finds once a concept's own keys are favoured; `residual` is what they leave of the whole way."""
-        favoured = favouring(metric, keys, way, self.share, self.weight)
-        up, down, about = fit(metric, keys, favoured, rank, self.energy, reach, self.weight)
-        went = up @ (down.T @ keys)
-        share = float((way * went).sum() / way.square().sum())
-        return up, down, about | {"share": share, "residual": float((went - way).norm() / way.norm())}
 
     def reach_on(self, base: Base, concept: Concept) -> float:
         """How much farther than the target the keys of a concept may be sent on a base."""
@@ -193,12 +183,13 @@ class Separable(Solver):
             every, goals = torch.cat([every, again], 1), torch.cat([goals, values], 1)
             moment = moment + self.weight * again @ again.T
             metric = Metric(torch.linalg.cholesky(moment))
-            up, down, found = self._fitted(metric, every, goals - every, (1 + turn) * self.rank, reach)
+            rank = (1 + turn) * self.rank
+            up, down, found = fit(metric, every, goals - every, rank, self.energy, reach, self.weight, self.share)
             edit = MapEdit(up, down)
         return edit.up, edit.down, {**about, **found, "recovered": recovered(edit, g, lam, keys)}
 
 
-BEFORE_FAVOURING = Separable(
+AS_OF_REVISION_2 = Separable(
     reach=1.5, style_reach=3.0, caught_reach=1.25, share=0.0, target=NOTHING, vocabulary_weight=25.0
 )
 """What `separable` was in revision 2. Methods that were measured with it begin with it."""
@@ -270,27 +261,37 @@ class Metric:
 
 
 def fit(
-    metric: Metric, keys: Tensor, way: Tensor, rank: int, energy: float, reach: float, weight: float = 1.0
+    metric: Metric,
+    keys: Tensor,
+    way: Tensor,
+    rank: int,
+    energy: float,
+    reach: float,
+    weight: float = 1.0,
+    share: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Factors [o, r] and [d, r] of the change D that moves keys K [d, m] by `way` [o, m] and leaves the rest of a universe
     where it is: `w way K^T A^-1`, the minimiser of `w |D K - way|^2 + w sum_{j} |D K_j|^2 + |D R|^2 + lambda |D|^2`, A having
-    all of these.
+    all of these. With a `share`, K is favoured until it goes that share of its way.
 
     Terms of one universe add up to the minimiser of their sum. Truncation is by the singular values of `way K^T L^-T`, that
-    is, in the metric of what the text encoder gives, not of the bare matrix; then the average is made to arrive (see the
-    module), as far as `reach` allows. With the factors, what there is to say about them; `way` must not be zero.
+    is, in the metric of what the text encoder gives, not of the bare matrix; then the average is made to arrive where the
+    favoured targets are (see the module), as far as `reach` allows. With the factors, what there is to say about them: the
+    share of the way that K goes on average, and what is left of it. `way` must not be zero.
     """
-    whitened = metric.whitened(weight * keys @ way.T)
+    favoured = favouring(metric, keys, way, share, weight) if share else way
+    whitened = metric.whitened(weight * keys @ favoured.T)
     left, size, right = dominant_directions(whitened.T, rank)
-    share = size.square().cumsum(0) / whitened.square().sum()
-    rank = min(rank, len(size), int((share < energy).sum()) + 1)
+    held = size.square().cumsum(0) / whitened.square().sum()
+    rank = min(rank, len(size), int((held < energy).sum()) + 1)
     up, down = left[:, :rank] * size[:rank], metric.directions(right[:, :rank])
     went = up @ (down.T @ keys)
-    gain = min(reach, max(1.0, float(way.square().sum() / (way * went).sum())))
+    gain = min(reach, max(1.0, float(favoured.square().sum() / (favoured * went).sum())))
     about = {
         "rank": rank,
-        "energy": float(share[rank - 1]),
+        "energy": float(held[rank - 1]),
         "gain": gain,
+        "share": float(gain * (way * went).sum() / way.square().sum()),
         "residual": float((gain * went - way).norm() / way.norm()),
     }
     return gain * up, down, about

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from overpaint.bases.layout import Layout
 from overpaint.bases.text_encoder import PipelineTextInput, TextEncoder
+from overpaint.core.sampling import evenly_spaced
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import (
     ALL,
@@ -42,7 +43,7 @@ from overpaint.solvers.closed_form.edits import (
     text_maps,
 )
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, setting
-from overpaint.solvers.sentences import PADDING, phrasings, spread
+from overpaint.solvers.sentences import PADDING, phrasings
 from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parameter
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, gathered, generator
@@ -92,7 +93,7 @@ class MACE(Training):
 
     def _refinement(self, edit: TextEdit) -> tuple[MapEdit, Diagnostics]:
         """What other words and padding took in of the concept, sent where it would be without; what is pooled took in all."""
-        chosen = spread(phrasings(edit.problem.base, edit.problem.concept), self.sentences)
+        chosen = evenly_spaced(phrasings(edit.problem.base, edit.problem.concept), self.sentences)
         encoder = edit.encoder
         if isinstance(encoder, PipelineTextInput):
             pairs = [(each.prompt, each.replacement) for each in chosen]
@@ -170,7 +171,7 @@ class _ConceptEmbeddings:
     @classmethod
     def of(cls, encoder: TextEncoder, problem: EditProblem, count: int) -> _ConceptEmbeddings:
         concept = problem.concept
-        chosen = spread(phrasings(problem.base, concept), count)
+        chosen = evenly_spaced(phrasings(problem.base, concept), count)
         starts = [encoder.first_position(each.template, each.word) for each in chosen]
         spans = [(start, start + len(encoder.tokens(each.word))) for start, each in zip(starts, chosen, strict=True)]
         prompts = [each.prompt for each in chosen]

@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from overpaint.bases.base import Base
 from overpaint.bases.layout import Layout
 from overpaint.core.concepts import Concept
+from overpaint.core.sampling import evenly_spaced
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
-from overpaint.solvers.sentences import phrasings, spread
+from overpaint.solvers.sentences import phrasings
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 
@@ -112,7 +113,7 @@ def _drawn(
 
 def _trained(base: Base, concept: Concept, settings: SepME) -> list[str]:
     """The prompts whose representation is made irrelevant: the bare name, or the concept's words in sentences."""
-    return [each.prompt for each in spread(phrasings(base, concept), settings.sentences)] or [concept.name]
+    return [each.prompt for each in evenly_spaced(phrasings(base, concept), settings.sentences)] or [concept.name]
 
 
 def _representation(model: Denoiser, x: Tensor, t: Tensor, text: Conditioning, empty: Conditioning) -> Tensor:
