@@ -168,3 +168,18 @@ def db_restore(ctx: click.Context, file: Path) -> None:
         )
     else:
         Terminal().note("run `overpaint verify` to see whether all blobs that it names are there")
+
+
+@db.command("reindex")
+@click.pass_context
+def db_reindex(ctx: click.Context) -> None:
+    """Write anew what searches read.
+
+    `overpaint verify` says when that is needed.
+
+    \b
+    Example:
+      overpaint db reindex
+    """
+    written = open_workspace(ctx).registry.reindex()
+    click.echo(f"{written} texts written anew" if written else "searches read all as it is; nothing was written")

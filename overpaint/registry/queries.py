@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, column, func, or_, select, table
+from sqlalchemy import ColumnElement, column, func, insert, or_, select, table
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from overpaint.core.concepts import Concept
@@ -33,9 +33,14 @@ def index_patch(session: Session, patch: models.PatchRow) -> None:
     """Write the text by which a search finds `patch`."""
     known = session.scalar(select(models.PatchTextRow).where(models.PatchTextRow.patch_id == patch.id))
     row = known or models.PatchTextRow(patch_id=patch.id)
-    tags = [tag.tag for tag in patch.tags]
-    row.text = of_patch(patch.concept.concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
+    row.text = text_of_patch(patch)
     session.add(row)
+
+
+def text_of_patch(patch: models.PatchRow) -> str:
+    """What a search reads of `patch`."""
+    tags = [tag.tag for tag in patch.tags]
+    return of_patch(patch.concept.concept, patch.kind, patch.solver, patch.base.name, patch.base_id, tags)
 
 
 def of_patch(concept: Concept, kind: str, solver: str, base: str, base_id: int, tags: Iterable[str] = ()) -> str:
@@ -50,15 +55,76 @@ def index_recipe(session: Session, recipe: models.RecipeRow) -> None:
     of_recipe = (models.RecipeTextRow.recipe_id == recipe.id) & (models.RecipeTextRow.revision == 0)
     known = session.scalar(select(models.RecipeTextRow).where(of_recipe))
     row = known or models.RecipeTextRow(recipe_id=recipe.id, revision=0)
-    row.text = _text([recipe.name, recipe.base.name], [(TAG, tag.tag) for tag in recipe.tags])
+    row.text = text_of_recipe(recipe)
     session.add(row)
+
+
+def text_of_recipe(recipe: models.RecipeRow) -> str:
+    """What a search reads of `recipe` beside the reasons in its history."""
+    return _text([recipe.name, recipe.base.name], [(TAG, tag.tag) for tag in recipe.tags])
 
 
 def index_reason(session: Session, revision: models.RevisionRow) -> None:
     """Write the reason that somebody gave for a revision, if any, for a search."""
+    of, number = models.RecipeTextRow, revision.number
+    of_revision = (of.recipe_id == revision.recipe_id) & (of.revision == number)
+    row = session.scalar(select(of).where(of_revision))
     if revision.why:
-        text = _text([revision.why], [])
-        session.add(models.RecipeTextRow(recipe_id=revision.recipe_id, revision=revision.number, text=text))
+        row = row or models.RecipeTextRow(recipe_id=revision.recipe_id, revision=number)
+        row.text = text_of_reason(revision.why)
+        session.add(row)
+    elif row is not None:
+        session.delete(row)
+
+
+def text_of_reason(why: str) -> str:
+    """What a search reads of a reason."""
+    return _text([why], [])
+
+
+def stale(session: Session) -> Iterator[models.PatchRow | models.RecipeRow | models.RevisionRow]:
+    """What searches do not read as it is, because its text is lost, another one's, or missing in the index of pieces."""
+    patch, text = models.PatchRow, models.PatchTextRow
+    unindexed = set[str]()
+    if _has_pieces(session):
+        unindexed.update(session.scalars(select(text.patch_id).where(text.id.not_in(select(INDEXED.c.id)))))
+    for row, read in _beside(session, patch, text, text.patch_id == patch.id):
+        if read != text_of_patch(row) or row.id in unindexed:
+            yield row
+    recipe, revision, of = models.RecipeRow, models.RevisionRow, models.RecipeTextRow
+    for named, read in _beside(session, recipe, of, (of.recipe_id == recipe.id) & (of.revision == 0)):
+        if read != text_of_recipe(named):
+            yield named
+    for given, read in _beside(
+        session, revision, of, (of.recipe_id == revision.recipe_id) & (of.revision == revision.number)
+    ):
+        if read != (text_of_reason(given.why) if given.why else None):
+            yield given
+
+
+def reindex(session: Session) -> int:
+    """Write anew what searches do not read as it is; returns how many patches, recipes and revisions that were."""
+    rows = list(stale(session))
+    for row in rows:
+        if isinstance(row, models.PatchRow):
+            index_patch(session, row)
+        elif isinstance(row, models.RecipeRow):
+            index_recipe(session, row)
+        else:
+            index_reason(session, row)
+    session.flush()
+    if rows and _has_pieces(session):
+        session.execute(insert(PIECES).values(patch_pieces="rebuild"))
+    return len(rows)
+
+
+def _beside(
+    session: Session, rows: type[RowT], texts: type[TextRow], match: ColumnElement[bool]
+) -> Iterator[tuple[RowT, str | None]]:
+    """Each row, and the text that a search reads of it, if there is one."""
+    query = select(rows, texts.text).outerjoin(texts, match).execution_options(yield_per=AT_ONCE)
+    for row, text in session.execute(query):  # noqa: UP028 - its types are not known
+        yield row, text
 
 
 def mentions(text: InstrumentedAttribute[str], words: Iterable[str]) -> list[ColumnElement[bool]]:
@@ -76,6 +142,8 @@ LARGEST = 2**63 - 1
 RECENT = 20_000
 """How many of the newest texts a search compares before it asks the index, which is slow for what nearly every text has."""
 PIECES = table("patch_pieces", column("rowid"), column("patch_pieces"))
+INDEXED = table("patch_pieces_docsize", column("id"))
+"""Which texts the index of pieces has; SQLite's full-text search keeps this table."""
 
 
 def patches_mentioning(
@@ -137,6 +205,7 @@ AT_ONCE = 1000
 
 IdT = TypeVar("IdT", str, int)
 RowT = TypeVar("RowT", bound=models.Row)
+TextRow = TypeVar("TextRow", models.PatchTextRow, models.RecipeTextRow)
 Named = TypeVar("Named", models.BaseRow, models.ConceptRow, models.RecipeRow)
 
 

@@ -991,6 +991,11 @@ class Registry:
             by_id = patches_by_id(session, ids)
             return SearchResult(tuple(PatchRecord.of(by_id[each]) for each in ids), tuple(recipes))
 
+    def reindex(self) -> int:
+        """Write anew what searches read where that is not what the rows say; returns of how many rows that was so."""
+        with self._database.writing() as session:
+            return queries.reindex(session)
+
     # Evaluations
 
     def add_evaluation(

@@ -34,7 +34,7 @@ from sqlalchemy.types import NullType
 
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
-from overpaint.registry import models
+from overpaint.registry import models, queries
 from overpaint.registry.db_errors import Damaged
 from overpaint.registry.history import entries_at, entries_now, revisions_of
 from overpaint.registry.records import EvaluationRecord, PatchRecord
@@ -197,6 +197,8 @@ def row_problems(registry: Registry) -> list[str]:
             problems += [*_damage(session), *_values(session)]
             if not problems:
                 problems += [*_concepts(session), *_settings(session), *_recipes(session)]
+            if not problems:
+                problems += _searches(session)
     except Damaged as error:
         problems.append(str(error))
     return problems
@@ -292,6 +294,22 @@ def _digests(session: Session, recipe: models.RecipeRow, known: Digests) -> Iter
             other, there = known.setdefault((fingerprint, frozenset(entries.items())), (digest, here))
             if digest != other:
                 yield f"{here} records the digest {digest}, and {there} has {other} for the same patches"
+
+
+def _searches(session: Session) -> Iterator[str]:
+    """Searches read what the rows say: a patch whose text is lost or another one's is found by nobody."""
+    rows = [_shown(row) for row in queries.stale(session)]
+    if rows:
+        some = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+        yield f"searches do not read as it is: {some}; run `overpaint db reindex`"
+
+
+def _shown(row: models.PatchRow | models.RecipeRow | models.RevisionRow) -> str:
+    if isinstance(row, models.PatchRow):
+        return f"patch {row.id[:12]} ({row.concept.name})"
+    if isinstance(row, models.RecipeRow):
+        return f"recipe {row.name!r}"
+    return f"revision {row.number} of recipe {row.recipe.name!r}"
 
 
 @dataclass(frozen=True)

@@ -416,14 +416,20 @@ class ConceptReader(NodeReader):
         return replace(request, is_bare_name=not self.describe and not DESCRIPTION & values.keys())
 
     def take(self, words: list[tuple[str, TextPosition]]) -> None:
-        """A word can call up one concept only: what erases one would have to leave the other alone."""
+        """A word can call up one concept only: what erases one would have to leave the other alone.
+
+        The words of one concept may differ in capitals alone, which some text encoders tell apart.
+        """
         owner = words[0][0]
+        own: set[str] = set()
+        listed = {word.casefold() for word, _ in words if word.casefold() in self.taken}
         for word, at in words:
             first_owner, first = self.taken.setdefault(word.casefold(), (owner, at))
-            if first is not at:
+            if first is not at and (word in own or word.casefold() in listed):
                 same = first_owner.casefold() == owner.casefold()
                 twice = "is listed twice" if same else f"is a word of {first_owner!r} already"
                 self.wrong(at, f"{word!r} {twice} (line {first.line}); keep one of them")
+            own.add(word)
 
     def anchor(self, node: Node | None, words: Iterable[str], at: TextPosition) -> str:
         """What a concept becomes; empty for nothing."""

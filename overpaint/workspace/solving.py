@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from overpaint.bases.base import Base, BaseReference
+from overpaint.core.concepts import Concept
 from overpaint.core.executors import Executor, InProcess, Piece, Resources
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.universe import text_encoders
 from overpaint.workspace.derived_patches import compress_patch, decouple_patch
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
@@ -87,7 +89,31 @@ def solve_request(
         smaller = compress_patch(base, patch, truncation)
         patch = smaller.patch
         errors["compression error"] = max(smaller.errors.values())
-    return SolvedPatch(request, patch, {**solution.diagnostics, **errors}, seconds)
+    notes = [solution.diagnostics.get("note"), _unlisted_spelling(base, request.concept, device)]
+    note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
+    return SolvedPatch(request, patch, {**solution.diagnostics, **errors, **note}, seconds)
+
+
+def _unlisted_spelling(base: Base, concept: Concept, device: torch.device) -> str:
+    """Says that a text encoder reads a word otherwise when its capitals differ, unless the concept lists it so, too.
+
+    CLIP's tokenizer, which reads the bases that are not caught, knows small letters alone; T5's takes "Banksy" and "banksy" for
+    two words, and erasing one of them need not erase the other.
+    """
+    if not base.layout.is_caught:
+        return ""
+    encoders = text_encoders(base, device).values()
+    for word in concept.words:
+        spellings = {word.lower(), word.title(), word.capitalize()} - set(concept.words)
+        if any(encoder.tokens(word) != encoder.tokens(other) for encoder in encoders for other in spellings):
+            return OTHER_SPELLINGS
+    return ""
+
+
+OTHER_SPELLINGS = (
+    "a text encoder of this base tells capital letters from small ones, and a concept is erased as its words are written: where "
+    "people may write it otherwise, list that as a synonym"
+)
 
 
 @dataclass(frozen=True)

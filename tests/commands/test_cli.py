@@ -60,6 +60,7 @@ solvers
 verify
 gc --dry-run
 db backup copy.db
+db reindex
 export cat -o cat.overpaint
 push shared
 """

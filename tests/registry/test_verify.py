@@ -360,6 +360,38 @@ def test_rows_damaged_by_hand_are_sentences(full: Registry, damage: str) -> None
     assert row_problems(full)
 
 
+LOST_TEXTS: dict[str, tuple[str, str]] = {
+    "the text of a patch": ("DELETE FROM patch_text WHERE id = 3", "apple"),
+    "the texts of all patches": ("DELETE FROM patch_text", "apple"),
+    "another text": ("UPDATE patch_text SET text = 'pear' WHERE id = 3", "apple"),
+    "the name of a recipe": ("DELETE FROM recipe_text WHERE revision = 0", "recipe 'r'"),
+    "a reason": ("DELETE FROM recipe_text WHERE revision = 2", "revision 2 of recipe 'r'"),
+    "a reason that nobody gave": (
+        "UPDATE recipe_text SET text = 'because' WHERE revision = 2",
+        "revision 2 of recipe 'r'",
+    ),
+    "an index of pieces that misses a text": ("DELETE FROM patch_pieces_docsize WHERE id = 3", "apple"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST_TEXTS)
+def test_what_searches_do_not_find_is_reported_and_written_anew(full: Registry, lost: str) -> None:
+    statement, named = LOST_TEXTS[lost]
+    before = full.search("apple", limit=None)
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute(statement)
+    (problem,) = row_problems(full)
+    assert "searches do not read as it is" in problem
+    assert named in problem
+    assert "`overpaint db reindex`" in problem
+    assert full.reindex() == (42 if lost == "the texts of all patches" else 1)
+    assert row_problems(full) == []
+    after = full.search("apple", limit=None)
+    assert {each.id for each in after.patches} == {each.id for each in before.patches}
+    assert after.recipes == before.recipes
+    assert full.reindex() == 0
+
+
 def test_text_that_is_no_text_is_a_sentence_everywhere(full: Registry) -> None:
     with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
         database.execute("UPDATE concept SET name = CAST(x'ff' AS TEXT)")

@@ -178,6 +178,8 @@ concepts:
         ("- {name: cat, images: nowhere}", "there is no folder"),
         ("- cat\n- Cat\n", "line 2, column 3: 'Cat' is listed twice (line 1)"),
         ("- {name: cat, synonyms: [kitty, kitty]}", "'kitty' is listed twice"),
+        ("- {name: cat, synonyms: [cat]}", "'cat' is listed twice"),
+        ("- {name: fox, synonyms: [Cat]}\n- {name: cat, synonyms: [Kitty]}", "'cat' is a word of 'fox' already"),
         ("defaults: {anchor: cat}\nconcepts: [cat]", "that of the defaults is meant for the others"),
         ("- ? [cat]\n  : dog\n", "a key must be a word"),
         (b"- caf\xe9\n", "line 1: byte 0xe9 is not UTF-8"),
