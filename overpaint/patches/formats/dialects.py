@@ -690,7 +690,8 @@ class Reader:
     Of other architectures it reads those whose layout says so (`read_by`), and the diffusers format alone: kohya's names of text
     inputs load nothing in diffusers.
     `skips` has, by format, patterns of the canonical names that it passes over; encoders that the tool builds by OpenCLIP
-    are called `open_clip` there. `note` is what else is to be known of it.
+    are called `open_clip` there, and a U-Net that reads a picture and a mask beside the noise, `inpainting`. `note` is what else
+    is to be known of it.
     """
 
     name: str
@@ -707,15 +708,21 @@ class Reader:
 
     def skipped(self, base: Base, format: str, names: Iterable[str]) -> list[str]:
         """The tensors of a file of a format that it reads, by canonical name, that it passes over."""
-        encoders = open_clip_encoders(base)
+        called = dict.fromkeys(open_clip_encoders(base), "open_clip")
+        first = base.places.get("unet/conv_in.weight")
+        if first is not None and first.shape[1] == INPAINTING:
+            called["unet"] = "inpainting"
         skipped = []
         for name in names:
             component, _, local = name.partition("/")
-            known = f"open_clip/{local}" if component in encoders else name
-            if any(fnmatchcase(known, pattern) for pattern in self.skips.get(format, ())):
+            known = {name, f"{called.get(component, component)}/{local}"}
+            if any(fnmatchcase(each, pattern) for each in known for pattern in self.skips.get(format, ())):
                 skipped.append(name)
         return skipped
 
+
+INPAINTING = 9
+"""Channels that the U-Net of an inpainting model reads: the noised latents, a mask, and the latents of the picture."""
 
 # Facts about the tools' own loaders: A1111 1.10, sd-scripts 48d368f, ComfyUI 17358c8, diffusers 0.42. A tool that passes over
 # a layer leaves there what was to be erased, so an export says for whom it is whole, and is refused for whom it is not.
@@ -724,8 +731,12 @@ _TOOLS = (
         "a1111",
         "A1111",
         ("kohya", "comfy-diff"),
-        # It adds to the four matrices of an attention at once, and to the bias of the last alone.
-        {"comfy-diff": ("open_clip/*.self_attn.[qkv]_proj.bias",)},
+        # It adds to the four matrices of an attention at once, and to the bias of the last alone. For the first convolution of an
+        # inpainting model it takes every change for one of four channels, widens it by five, and then has no place for it.
+        {
+            "kohya": ("inpainting/conv_in.*",),
+            "comfy-diff": ("inpainting/conv_in.*", "open_clip/*.self_attn.[qkv]_proj.bias"),
+        },
         "adds in the precision of the weights: in half precision off by about 1e-3 of the change",
     ),
     Reader(

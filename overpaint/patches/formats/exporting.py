@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -83,7 +84,8 @@ def header_of(base: Base, about: About, format: str, ranks: Sequence[int]) -> di
         "sshs_model_hash": UNKNOWN,
         "ss_base_model_version": version,
         "ss_v2": str(version == "sd_v2"),
-        "ss_output_name": about.title,
+        # A1111 writes this into prompts, as <lora:NAME:1>.
+        "ss_output_name": re.sub("[<:>]", "_", about.title),
         **({"modelspec.date": about.day} if about.day else {}),
     }
     if ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from overpaint.bases.base import Base
+from overpaint.bases.safetensors_file import SafetensorsFile
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.formats.dialects import READERS
 from overpaint.patches.formats.exporting import About, Exported, NotExportable, export
 from overpaint.patches.formats.importing import import_weights
+from tests.bases.test_channels import with_channels
 from tests.patches.formats.models import dense, low_rank, text_maps
 
 Models = Callable[[str, torch.dtype], Base]
@@ -52,6 +55,26 @@ def test_an_export_for_a_tool_that_would_pass_over_a_layer_is_refused(xl: Base, 
         with pytest.raises(NotExportable, match=f"kohya's scripts would pass over 1 of .*{PASSED_OVER[0]}.* a1111 or"):
             export(xl, pooled(xl), tmp_path / "x.safetensors", format, ABOUT, for_="kohya")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["1.x", "2.x", "XL"])
+def test_the_first_layer_of_an_inpainting_model_is_none_that_a1111_changes(tmp_path: Path, architecture: str) -> None:
+    inpainting = Base.open(with_channels(architecture, 9, tmp_path / "inpainting"))
+    terms = [Term("a", dense(inpainting, ["unet/conv_in.weight", "unet/conv_out.weight"]))]
+    exported = export(inpainting, terms, tmp_path / "x.safetensors", "comfy-diff", ABOUT)
+    assert exported.skipped["a1111"] == ["unet/conv_in.weight"]
+    with pytest.raises(NotExportable, match="A1111 would pass over 1 of 2"):
+        export(inpainting, terms, tmp_path / "y.safetensors", None, ABOUT, for_="a1111")
+    others = export(inpainting, [Term("a", text_maps(inpainting)[0])], tmp_path / "z.safetensors", None, ABOUT)
+    assert "a1111" in others.whole_for
+
+
+def test_a_title_is_a_name_that_can_stand_in_a_prompt_of_a1111(base: Base, tmp_path: Path) -> None:
+    (text_map,) = text_maps(base)
+    export(base, [Term("a", text_map)], tmp_path / "x.safetensors", None, replace(ABOUT, title="cat > dog: all"))
+    header = SafetensorsFile.open(tmp_path / "x.safetensors").metadata
+    assert header["ss_output_name"] == "cat _ dog_ all"
+    assert header["modelspec.title"] == "cat > dog: all"
 
 
 @pytest.mark.parametrize(
