@@ -29,6 +29,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
+from overpaint.core.encoding import json_digest
 from overpaint.core.sampling import by_digest, evenly_spaced
 from overpaint.solvers.problem import EditProblem
 
@@ -212,7 +213,8 @@ class AverageWord:
         single = (word for word in by_digest(encoder.words()) if len(encoder.tokens(word)) == 1)
         words = list(islice(single, AVERAGED_CAUGHT if isinstance(encoder, PipelineTextInput) else AVERAGED))
         self.words = words if len(words) > 1 else []
-        self._means: OrderedDict[str, Tensor] = OrderedDict()
+        self.means: OrderedDict[str, Tensor] = OrderedDict()
+        """By the digest of a sentence, the newest mean embeddings, float64 [positions, d]; what was stored may be put here."""
 
     def values(self, encoder: TextEncoder, phrasing: Phrasing, positions: KeyPositions) -> Tensor:
         """V of a phrasing: the average word where its word is, float64 [d, m].
@@ -229,15 +231,16 @@ class AverageWord:
 
         Each sentence is encoded by itself, so that its last bits do not depend on what others were asked about.
         """
-        if template not in self._means:
+        name = json_digest(template)
+        if name not in self.means:
             own = KeyPositions.of(encoder, template, self.words[0])
             prompts = [template.format(word) for word in self.words]
             hidden = encoder.hidden(prompts, -(-own.end // STEP) * STEP).double().mean(0)
-            self._means[template] = hidden[own.start : own.start + len(own.weights)].clone()
-        self._means.move_to_end(template)
-        while len(self._means) > AVERAGED_SENTENCES:
-            self._means.popitem(last=False)
-        return self._means[template]
+            self.means[name] = hidden[own.start : own.start + len(own.weights)].clone()
+        self.means.move_to_end(name)
+        while len(self.means) > AVERAGED_SENTENCES:
+            self.means.popitem(last=False)
+        return self.means[name]
 
 
 def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions], step: int = 1) -> Tensor:

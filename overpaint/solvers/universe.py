@@ -35,7 +35,15 @@ from overpaint.core.encoding import canonical_json
 from overpaint.core.reporting import Progress, silent
 from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import AverageWord, keys_and_values, keys_of, keys_of_prompts
-from overpaint.solvers.vocabulary import LARGE, EncodingTask, Vocabulary, vocabularies, vocabulary_file
+from overpaint.solvers.vocabulary import (
+    LARGE,
+    EncodingTask,
+    Vocabulary,
+    recalled,
+    remember,
+    vocabularies,
+    vocabulary_file,
+)
 
 VOCABULARY = 25.0
 EMPTY = 0.35
@@ -97,6 +105,7 @@ class _UniverseCache:
         self.averages: dict[str, AverageWord] = {}
         self.pairs: OrderedDict[tuple[str, bytes, bool], tuple[Tensor, Tensor]] = OrderedDict()
         self.nbytes = 0
+        self.folder: Path | None = None
         self.universes: OrderedDict[tuple[str, bytes], Universe] = OrderedDict()
 
 
@@ -142,6 +151,7 @@ def universe(
         memory.universes[key] = _build(memory, base, text_input, ordered, ridge, weight, preserved, to_average, words)
         while len(memory.universes) > 4 * len(base.text_inputs):
             memory.universes.popitem(last=False)
+    memory.universes.move_to_end(key)
     return memory.universes[key]
 
 
@@ -241,9 +251,11 @@ def _pair(
     key = (text_input, canonical_json(concept.as_json()), to_average)
     if key not in memory.pairs:
         encoder = memory.encoders[text_input]
-        if to_average and text_input not in memory.averages:
-            memory.averages[text_input] = AverageWord(encoder)
-        keys, values = keys_and_values(encoder, base, concept, memory.averages[text_input] if to_average else None)
+        averages = _average_word(memory, base, text_input) if to_average else None
+        known = 0 if averages is None else len(averages.means)
+        keys, values = keys_and_values(encoder, base, concept, averages)
+        if averages is not None and len(averages.means) > known:
+            remember(_identity_of_average(base, text_input, encoder, averages), averages.means, memory.folder)
         memory.pairs[key] = keys.float(), values.float()
         memory.nbytes += keys.nbytes
     memory.pairs.move_to_end(key)
@@ -251,6 +263,22 @@ def _pair(
     while memory.nbytes > PAIRS_BYTES and len(memory.pairs) > 1:
         memory.nbytes -= 2 * memory.pairs.popitem(last=False)[1][0].nbytes
     return keys, values
+
+
+def _average_word(memory: _UniverseCache, base: Base, text_input: str) -> AverageWord:
+    """The average word of a text input, with what earlier programs have stored of it."""
+    if text_input not in memory.averages:
+        encoder = memory.encoders[text_input]
+        averages = memory.averages[text_input] = AverageWord(encoder)
+        stored = recalled(_identity_of_average(base, text_input, encoder, averages), memory.folder)
+        averages.means.update({name: mean.to(encoder.device) for name, mean in stored.items()})
+    return memory.averages[text_input]
+
+
+def _identity_of_average(base: Base, text_input: str, encoder: AnyTextEncoder, averages: AverageWord) -> dict[str, Any]:
+    """Everything that decides the average word's embeddings: another device gives other bits."""
+    task = EncodingTask.of(base, {text_input: encoder})
+    return {"average": averages.words, "encoder": task.encoder, "device": encoder.device.type}
 
 
 class _KeysOrValues(Mapping[str, Tensor]):
@@ -311,6 +339,7 @@ def _vocabulary(
     memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress, *, whole: bool = False
 ) -> EncodedVocabulary:
     """The vocabulary for each text input: so many words as asked for, or a sample that is large enough, or the `whole`."""
+    memory.folder = preserved.cache or memory.folder
     encoded = memory.vocabularies.get(preserved.words)
     if encoded is not None and (not whole or preserved.words or encoded.words == encoded.of):
         return encoded
@@ -354,10 +383,26 @@ def _sample(
             continue
         sample = task.first(size)
         encoded = vocabularies(sample, encoders, folder, report)
-        error = 0.0 if sample.is_whole else max(_held_out(memory, sample, name, encoded[name]) for name in encoders)
+        error = 0.0 if sample.is_whole else _error(memory, sample, encoders, encoded, folder)
         if error < TOLERANCE:
             break
     return EncodedVocabulary(encoded, size, len(task.order), error)
+
+
+def _error(
+    memory: _UniverseCache,
+    sample: EncodingTask,
+    encoders: Mapping[str, AnyTextEncoder],
+    encoded: Mapping[str, Vocabulary],
+    folder: Path | None,
+) -> float:
+    """The largest of what `_held_out` finds at the text inputs of one encoder; measured once, like the sample itself."""
+    identity = {"held out": HELD_OUT, "weights": [VOCABULARY, RIDGE], "of": sample.identity}
+    if stored := recalled(identity, folder):
+        return float(stored["error"])
+    error = max(_held_out(memory, sample, name, encoded[name]) for name in encoders)
+    remember(identity, {"error": torch.tensor([[error]], dtype=torch.float64)}, folder)
+    return error
 
 
 def _held_out(memory: _UniverseCache, sample: EncodingTask, text_input: str, vocabulary: Vocabulary) -> float:

@@ -7,7 +7,7 @@ stands in `SENTENCES_PER_WORD` of the neutral sentences, which take turns; of a 
 The work is done in pieces and stored in a folder: what was interrupted goes on where it stopped, and ends in the same bits.
 A file is believed only when its name and every digest in it are true. It is a safetensors file with one array per text input,
 float64 [sentences, d (d + 1) / 2], the upper triangles of the symmetric moments; its metadata says what decided them, how
-many pieces are done, and each array's digest.
+many pieces are done, and each array's digest. What else is the same in every program (`remember`) is kept beside them.
 """
 
 from __future__ import annotations
@@ -236,42 +236,84 @@ def vocabulary_file(identity: Mapping[str, Any], folder: Path, *, complete: bool
 def write_vocabulary(stored: Moments, folder: Path, *, complete: bool) -> None:
     """Write a vocabulary. A folder that cannot be written to costs time, and nothing else."""
     arrays = {text_input: _packed(moments) for text_input, moments in stored.moments.items()}
-    about = {
-        "format": FORMAT,
-        "identity": stored.identity,
-        "done": stored.done,
-        "digests": {text_input: tensor_digest(text_input, array) for text_input, array in arrays.items()},
-    }
+    about = {"identity": stored.identity, "done": stored.done}
     with suppress(OSError):
-        with replacing(vocabulary_file(stored.identity, folder, complete=complete)) as scratch:
-            safetensors.torch.save_file(arrays, scratch, metadata={KEY: canonical_json(about).decode()})
+        _write(vocabulary_file(stored.identity, folder, complete=complete), arrays, about)
         if complete:
             vocabulary_file(stored.identity, folder, complete=False).unlink(missing_ok=True)
 
 
 def read_vocabulary(file: Path) -> Moments:
     """A stored vocabulary, under the name that it has to have. Raises BadVocabulary."""
+    arrays, about = _read(file)
+    try:
+        identity, done = about["identity"], about["done"]
+        sound = type(done) is int and done >= 0 and set(identity["doors"]) == set(arrays)
+        moments = {text_input: _unpacked(array) for text_input, array in arrays.items()} if sound else {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(file, error) from error
+    if not sound:
+        raise _misnamed(file)
+    return Moments(identity, done, moments)
+
+
+def recalled(identity: Mapping[str, Any], folder: Path | None) -> dict[str, Tensor]:
+    """Arrays that `remember` stored for what decides them; none where there are none, or where they are damaged."""
+    file = folder and _memory_file(identity, folder)
+    if not file or not file.is_file():
+        return {}
+    with suppress(BadVocabulary):
+        return _read(file)[0]
+    return {}
+
+
+def remember(identity: Mapping[str, Any], arrays: Mapping[str, Tensor], folder: Path | None) -> None:
+    """Store small float64 arrays that would be computed again in every program, beside the vocabularies, for this machine
+    alone. A folder that cannot be written to costs time, and nothing else."""
+    if folder:
+        with suppress(OSError):
+            _write(_memory_file(identity, folder), arrays, {"identity": identity})
+
+
+def _memory_file(identity: Mapping[str, Any], folder: Path) -> Path:
+    return folder / f"{vocabulary_name(identity)}.memory"
+
+
+def _write(file: Path, arrays: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    digests = {name: tensor_digest(name, array) for name, array in arrays.items()}
+    text = canonical_json({"format": FORMAT, **about, "digests": digests}).decode()
+    with replacing(file) as scratch:
+        safetensors.torch.save_file(
+            {name: array.cpu() for name, array in arrays.items()}, scratch, metadata={KEY: text}
+        )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arrays of a file, float64 and finite, and what it says of itself. Raises BadVocabulary."""
     try:
         container = SafetensorsFile.open(file)
         about = json.loads(container.metadata[KEY])
-        identity, done = about["identity"], about["done"]
-        digests, text_inputs = dict(about["digests"]), set(about["identity"]["doors"])
-        sound = about["format"] == FORMAT and type(done) is int and done >= 0
-        sound = (
-            sound and vocabulary_name(identity) == file.stem and text_inputs == set(digests) == set(container.entries)
-        )
-        moments = {}
-        for text_input, array in container.tensors(container.entries) if sound else ():
+        digests = dict(about["digests"])
+        sound = about["format"] == FORMAT and vocabulary_name(about["identity"]) == file.stem
+        sound = sound and set(digests) == set(container.entries)
+        arrays = {}
+        for name, array in container.tensors(container.entries) if sound else ():
             sound = sound and array.dtype == torch.float64 and array.ndim == 2
-            sound = (
-                sound and tensor_digest(text_input, array) == digests[text_input] and bool(torch.isfinite(array).all())
-            )
-            moments[text_input] = _unpacked(array) if sound else array
+            sound = sound and tensor_digest(name, array) == digests[name] and bool(torch.isfinite(array).all())
+            arrays[name] = array
     except (BrokenFile, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise BadVocabulary(f"{file} cannot be read as a vocabulary ({error}); delete it") from error
+        raise _unreadable(file, error) from error
     if not sound:
-        raise BadVocabulary(f"{file} is not the vocabulary that its name says; delete it")
-    return Moments(identity, done, moments)
+        raise _misnamed(file)
+    return arrays, about
+
+
+def _unreadable(file: Path, error: Exception) -> BadVocabulary:
+    return BadVocabulary(f"{file} cannot be read as a vocabulary ({error}); delete it")
+
+
+def _misnamed(file: Path) -> BadVocabulary:
+    return BadVocabulary(f"{file} is not the vocabulary that its name says; delete it")
 
 
 def _packed(moments: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import encoders
+from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.core.reporting import silent
 from overpaint.patches.patch import make_patch
@@ -47,7 +48,8 @@ def encoded(
 
 
 def only_file(folder: Path) -> Path:
-    (file,) = folder.iterdir()
+    """The vocabulary of a folder in which there is one."""
+    (file,) = (file for file in folder.iterdir() if file.suffix != ".memory")
     return file
 
 
@@ -156,7 +158,7 @@ def test_the_text_inputs_of_one_encoder_are_encoded_together_and_stored_in_one_f
     problem = EditProblem(xl, Concept("cat"), cache=tmp_path / "cache", report=lambda step, *_: steps.append(step))
     first = Separable().solve(problem).delta
     assert steps == sorted(steps)
-    kept = [set(read_vocabulary(file).moments) for file in (tmp_path / "cache").iterdir()]
+    kept = [set(read_vocabulary(file).moments) for file in (tmp_path / "cache").glob("*.safetensors")]
     assert sorted(map(len, kept)) == [1, 2]
     assert set.union(*kept) == set(WIDTHS)
     again = EditProblem(Base.open(xl.path), Concept("cat"), cache=tmp_path / "cache")
@@ -219,3 +221,35 @@ def test_the_error_of_a_sample_is_how_much_farther_other_words_move(base: Base) 
 
 def solved(base: Base, folder: Path) -> Solution:
     return Separable().solve(EditProblem(base, Concept("cat"), cache=folder))
+
+
+@pytest.mark.usefixtures("_large")
+def test_the_average_word_and_the_error_of_a_sample_are_computed_once(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded_prompts: list[str] = []
+    hidden = TextEncoder.hidden
+
+    def counting(self: TextEncoder, prompts: Sequence[str], *more: Any) -> Any:
+        encoded_prompts.extend(prompts)
+        return hidden(self, prompts, *more)
+
+    monkeypatch.setattr(TextEncoder, "hidden", counting)
+
+    def counted(name: str) -> tuple[Solution, int]:
+        encoded_prompts.clear()
+        problem = EditProblem(Base.open(base.path), Concept(name), cache=tmp_path)
+        return Separable().solve(problem), len(encoded_prompts)
+
+    first, many = counted("cat")
+    again, few = counted("cat")
+    assert again.delta == first.delta
+    assert again.record == first.record
+    # The concept in its sentences, and words of the sample that are left out for it.
+    assert 3 * few < many
+    for file in tmp_path.glob("*.memory"):
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    mended, much = counted("cat")
+    assert (mended.delta, mended.record) == (first.delta, first.record)
+    assert much > 3 * few
+    assert counted("cat")[1] == few
