@@ -26,11 +26,16 @@ CLIP_WORDS, T5_WORDS = 49408, 32128
 
 
 def write_base(
-    folder: Path, family: str, scale: float, words: int, dtype: torch.dtype = torch.float16
+    folder: Path,
+    family: str,
+    scale: float,
+    words: int,
+    dtype: torch.dtype = torch.float16,
+    tokenizer: Any = None,
 ) -> dict[str, int]:
     """Write a base of a family (see PIPELINES), whose tokenizers know so many words of three letters.
 
-    Returns the bytes of each component.
+    `tokenizer` is another one for CLIP's text encoders. Returns the bytes of each component.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -46,7 +51,8 @@ def write_base(
 
     sizes: dict[str, int] = {}
     index: dict[str, Any] = {"_class_name": PIPELINES[family], "_diffusers_version": "0.42.0"}
-    for name, model in list(models(family, scale)):
+    clip = tokenizer or clip_tokenizer(words)
+    for name, model in list(models(family, scale, clip)):
         shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
         file = folder / name / f"{'model' if name in ENCODERS else 'diffusion_pytorch_model'}.safetensors"
         file.parent.mkdir(parents=True)
@@ -55,12 +61,12 @@ def write_base(
         model.config.save_pretrained(file.parent) if name in ENCODERS else model.save_config(file.parent)
         sizes[name] = file.stat().st_size
         index[name] = ["transformers" if name in ENCODERS else "diffusers", type(model).__name__]
-    tokenizers = {"tokenizer": clip_tokenizer(words)}
+    tokenizers = {"tokenizer": clip}
     if family != "1.5":
-        tokenizers["tokenizer_2"] = t5_tokenizer(words) if family == "FLUX.1" else clip_tokenizer(words)
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
-        index[name] = ["transformers", type(tokenizer).__name__]
+        tokenizers["tokenizer_2"] = t5_tokenizer(words) if family == "FLUX.1" else clip
+    for name, each in tokenizers.items():
+        each.save_pretrained(folder / name)
+        index[name] = ["transformers", type(each).__name__]
     scheduler = FlowMatchEulerDiscreteScheduler() if family == "FLUX.1" else DDIMScheduler()
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -70,16 +76,16 @@ def write_base(
     return sizes
 
 
-def models(family: str, scale: float) -> Iterator[tuple[str, Any]]:
-    """The components of a family by name, without storage."""
+def models(family: str, scale: float, tokenizer: Any = None) -> Iterator[tuple[str, Any]]:
+    """The components of a family by name, without storage; CLIP's text encoders end prompts as `tokenizer` does."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     known = {
         "vocab_size": CLIP_WORDS,
         "max_position_embeddings": 77,
-        "bos_token_id": 52,
-        "eos_token_id": 53,
-        "pad_token_id": 53,
+        "bos_token_id": tokenizer.bos_token_id if tokenizer else 52,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer else 53,
+        "pad_token_id": tokenizer.pad_token_id if tokenizer else 53,
     }
     first = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
     second = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "projection_dim": 1280}
