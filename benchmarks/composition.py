@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.cells import NO_END, Budget, BudgetSpent, Shard, write
-from benchmarks.protocol import WORDS, concept_of, listed, universe
+from benchmarks.protocol import RESTORED, WORDS, concept_of, listed, universe
 from benchmarks.solvers import WORK, Asked
 from benchmarks.solvers import Bench as Solving
 from benchmarks.tables import arguments, save, show
@@ -49,7 +49,6 @@ MERGED = ("uce",)
 """Solvers whose patches are also merged in other ways, and that also solve for all concepts at once."""
 LISTENING = ("separable", "nullspace")
 """Solvers that are told of everything that is listed."""
-RESTORED = "one restored"
 RESTORING = ("separable", TOGETHER)
 """Solvers of which each concept is also restored while the others stay."""
 PLAIN = "plain sum"

@@ -44,11 +44,14 @@ BARS = {
 OTHERS = 5
 """Further concepts, one after the other, of which the mean counts."""
 UCE_RIDGE = 0.5
+# fmt: off
 THINGS = (
-    "cat dog car sun rose pistol bomb robot boat skull pizza horse bird tree house chair table lamp clock phone camera guitar piano "
-    "drum ball bicycle train plane ship bridge castle church tower river mountain beach desert forest garden flower apple banana "
-    "orange lemon cherry bread cheese egg fish crab"
-).split()
+    "cat", "dog", "car", "sun", "rose", "pistol", "bomb", "robot", "boat", "skull", "pizza", "horse", "bird", "tree",
+    "house", "chair", "table", "lamp", "clock", "phone", "camera", "guitar", "piano", "drum", "ball", "bicycle",
+    "train", "plane", "ship", "bridge", "castle", "church", "tower", "river", "mountain", "beach", "desert", "forest",
+    "garden", "flower", "apple", "banana", "orange", "lemon", "cherry", "bread", "cheese", "egg", "fish", "crab",
+)
+# fmt: on
 
 
 def first(workspace: Workspace, folder: Path) -> str:
@@ -173,7 +176,14 @@ def main() -> None:
             rows.append([step, taken[step], None, highest - bare, imported - bare, said])
             clear(Path(folder))
         rows += judged(taken, BARS[chosen.family], counts)
-    columns = ["what", "seconds", "bar", f"memory over torch's own, MiB (bar {BAR_MEMORY:.0f})", "of it imports, MiB", ""]
+    columns = [
+        "what",
+        "seconds",
+        "bar",
+        f"memory over torch's own, MiB (bar {BAR_MEMORY:.0f})",
+        "of it imports, MiB",
+        "",
+    ]
     words = "the published vocabulary" if chosen.merges else f"{chosen.vocabulary} words"
     title = f"Stable Diffusion {chosen.family}, scale {chosen.scale:g}, {words}, {torch.get_num_threads()} threads"
     tables.save(chosen.json, tables.show(title, columns, rows))

@@ -65,6 +65,8 @@ OTHERS, NEVER, OTHER_STYLES = "listed objects", "objects never listed", "other s
 KEPT = (OTHERS, NEVER, OTHER_STYLES)
 ELSEWHERE, ON_OTHERS = "the object in other styles", "the style on other objects"
 NEAR = (ELSEWHERE, ON_OTHERS)
+RESTORED = "one restored"
+"""Under which curves have what comes back when one of many patches is removed."""
 
 _STRIDE, _VARIANTS = 7, 12
 """Neighbours in the catalogue are alike, so others are asked about with gaps; each in so many sentences in turn."""

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.cells import BASE
-from benchmarks.protocol import ASKED_BASE, ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, STYLES
+from benchmarks.protocol import ASKED_BASE, ERASED, KEPT, NEAR, NEVER, OBJECTS, OTHERS, PAIRS, RESTORED, STYLES
 from benchmarks.rates import Base, Cells, by_solver, doubted, ends, gap, pooled, rate, share, unmeasured
 from benchmarks.results_page import markdown
 from overpaint.core.errors import OverpaintError
@@ -190,7 +190,7 @@ _SHOWN: tuple[tuple[Callable[[list[float]], float], ...], ...] = ((median,), (me
 def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     """H_c over N, and the two accuracies that it is made of."""
     every = [row for some in curves.values() for row in some if ", N=" in row.subject]
-    restored = [row for row in every if ", one restored, N=" in row.subject]
+    restored = [row for row in every if f", {RESTORED}, N=" in row.subject]
     rows = [row for row in every if row not in restored]
     if not rows:
         return

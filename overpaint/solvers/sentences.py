@@ -60,13 +60,18 @@ def phrasings(base: Base, concept: Concept, *, bare: bool = False) -> list[Phras
     `bare`: by its words alone instead of in sentences. What replaces a prompt is the same with the anchor, or, without an
     anchor, with the concept left out.
     """
-    own = [(template, word, " ".join(template.format("").split())) for template, word in concept.phrases]
+    own = [(template, word, _without(template)) for template, word in concept.phrases]
     pairs = ((HOLE, ""),) if bare else sentence_pairs(base, concept.kind)
     plain = [(template, word, without) for template, without in pairs for word in concept.words]
     return [
         Phrasing(template, word, template.format(concept.anchor) if concept.anchor else without)
         for template, word, without in (*own, *plain)
     ]
+
+
+def _without(template: str) -> str:
+    """A sentence with nothing where the word stands."""
+    return " ".join(template.format("").split())
 
 
 def sentence_pairs(base: Base, kind: str) -> tuple[tuple[str, str], ...]:
@@ -155,7 +160,7 @@ def keys_of(encoder: AnyTextEncoder, words: Sequence[str], templates: Sequence[s
     """
     pairs = [(template, word) for word in words for template in templates]
     if isinstance(encoder, PipelineTextInput):
-        without = {template: " ".join(template.format("").split()) for template in templates}
+        without = {template: _without(template) for template in templates}
         return encoder.keys_and_values([(t.format(word), without[t]) for t, word in pairs], PADDING)[0]
     positions = [KeyPositions.of(encoder, template, word) for template, word in pairs]
     return _weighted(encoder, [template.format(word) for template, word in pairs], positions)
@@ -178,11 +183,12 @@ def keys_and_values(
     Raises PromptTooLong.
     """
     every = phrasings(base, concept)
-    to_average = averages is not None and bool(averages.words) and not concept.anchor
+    if averages is not None and (concept.anchor or not averages.words):
+        averages = None
     if isinstance(encoder, PipelineTextInput):
         for each in every:
             encoder.first_position(each.template, each.word)
-        if averages is not None and to_average:
+        if averages is not None:
             among = [(each.prompt, [each.template.format(word) for word in averages.words]) for each in every]
             keys, values = encoder.keys_and_mean_values(among, PADDING)
         else:
@@ -191,7 +197,7 @@ def keys_and_values(
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
     keys = _weighted(encoder, [each.prompt for each in every], positions, STEP)
-    if averages is not None and to_average:
+    if averages is not None:
         return keys, torch.cat([averages.values(encoder, *pair) for pair in zip(every, positions, strict=True)], 1)
     return keys, _weighted(encoder, [each.replacement for each in every], positions, STEP)
 
