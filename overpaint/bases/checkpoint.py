@@ -57,14 +57,15 @@ class TensorLocation:
 
 
 def read_tensors(
-    places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile]
+    places: Mapping[str, TensorLocation], containers: Mapping[Path, SafetensorsFile], memory: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors one at a time in their canonical shapes, file by file, under the names they are given here."""
+    """Tensors one at a time in their canonical shapes, file by file, under the names they are given here; `memory` is that of
+    `SafetensorsFile.read`."""
     by_file: dict[Path, dict[str, TensorEntry]] = {}
     for name, place in places.items():
         by_file.setdefault(place.file, {})[name] = place.entry
     for file, wanted in by_file.items():
-        for name, stored in containers[file].read(wanted):
+        for name, stored in containers[file].read(wanted, memory):
             yield name, places[name].canonical(stored)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.checkpoint import read_tensors
+from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import loading
 from overpaint.core.encoding import TensorEntry
@@ -113,19 +113,45 @@ def _size(base: Base) -> int:
     return sum(4 * math.prod(place.shape) for name, place in base.places.items() if name.split("/")[0] in encoders)
 
 
+class LayerMemory:
+    """Where the layers of a text encoder lie, one after the other.
+
+    What is allocated anew for each of them, the C library's heap keeps, until as much is held as by all of them together.
+    """
+
+    def __init__(self) -> None:
+        self._stored = torch.empty(0, dtype=torch.uint8)
+        self._weights: dict[str, Tensor] = {}
+
+    def as_stored(self, places: Iterable[TensorLocation]) -> Tensor:
+        """Memory for the largest tensor of a layer, as it is stored."""
+        size = max(place.entry.size for place in places)
+        if len(self._stored) < size:
+            self._stored = torch.empty(size, dtype=torch.uint8)
+        return self._stored
+
+    def weight(self, key: str, stored: Tensor) -> Tensor:
+        """A tensor in float32, in the place of the last layer's, unless gradients may ask for that one again."""
+        if torch.is_grad_enabled():
+            return stored.to(torch.float32, copy=True)
+        if key not in self._weights or self._weights[key].shape != stored.shape:
+            self._weights[key] = torch.empty(stored.shape)
+        return self._weights[key].copy_(stored)
+
+
 def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """Let layers and large matrices of embeddings be read when they are used; what is read so."""
     path, layers = _layers(model)
     found: dict[str, str] = {}
     # Pipelines send tokens to where a model's first parameter is; this one is never on the meta device.
     model.register_parameter("first", nn.Parameter(torch.empty(0), requires_grad=False))
+    memory = LayerMemory()
     for number, layer in enumerate(layers):
         start = f"{path}.{number}."
         part = {key.removeprefix(start): name for key, name in names.items() if key.startswith(start)}
         found.update({f"{start}{key}": name for key, name in part.items()})
-        layer.register_forward_pre_hook(
-            functools.partial(_load, base.containers, {k: base.places[n] for k, n in part.items()})
-        )
+        places = {key: base.places[name] for key, name in part.items()}
+        layer.register_forward_pre_hook(functools.partial(_load, base.containers, places, memory))
         layer.register_forward_hook(functools.partial(_drop, tuple(part)), always_call=True)
     for where, module in model.named_modules(remove_duplicate=False):
         key = f"{where}.weight"
@@ -148,9 +174,9 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _load(containers: Any, places: Any, module: nn.Module, args: Any) -> None:
-    for key, stored in read_tensors(places, containers):
-        _put(module, key, stored.float())
+def _load(containers: Any, places: Any, memory: LayerMemory, module: nn.Module, args: Any) -> None:
+    for key, stored in read_tensors(places, containers, memory.as_stored(places.values())):
+        _put(module, key, memory.weight(key, stored))
 
 
 def _drop(keys: Sequence[str], module: nn.Module, args: Any, answer: Any) -> None:

@@ -113,11 +113,15 @@ class SafetensorsFile:
         """Tensors one at a time, in file order, as stored. Raises BrokenFile when the file has become shorter."""
         return self.read({key: self.entries[key] for key in keys})
 
-    def read(self, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors, or parts of them, one at a time under the names they are given here, in file order."""
+    def read(self, entries: Mapping[str, TensorEntry], memory: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Tensors, or parts of them, one at a time under the names they are given here, in file order.
+
+        In `memory`, uint8 and as large as the largest, each lies until the next one is asked for.
+        """
         with self._reading() as file:
             for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-                flat = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
+                own = torch.empty(entry.size, dtype=torch.uint8, device="cpu") if memory is None else memory
+                flat = own[: entry.size]
                 self._fill(file, entry.start, flat)
                 yield name, flat.view(DTYPES[entry.dtype]).reshape(entry.shape)
 

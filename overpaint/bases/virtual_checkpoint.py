@@ -54,7 +54,7 @@ class VirtualCheckpoint(SafetensorsFile):
         """The tensors whose bytes, one after the other, are those of a key."""
         raise NotImplementedError
 
-    def read(self, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, entries: Mapping[str, TensorEntry], memory: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
             yield name, self._values(entry, entry.size).reshape(entry.shape)
 

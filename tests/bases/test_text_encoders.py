@@ -76,6 +76,34 @@ def test_layers_are_not_held_between_batches(xl: Base, monkeypatch: pytest.Monke
     assert numbers_held(found.model) == before
 
 
+def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
+    xl: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encoders(xl)["text_encoder_2"].model
+    monkeypatch.setattr(encoder_models, "HELD", 0)
+    found = encoders(xl)["text_encoder_2"]
+    places: list[int] = []
+    for layer in encoder_models.layers_of(found.model):
+        layer.register_forward_hook(
+            lambda module, args, answer: places.append(module.mlp.fc1.weight.data_ptr()), prepend=True
+        )
+    found.hidden(PROMPTS)
+    assert len(places) > 1
+    assert len(set(places)) == 1
+    assert torch.equal(gradient(found.model), gradient(whole))
+
+
+def gradient(model: Any) -> torch.Tensor:
+    """That of the sum of what comes out of all layers, by what goes into the first."""
+    hidden = start = torch.randn(1, 4, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    start.requires_grad_()
+    for layer in encoder_models.layers_of(model):
+        hidden = layer(hidden, None)
+    hidden.square().sum().backward()
+    assert start.grad is not None
+    return start.grad
+
+
 def test_what_reads_layers_does_not_keep_the_base(xl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_models, "HELD", 0)
     opened = Base.open(xl_folder)

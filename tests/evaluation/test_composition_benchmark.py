@@ -13,7 +13,7 @@ import torch
 from benchmarks import composition
 from benchmarks.cells import Budget, BudgetSpent, Costs, Shard
 from benchmarks.composition import Curve, curves, draw, parts, table, told
-from benchmarks.protocol import listed, never_listed
+from benchmarks.protocol import RESTORED, listed, never_listed
 from benchmarks.solvers import Asked
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
@@ -108,7 +108,7 @@ def test_solvers_that_train_stop_earlier_and_keep_the_same(base: Base) -> None:
 def test_of_separable_each_concept_is_restored_while_the_others_stay(base: Base, tmp_path: Path) -> None:
     draw(curve(Fake(base)), tmp_path, ["separable", "esd"], ALL)
     found = curves(tmp_path)
-    restored = [row for row in found["separable"] if row.subject == f"separable, {composition.RESTORED}, N=4"]
+    restored = [row for row in found["separable"] if row.subject == f"separable, {RESTORED}, N=4"]
     assert {row.metric: row.value for row in restored}[SHARE] == 1
     assert not [row for row in found["esd"] if "restored" in row.subject]
 
