@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -239,6 +239,10 @@ class TextEncoder:
         return sorted(word for word in ending if len(word) > 1 and word.isalpha() and word.isascii())
 
 
+AllCaught: TypeAlias = dict[str, dict[str, CaughtPrompt]]
+"""What every text input reads of each prompt, by prompt and text input."""
+
+
 class CaughtPrompts:
     """The newest prompts that were caught. Which ones are encoded together follows from the request alone, and so do the bits."""
 
@@ -246,8 +250,8 @@ class CaughtPrompts:
         self.pipeline = pipeline
         self._newest = _NewestAnswers[list[dict[str, CaughtPrompt]]](CAUGHT_BYTES)
 
-    def of(self, prompts: Sequence[str]) -> dict[str, dict[str, CaughtPrompt]]:
-        """What every text input reads of each prompt, by prompt and text input."""
+    def of(self, prompts: Sequence[str]) -> AllCaught:
+        """What every text input reads of each prompt."""
         unique, count = list(dict.fromkeys(prompts)), self.pipeline.prompts_at_a_time()
         found: dict[str, dict[str, CaughtPrompt]] = {}
         for start in range(0, len(unique), count):
@@ -379,16 +383,21 @@ class PipelineTextInput:
             values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
         return torch.cat(keys).T, torch.cat(values).T
 
-    def keys_and_mean_values(self, pairs: Sequence[tuple[str, Sequence[str]]], padding: float) -> tuple[Tensor, Tensor]:
+    def keys_and_mean_values(
+        self,
+        pairs: Sequence[tuple[str, Sequence[str]]],
+        padding: float,
+        others_caught: Callable[[Sequence[str]], AllCaught] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `keys_and_values`, with the mean over several other prompts in place of one: float64 [d, m] each.
 
-        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out. Raises
-        PromptTooLong where all are the same.
+        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out.
+        `others_caught` gives what is read of the others where that is stored. Raises PromptTooLong where all are the same.
         """
         caught = self.source.of([prompt for prompt, _ in pairs])
         keys, values = [], []
         for prompt, others in pairs:
-            among = self.source.of(others)
+            among = (others_caught or self.source.of)(others)
             here = caught[prompt][self.name]
             sides = [among[other][self.name] for other in others if other != prompt]
             sides = [side for side in sides if self.is_pooled or not _same_tokens(here, side)] or sides

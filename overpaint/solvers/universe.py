@@ -29,7 +29,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json
 from overpaint.core.reporting import Progress, silent
@@ -39,6 +39,7 @@ from overpaint.solvers.vocabulary import (
     LARGE,
     EncodingTask,
     Vocabulary,
+    caught_prompts,
     recalled,
     remember,
     vocabularies,
@@ -270,7 +271,10 @@ def _average_word(memory: _UniverseCache, base: Base, text_input: str) -> Averag
     if text_input not in memory.averages:
         encoder = memory.encoders[text_input]
         averages = memory.averages[text_input] = AverageWord(encoder)
-        stored = recalled(_identity_of_average(base, text_input, encoder, averages), memory.folder)
+        identity = _identity_of_average(base, text_input, encoder, averages)
+        if isinstance(encoder, PipelineTextInput):
+            averages.caught = partial(caught_prompts, encoder.source, identity=identity, folder=memory.folder)
+        stored = recalled(identity, memory.folder)
         averages.means.update({name: mean.to(encoder.device) for name, mean in stored.items()})
     return memory.averages[text_input]
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
+from overpaint.bases.capture import CapturingPipeline
 from overpaint.bases.text_encoder import TextEncoder, encoders
 from overpaint.core.concepts import Concept
 from overpaint.core.reporting import silent
+from overpaint.patches.delta import Delta
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import universe, vocabulary
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem, Solution
-from overpaint.solvers.sentences import keys_of, neutral_sentences
+from overpaint.solvers.sentences import keys_of, neutral_sentences, sentence_pairs
 from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import (
     SENTENCES_PER_WORD,
@@ -28,6 +30,7 @@ from overpaint.solvers.vocabulary import (
     vocabulary_file,
 )
 from overpaint.testing.contract import THINGS
+from tests.bases.tiny_transformers import tiny_transformer
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
 
 CPU = torch.device("cpu")
@@ -253,3 +256,35 @@ def test_the_average_word_and_the_error_of_a_sample_are_computed_once(
     assert (mended.delta, mended.record) == (first.delta, first.record)
     assert much > 3 * few
     assert counted("cat")[1] == few
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_a_pipeline_hands_on_for_the_average_word_is_caught_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_transformer("flux").save_pretrained(tmp_path / "flux")
+    caught: list[str] = []
+    catch = CapturingPipeline.catch
+
+    def counting(self: CapturingPipeline, prompts: Sequence[str]) -> Any:
+        caught.extend(prompts)
+        return catch(self, prompts)
+
+    monkeypatch.setattr(CapturingPipeline, "catch", counting)
+
+    def counted() -> tuple[Delta, int]:
+        caught.clear()
+        problem = EditProblem(Base.open(tmp_path / "flux"), Concept("cat"), cache=tmp_path / "cache")
+        return Separable().solve(problem).delta, len(caught)
+
+    first, many = counted()
+    again, few = counted()
+    assert again == first
+    sentences = len(sentence_pairs(Base.open(tmp_path / "flux"), "object"))
+    assert few <= 2 * sentences < many / 4, "the concept in its sentences, and what the universe leaves out for it"
+    for file in (tmp_path / "cache").glob("*.memory"):
+        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    mended, much = counted()
+    assert mended == first
+    assert much > few
+    assert counted() == (first, few)
