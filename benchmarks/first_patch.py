@@ -10,6 +10,9 @@ a step takes does not depend on the weights; how large a sample of the vocabular
 `--vocabulary` words. `--many 50,200` solves so many concepts at once, and erases as many by UCE as published: one prompt of 77
 tokens for each concept, one dense edit with an inverse for each projection, in float32. `--whole` encodes the whole vocabulary.
 `--scale` narrows the U-Net and takes layers from the text encoders, which are no narrower then.
+
+`--family FLUX.1` is for memory: its T5 reads a prompt of 512 tokens in half a minute, so ask for few with
+`--only add --only first --set vocabulary=4 --set target=nothing`.
 """
 
 from __future__ import annotations
@@ -35,12 +38,15 @@ from benchmarks.full_size import write_base
 from overpaint.core.concepts import Concept
 from overpaint.workspace.workspace import Workspace
 
-BAR_MEMORY = 1024.0
+BAR_MEMORY = {"1.5": 1024.0, "XL": 1024.0, "FLUX.1": 2048.0}
 BARS = {
     "1.5": {"first": 90.0, "further": 1.5, "whole": 900.0},
     "XL": {"first": 480.0, "further": 8.0},
+    "FLUX.1": {},
 }
 """Seconds: adding the base and the first patch, one concept more, the whole vocabulary."""
+SETTINGS = "settings.json"
+"""The file beside the base with the settings that `--set` has for `separable`."""
 OTHERS = 5
 """Further concepts, one after the other, of which the mean counts."""
 UCE_RIDGE = 0.5
@@ -55,9 +61,10 @@ THINGS = (
 
 
 def first(workspace: Workspace, folder: Path) -> str:
-    """The first patch, and how much of the vocabulary it took."""
-    solved = workspace.solve("cat", base="base")
-    return said_of_vocabulary(workspace, solved.id)
+    """The first patch: its bytes, and how much of the vocabulary it took."""
+    settings = json.loads((folder / SETTINGS).read_text())
+    solved = workspace.solve("cat", base="base", settings=settings)
+    return f"{solved.nbytes:,} bytes {said_of_vocabulary(workspace, solved.id)}"
 
 
 def said_of_vocabulary(workspace: Workspace, patch: str) -> str:
@@ -115,11 +122,14 @@ def uce(workspace: Workspace, folder: Path, count: int) -> None:
         left @ torch.linalg.inv(right)
 
 
+ADD, FIRST, FURTHER = "add, with the fingerprint", "solve separable, one concept", "further concepts, each"
+SHORT = {"add": ADD, "first": FIRST, "further": FURTHER}
+"""Steps by the words that `--only` has for them."""
 STEPS: dict[str, Callable[[Workspace, Path], object]] = {
-    "add, with the fingerprint": lambda workspace, folder: workspace.add_base("base", folder / "base"),
-    "solve separable, one concept": first,
+    ADD: lambda workspace, folder: workspace.add_base("base", folder / "base"),
+    FIRST: first,
     "a further concept, alone": lambda workspace, folder: workspace.solve("dog", base="base"),
-    "further concepts, each": further,
+    FURTHER: further,
     "add the patch to a recipe": lambda workspace, folder: workspace.create_recipe("r", base="base", exist_ok=True).add(
         workspace.patches()[0].id
     ),
@@ -150,6 +160,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=12, help="words that the tokenizer knows without --merges")
     parser.add_argument("--many", default="", help="numbers of concepts that are solved at once, with commas between")
     parser.add_argument("--whole", action="store_true", help="encode the whole vocabulary")
+    parser.add_argument("--only", action="append", choices=list(SHORT), help="one step; can be repeated")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE of separable, for the first patch")
     parser.add_argument("--no-build", action="store_true", help="leave out exporting and building")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
@@ -159,16 +171,19 @@ def main() -> None:
         return
     counts = [int(count) for count in chosen.many.split(",") if count]
     steps = [step for step in STEPS if not (chosen.no_build and step in BUILDING)]
+    steps = [SHORT[word] for word in chosen.only] if chosen.only else steps
     for count in counts:
         steps += [f"separable of {count}", *([f"UCE as published of {count}"] if chosen.family == "1.5" else [])]
     steps += [WHOLE] if chosen.whole else []
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="overpaint-benchmark-") as folder:
         tokenizer = published_tokenizer(chosen.merges) if chosen.merges else None
         sizes = write_base(Path(folder) / "base", chosen.family, chosen.scale, chosen.vocabulary, tokenizer=tokenizer)
+        (Path(folder) / SETTINGS).write_text(json.dumps(dict(each.split("=", 1) for each in chosen.set)))
         bare = idle_torch()
         rows: list[list[Any]] = [["base, GiB", sum(sizes.values()) / GIB, None, None, None, ""]]
         taken: dict[str, float] = {}
         for step in steps:
+            print(step, file=sys.stderr)
             seconds, imported, highest, said = apart(step, Path(folder))
             taken[step] = said if isinstance(said, float) else seconds
             print(f"{step}: {taken[step]:.2f} s, {highest - bare:.0f} MiB {said}", file=sys.stderr)
@@ -180,7 +195,7 @@ def main() -> None:
         "what",
         "seconds",
         "bar",
-        f"memory over torch's own, MiB (bar {BAR_MEMORY:.0f})",
+        f"memory over torch's own, MiB (bar {BAR_MEMORY[chosen.family]:.0f})",
         "of it imports, MiB",
         "",
     ]
@@ -192,8 +207,8 @@ def main() -> None:
 def judged(taken: dict[str, float], bars: dict[str, float], counts: list[int]) -> list[list[Any]]:
     """The seconds that have a bar, and the ratios to UCE's."""
     found = {
-        "first": ("adding and the first patch", sum(list(taken.values())[:2])),
-        "further": ("a further concept", taken["further concepts, each"]),
+        "first": ("adding and the first patch", taken[ADD] + taken[FIRST] if {ADD, FIRST} <= taken.keys() else None),
+        "further": ("a further concept", taken.get(FURTHER)),
         "whole": (WHOLE, taken.get(WHOLE)),
     }
     rows = [[*found[name], bar, None, None, ""] for name, bar in bars.items() if found[name][1] is not None]

@@ -130,14 +130,17 @@ class CapturingPipeline:
         return self.arguments.get("max_sequence_length")
 
     def prompts_at_a_time(self) -> int:
-        """As many as let hidden states of all layers fit into `HIDDEN_BYTES`."""
-        size = 0
+        """As many as let what is computed of them fit into `HIDDEN_BYTES`: the hidden states of all layers; of T5, which keeps
+        none, one layer's attention, four times as it is computed, and what is between the halves of its feed-forward part."""
+        size, length = 0, self.length or 77
         for encoder in self.encoders.values():
             config: Any = encoder.config
             config = getattr(config, "text_config", config)
             width = int(getattr(config, "hidden_size", 0) or config.d_model)
-            is_t5 = "t5" in str(getattr(config, "model_type", ""))
-            size += 4 * width * (self.length or 77) * (4 if is_t5 else len(layers_of(encoder)) + 1)
+            numbers = width * (len(layers_of(encoder)) + 1)
+            if "t5" in str(getattr(config, "model_type", "")):
+                numbers = 4 * width + 4 * config.num_heads * length + 3 * config.d_ff
+            size += 4 * length * numbers
         return max(1, min(16, HIDDEN_BYTES // size))
 
     @own_torch_settings()

@@ -255,8 +255,10 @@ class SepME(Solver):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "iterations": 120,
-                "beta": 0.2,  # a step moves the increment by about lr times beta
+                "iterations": 300,
+                # A step moves every number of the increment by about lr times beta. Large steps are few, and move what the
+                # concept does not need as far as what it does: six patches of 0.2 left 4% of other objects, of 0.01 92%.
+                "beta": 0.01,
                 "batch": 8,
                 "guidance": 3.0,
             },
