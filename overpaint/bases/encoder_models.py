@@ -127,7 +127,8 @@ class LayerMemory:
         """Memory for the largest tensor of a layer, as it is stored."""
         size = max(place.entry.size for place in places)
         if len(self._stored) < size:
-            self._stored = torch.empty(size, dtype=torch.uint8)
+            with torch.inference_mode(False):
+                self._stored = torch.empty(size, dtype=torch.uint8)
         return self._stored
 
     def weight(self, key: str, stored: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ class LayerMemory:
         if torch.is_grad_enabled():
             return stored.to(torch.float32, copy=True)
         if key not in self._weights or self._weights[key].shape != stored.shape:
-            self._weights[key] = torch.empty(stored.shape)
+            with torch.inference_mode(False):  # else it could be written to in that mode alone
+                self._weights[key] = torch.empty(stored.shape)
         return self._weights[key].copy_(stored)
 
 

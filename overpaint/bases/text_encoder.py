@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -20,6 +21,7 @@ from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import check_tokenizer, loading
+from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.sampling import evenly_spaced
 
@@ -127,6 +129,11 @@ class TextEncoder:
     def length(self) -> int:
         """Tokens in a padded prompt."""
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
+
+    @property
+    def reading(self) -> list[Any]:
+        """What decides how prompts are read, beside the weights: the configuration and the tokenizer."""
+        return [_settings(self.model.config), _rules(self.tokenizer)]
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text without begin, end and padding."""
@@ -239,8 +246,21 @@ class TextEncoder:
         return sorted(word for word in ending if len(word) > 1 and word.isalpha() and word.isascii())
 
 
-AllCaught: TypeAlias = dict[str, dict[str, CaughtPrompt]]
-"""What every text input reads of each prompt, by prompt and text input."""
+def _settings(config: Any) -> dict[str, Any]:
+    """A configuration without what says only where it came from, as JSON."""
+    texts = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in found.items() if name not in texts}
+
+
+def _rules(tokenizer: Any) -> str:
+    """The digest of all that a tokenizer does to a text: its vocabulary, and, where its program says them, its rules."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):  # how the last text was padded is no rule
+        rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+    return json_digest([rules, getattr(tokenizer, "model_max_length", None), getattr(tokenizer, "padding_side", None)])
 
 
 class CaughtPrompts:
@@ -250,8 +270,8 @@ class CaughtPrompts:
         self.pipeline = pipeline
         self._newest = _NewestAnswers[list[dict[str, CaughtPrompt]]](CAUGHT_BYTES)
 
-    def of(self, prompts: Sequence[str]) -> AllCaught:
-        """What every text input reads of each prompt."""
+    def of(self, prompts: Sequence[str]) -> dict[str, dict[str, CaughtPrompt]]:
+        """What every text input reads of each prompt, by prompt and text input."""
         unique, count = list(dict.fromkeys(prompts)), self.pipeline.prompts_at_a_time()
         found: dict[str, dict[str, CaughtPrompt]] = {}
         for start in range(0, len(unique), count):
@@ -335,6 +355,19 @@ class PipelineTextInput:
     def _causal(self) -> dict[int, bool]:
         return {}
 
+    @property
+    def reading(self) -> list[Any]:
+        """What decides how prompts are read, beside the weights: configurations, tokenizers, and what the pipeline is asked."""
+        pipe = self._pipeline.pipe
+        configs = [[name, _settings(encoder.config)] for name, encoder in sorted(self._pipeline.encoders.items())]
+        tokenizers = [
+            [name, _rules(part)]
+            for name, part in sorted(pipe.components.items())
+            if hasattr(part, "get_vocab") or hasattr(part, "tokenizer")
+        ]
+        arguments = {name: repr(value) for name, value in self._pipeline.arguments.items()}
+        return [type(pipe).__name__, configs, tokenizers, arguments]
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of a text without begin, end and padding."""
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -383,21 +416,16 @@ class PipelineTextInput:
             values.append(b.embeddings[[row for _, row, _ in rows]].double() * roots)
         return torch.cat(keys).T, torch.cat(values).T
 
-    def keys_and_mean_values(
-        self,
-        pairs: Sequence[tuple[str, Sequence[str]]],
-        padding: float,
-        others_caught: Callable[[Sequence[str]], AllCaught] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def keys_and_mean_values(self, pairs: Sequence[tuple[str, Sequence[str]]], padding: float) -> tuple[Tensor, Tensor]:
         """As `keys_and_values`, with the mean over several other prompts in place of one: float64 [d, m] each.
 
-        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out.
-        `others_caught` gives what is read of the others where that is stored. Raises PromptTooLong where all are the same.
+        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out. Raises
+        PromptTooLong where all are the same.
         """
         caught = self.source.of([prompt for prompt, _ in pairs])
         keys, values = [], []
         for prompt, others in pairs:
-            among = (others_caught or self.source.of)(others)
+            among = self.source.of(others)
             here = caught[prompt][self.name]
             sides = [among[other][self.name] for other in others if other != prompt]
             sides = [side for side in sides if self.is_pooled or not _same_tokens(here, side)] or sides

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import AllCaught, AnyTextEncoder, PipelineTextInput, TextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
 from overpaint.core.encoding import json_digest
 from overpaint.core.sampling import by_digest, evenly_spaced
@@ -190,7 +190,7 @@ def keys_and_values(
             encoder.first_position(each.template, each.word)
         if averages is not None:
             among = [(each.prompt, [each.template.format(word) for word in averages.words]) for each in every]
-            keys, values = encoder.keys_and_mean_values(among, PADDING, averages.caught)
+            keys, values = encoder.keys_and_mean_values(among, PADDING)
         else:
             keys, values = encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
@@ -219,8 +219,6 @@ class AverageWord:
         single = (word for word in by_digest(encoder.words()) if len(encoder.tokens(word)) == 1)
         words = list(islice(single, AVERAGED_CAUGHT if isinstance(encoder, PipelineTextInput) else AVERAGED))
         self.words = words if len(words) > 1 else []
-        self.caught: Callable[[Sequence[str]], AllCaught] | None = None
-        """What a pipeline hands on for the words in a sentence, where that is stored."""
         self.means: OrderedDict[str, Tensor] = OrderedDict()
         """By the digest of a sentence, the newest mean embeddings, float64 [positions, d]; what was stored may be put here."""
 

@@ -29,17 +29,16 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
-from overpaint.core.concepts import Concept
-from overpaint.core.encoding import canonical_json
+from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
+from overpaint.core.concepts import KINDS, Concept
+from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.reporting import Progress, silent
 from overpaint.solvers.problem import Unsolvable
-from overpaint.solvers.sentences import AverageWord, keys_and_values, keys_of, keys_of_prompts
+from overpaint.solvers.sentences import AverageWord, keys_and_values, keys_of, keys_of_prompts, sentence_pairs
 from overpaint.solvers.vocabulary import (
     LARGE,
     EncodingTask,
     Vocabulary,
-    caught_prompts,
     recalled,
     remember,
     vocabularies,
@@ -253,10 +252,10 @@ def _pair(
     if key not in memory.pairs:
         encoder = memory.encoders[text_input]
         averages = _average_word(memory, base, text_input) if to_average else None
-        known = 0 if averages is None else len(averages.means)
+        before = set() if averages is None else set(averages.means)
         keys, values = keys_and_values(encoder, base, concept, averages)
-        if averages is not None and len(averages.means) > known:
-            remember(_identity_of_average(base, text_input, encoder, averages), averages.means, memory.folder)
+        if averages is not None:
+            _remember_average(memory, base, text_input, averages, before)
         memory.pairs[key] = keys.float(), values.float()
         memory.nbytes += keys.nbytes
     memory.pairs.move_to_end(key)
@@ -272,11 +271,19 @@ def _average_word(memory: _UniverseCache, base: Base, text_input: str) -> Averag
         encoder = memory.encoders[text_input]
         averages = memory.averages[text_input] = AverageWord(encoder)
         identity = _identity_of_average(base, text_input, encoder, averages)
-        if isinstance(encoder, PipelineTextInput):
-            averages.caught = partial(caught_prompts, encoder.source, identity=identity, folder=memory.folder)
         stored = recalled(identity, memory.folder)
         averages.means.update({name: mean.to(encoder.device) for name, mean in stored.items()})
     return memory.averages[text_input]
+
+
+def _remember_average(
+    memory: _UniverseCache, base: Base, text_input: str, averages: AverageWord, before: set[str]
+) -> None:
+    """Store what came to the average word in the sentences that every concept is asked in; others' own are their own."""
+    every = {json_digest(template) for kind in KINDS for template, _ in sentence_pairs(base, kind)}
+    if (averages.means.keys() - before) & every:
+        identity = _identity_of_average(base, text_input, memory.encoders[text_input], averages)
+        remember(identity, {name: mean for name, mean in averages.means.items() if name in every}, memory.folder)
 
 
 def _identity_of_average(base: Base, text_input: str, encoder: AnyTextEncoder, averages: AverageWord) -> dict[str, Any]:
@@ -343,7 +350,7 @@ def _vocabulary(
     memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress, *, whole: bool = False
 ) -> EncodedVocabulary:
     """The vocabulary for each text input: so many words as asked for, or a sample that is large enough, or the `whole`."""
-    memory.folder = preserved.cache or memory.folder
+    memory.folder = preserved.cache
     encoded = memory.vocabularies.get(preserved.words)
     if encoded is not None and (not whole or preserved.words or encoded.words == encoded.of):
         return encoded
@@ -401,7 +408,8 @@ def _error(
     folder: Path | None,
 ) -> float:
     """The largest of what `_held_out` finds at the text inputs of one encoder; measured once, like the sample itself."""
-    identity = {"held out": HELD_OUT, "weights": [VOCABULARY, RIDGE], "of": sample.identity}
+    device = next(iter(encoders.values())).device.type
+    identity = {"held out": HELD_OUT, "weights": [VOCABULARY, RIDGE], "of": sample.identity, "device": device}
     if stored := recalled(identity, folder):
         return float(stored["error"])
     error = max(_held_out(memory, sample, name, encoded[name]) for name in encoders)

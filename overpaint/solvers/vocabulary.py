@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import CaughtPrompt, Segment
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
-from overpaint.bases.text_encoder import AllCaught, AnyTextEncoder, CaughtPrompts
-from overpaint.core.atomic import replacing
+from overpaint.bases.text_encoder import AnyTextEncoder
+from overpaint.core.atomic import make_folder, replacing, share
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress
@@ -99,6 +98,7 @@ class EncodingTask:
         encoder = {
             "encoder": base.encoder_digest(next(iter(encoders))),
             "tokenizer": json_digest(first.tokenizer.get_vocab()),
+            "reading": json_digest(first.reading),
             "length": first.length,
             "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
             "padding": PADDING,
@@ -250,7 +250,6 @@ def read_vocabulary(file: Path) -> Moments:
     try:
         identity, done = about["identity"], about["done"]
         sound = type(done) is int and done >= 0 and set(identity["doors"]) == set(arrays)
-        sound = sound and all(array.dtype == torch.float64 for array in arrays.values())
         moments = {text_input: _unpacked(array) for text_input, array in arrays.items()} if sound else {}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(file, error) from error
@@ -270,48 +269,11 @@ def recalled(identity: Mapping[str, Any], folder: Path | None) -> dict[str, Tens
 
 
 def remember(identity: Mapping[str, Any], arrays: Mapping[str, Tensor], folder: Path | None) -> None:
-    """Store small arrays that would be computed again in every program, beside the vocabularies, for this machine
+    """Store small float64 arrays that would be computed again in every program, beside the vocabularies, for this machine
     alone. A folder that cannot be written to costs time, and nothing else."""
     if folder:
         with suppress(OSError):
             _write(_memory_file(identity, folder), arrays, {"identity": identity})
-
-
-def caught_prompts(
-    source: CaughtPrompts, prompts: Sequence[str], identity: Mapping[str, Any], folder: Path | None
-) -> AllCaught:
-    """What a pipeline hands on for some prompts: read from `folder`, or caught and stored there.
-
-    `identity` is all that decides it beside the prompts.
-    """
-    asked = {**identity, "prompts": list(prompts)}
-    file = folder and _memory_file(asked, folder)
-    if file and file.is_file():
-        with suppress(BadVocabulary, KeyError, TypeError, ValueError):
-            return _caught_of(*_read(file), source.pipeline.pipe.device)
-    caught = source.of(prompts)
-    every = {f"{i} {name}": each for i, prompt in enumerate(prompts) for name, each in caught[prompt].items()}
-    segments = {
-        name: [[s.call, s.ids, list(s.rows.items()), s.padding, s.padded] for s in each.segments]
-        for name, each in every.items()
-    }
-    if file:
-        with suppress(OSError):
-            _write(file, {n: each.embeddings for n, each in every.items()}, {"identity": asked, "segments": segments})
-    return caught
-
-
-def _caught_of(arrays: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> AllCaught:
-    found: AllCaught = {}
-    prompts = about["identity"]["prompts"]
-    for name, array in arrays.items():
-        number, _, text_input = name.partition(" ")
-        segments = tuple(
-            Segment(call, tuple(ids), dict(rows), tuple(padding), padded)
-            for call, ids, rows, padding, padded in about["segments"][name]
-        )
-        found.setdefault(prompts[int(number)], {})[text_input] = CaughtPrompt(array.to(device), segments)
-    return found
 
 
 def _memory_file(identity: Mapping[str, Any], folder: Path) -> Path:
@@ -319,16 +281,20 @@ def _memory_file(identity: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _write(file: Path, arrays: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a file that a group may read where its folder is a group's. Raises OSError."""
+    arrays = {name: array.cpu() for name, array in arrays.items()}
     digests = {name: tensor_digest(name, array) for name, array in arrays.items()}
     text = canonical_json({"format": FORMAT, **about, "digests": digests}).decode()
+    # Not `save_file`: what it raises where nothing can be written is no OSError, and its files are for the owner alone.
+    data = safetensors.torch.save(arrays, metadata={KEY: text})
+    make_folder(file.parent)
     with replacing(file) as scratch:
-        safetensors.torch.save_file(
-            {name: array.cpu() for name, array in arrays.items()}, scratch, metadata={KEY: text}
-        )
+        scratch.write_bytes(data)
+        share(scratch)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The arrays of a file, real and finite, and what it says of itself. Raises BadVocabulary."""
+    """The arrays of a file, float64 and finite, and what it says of itself. Raises BadVocabulary."""
     try:
         container = SafetensorsFile.open(file)
         about = json.loads(container.metadata[KEY])
@@ -337,7 +303,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sound = sound and set(digests) == set(container.entries)
         arrays = {}
         for name, array in container.tensors(container.entries) if sound else ():
-            sound = sound and array.dtype in (torch.float32, torch.float64) and array.ndim == 2
+            sound = sound and array.dtype == torch.float64 and array.ndim == 2
             sound = sound and tensor_digest(name, array) == digests[name] and bool(torch.isfinite(array).all())
             arrays[name] = array
     except (BrokenFile, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from string import capwords
 from typing import Any
 
 import torch
@@ -23,7 +26,6 @@ from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.universe import text_encoders
 from overpaint.workspace.derived_patches import compress_patch, decouple_patch
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
@@ -89,25 +91,36 @@ def solve_request(
         smaller = compress_patch(base, patch, truncation)
         patch = smaller.patch
         errors["compression error"] = max(smaller.errors.values())
-    notes = [solution.diagnostics.get("note"), _unlisted_spelling(base, request.concept, device)]
+    notes = [solution.diagnostics.get("note"), _unlisted_spelling(base, request.concept)]
     note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
     return SolvedPatch(request, patch, {**solution.diagnostics, **errors, **note}, seconds)
 
 
-def _unlisted_spelling(base: Base, concept: Concept, device: torch.device) -> str:
+def _unlisted_spelling(base: Base, concept: Concept) -> str:
     """Says that a text encoder reads a word otherwise when its capitals differ, unless the concept lists it so, too.
 
     CLIP's tokenizer, which reads the bases that are not caught, knows small letters alone; T5's takes "Banksy" and "banksy" for
     two words, and erasing one of them need not erase the other.
     """
-    if not base.layout.is_caught:
-        return ""
-    encoders = text_encoders(base, device).values()
-    for word in concept.words:
-        spellings = {word.lower(), word.title(), word.capitalize()} - set(concept.words)
-        if any(encoder.tokens(word) != encoder.tokens(other) for encoder in encoders for other in spellings):
-            return OTHER_SPELLINGS
+    if base.layout.is_caught:
+        for word in concept.words:
+            others = {word.lower(), capwords(word)} - set(concept.words)
+            if any(reads(word) != reads(other) for reads in _tokenizers(base.config_folder) for other in others):
+                return OTHER_SPELLINGS
     return ""
+
+
+@cache
+def _tokenizers(folder: Path) -> tuple[Callable[[str], Any], ...]:
+    """What gives the tokens of a text, for each tokenizer of a pipeline; none where one cannot be read by itself."""
+    from transformers import AutoTokenizer
+
+    found: list[Callable[[str], Any]] = []
+    for each in sorted(folder.glob("tokenizer*")):
+        with suppress(Exception):  # for a note, nothing that was solved is lost
+            tokenizer = AutoTokenizer.from_pretrained(each, local_files_only=True, trust_remote_code=False)
+            found.append(partial(tokenizer.encode, add_special_tokens=False))
+    return tuple(found)
 
 
 OTHER_SPELLINGS = (

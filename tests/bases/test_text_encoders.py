@@ -91,6 +91,9 @@ def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
     assert len(places) > 1
     assert len(set(places)) == 1
     assert torch.equal(gradient(found.model), gradient(whole))
+    with torch.inference_mode():
+        found.hidden(["what a program does that draws"])
+    found.hidden(["what one does that solves"])
 
 
 def gradient(model: Any) -> torch.Tensor:

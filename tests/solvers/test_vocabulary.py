@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,14 @@ import pytest
 import torch
 
 from overpaint.bases.base import Base
-from overpaint.bases.capture import CapturingPipeline
-from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.bases.text_encoder import TextEncoder, encoders, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.core.reporting import silent
-from overpaint.patches.delta import Delta
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import universe, vocabulary
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem, Solution
-from overpaint.solvers.sentences import keys_of, neutral_sentences, sentence_pairs
+from overpaint.solvers.sentences import keys_of, neutral_sentences
 from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import (
     SENTENCES_PER_WORD,
@@ -258,33 +257,50 @@ def test_the_average_word_and_the_error_of_a_sample_are_computed_once(
     assert counted("cat")[1] == few
 
 
+def test_another_configuration_or_tokenizer_has_another_vocabulary(tmp_path: Path) -> None:
+    """Files beside the weights decide how prompts are read, too."""
+    folder = tiny_xl_base(tmp_path / "xl").path
+
+    def identity() -> dict[str, Any]:
+        return EncodingTask.of(Base.open(folder), {"text_encoder": TextEncoder.of(Base.open(folder))}).identity
+
+    before = identity()
+    used = TextEncoder.of(Base.open(folder))
+    used.hidden(["a cat", "two of them, which are longer"])
+    assert EncodingTask.of(Base.open(folder), {"text_encoder": used}).identity == before
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"quick_gelu"', '"gelu"'))
+    changed = identity()
+    assert changed != before
+    rules = folder / "tokenizer" / "tokenizer_config.json"
+    rules.write_text(json.dumps({**json.loads(rules.read_text()), "model_max_length": 12}))
+    assert identity() != changed
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_what_a_pipeline_hands_on_for_the_average_word_is_caught_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_transformer("flux").save_pretrained(tmp_path / "flux")
-    caught: list[str] = []
-    catch = CapturingPipeline.catch
+def test_another_length_of_prompts_has_another_vocabulary(tmp_path: Path) -> None:
+    folder = tmp_path / "sd3"
+    tiny_transformer("stable-diffusion-3").save_pretrained(folder)
+    found = []
+    for length in (12, 16):
+        (folder / "overpaint.json").write_text(json.dumps({"prompt_length": length}))
+        base = Base.open(folder)
+        found.append(EncodingTask.of(base, {"context": text_sources(base)["context"]}).identity)
+    assert found[0] != found[1]
 
-    def counting(self: CapturingPipeline, prompts: Sequence[str]) -> Any:
-        caught.extend(prompts)
-        return catch(self, prompts)
 
-    monkeypatch.setattr(CapturingPipeline, "catch", counting)
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    whole = Separable().solve(EditProblem(base, Concept("cat"))).delta
+    problem = EditProblem(Base.open(base.path), Concept("cat"), cache=tmp_path / "file")
+    assert Separable().solve(problem).delta == whole
 
-    def counted() -> tuple[Delta, int]:
-        caught.clear()
-        problem = EditProblem(Base.open(tmp_path / "flux"), Concept("cat"), cache=tmp_path / "cache")
-        return Separable().solve(problem).delta, len(caught)
 
-    first, many = counted()
-    again, few = counted()
-    assert again == first
-    sentences = len(sentence_pairs(Base.open(tmp_path / "flux"), "object"))
-    assert few <= 2 * sentences < many / 4, "the concept in its sentences, and what the universe leaves out for it"
-    for file in (tmp_path / "cache").glob("*.memory"):
-        file.write_bytes(file.read_bytes()[:-8] + bytes(8))
-    mended, much = counted()
-    assert mended == first
-    assert much > few
-    assert counted() == (first, few)
+def test_own_sentences_of_a_concept_are_not_stored(base: Base, tmp_path: Path) -> None:
+    sizes = set()
+    for prompts in ((), ("a drawing of {}",), ("{} at sea",)):
+        concept = Concept("cat", prompts=prompts)
+        Separable().solve(EditProblem(Base.open(base.path), concept, cache=tmp_path))
+        (file,) = tmp_path.glob("*.memory")
+        sizes.add(file.stat().st_size)
+    assert len(sizes) == 1
