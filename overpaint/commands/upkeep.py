@@ -175,7 +175,7 @@ def db_restore(ctx: click.Context, file: Path) -> None:
 def db_reindex(ctx: click.Context) -> None:
     """Write anew what searches read.
 
-    `overpaint verify` says when that is needed.
+    `overpaint verify` says when that is needed. What was lost is found first from then on.
 
     \b
     Example:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, column, func, insert, or_, select, table
+from sqlalchemy import ColumnElement, and_, column, func, insert, or_, select, table
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from overpaint.core.concepts import Concept
@@ -82,8 +83,11 @@ def text_of_reason(why: str) -> str:
     return _text([why], [])
 
 
-def stale(session: Session) -> Iterator[models.PatchRow | models.RecipeRow | models.RevisionRow]:
-    """What searches do not read as it is, because its text is lost, another one's, or missing in the index of pieces."""
+def stale(
+    session: Session,
+) -> Iterator[models.PatchRow | models.RecipeRow | models.RevisionRow | models.RecipeTextRow]:
+    """What searches do not read as it is, because its text is lost, another one's, or missing in the index of pieces; and texts
+    of revisions that there are not."""
     patch, text = models.PatchRow, models.PatchTextRow
     unindexed = set[str]()
     if _has_pieces(session):
@@ -100,20 +104,46 @@ def stale(session: Session) -> Iterator[models.PatchRow | models.RecipeRow | mod
     ):
         if read != (text_of_reason(given.why) if given.why else None):
             yield given
+    is_of = (revision.recipe_id == of.recipe_id) & (revision.number == of.revision)
+    yield from session.scalars(select(of).where(of.revision != 0, ~select(revision.id).where(is_of).exists()))
 
 
-def reindex(session: Session) -> int:
-    """Write anew what searches do not read as it is; returns how many patches, recipes and revisions that were."""
-    rows = list(stale(session))
-    for row in rows:
-        if isinstance(row, models.PatchRow):
-            index_patch(session, row)
-        elif isinstance(row, models.RecipeRow):
-            index_recipe(session, row)
-        else:
-            index_reason(session, row)
+def reindex_patches(
+    session: Session, after: tuple[datetime, str] | None, count: int
+) -> tuple[int, tuple[datetime, str] | None]:
+    """Write anew what searches do not read as it is of the `count` patches that were solved next `after` one; returns of how many
+    that was so, and the last of them, None where no more follow. What was lost is found first, as if it were new."""
+    patch, text = models.PatchRow, models.PatchTextRow
+    query = (
+        select(patch, text).outerjoin(text, text.patch_id == patch.id).order_by(patch.solved_at, patch.id).limit(count)
+    )
+    if after is not None:
+        at, id = after
+        query = query.where(or_(patch.solved_at > at, and_(patch.solved_at == at, patch.id > id)))
+    page, written = session.execute(query).all(), 0
+    for row, known in page:
+        wanted = text_of_patch(row)
+        if known is None:
+            session.add(models.PatchTextRow(patch_id=row.id, text=wanted))
+        elif known.text != wanted:
+            known.text = wanted
+        written += known is None or known in session.dirty
     session.flush()
-    if rows and _has_pieces(session):
+    return written, (page[-1][0].solved_at, page[-1][0].id) if len(page) == count else None
+
+
+def reindex_recipes(session: Session) -> int:
+    """The same of all recipes and the reasons in their histories; then the index of pieces is made again."""
+    rows = [row for row in stale(session) if not isinstance(row, models.PatchRow)]
+    for row in rows:
+        if isinstance(row, models.RecipeRow):
+            index_recipe(session, row)
+        elif isinstance(row, models.RevisionRow):
+            index_reason(session, row)
+        else:
+            session.delete(row)
+    session.flush()
+    if _has_pieces(session):
         session.execute(insert(PIECES).values(patch_pieces="rebuild"))
     return len(rows)
 

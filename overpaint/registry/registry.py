@@ -122,6 +122,8 @@ def _check_words(concept: Concept) -> None:
         checked_name(word, f"synonym or anchor of {concept.name!r}")
 
 
+PAGE = 1000
+"""How many patches are looked at while other writers wait."""
 TRIES = 100
 """How often the bytes of a patch are put again when a collector of garbage keeps being faster."""
 
@@ -992,9 +994,19 @@ class Registry:
             return SearchResult(tuple(PatchRecord.of(by_id[each]) for each in ids), tuple(recipes))
 
     def reindex(self) -> int:
-        """Write anew what searches read where that is not what the rows say; returns of how many rows that was so."""
+        """Write anew what searches read where that is not what the rows say; returns of how many rows that was so.
+
+        Other writers take turns with the pages of patches. What was lost is found first from then on, as if it were new.
+        """
+        written, after = 0, None
+        while True:
+            with self._database.writing() as session:
+                some, after = queries.reindex_patches(session, after, PAGE)
+                written += some
+            if after is None:
+                break
         with self._database.writing() as session:
-            return queries.reindex(session)
+            return written + queries.reindex_recipes(session)
 
     # Evaluations
 

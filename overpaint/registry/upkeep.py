@@ -25,6 +25,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,8 @@ def row_problems(registry: Registry) -> list[str]:
             # What cannot be read at all is said first, because nothing else can be checked then.
             problems += [*_damage(session), *_values(session)]
             if not problems:
-                problems += [*_concepts(session), *_settings(session), *_recipes(session)]
-            if not problems:
-                problems += _searches(session)
+                unreadable = [*_concepts(session), *_settings(session)]
+                problems += [*unreadable, *_recipes(session), *([] if unreadable else _searches(session))]
     except Damaged as error:
         problems.append(str(error))
     return problems
@@ -298,17 +298,21 @@ def _digests(session: Session, recipe: models.RecipeRow, known: Digests) -> Iter
 
 def _searches(session: Session) -> Iterator[str]:
     """Searches read what the rows say: a patch whose text is lost or another one's is found by nobody."""
-    rows = [_shown(row) for row in queries.stale(session)]
-    if rows:
-        some = ", ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+    rows = queries.stale(session)
+    first = [_shown(row) for row in islice(rows, 3)]
+    if first:
+        more = sum(1 for _ in rows)
+        some = ", ".join(first) + (f" and {more} more" if more else "")
         yield f"searches do not read as it is: {some}; run `overpaint db reindex`"
 
 
-def _shown(row: models.PatchRow | models.RecipeRow | models.RevisionRow) -> str:
+def _shown(row: models.PatchRow | models.RecipeRow | models.RevisionRow | models.RecipeTextRow) -> str:
     if isinstance(row, models.PatchRow):
         return f"patch {row.id[:12]} ({row.concept.name})"
     if isinstance(row, models.RecipeRow):
         return f"recipe {row.name!r}"
+    if isinstance(row, models.RecipeTextRow):
+        return f"a reason of revision {row.revision} of recipe {row.recipe_id}, which there is not"
     return f"revision {row.number} of recipe {row.recipe.name!r}"
 
 

@@ -11,7 +11,9 @@ from sqlalchemy import text as sql
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry, queries
+from overpaint.registry import registry as registry_module
 from overpaint.registry.schema import connect
+from overpaint.registry.upkeep import row_problems
 
 from .contents import add_patch, lay, stock
 
@@ -214,3 +216,22 @@ def test_a_damaged_index_is_one_sentence(folder: Path) -> None:
         session.execute(sql("DELETE FROM patch_pieces_data"))
     with pytest.raises(OverpaintError, match="is damaged"):
         registry.search("quagga")
+
+
+def test_texts_that_were_lost_or_altered_are_written_anew(
+    registry: Registry, anywhere: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page by page, on either database; what was lost is found first from then on."""
+    monkeypatch.setattr(registry_module, "PAGE", 1)
+    assert row_problems(registry) == []
+    with connect(anywhere, create=False).writing() as session:
+        session.execute(sql("DELETE FROM patch_text WHERE text LIKE '%apple%'"))
+        session.execute(sql("UPDATE patch_text SET text = 'nothing' WHERE text LIKE '%banksy%'"))
+        session.execute(sql("DELETE FROM recipe_text WHERE revision = 0"))
+    (problem,) = row_problems(registry)
+    assert "and 1 more; run `overpaint db reindex`" in problem
+    assert registry.reindex() == 4
+    assert row_problems(registry) == []
+    assert [each.concept for each in registry.search("uce").patches] == ["apple", "草間彌生", "Straßenkunst 100%"]
+    assert [each.name for each in registry.search("ärzte").recipes] == ["Für Ärzte"]
+    assert registry.reindex() == 0

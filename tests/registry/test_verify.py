@@ -17,7 +17,8 @@ import pytest
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.registry import PatchRecord, Registry
+from overpaint.registry import PatchRecord, Registry, queries
+from overpaint.registry import registry as registry_module
 from overpaint.registry.store import BlobStore, PatchFiles
 from overpaint.registry.upkeep import VERIFY_LEDGER, Problem, row_problems, verify
 
@@ -370,12 +371,19 @@ LOST_TEXTS: dict[str, tuple[str, str]] = {
         "UPDATE recipe_text SET text = 'because' WHERE revision = 2",
         "revision 2 of recipe 'r'",
     ),
+    "a reason of no revision": (
+        "INSERT INTO recipe_text (recipe_id, revision, text) SELECT id, 99, 'because' FROM recipe",
+        "revision 99 of recipe",
+    ),
     "an index of pieces that misses a text": ("DELETE FROM patch_pieces_docsize WHERE id = 3", "apple"),
 }
 
 
 @pytest.mark.parametrize("lost", LOST_TEXTS)
-def test_what_searches_do_not_find_is_reported_and_written_anew(full: Registry, lost: str) -> None:
+def test_what_searches_do_not_find_is_reported_and_written_anew(
+    full: Registry, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "PAGE", 10)
     statement, named = LOST_TEXTS[lost]
     before = full.search("apple", limit=None)
     with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
@@ -384,12 +392,36 @@ def test_what_searches_do_not_find_is_reported_and_written_anew(full: Registry, 
     assert "searches do not read as it is" in problem
     assert named in problem
     assert "`overpaint db reindex`" in problem
-    assert full.reindex() == (42 if lost == "the texts of all patches" else 1)
+    assert full.reindex() == {"the texts of all patches": 42, "an index of pieces that misses a text": 0}.get(lost, 1)
     assert row_problems(full) == []
     after = full.search("apple", limit=None)
-    assert {each.id for each in after.patches} == {each.id for each in before.patches}
+    wanted = [each.id for each in before.patches]
+    if lost == "the text of a patch":  # as if it were new
+        (again,) = set(wanted) - {each.id for each in after.patches[1:]}
+        wanted = [again, *(each for each in wanted if each != again)]
+    assert [each.id for each in after.patches] == wanted
     assert after.recipes == before.recipes
     assert full.reindex() == 0
+
+
+def test_a_text_of_other_pieces_is_found_again_after_reindexing(
+    full: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "RECENT", 0)
+    before = full.search("apple", limit=None)
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute("INSERT INTO patch_pieces (patch_pieces) VALUES ('delete-all')")
+    assert len(full.search("apple", limit=None).patches) < len(before.patches)
+    full.reindex()
+    assert full.search("apple", limit=None) == before
+
+
+def test_lost_texts_are_reported_beside_what_cannot_be_mended(full: Registry) -> None:
+    with closing(sqlite3.connect(full.folder / "registry.db")) as database, database:
+        database.execute("UPDATE recipe SET revision = revision + 2")
+        database.execute("DELETE FROM patch_text WHERE id = 3")
+    assert any("its history has" in problem for problem in row_problems(full))
+    assert any("`overpaint db reindex`" in problem for problem in row_problems(full))
 
 
 def test_text_that_is_no_text_is_a_sentence_everywhere(full: Registry) -> None:
