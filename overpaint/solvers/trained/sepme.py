@@ -152,16 +152,25 @@ def _readings(model: Denoiser) -> list[_Reading]:
 class Increments:
     """Adds `sum_k x (w_k (beta S_k)^T)^T` to the output of every projection that reads a prompt; the weights stay as they are.
 
-    `bases` has S_k by concept, for each of the `readings`.
+    `bases` has S_k by concept, for each of the `readings`; `shared`, its directions share beta.
     """
 
     def __init__(
-        self, model: Denoiser, readings: Sequence[_Reading], bases: Mapping[str, Sequence[Tensor]], beta: float
+        self,
+        model: Denoiser,
+        readings: Sequence[_Reading],
+        bases: Mapping[str, Sequence[Tensor]],
+        beta: float,
+        *,
+        shared: bool = False,
     ) -> None:
         self._places, modules = model.base.places, modules_by_parameter(model.pipe, model.base)
         self._reading = {name: number for number, each in enumerate(readings) for name in each.projections}
         self._columns = [each.columns for each in readings]
-        self.scaled = {concept: [beta * basis.T for basis in own] for concept, own in bases.items()}
+        self.scaled = {
+            concept: [beta / (basis.shape[1] if shared else 1) * basis.T for basis in own]
+            for concept, own in bases.items()
+        }
         self.active = True
         self.w: dict[str, dict[str, nn.Parameter]] = {
             concept: {
@@ -257,8 +266,9 @@ class SepME(Solver):
             "emoji": {
                 "iterations": 300,
                 # A step moves every number of the increment by about lr times beta. Large steps are few, and move what the
-                # concept does not need as far as what it does: six patches of 0.2 left 4% of other objects, of 0.01 92%.
-                "beta": 0.01,
+                # concept does not need as far as what it does.
+                "beta": 3.0,
+                "shared": True,
                 "batch": 8,
                 "guidance": 3.0,
             },
@@ -286,6 +296,11 @@ class SepME(Solver):
     sentences: int = setting(0, "train on this many sentences that name the concept; 0: on the bare name", low=0)
     joint: bool = setting(False, "train the increments of all concepts of the universe together, and keep one's own")
     decouple: bool = setting(True, "train in the null space; false: all cross-attention weights, disturbing whatever")
+    shared: bool = setting(
+        False,
+        "divide beta by the number of directions of the null space, so that steps reach as far in a small one",
+        added_later=True,
+    )
 
     @property
     def uses_universe(self) -> bool:
@@ -327,7 +342,7 @@ class SepME(Solver):
             )
             pictures = {c.name: pictures_of(model, problem, c, self) for c in ordered}
             change = (
-                Increments(model, readings, bases, self.beta)
+                Increments(model, readings, bases, self.beta, shared=self.shared)
                 if self.decouple
                 else Whole(model.pipe, problem.base, self.touches(problem.base))
             )
