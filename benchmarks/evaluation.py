@@ -250,7 +250,7 @@ def _write(records: Sequence[EvaluationRecord], refused: Mapping[str, str]) -> N
         file = RESULTS / f"{record.recipe}-{record.suite}.json"
         write(file, (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode())
         kept.add(file)
-    for old in set(RESULTS.glob("*.json")) - kept:
+    for old in set(RESULTS.glob("*-*.json")) - kept:  # those of a recipe and a suite; others' files lie beside them
         old.unlink()
     judge = open_judge("", Base.open("emoji"), EmojiPrompts(), torch.device("cpu"))
     write(PAGE, results_page(records, refused, judge.name).encode())
