@@ -13,7 +13,7 @@ from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Dense, LowRank
 from overpaint.solvers.closed_form.edits import free_of
-from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.problem import EditProblem, Unsolvable, settings_of
 from overpaint.solvers.trained.sepme import SepME, null_space, that_fit
 from overpaint.testing import SolverContract, tiny_pipeline
 
@@ -114,6 +114,18 @@ def test_the_nearest_are_those_that_have_most_in_common() -> None:
 def test_the_preset_has_the_papers_settings_but_for_step_sizes_and_pictures() -> None:
     preset = SepME.preset("emoji")
     assert (preset.tolerance, preset.sentences, preset.tau) == (0.0, 0, 1e-4)
+
+
+def test_a_shared_scale_is_that_of_each_direction_times_their_number(base: Base) -> None:
+    problem = EditProblem(base, CAT, (DOG,))
+    each = SepME(**QUICK).solve(problem)
+    shared = SepME(**{**QUICK, "beta": QUICK["beta"] * each.diagnostics["null_space"], "shared": True}).solve(problem)
+    assert isinstance(each.delta, LowRank)
+    assert isinstance(shared.delta, LowRank)
+    for name, (up, down) in each.delta.factors.items():
+        other = shared.delta.factors[name]
+        assert torch.allclose(other[0] @ other[1], up @ down, rtol=1e-3, atol=1e-6 * float((up @ down).abs().max()))
+    assert "shared" not in settings_of(SepME()), "patches of before keep their inputs"
 
 
 def test_increments_trained_together_leave_each_others_prompts_alone(base: Base) -> None:
