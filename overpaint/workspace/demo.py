@@ -192,7 +192,7 @@ class Demo:
         What is left undisturbed beside the other erased concepts is listed: objects spread over the catalogue.
         """
         others = [name for name in catalogue().objects if name not in {c.name for c in self.concepts}]
-        return {"preset": "emoji", "keep": "; ".join(evenly_spaced(others, LISTED)), "beta": "0.1", "batch": "4"}
+        return {"preset": "emoji", "keep": "; ".join(evenly_spaced(others, LISTED)), "batch": "4"}
 
     def judge_all(self, unpatched: Any, pipe: Any) -> None:
         """The base and the recipe on the same prompts and seeds."""
