@@ -35,7 +35,6 @@ import torch
 from benchmarks import tables
 from benchmarks.build import GIB, resident
 from benchmarks.full_size import write_base
-from overpaint.core.concepts import Concept
 from overpaint.workspace.workspace import Workspace
 
 BAR_MEMORY = {"1.5": 1024.0, "XL": 1024.0, "FLUX.1": 2048.0}
@@ -85,16 +84,15 @@ def further(workspace: Workspace, folder: Path) -> float:
 
 def many(workspace: Workspace, folder: Path, count: int) -> None:
     """So many concepts at once."""
-    outcomes = workspace.solve_many([concept.name for concept in concepts(count)], base="base")
+    outcomes = workspace.solve_many(names(count), base="base")
     failed = [outcome.error for outcome in outcomes if outcome.error]
     if failed or len(outcomes) != count:
         raise RuntimeError(f"{len(failed)} of {len(outcomes)} were not solved: {failed[:1]}")
 
 
-def concepts(count: int) -> list[Concept]:
-    """The first concepts of a list that has one for every pair of things."""
-    pairs = [f"{one} {other}" for one in THINGS for other in THINGS if one != other]
-    return [Concept(name) for name in [*THINGS, *pairs][:count]]
+def names(count: int) -> list[str]:
+    """The first names of a list that has one for every pair of things."""
+    return [*THINGS, *(f"{one} {other}" for one in THINGS for other in THINGS if one != other)][:count]
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ def uce(workspace: Workspace, folder: Path, count: int) -> None:
         token = len(tokenizer(text, add_special_tokens=False).input_ids)
         return model(ids).last_hidden_state[0, token]
 
-    value, keys = last(""), [last(concept.name) for concept in concepts(count)]
+    value, keys = last(""), [last(name) for name in names(count)]
     eye = torch.eye(len(value))
     for name in base.projections():
         weight = base.tensor(name).float()
@@ -200,7 +198,8 @@ def main() -> None:
         "",
     ]
     words = "the published vocabulary" if chosen.merges else f"{chosen.vocabulary} words"
-    title = f"Stable Diffusion {chosen.family}, scale {chosen.scale:g}, {words}, {torch.get_num_threads()} threads"
+    named = "FLUX.1" if chosen.family == "FLUX.1" else f"Stable Diffusion {chosen.family}"
+    title = f"{named}, scale {chosen.scale:g}, {words}, {torch.get_num_threads()} threads"
     tables.save(chosen.json, tables.show(title, columns, rows))
 
 

@@ -130,7 +130,7 @@ class TextEncoder:
         """Tokens in a padded prompt."""
         return int(min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings))
 
-    @property
+    @cached_property
     def reading(self) -> list[Any]:
         """What decides how prompts are read, beside the weights: the configuration and the tokenizer."""
         return [_settings(self.model.config), _rules(self.tokenizer)]
@@ -355,7 +355,7 @@ class PipelineTextInput:
     def _causal(self) -> dict[int, bool]:
         return {}
 
-    @property
+    @cached_property
     def reading(self) -> list[Any]:
         """What decides how prompts are read, beside the weights: configurations, tokenizers, and what the pipeline is asked."""
         pipe = self._pipeline.pipe

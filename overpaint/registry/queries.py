@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, and_, column, func, insert, or_, select, table
+from sqlalchemy import ColumnElement, and_, column, delete, func, insert, or_, select, table
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from overpaint.core.concepts import Concept
@@ -67,15 +67,9 @@ def text_of_recipe(recipe: models.RecipeRow) -> str:
 
 def index_reason(session: Session, revision: models.RevisionRow) -> None:
     """Write the reason that somebody gave for a revision, if any, for a search."""
-    of, number = models.RecipeTextRow, revision.number
-    of_revision = (of.recipe_id == revision.recipe_id) & (of.revision == number)
-    row = session.scalar(select(of).where(of_revision))
     if revision.why:
-        row = row or models.RecipeTextRow(recipe_id=revision.recipe_id, revision=number)
-        row.text = text_of_reason(revision.why)
-        session.add(row)
-    elif row is not None:
-        session.delete(row)
+        text = text_of_reason(revision.why)
+        session.add(models.RecipeTextRow(recipe_id=revision.recipe_id, revision=revision.number, text=text))
 
 
 def text_of_reason(why: str) -> str:
@@ -83,11 +77,8 @@ def text_of_reason(why: str) -> str:
     return _text([why], [])
 
 
-def stale(
-    session: Session,
-) -> Iterator[models.PatchRow | models.RecipeRow | models.RevisionRow | models.RecipeTextRow]:
-    """What searches do not read as it is, because its text is lost, another one's, or missing in the index of pieces; and texts
-    of revisions that there are not."""
+def stale_patches(session: Session) -> Iterator[models.PatchRow]:
+    """Patches that searches do not read as they are: their text is lost, another one's, or missing in the index of pieces."""
     patch, text = models.PatchRow, models.PatchTextRow
     unindexed = set[str]()
     if _has_pieces(session):
@@ -95,17 +86,19 @@ def stale(
     for row, read in _beside(session, patch, text, text.patch_id == patch.id):
         if read != text_of_patch(row) or row.id in unindexed:
             yield row
-    recipe, revision, of = models.RecipeRow, models.RevisionRow, models.RecipeTextRow
-    for named, read in _beside(session, recipe, of, (of.recipe_id == recipe.id) & (of.revision == 0)):
-        if read != text_of_recipe(named):
-            yield named
-    for given, read in _beside(
-        session, revision, of, (of.recipe_id == revision.recipe_id) & (of.revision == revision.number)
-    ):
+
+
+def stale_recipes(session: Session) -> Iterator[models.RecipeRow | models.RevisionRow | models.RecipeTextRow]:
+    """Recipes and reasons that searches do not read as they are, and texts of revisions that there are not."""
+    recipe, revision, text = models.RecipeRow, models.RevisionRow, models.RecipeTextRow
+    for row, read in _beside(session, recipe, text, (text.recipe_id == recipe.id) & (text.revision == 0)):
+        if read != text_of_recipe(row):
+            yield row
+    is_of = (text.recipe_id == revision.recipe_id) & (text.revision == revision.number)
+    for given, read in _beside(session, revision, text, is_of):
         if read != (text_of_reason(given.why) if given.why else None):
             yield given
-    is_of = (revision.recipe_id == of.recipe_id) & (revision.number == of.revision)
-    yield from session.scalars(select(of).where(of.revision != 0, ~select(revision.id).where(is_of).exists()))
+    yield from session.scalars(select(text).where(text.revision != 0, ~select(revision.id).where(is_of).exists()))
 
 
 def reindex_patches(
@@ -134,11 +127,12 @@ def reindex_patches(
 
 def reindex_recipes(session: Session) -> int:
     """The same of all recipes and the reasons in their histories; then the index of pieces is made again."""
-    rows = [row for row in stale(session) if not isinstance(row, models.PatchRow)]
+    text, rows = models.RecipeTextRow, list(stale_recipes(session))
     for row in rows:
         if isinstance(row, models.RecipeRow):
             index_recipe(session, row)
         elif isinstance(row, models.RevisionRow):
+            session.execute(delete(text).where(text.recipe_id == row.recipe_id, text.revision == row.number))
             index_reason(session, row)
         else:
             session.delete(row)

@@ -25,7 +25,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def _digests(session: Session, recipe: models.RecipeRow, known: Digests) -> Iter
 
 def _searches(session: Session) -> Iterator[str]:
     """Searches read what the rows say: a patch whose text is lost or another one's is found by nobody."""
-    rows = queries.stale(session)
+    rows = chain(queries.stale_patches(session), queries.stale_recipes(session))
     first = [_shown(row) for row in islice(rows, 3)]
     if first:
         more = sum(1 for _ in rows)

@@ -39,6 +39,7 @@ from overpaint.solvers.vocabulary import (
     LARGE,
     EncodingTask,
     Vocabulary,
+    encoding_identity,
     recalled,
     remember,
     vocabularies,
@@ -288,8 +289,8 @@ def _remember_average(
 
 def _identity_of_average(base: Base, text_input: str, encoder: AnyTextEncoder, averages: AverageWord) -> dict[str, Any]:
     """Everything that decides the average word's embeddings: another device gives other bits."""
-    task = EncodingTask.of(base, {text_input: encoder})
-    return {"average": averages.words, "encoder": task.encoder, "device": encoder.device.type}
+    identity = encoding_identity(base, {text_input: encoder})
+    return {"average": averages.words, "encoder": identity, "device": encoder.device.type}
 
 
 class _KeysOrValues(Mapping[str, Tensor]):

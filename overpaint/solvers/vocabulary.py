@@ -95,19 +95,10 @@ class EncodingTask:
         """The task for the text inputs of one text encoder, with `limit` words (0: all)."""
         first = next(iter(encoders.values()))
         order = tuple(by_digest(first.words()))
-        encoder = {
-            "encoder": base.encoder_digest(next(iter(encoders))),
-            "tokenizer": json_digest(first.tokenizer.get_vocab()),
-            "reading": json_digest(first.reading),
-            "length": first.length,
-            "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
-            "padding": PADDING,
-            "padding positions": KEPT_PADDING,
-        }
         widths = {text_input: encoder.width for text_input, encoder in encoders.items()}
         count = min(limit, len(order)) if limit else len(order)
         at_once = _at_once(max(widths.values()), first.length)
-        return cls(encoder, widths, neutral_sentences(base), order, count, at_once)
+        return cls(encoding_identity(base, encoders), widths, neutral_sentences(base), order, count, at_once)
 
     def first(self, count: int) -> EncodingTask:
         """The same with only so many words."""
@@ -165,6 +156,19 @@ class EncodingTask:
         return {
             text_input: tuple(map(Sentence, self.templates, words, moments[text_input])) for text_input in self.widths
         }
+
+
+def encoding_identity(base: Base, encoders: Mapping[str, AnyTextEncoder]) -> dict[str, Any]:
+    """Everything that decides what the text inputs of one text encoder give for a prompt, as JSON."""
+    first = next(iter(encoders.values()))
+    return {
+        "encoder": base.encoder_digest(next(iter(encoders))),
+        "reading": json_digest(first.reading),
+        "length": first.length,
+        "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
+        "padding": PADDING,
+        "padding positions": KEPT_PADDING,
+    }
 
 
 def _at_once(width: int, length: int) -> int:

@@ -112,7 +112,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a bit": flip,
     "cut short": lambda file: file.write_bytes(file.read_bytes()[:-8]),
     "emptied": lambda file: file.write_bytes(b""),
-    "another's": lambda file: file.write_bytes(file.read_bytes().replace(b"tokenizer", b"t0kenizer")),
+    "another's": lambda file: file.write_bytes(file.read_bytes().replace(b"reading", b"r3ading")),
 }
 
 
