@@ -45,10 +45,12 @@ BARS = {
 }
 """Seconds: adding the base and the first patch, one concept more, the whole vocabulary."""
 SETTINGS = "settings.json"
-"""The file beside the base with the settings that `--set` has for `separable`."""
+"""The file beside the base with the settings that `--set` has, for the first patch alone."""
 OTHERS = 5
 """Further concepts, one after the other, of which the mean counts."""
 UCE_RIDGE = 0.5
+LONG = 200
+"""Concepts from which on a fifth of UCE's time is asked."""
 # fmt: off
 THINGS = (
     "cat", "dog", "car", "sun", "rose", "pistol", "bomb", "robot", "boat", "skull", "pizza", "horse", "bird", "tree",
@@ -67,13 +69,13 @@ def first(workspace: Workspace, folder: Path) -> str:
 
 
 def said_of_vocabulary(workspace: Workspace, patch: str) -> str:
-    """How many words the universe of a patch has, and how far the others move."""
+    """How large a sample of the vocabulary a patch was solved with, and its error."""
     found = workspace.patch(patch).manifest["solver"].get("vocabulary", {})
     return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def further(workspace: Workspace, folder: Path) -> float:
-    """Seconds for each further concept in one program, after one that warms it up."""
+    """Seconds for each further concept in one program, after two that warm it up; with the defaults of `separable`."""
     for name in THINGS[1:3]:
         workspace.solve(name, base="base")
     started = time.perf_counter()
@@ -188,7 +190,7 @@ def main() -> None:
             said = "" if said is None or isinstance(said, float) else str(said)
             rows.append([step, taken[step], None, highest - bare, imported - bare, said])
             clear(Path(folder))
-        rows += judged(taken, BARS[chosen.family], counts)
+        rows += summary(taken, BARS[chosen.family], counts)
     columns = [
         "what",
         "seconds",
@@ -203,8 +205,8 @@ def main() -> None:
     tables.save(chosen.json, tables.show(title, columns, rows))
 
 
-def judged(taken: dict[str, float], bars: dict[str, float], counts: list[int]) -> list[list[Any]]:
-    """The seconds that have a bar, and the ratios to UCE's."""
+def summary(taken: dict[str, float], bars: dict[str, float], counts: list[int]) -> list[list[Any]]:
+    """The seconds that have a bar, and the ratios to UCE's: at most its time, a fifth of it from `LONG` concepts on."""
     found = {
         "first": ("adding and the first patch", taken[ADD] + taken[FIRST] if {ADD, FIRST} <= taken.keys() else None),
         "further": ("a further concept", taken.get(FURTHER)),
@@ -214,7 +216,7 @@ def judged(taken: dict[str, float], bars: dict[str, float], counts: list[int]) -
     for count in counts:
         if (published := taken.get(f"UCE as published of {count}")) is not None:
             ratio = taken[f"separable of {count}"] / published
-            rows.append([f"separable / UCE, {count} concepts", ratio, 1.0 if count < 200 else 0.2, None, None, ""])
+            rows.append([f"separable / UCE, {count} concepts", ratio, 1.0 if count < LONG else 0.2, None, None, ""])
     return rows
 
 

@@ -1,7 +1,7 @@
 """The text encoders of a base as models of transformers, in float32: held whole, or, where they are large, layer by layer.
 
 Stable Diffusion XL's would take 3.3 GB. Their layers are read from the base's files each time a batch of prompts comes by,
-turned into float32, used and dropped, and of the tokens' embeddings just those are read that the batch has. On two cores,
+turned into float32 where the last one lay, and of the tokens' embeddings just those are read that the batch has. On two cores,
 reading costs about a twentieth of what computing costs. Both ways compute the same from the same numbers: where batches are
 equal, so are the bits.
 """
@@ -114,9 +114,9 @@ def _size(base: Base) -> int:
 
 
 class LayerMemory:
-    """Where the layers of a text encoder lie, one after the other.
+    """Buffers into which the layers of a text encoder are read in turn.
 
-    What is allocated anew for each of them, the C library's heap keeps, until as much is held as by all of them together.
+    Allocating anew for each of them would leave the C library's heap as large as all of them together.
     """
 
     def __init__(self) -> None:

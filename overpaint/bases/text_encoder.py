@@ -247,10 +247,10 @@ class TextEncoder:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """A configuration without what says only where it came from, as JSON."""
-    texts = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    """A configuration without what does not decide what is computed here, in float32, as JSON."""
+    ignored = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
     found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in found.items() if name not in texts}
+    return {name: value for name, value in found.items() if name not in ignored}
 
 
 def _rules(tokenizer: Any) -> str:
@@ -419,8 +419,8 @@ class PipelineTextInput:
     def keys_and_mean_values(self, pairs: Sequence[tuple[str, Sequence[str]]], padding: float) -> tuple[Tensor, Tensor]:
         """As `keys_and_values`, with the mean over several other prompts in place of one: float64 [d, m] each.
 
-        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out. Raises
-        PromptTooLong where all are the same.
+        The mean is over those that line up with the prompt as most of them do; one of the same tokens is left out, unless
+        all are.
         """
         caught = self.source.of([prompt for prompt, _ in pairs])
         keys, values = [], []

@@ -173,13 +173,15 @@ def db_restore(ctx: click.Context, file: Path) -> None:
 @db.command("reindex")
 @click.pass_context
 def db_reindex(ctx: click.Context) -> None:
-    """Write anew what searches read.
+    """Bring what searches read up to date.
 
-    `overpaint verify` says when that is needed. What was lost is found first from then on.
+    `overpaint verify` says when that is needed. A text that was lost is found first from then on.
 
     \b
     Example:
       overpaint db reindex
     """
     written = open_workspace(ctx).registry.reindex()
-    click.echo(f"{written} texts written anew" if written else "searches read all as it is; nothing was written")
+    click.echo(
+        f"{written} search texts were out of date and are mended" if written else "all search texts are up to date"
+    )

@@ -80,12 +80,17 @@ def text_of_reason(why: str) -> str:
 def stale_patches(session: Session) -> Iterator[models.PatchRow]:
     """Patches that searches do not read as they are: their text is lost, another one's, or missing in the index of pieces."""
     patch, text = models.PatchRow, models.PatchTextRow
-    unindexed = set[str]()
-    if _has_pieces(session):
-        unindexed.update(session.scalars(select(text.patch_id).where(text.id.not_in(select(INDEXED.c.id)))))
+    unindexed = set(_unindexed(session))
     for row, read in _beside(session, patch, text, text.patch_id == patch.id):
         if read != text_of_patch(row) or row.id in unindexed:
             yield row
+
+
+def _unindexed(session: Session) -> Sequence[str]:
+    """The ids of patches whose text the index of pieces misses."""
+    text = models.PatchTextRow
+    missing = select(text.patch_id).where(text.id.not_in(select(INDEXED.c.id)))
+    return session.scalars(missing).all() if _has_pieces(session) else []
 
 
 def stale_recipes(session: Session) -> Iterator[models.RecipeRow | models.RevisionRow | models.RecipeTextRow]:
@@ -104,8 +109,11 @@ def stale_recipes(session: Session) -> Iterator[models.RecipeRow | models.Revisi
 def reindex_patches(
     session: Session, after: tuple[datetime, str] | None, count: int
 ) -> tuple[int, tuple[datetime, str] | None]:
-    """Write anew what searches do not read as it is of the `count` patches that were solved next `after` one; returns of how many
-    that was so, and the last of them, None where no more follow. What was lost is found first, as if it were new."""
+    """Bring the search texts of the next `count` patches up to date, in the order of solving, from behind `after` on.
+
+    Returns how many were written, and behind which patch to go on, None at the end. A text that was lost is found first from
+    then on, as if its patch were new.
+    """
     patch, text = models.PatchRow, models.PatchTextRow
     query = (
         select(patch, text).outerjoin(text, text.patch_id == patch.id).order_by(patch.solved_at, patch.id).limit(count)
@@ -126,7 +134,7 @@ def reindex_patches(
 
 
 def reindex_recipes(session: Session) -> int:
-    """The same of all recipes and the reasons in their histories; then the index of pieces is made again."""
+    """Bring the search texts of all recipes and of the reasons in their histories up to date; returns how many were written."""
     text, rows = models.RecipeTextRow, list(stale_recipes(session))
     for row in rows:
         if isinstance(row, models.RecipeRow):
@@ -137,9 +145,15 @@ def reindex_recipes(session: Session) -> int:
         else:
             session.delete(row)
     session.flush()
+    return len(rows)
+
+
+def rebuild_pieces(session: Session) -> int:
+    """Make the index of pieces again, where there is one to be asked by name; returns how many texts it missed."""
+    missed = len(_unindexed(session))
     if _has_pieces(session):
         session.execute(insert(PIECES).values(patch_pieces="rebuild"))
-    return len(rows)
+    return missed
 
 
 def _beside(

@@ -994,9 +994,9 @@ class Registry:
             return SearchResult(tuple(PatchRecord.of(by_id[each]) for each in ids), tuple(recipes))
 
     def reindex(self) -> int:
-        """Write anew what searches read where that is not what the rows say; returns of how many rows that was so.
+        """Bring the search texts up to date, and make their index again; returns how many texts were wrong or missing.
 
-        Other writers take turns with the pages of patches. What was lost is found first from then on, as if it were new.
+        Other writers take turns with the pages of patches. A text that was lost is found first from then on, as if it were new.
         """
         written, after = 0, None
         while True:
@@ -1006,7 +1006,7 @@ class Registry:
             if after is None:
                 break
         with self._database.writing() as session:
-            return written + queries.reindex_recipes(session)
+            return written + queries.reindex_recipes(session) + queries.rebuild_pieces(session)
 
     # Evaluations
 

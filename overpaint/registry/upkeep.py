@@ -197,8 +197,9 @@ def row_problems(registry: Registry) -> list[str]:
             # What cannot be read at all is said first, because nothing else can be checked then.
             problems += [*_damage(session), *_values(session)]
             if not problems:
-                unreadable = [*_concepts(session), *_settings(session)]
-                problems += [*unreadable, *_recipes(session), *([] if unreadable else _searches(session))]
+                # What search texts are made of; while it is wrong, nothing can be said of them.
+                sources = [*_concepts(session), *_settings(session)]
+                problems += [*sources, *_recipes(session), *([] if sources else _searches(session))]
     except Damaged as error:
         problems.append(str(error))
     return problems
@@ -297,13 +298,13 @@ def _digests(session: Session, recipe: models.RecipeRow, known: Digests) -> Iter
 
 
 def _searches(session: Session) -> Iterator[str]:
-    """Searches read what the rows say: a patch whose text is lost or another one's is found by nobody."""
+    """Search texts say what the rows say: a patch whose text is lost or another one's is found by nobody."""
     rows = chain(queries.stale_patches(session), queries.stale_recipes(session))
     first = [_shown(row) for row in islice(rows, 3)]
     if first:
         more = sum(1 for _ in rows)
         some = ", ".join(first) + (f" and {more} more" if more else "")
-        yield f"searches do not read as it is: {some}; run `overpaint db reindex`"
+        yield f"the search texts of {some} are out of date; run `overpaint db reindex`"
 
 
 def _shown(row: models.PatchRow | models.RecipeRow | models.RevisionRow | models.RecipeTextRow) -> str:
@@ -312,7 +313,7 @@ def _shown(row: models.PatchRow | models.RecipeRow | models.RevisionRow | models
     if isinstance(row, models.RecipeRow):
         return f"recipe {row.name!r}"
     if isinstance(row, models.RecipeTextRow):
-        return f"a reason of revision {row.revision} of recipe {row.recipe_id}, which there is not"
+        return f"revision {row.revision}, which does not exist, of the recipe with the number {row.recipe_id}"
     return f"revision {row.number} of recipe {row.recipe.name!r}"
 
 

@@ -280,7 +280,7 @@ def _average_word(memory: _UniverseCache, base: Base, text_input: str) -> Averag
 def _remember_average(
     memory: _UniverseCache, base: Base, text_input: str, averages: AverageWord, before: set[str]
 ) -> None:
-    """Store what came to the average word in the sentences that every concept is asked in; others' own are their own."""
+    """Store the average word's new means in the sentences that every concept is asked in; not those in a concept's own."""
     every = {json_digest(template) for kind in KINDS for template, _ in sentence_pairs(base, kind)}
     if (averages.means.keys() - before) & every:
         identity = _identity_of_average(base, text_input, memory.encoders[text_input], averages)
@@ -288,7 +288,7 @@ def _remember_average(
 
 
 def _identity_of_average(base: Base, text_input: str, encoder: AnyTextEncoder, averages: AverageWord) -> dict[str, Any]:
-    """Everything that decides the average word's embeddings: another device gives other bits."""
+    """What decides the average word's embeddings, with the kind of device, which decides their last bits."""
     identity = encoding_identity(base, {text_input: encoder})
     return {"average": averages.words, "encoder": identity, "device": encoder.device.type}
 
@@ -419,7 +419,7 @@ def _error(
 
 
 def _held_out(memory: _UniverseCache, sample: EncodingTask, text_input: str, vocabulary: Vocabulary) -> float:
-    """How much farther words move that are not in a sample than words that are, over the length of their embeddings.
+    """How much farther erasing a word moves words outside of a sample than words in it, over the length of their embeddings.
 
     One word is erased after the other, and it is measured how far the others move. The last words of the order stand for all
     that are not in the sample.

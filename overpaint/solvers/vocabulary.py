@@ -7,7 +7,8 @@ stands in `SENTENCES_PER_WORD` of the neutral sentences, which take turns; of a 
 The work is done in pieces and stored in a folder: what was interrupted goes on where it stopped, and ends in the same bits.
 A file is believed only when its name and every digest in it are true. It is a safetensors file with one array per text input,
 float64 [sentences, d (d + 1) / 2], the upper triangles of the symmetric moments; its metadata says what decided them, how
-many pieces are done, and each array's digest. What else is the same in every program (`remember`) is kept beside them.
+many pieces are done, and each array's digest. Other arrays that every program would compute again (`remember`) are kept beside
+them, in files that push and pull leave alone.
 """
 
 from __future__ import annotations
@@ -140,9 +141,8 @@ class EncodingTask:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the moments, as JSON."""
         words = json_digest(self.words())
-        identity = {**self.encoder, "sentences": list(self.templates), "words": words, "count": self.count}
-        # Named only where it differs: it is part of the names of files that others have already.
-        return identity if self.at_once == CHUNK else {**identity, "at once": self.at_once}
+        sentences = {"sentences": list(self.templates), "words": words, "count": self.count}
+        return {**self.encoder, **sentences, "at once": self.at_once}
 
     def fits(self, stored: Moments) -> bool:
         """Whether moments are of this task, whole or in part."""
@@ -263,7 +263,7 @@ def read_vocabulary(file: Path) -> Moments:
 
 
 def recalled(identity: Mapping[str, Any], folder: Path | None) -> dict[str, Tensor]:
-    """Arrays that `remember` stored for what decides them; none where there are none, or where they are damaged."""
+    """The arrays that `remember` stored under an identity; none where there are none, or where they are damaged."""
     file = folder and _memory_file(identity, folder)
     if not file or not file.is_file():
         return {}
@@ -273,8 +273,10 @@ def recalled(identity: Mapping[str, Any], folder: Path | None) -> dict[str, Tens
 
 
 def remember(identity: Mapping[str, Any], arrays: Mapping[str, Tensor], folder: Path | None) -> None:
-    """Store small float64 arrays that would be computed again in every program, beside the vocabularies, for this machine
-    alone. A folder that cannot be written to costs time, and nothing else."""
+    """Store small float64 matrices that every program would compute again; `identity` is all that decides them, as JSON.
+
+    They are for all programs that use the folder. One that cannot be written to costs time, and nothing else.
+    """
     if folder:
         with suppress(OSError):
             _write(_memory_file(identity, folder), arrays, {"identity": identity})

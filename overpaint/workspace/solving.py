@@ -112,7 +112,7 @@ def _unlisted_spelling(base: Base, concept: Concept) -> str:
 
 @cache
 def _tokenizers(folder: Path) -> tuple[Callable[[str], Any], ...]:
-    """What gives the tokens of a text, for each tokenizer of a pipeline; none where one cannot be read by itself."""
+    """What gives the tokens of a text, for each tokenizer of a pipeline; one that cannot be read by itself is left out."""
     from transformers import AutoTokenizer
 
     found: list[Callable[[str], Any]] = []

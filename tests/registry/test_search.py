@@ -229,7 +229,7 @@ def test_texts_that_were_lost_or_altered_are_written_anew(
         session.execute(sql("UPDATE patch_text SET text = 'nothing' WHERE text LIKE '%banksy%'"))
         session.execute(sql("DELETE FROM recipe_text WHERE revision = 0"))
     (problem,) = row_problems(registry)
-    assert "and 1 more; run `overpaint db reindex`" in problem
+    assert "and 1 more are out of date; run `overpaint db reindex`" in problem
     assert registry.reindex() == 4
     assert row_problems(registry) == []
     assert [each.concept for each in registry.search("uce").patches] == ["apple", "草間彌生", "Straßenkunst 100%"]

@@ -709,9 +709,9 @@ class Reader:
     def skipped(self, base: Base, format: str, names: Iterable[str]) -> list[str]:
         """The tensors of a file of a format that it reads, by canonical name, that it passes over."""
         called = dict.fromkeys(open_clip_encoders(base), "open_clip")
-        first = base.places.get("unet/conv_in.weight")
+        first = base.places.get(f"{UNET}/conv_in.weight")
         if first is not None and first.shape[1] == INPAINTING:
-            called["unet"] = "inpainting"
+            called[UNET] = "inpainting"
         skipped = []
         for name in names:
             component, _, local = name.partition("/")
@@ -731,8 +731,8 @@ _TOOLS = (
         "a1111",
         "A1111",
         ("kohya", "comfy-diff"),
-        # It adds to the four matrices of an attention at once, and to the bias of the last alone. For the first convolution of an
-        # inpainting model it takes every change for one of four channels, widens it by five, and then has no place for it.
+        # It adds to the four matrices of an attention at once, and to the bias of the last alone. Of a first convolution with
+        # nine input channels it assumes that the change has four, pads it to fourteen, and then cannot add it.
         {
             "kohya": ("inpainting/conv_in.*",),
             "comfy-diff": ("inpainting/conv_in.*", "open_clip/*.self_attn.[qkv]_proj.bias"),

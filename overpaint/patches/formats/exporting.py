@@ -489,7 +489,7 @@ class Exported:
 
     @property
     def whole_for(self) -> list[str]:
-        """The tools that load all of it, by their names in `readers.READERS`."""
+        """The tools that load all of it, by their names in `dialects.READERS`."""
         return [name for name, left_out in self.skipped.items() if not left_out]
 
     def readers_sentence(self) -> str:
@@ -541,7 +541,7 @@ def export(
 ) -> Exported:
     """Write patches on a base as a new file of a format (`FORMATS`), whole or not at all.
 
-    `for_` names the tool that is to load it (`readers.READERS`): a format is chosen of which it loads everything, or the one
+    `for_` names the tool that is to load it (`dialects.READERS`): a format is chosen of which it loads everything, or the one
     that is named is refused if it would not. Without either, the format is kohya, of diffusion transformers diffusers.
     `dtype` is that of factors and differences; whole weights keep the base's. `truncate` lets changes that are not thin into
     a LoRA, cut to so many directions. Raises AlreadyExists when `out` is there, BadDelta when a patch does not fit,

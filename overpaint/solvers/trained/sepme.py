@@ -18,8 +18,9 @@ Where the universe is larger than the room, the concepts whose names are nearest
 as leave one prompt's worth of directions free, and the patch says which (`undisturbed`): name those that matter instead with a
 smaller universe.
 
-Two settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
-many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name.
+Three settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
+many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name; `shared`
+divides beta by the number of columns of S, so that one step size serves large and small null spaces.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _readings(model: Denoiser) -> list[_Reading]:
 class Increments:
     """Adds `sum_k x (w_k (beta S_k)^T)^T` to the output of every projection that reads a prompt; the weights stay as they are.
 
-    `bases` has S_k by concept, for each of the `readings`; `shared`, its directions share beta.
+    `bases` has S_k by concept, for each of the `readings`. With `shared`, beta is divided by the number of directions.
     """
 
     def __init__(
@@ -265,8 +266,8 @@ class SepME(Solver):
         {
             "emoji": {
                 "iterations": 300,
-                # A step moves every number of the increment by about lr times beta. Large steps are few, and move what the
-                # concept does not need as far as what it does.
+                # Adam moves every number of w by about lr at a step, whether the concept needs it or not: with large steps, few
+                # are made, and the increment holds much that nobody asked for.
                 "beta": 3.0,
                 "shared": True,
                 "batch": 8,
@@ -298,7 +299,7 @@ class SepME(Solver):
     decouple: bool = setting(True, "train in the null space; false: all cross-attention weights, disturbing whatever")
     shared: bool = setting(
         False,
-        "divide beta by the number of directions of the null space, so that steps reach as far in a small one",
+        "divide beta by the number of directions of the null space, so that one step size serves large and small ones",
         added_later=True,
     )
 
