@@ -232,11 +232,11 @@ def test_solving_reads_nothing_of_the_denoiser_but_its_text_inputs(
     whole = SafetensorsFile.read
     read: set[str] = set()
 
-    def noted(self: SafetensorsFile, entries: Any) -> Any:
+    def noted(self: SafetensorsFile, entries: Any, memory: Any = None) -> Any:
         if self.path.parent.name in ("transformer", "vae"):
             starts = {entry.start: name for name, entry in self.entries.items()}
             read.update(starts[entry.start] for entry in entries.values())
-        return whole(self, entries)
+        return whole(self, entries, memory)
 
     monkeypatch.setattr(SafetensorsFile, "read", noted)
     UCE().solve(EditProblem(base, CAT))
