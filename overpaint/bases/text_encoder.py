@@ -255,7 +255,8 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _rules(tokenizer: Any) -> str:
     """The digest of all that a tokenizer does to a text: its vocabulary, and, where its program says them, its rules."""
-    if not hasattr(tokenizer, "get_vocab"):  # a processor's; ChatGLM's tokenizer has a `tokenizer`, too, without a vocabulary
+    # A processor has a tokenizer; so has ChatGLM's tokenizer, but that one knows no vocabulary.
+    if not hasattr(tokenizer, "get_vocab"):
         tokenizer = tokenizer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
