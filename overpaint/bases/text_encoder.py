@@ -20,6 +20,7 @@ from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, to
 from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
+from overpaint.bases.packing import PackedPrompts
 from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
@@ -158,46 +159,108 @@ class TextEncoder:
         added = self.tokenizer.get_added_vocab()
         return any(f"{token}_1" in added for token in added)
 
-    def hidden(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+    def hidden(self, prompts: Sequence[str], lengths: Sequence[int] | int | None = None) -> Tensor:
         """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
 
-        `length`: only the first so many embeddings, to float32 rounding the same; what follows them is not computed, since the
-        encoder is causal. A prompt that occurs several times is encoded once.
+        `lengths`: of every prompt, or of each, only the first so many embeddings, to float32 rounding the same. What follows
+        them is not computed, since the encoder is causal, and what prompts begin with alike is computed once; the rest of a
+        row means nothing. A prompt that occurs several times is encoded once.
         """
         unique = list(dict.fromkeys(prompts))
-        outputs = self._answers(unique, min(length or self.length, self.length))[self.output]
-        if len(unique) == len(prompts):
-            return outputs
         place = {prompt: i for i, prompt in enumerate(unique)}
-        return outputs[[place[prompt] for prompt in prompts]]
+        wanted: list[int] | None = None
+        if lengths is not None:
+            each = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
+            wanted = [0] * len(unique)
+            for prompt, length in zip(prompts, each, strict=True):
+                wanted[place[prompt]] = max(wanted[place[prompt]], min(length, self.length))
+        outputs = self._answers(unique, wanted)[self.output]
+        return outputs if len(unique) == len(prompts) else outputs[[place[prompt] for prompt in prompts]]
 
     @own_torch_settings()
     @torch.no_grad()
-    def _answers(self, prompts: list[str], length: int) -> dict[str, Tensor]:
+    def _answers(self, prompts: list[str], lengths: list[int] | None) -> dict[str, Tensor]:
         """What every text input of this encoder is handed, [n, length, d].
 
         The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences.
         """
-        answers, key = self._memory.answers, (self._memory.encoder, str(length), *prompts)
+        answers, key = self._memory.answers, (self._memory.encoder, str(lengths), *prompts)
         recalled = answers.recall(key)
         if recalled is not None:
             return recalled
         expanded = [self._expanded(prompt) for prompt in prompts]
         ids = self.tokenizer(expanded, truncation=True, max_length=self.length).input_ids
+        if lengths is None or self._is_masked:
+            outputs = self._one_by_one(ids, max(lengths or [self.length]))
+        else:
+            outputs = self._packed(ids, lengths)
+        answers.store(key, outputs, sum(tensor.nbytes for tensor in outputs.values()))
+        return outputs
+
+    def _one_by_one(self, ids: list[list[int]], length: int) -> dict[str, Tensor]:
+        """The first so many embeddings of prompts, each of which is a row of its own."""
         # A prompt must have its end where the pooled embedding is read.
         width = max(length, *map(len, ids))
         padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
         batch = max(1, self._prompts_at_a_time * self.length // width)
         outputs: dict[str, Tensor] = {}
-        for start in range(0, len(prompts), batch):
+        for start in range(0, len(ids), batch):
             part_of = slice(start, start + batch)
-            for output, part in self._forward(padded.input_ids[part_of], padded.attention_mask[part_of]).items():
-                if output not in outputs:
-                    outputs[output] = part.new_empty((len(prompts), *part[:, :length].shape[1:]))
-                    answers.make_room(sum(tensor.nbytes for tensor in outputs.values()))
-                outputs[output][start : start + batch] = part[:, :length]
-        answers.store(key, outputs, sum(tensor.nbytes for tensor in outputs.values()))
+            mask = padded.attention_mask[part_of].to(self.device) if self._is_masked else None
+            result, parts = self._forward(padded.input_ids[part_of].to(self.device), mask)
+            if POOLED in self._memory.output:
+                parts[POOLED] = result.text_embeds[:, None]
+            self._gather(outputs, parts, part_of, slice(length), len(ids))
         return outputs
+
+    def _packed(self, ids: list[list[int]], lengths: list[int]) -> dict[str, Tensor]:
+        """The first embeddings of prompts, of each so many; what prompts begin with alike is read once."""
+        is_pooled = POOLED in self._memory.output
+        width = max(*lengths, *map(len, ids))
+        padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
+        ends = self._ends(padded.input_ids)
+        needed = [max(length, end + 1) for length, end in zip(lengths, ends.tolist(), strict=True)]
+        needed = needed if is_pooled else lengths
+        beginnings = [row[:length] for row, length in zip(padded.input_ids.tolist(), needed, strict=True)]
+        packed = PackedPrompts.of(beginnings, self.length)
+        batch = max(1, self._prompts_at_a_time * self.length // packed.tokens.shape[1])
+        outputs: dict[str, Tensor] = {}
+        for start in range(0, len(packed.tokens), batch):
+            part_of = slice(start, start + batch)
+            unseen = torch.zeros(packed.sees[part_of, None].shape).masked_fill_(~packed.sees[part_of, None], -torch.inf)
+            result, parts = self._forward(
+                packed.tokens[part_of].to(self.device),
+                unseen.to(self.device),
+                packed.positions[part_of].to(self.device),
+            )
+            here = ((packed.rows >= start) & (packed.rows < start + batch)).nonzero()[:, 0]
+            rows, columns = packed.rows[here, None] - start, packed.columns[here]
+            parts = {output: part[rows, columns[:, : max(lengths)]] for output, part in parts.items()}
+            if is_pooled:
+                last = result.last_hidden_state[rows, columns.gather(1, ends[here, None])]
+                parts[POOLED] = self.model.text_projection(last)
+            self._gather(outputs, parts, here, slice(None), len(ids))
+        return outputs
+
+    def _gather(
+        self, outputs: dict[str, Tensor], parts: dict[str, Tensor], rows: slice | Tensor, columns: slice, count: int
+    ) -> None:
+        """Put what some of `count` prompts have into what all of them have."""
+        for output, part in parts.items():
+            if output not in outputs:
+                outputs[output] = part.new_empty((count, *part[:, columns].shape[1:]))
+                self._memory.answers.make_room(sum(tensor.nbytes for tensor in outputs.values()))
+            outputs[output][rows] = part[:, columns]
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        """Where in each prompt the model reads the pooled embedding: CLIP's oldest configurations name a wrong end."""
+        end = self.model.config.eos_token_id
+        return (ids if end == 2 else (ids == end).int()).argmax(-1)
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether padding is masked: as StableDiffusionPipeline does where a configuration asks for it, and SDXL's never."""
+        return LAST in self._memory.output and bool(getattr(self.model.config, "use_attention_mask", False))
 
     @cached_property
     def _prompts_at_a_time(self) -> int:
@@ -207,26 +270,20 @@ class TextEncoder:
         config = self.model.config
         return max(1, min(BATCH, BATCH * 768 * 12 // int(config.hidden_size * config.num_hidden_layers)))
 
-    def _forward(self, ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        # As StableDiffusionPipeline does where a configuration asks for it; StableDiffusionXLPipeline never does.
-        is_masked = LAST in self._memory.output and getattr(self.model.config, "use_attention_mask", False)
-        mask = attention_mask.to(self.model.device) if is_masked else None
+    def _forward(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None = None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """What the model says of rows of tokens, and of it the hidden states that are handed on."""
         wanted, before = self._memory.output, []
         # Asked for hidden states, the model would keep those of every layer.
         last = layers_of(self.model)[-1]
         hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
         try:
-            result = self.model(ids.to(self.model.device), attention_mask=mask)
+            result = self.model(tokens, attention_mask=mask, position_ids=positions)
         finally:
             hook.remove()
-        answers = {}
-        if LAST in wanted:
-            answers[LAST] = result.last_hidden_state
-        if PENULTIMATE in wanted:
-            answers[PENULTIMATE] = before[0]
-        if POOLED in wanted:
-            answers[POOLED] = result.text_embeds[:, None]
-        return answers
+        states = {LAST: result.last_hidden_state, PENULTIMATE: before[0]}
+        return result, {output: state for output, state in states.items() if output in wanted}
 
     def first_position(self, template: str, word: str) -> int:
         """The row of `hidden` with the embedding of a word in a template: its first token's (begin-of-text is 0).

@@ -37,7 +37,7 @@ PADDING = 4.0
 """Tokens. Less would leave the concept in the padding, which it fills as well; more lets padding drown the subject."""
 KEPT_PADDING = 2
 STEP = 4
-"""Concepts are encoded to multiples of so many positions, so that most share what they are sent to: it is encoded once."""
+"""What concepts are sent to is encoded to multiples of so many positions, so that most share it: it is encoded once."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def keys_and_values(
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
-    keys = _weighted(encoder, [each.prompt for each in every], positions, STEP)
+    keys = _weighted(encoder, [each.prompt for each in every], positions)
     if averages is not None:
         return keys, torch.cat([averages.values(encoder, *pair) for pair in zip(every, positions, strict=True)], 1)
     return keys, _weighted(encoder, [each.replacement for each in every], positions, STEP)
@@ -241,7 +241,7 @@ class AverageWord:
         if name not in self.means:
             own = KeyPositions.of(encoder, template, self.words[0])
             prompts = [template.format(word) for word in self.words]
-            hidden = encoder.hidden(prompts, -(-own.end // STEP) * STEP).double().mean(0)
+            hidden = encoder.hidden(prompts, own.end).double().mean(0)
             self.means[name] = hidden[own.start : own.start + len(own.weights)].clone()
         self.means.move_to_end(name)
         while len(self.means) > AVERAGED_SENTENCES:
@@ -252,9 +252,9 @@ class AverageWord:
 def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[KeyPositions], step: int = 1) -> Tensor:
     """The embeddings of prompts at positions, scaled by the roots of their weights: float64 [d, m].
 
-    As many positions are encoded as are needed, rounded up to a multiple of `step`.
+    As many positions of each are encoded as are needed, rounded up to a multiple of `step`.
     """
-    hidden = encoder.hidden(prompts, -(-max(each.end for each in positions) // step) * step)
+    hidden = encoder.hidden(prompts, [-(-each.end // step) * step for each in positions])
     # Written in place: lists of parts and their sum would take twice what a large text encoder leaves room for.
     keys = hidden.new_empty((sum(len(each.weights) for each in positions), hidden.shape[-1]), dtype=torch.float64)
     rows = keys.split([len(each.weights) for each in positions])

@@ -36,6 +36,16 @@ def with_inversions(pipe: Any, name: str = "text_encoder", tokenizer: str = "tok
         pipe.load_textual_inversion(vectors, token=token, text_encoder=model, tokenizer=getattr(pipe, tokenizer))
 
 
+def assert_same_beginnings(encoder: TextEncoder, prompt: str, theirs: torch.Tensor) -> None:
+    """Asked for a part of it, of each of many prompts another part, an encoder gives what it gives of a whole prompt."""
+    lengths = [(3 + 5 * at) % (encoder.length + 1) or 1 for at in range(len(PROMPTS))]
+    at = PROMPTS.index(prompt)
+    mine = encoder.hidden(PROMPTS, lengths)[at]
+    end = 1 if encoder.is_pooled else lengths[at]
+    torch.testing.assert_close(mine[:end], theirs[:end])
+    torch.testing.assert_close(encoder.hidden(["a", prompt, "a"], 2)[1], theirs[: 1 if encoder.is_pooled else 2])
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_prompts_reach_the_unet_as_the_pipeline_hands_them(tmp_path: Path, mask: bool) -> None:
     pipe = tiny_pipeline()
@@ -50,6 +60,7 @@ def test_prompts_reach_the_unet_as_the_pipeline_hands_them(tmp_path: Path, mask:
         with torch.no_grad():
             theirs = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
         torch.testing.assert_close(mine, theirs)
+        assert_same_beginnings(encoder, prompt, theirs)
         converted = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
         assert encoder.tokens(prompt) == pipe.tokenizer(converted, add_special_tokens=False).input_ids
 
@@ -61,13 +72,16 @@ def test_both_encoders_of_xl_encode_as_its_pipeline_does(tmp_path: Path) -> None
     with_inversions(pipe, "text_encoder_2", "tokenizer_2")
     pipe.save_pretrained(tmp_path / "base")
     base = Base.open(tmp_path / "base")
-    pipe, found = base.pipeline(), {name: encoder.hidden(PROMPTS) for name, encoder in encoders(base).items()}
+    pipe, every = base.pipeline(), encoders(base)
+    found = {name: encoder.hidden(PROMPTS) for name, encoder in every.items()}
     for at, prompt in enumerate(PROMPTS):
         with torch.no_grad():
             theirs, _, pooled, _ = pipe.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         mine = torch.cat([found["text_encoder"][at], found["text_encoder_2"][at]], -1)
         torch.testing.assert_close(mine, theirs[0])
         torch.testing.assert_close(found["text_encoder_2.pooled"][at], pooled)
+        assert_same_beginnings(every["text_encoder_2.pooled"], prompt, pooled)
+        assert_same_beginnings(every["text_encoder_2"], prompt, found["text_encoder_2"][at])
 
 
 def test_a_word_of_several_vectors_takes_as_many_positions(tmp_path: Path) -> None:
