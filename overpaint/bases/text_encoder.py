@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -20,7 +21,7 @@ from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, to
 from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.packing import PackedPrompts
+from overpaint.bases.packing import PackedPrompts, Prefix, PrefixStates, attending
 from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
@@ -75,11 +76,13 @@ class _NewestAnswers(Generic[Answer]):
 
 @dataclass
 class _BaseCache:
-    """What the text inputs of one text encoder share: its name, the output of each, token ids by text, the newest embeddings."""
+    """What the text inputs of one text encoder share: its name, the output of each, token ids by text, the newest embeddings,
+    and the newest prefixes."""
 
     encoder: str
     output: frozenset[str]
     answers: _NewestAnswers[dict[str, Tensor]]
+    prefixes: _NewestAnswers[PrefixStates]
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -159,32 +162,39 @@ class TextEncoder:
         added = self.tokenizer.get_added_vocab()
         return any(f"{token}_1" in added for token in added)
 
-    def hidden(self, prompts: Sequence[str], lengths: Sequence[int] | int | None = None) -> Tensor:
+    def hidden(
+        self, prompts: Sequence[str], lengths: Sequence[int] | int | None = None, starts: Sequence[int] = ()
+    ) -> Tensor:
         """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
 
-        `lengths`: of every prompt, or of each, only the first so many embeddings, to float32 rounding the same. What follows
-        them is not computed, since the encoder is causal, and what prompts begin with alike is computed once; the rest of a
-        row means nothing. A prompt that occurs several times is encoded once.
+        `lengths`: of every prompt, or of each, only the first so many embeddings, to float32 rounding the same; `starts`: of
+        each, only from so many on. The encoder is causal: what follows is not computed, what prompts begin with alike is
+        computed once, and what comes before is kept for the next prompts that begin with it. The rest of a row means nothing.
+        A prompt that occurs several times is encoded once.
         """
         unique = list(dict.fromkeys(prompts))
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        wanted: list[int] | None = None
-        if lengths is not None:
+        if lengths is None:
+            outputs = self._answers(unique, None, ())[self.output]
+        else:
             each = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
-            wanted = [0] * len(unique)
-            for prompt, length in zip(prompts, each, strict=True):
-                wanted[place[prompt]] = max(wanted[place[prompt]], min(length, self.length))
-        outputs = self._answers(unique, wanted)[self.output]
+            ends, begins = dict.fromkeys(unique, 0), dict.fromkeys(unique, self.length)
+            for prompt, length, start in zip(prompts, each, starts or [0] * len(prompts), strict=True):
+                ends[prompt] = max(ends[prompt], min(length, self.length))
+                begins[prompt] = min(begins[prompt], start)
+            outputs = self._answers(unique, tuple(ends.values()), tuple(begins.values()))[self.output]
+        place = {prompt: i for i, prompt in enumerate(unique)}
         return outputs if len(unique) == len(prompts) else outputs[[place[prompt] for prompt in prompts]]
 
     @own_torch_settings()
     @torch.no_grad()
-    def _answers(self, prompts: list[str], lengths: list[int] | None) -> dict[str, Tensor]:
+    def _answers(
+        self, prompts: list[str], lengths: tuple[int, ...] | None, starts: tuple[int, ...]
+    ) -> dict[str, Tensor]:
         """What every text input of this encoder is handed, [n, length, d].
 
         The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences.
         """
-        answers, key = self._memory.answers, (self._memory.encoder, str(lengths), *prompts)
+        answers, key = self._memory.answers, (self._memory.encoder, str(lengths), str(starts), *prompts)
         recalled = answers.recall(key)
         if recalled is not None:
             return recalled
@@ -193,7 +203,7 @@ class TextEncoder:
         if lengths is None or self._is_masked:
             outputs = self._one_by_one(ids, max(lengths or [self.length]))
         else:
-            outputs = self._packed(ids, lengths)
+            outputs = self._packed(ids, lengths, starts)
         answers.store(key, outputs, sum(tensor.nbytes for tensor in outputs.values()))
         return outputs
 
@@ -213,26 +223,22 @@ class TextEncoder:
             self._gather(outputs, parts, part_of, slice(length), len(ids))
         return outputs
 
-    def _packed(self, ids: list[list[int]], lengths: list[int]) -> dict[str, Tensor]:
-        """The first embeddings of prompts, of each so many; what prompts begin with alike is read once."""
+    def _packed(self, ids: list[list[int]], lengths: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor]:
+        """The first embeddings of prompts, of each so many from so many on; what prompts begin with alike is read once."""
         is_pooled = POOLED in self._memory.output
         width = max(*lengths, *map(len, ids))
         padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
         ends = self._ends(padded.input_ids)
         needed = [max(length, end + 1) for length, end in zip(lengths, ends.tolist(), strict=True)]
-        needed = needed if is_pooled else lengths
-        beginnings = [row[:length] for row, length in zip(padded.input_ids.tolist(), needed, strict=True)]
-        packed = PackedPrompts.of(beginnings, self.length)
+        needed = needed if is_pooled else list(lengths)
+        prompts = [tuple(row[:length]) for row, length in zip(padded.input_ids.tolist(), needed, strict=True)]
+        before = self._prefix_states({prompt[:start] for prompt, start in zip(prompts, starts, strict=True)})
+        packed = PackedPrompts.of(prompts, self.length, starts if before else (), before)
         batch = max(1, self._prompts_at_a_time * self.length // packed.tokens.shape[1])
         outputs: dict[str, Tensor] = {}
         for start in range(0, len(packed.tokens), batch):
-            part_of = slice(start, start + batch)
-            unseen = torch.zeros(packed.sees[part_of, None].shape).masked_fill_(~packed.sees[part_of, None], -torch.inf)
-            result, parts = self._forward(
-                packed.tokens[part_of].to(self.device),
-                unseen.to(self.device),
-                packed.positions[part_of].to(self.device),
-            )
+            with before.read_before() if before else nullcontext():
+                result, parts = self._forward_packed(packed, slice(start, start + batch))
             here = ((packed.rows >= start) & (packed.rows < start + batch)).nonzero()[:, 0]
             rows, columns = packed.rows[here, None] - start, packed.columns[here]
             parts = {output: part[rows, columns[:, : max(lengths)]] for output, part in parts.items()}
@@ -241,6 +247,27 @@ class TextEncoder:
                 parts[POOLED] = self.model.text_projection(last)
             self._gather(outputs, parts, here, slice(None), len(ids))
         return outputs
+
+    def _prefix_states(self, prefixes: set[Prefix]) -> PrefixStates | None:
+        """What later tokens read of prefixes, which all are read together; None where they are more than one row of tokens."""
+        if not all(prefixes) or len({prefix[: i + 1] for prefix in prefixes for i in range(len(prefix))}) > self.length:
+            return None
+        ordered = sorted(prefixes)
+        key = (self._memory.encoder, *map(str, ordered))
+        found = self._memory.prefixes.recall(key)
+        if found is None:
+            found = PrefixStates(ordered, self.length, lambda packed: self._forward_packed(packed, slice(None)))
+            self._memory.prefixes.store(key, found, found.nbytes)
+        return found
+
+    def _forward_packed(self, packed: PackedPrompts, rows: slice) -> tuple[Any, dict[str, Tensor]]:
+        """What `_forward` says of some rows of packed prompts."""
+        sees = packed.sees[rows, None]
+        unseen = torch.zeros(sees.shape, device="cpu").masked_fill_(~sees, -torch.inf)
+        with attending(layers_of(self.model)):
+            return self._forward(
+                packed.tokens[rows].to(self.device), unseen.to(self.device), packed.positions[rows].to(self.device)
+            )
 
     def _gather(
         self, outputs: dict[str, Tensor], parts: dict[str, Tensor], rows: slice | Tensor, columns: slice, count: int
@@ -611,7 +638,9 @@ def encoders(
             first = by_input[same[0]]
             by_input[name] = TextEncoder(first.tokenizer, first.model, text_input.output, first._memory)
         else:
-            memory = _BaseCache(text_input.encoder, frozenset(chosen[other].output for other in same), answers)
+            outputs = frozenset(chosen[other].output for other in same)
+            prefixes = _NewestAnswers[PrefixStates](REMEMBERED)
+            memory = _BaseCache(text_input.encoder, outputs, answers, prefixes)
             model = text_model(base, text_input.encoder, torch.device(device))
             by_input[name] = TextEncoder(_tokenizer(base, text_input), model, text_input.output, memory)
     return by_input

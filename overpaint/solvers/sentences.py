@@ -131,12 +131,13 @@ def retained_prompts(problem: EditProblem, encoder: AnyTextEncoder, count: int) 
 class KeyPositions:
     """Which embeddings of a prompt are keys: those from position `start` on, as many as `weights`, which together are 1.
 
-    So many embeddings as `end` must be encoded.
+    So many embeddings as `end` must be encoded; those `before` the first token that counts need not be handed out.
     """
 
     start: int
     weights: Tensor
     end: int
+    before: int
 
     @classmethod
     def of(cls, encoder: TextEncoder, template: str, word: str, *, whole: bool = False) -> KeyPositions:
@@ -147,10 +148,10 @@ class KeyPositions:
         tokens = min(before + tokens, encoder.length)
         kept = min(encoder.length - tokens, KEPT_PADDING)
         if encoder.is_pooled:
-            return cls(0, torch.ones(1, dtype=torch.float64), tokens + kept)
+            return cls(0, torch.ones(1, dtype=torch.float64), tokens + kept, 0 if whole else before)
         weights = torch.ones(tokens - start + kept, dtype=torch.float64)
         weights[tokens - start :] = min(PADDING, encoder.length - tokens) / max(1, kept)
-        return cls(start, weights / weights.sum(), tokens + kept)
+        return cls(start, weights / weights.sum(), tokens + kept, start)
 
 
 def keys_of(encoder: AnyTextEncoder, words: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -254,7 +255,8 @@ def _weighted(encoder: TextEncoder, prompts: Sequence[str], positions: Sequence[
 
     As many positions of each are encoded as are needed, rounded up to a multiple of `step`.
     """
-    hidden = encoder.hidden(prompts, [-(-each.end // step) * step for each in positions])
+    ends = [-(-each.end // step) * step for each in positions]
+    hidden = encoder.hidden(prompts, ends, [each.before for each in positions])
     # Written in place: lists of parts and their sum would take twice what a large text encoder leaves room for.
     keys = hidden.new_empty((sum(len(each.weights) for each in positions), hidden.shape[-1]), dtype=torch.float64)
     rows = keys.split([len(each.weights) for each in positions])

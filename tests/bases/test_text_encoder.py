@@ -10,7 +10,7 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder, encoders
-from overpaint.testing import tiny_pipeline
+from overpaint.testing import tiny_base, tiny_pipeline
 from tests.bases.containers import folder_of
 
 PROMPTS = [
@@ -44,6 +44,11 @@ def assert_same_beginnings(encoder: TextEncoder, prompt: str, theirs: torch.Tens
     end = 1 if encoder.is_pooled else lengths[at]
     torch.testing.assert_close(mine[:end], theirs[:end])
     torch.testing.assert_close(encoder.hidden(["a", prompt, "a"], 2)[1], theirs[: 1 if encoder.is_pooled else 2])
+    starts = [length * 2 // 3 for length in lengths]
+    few = encoder.hidden([*PROMPTS[:4], prompt], [*lengths[:4], lengths[at]], [*starts[:4], starts[at]])[-1]
+    torch.testing.assert_close(
+        few[starts[at] : end] if end > 1 else few[:1], theirs[starts[at] : end] if end > 1 else theirs[:1]
+    )
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -82,6 +87,24 @@ def test_both_encoders_of_xl_encode_as_its_pipeline_does(tmp_path: Path) -> None
         torch.testing.assert_close(found["text_encoder_2.pooled"][at], pooled)
         assert_same_beginnings(every["text_encoder_2.pooled"], prompt, pooled)
         assert_same_beginnings(every["text_encoder_2"], prompt, found["text_encoder_2"][at])
+
+
+def test_what_stands_before_the_subject_is_read_once_for_all_of_them(tmp_path: Path) -> None:
+    encoder = TextEncoder.of(tiny_base(tmp_path / "base"))
+    read: list[int] = []
+    encoder.model.register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
+    sentences = ("a {}", "a photo of a {}", "an image of a {}")
+    starts = [encoder.first_position(sentence, "cat") for sentence in sentences]
+    subjects = ("cat", "dog", "sun")
+    for subject in subjects:
+        prompts = [sentence.format(subject) for sentence in sentences]
+        lengths = [start + 2 for start in starts]
+        found, whole = encoder.hidden(prompts, lengths, starts), encoder.hidden(prompts)
+        for mine, theirs, start, length in zip(found, whole, starts, lengths, strict=True):
+            torch.testing.assert_close(mine[start:length], theirs[start:length])
+    prefixes, of_subjects = read[0], read[1::2]
+    assert prefixes < sum(starts), "what prefixes have in common is read once, too"
+    assert of_subjects == [len(sentences) * 2] * len(subjects)
 
 
 def test_a_word_of_several_vectors_takes_as_many_positions(tmp_path: Path) -> None:

@@ -217,6 +217,11 @@ def favouring(metric: Metric, keys: Tensor, way: Tensor, share: float, weight: f
     has of each direction of Q instead of e, by Woodbury's identity: as if their way there were so much longer.
     """
     _, size, right = torch.linalg.svd(weight**0.5 * metric.whitened(keys), full_matrices=False)
+    return _favoured(size, right, way, share)
+
+
+def _favoured(size: Tensor, right: Tensor, way: Tensor, share: float) -> Tensor:
+    """The same from the singular values and right vectors of `w^1/2 L^-1 K`: roots of e, and Q^T."""
     e = size.square()
     parts = way @ right.T
     energy, whole = parts.square().sum(0), float(way.square().sum())
@@ -279,12 +284,14 @@ def fit(
     favoured targets are (see the module), as far as `reach` allows. With the factors, what there is to say about them: the
     share of the way that K goes on average, and what is left of it. `way` must not be zero.
     """
-    favoured = favouring(metric, keys, way, share, weight) if share else way
-    whitened = metric.whitened(weight * keys @ favoured.T)
-    left, size, right = dominant_directions(whitened.T, rank)
-    held = size.square().cumsum(0) / whitened.square().sum()
+    basis, lengths, q = torch.linalg.svd(weight**0.5 * metric.whitened(keys), full_matrices=False)
+    favoured = _favoured(lengths, q, way, share) if share else way
+    # `w favoured K^T L^-T` in that basis: as many columns as there are keys, which are far fewer than d.
+    change = weight**0.5 * (favoured @ q.T) * lengths
+    left, size, right = dominant_directions(change, rank)
+    held = size.square().cumsum(0) / change.square().sum()
     rank = min(rank, len(size), int((held < energy).sum()) + 1)
-    up, down = left[:, :rank] * size[:rank], metric.directions(right[:, :rank])
+    up, down = left[:, :rank] * size[:rank], metric.directions(basis @ right[:, :rank])
     went = up @ (down.T @ keys)
     gain = min(reach, max(1.0, float(favoured.square().sum() / (favoured * went).sum())))
     about = {
@@ -304,8 +311,8 @@ def dominant_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
     the same, and so are the bits.
     """
     block = count + SPARE
-    if 4 * block > len(matrix):
-        left, size, right = torch.linalg.svd(matrix)
+    if 4 * block > min(matrix.shape):
+        left, size, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :count], size[:count], right.T[:, :count]
     start = torch.randn(len(matrix), block, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     basis = start.to(matrix.device)
