@@ -2,8 +2,7 @@
 
 A diffusers folder gives a folder, a single file a single file, unless the other form is asked for (`converted`); layout,
 dtypes and untouched bytes stay. Weight files are streamed, second copies of a patched weight are left out with notice
-(`duplicate_weights`), the recipe and the digests are recorded in the headers (`build_record`), and everything appears whole
-or not at all.
+(`duplicate_weights`), the recipe and the digests are recorded in the headers, and everything appears whole or not at all.
 
 A weight file is written again in one pass, at the speed of a copy. The header comes first: everything in it has a known
 length, so its digests are filled in at the end. Tensors follow in file order. What is between two changed tensors is copied
@@ -11,6 +10,11 @@ by the kernel as one piece, and a file system that can share blocks shares them;
 
 A base in the other container is one more base, whose files are not there yet. Names, values and digests are those of the
 original; what the way back would give is compared with what went in before anything is written.
+
+The record is in the header of every weight file that the build wrote anew. Beside what the recipe adds (its name, its base's
+name, each patch's concept), it holds: `layout`; `base`, the base's fingerprint; `patches`, with `id` and `strength`; `tensors`,
+the digest of each tensor of this file that the patches changed; `components` and `digest`, those of the whole composition;
+`earlier`, the records of builds that this one began from.
 """
 
 from __future__ import annotations
@@ -35,11 +39,10 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
 from overpaint.bases.virtual_checkpoint import DATA_START, VirtualCheckpoint, entries_at_offsets
 from overpaint.core.atomic import atomic_output, refuse_taken, write_new
-from overpaint.core.encoding import KEY, TensorEntry, combined_digest, header_bytes
+from overpaint.core.encoding import KEY, TensorEntry, canonical_json, combined_digest, header_bytes
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
-from overpaint.patches.build_record import metadata_with, record_of, with_digests
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.duplicate_weights import Survey, survey
 from overpaint.patches.formats.dialects import ldm_modules
@@ -496,3 +499,96 @@ def _renamed(
 def _stored_shape(stack: list[TensorLocation], turned: bool) -> tuple[int, ...]:
     shape = stack[0].shape[::-1] if turned else stack[0].shape
     return (shape[0] * len(stack), *shape[1:]) if len(stack) > 1 else shape
+
+
+RECORD_FORMAT = 1
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""What other programs write about the bytes that follow; no longer true when these change."""
+
+
+class BadRecord(OverpaintError):
+    """A record that is damaged or of a newer format."""
+
+
+def record_of(base: Base, terms: Iterable[Term], details: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a build, but for its digests. `details` are the recipe's own words.
+
+    Ids and strengths come from the terms, so that a record says what was applied, whatever the details say.
+    """
+    known = {patch.get("id"): patch for patch in details.get("patches", ())}
+    patches = [
+        {**known.get(term.id, {}), "id": term.id, "strength": term.strength}
+        for term in sorted(terms, key=lambda t: t.id)
+    ]
+    earlier = _chain(base)
+    about = {"format": RECORD_FORMAT, "layout": base.layout.name, "base": base.fingerprint, "patches": patches}
+    return {**details, **about, **({"earlier": earlier} if earlier else {})}
+
+
+def _chain(base: Base) -> list[dict[str, Any]]:
+    """The records that a base's own files carry, oldest first, each once."""
+    by_digest: dict[bytes, dict[str, Any]] = {}
+    for record in records(base.containers.values()):
+        for one in (*record.get("earlier", ()), record):
+            # The tensors it names are others by now.
+            bare = {key: value for key, value in one.items() if key not in ("earlier", "tensors")}
+            by_digest[canonical_json(bare)] = bare
+    return list(by_digest.values())
+
+
+def with_digests(record: Mapping[str, Any], tensors: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, Any]:
+    """A record with the digests of a file's changed `tensors` and of the `whole` composition, both by canonical name."""
+    return {
+        **record,
+        "tensors": dict(tensors),
+        "components": component_digests(whole),
+        "digest": combined_digest(whole),
+    }
+
+
+def component_digests(digests: Mapping[str, str]) -> dict[str, str]:
+    """One digest per component."""
+    parts: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        parts.setdefault(name.partition("/")[0], {})[name] = digest
+    return {component: combined_digest(found) for component, found in sorted(parts.items())}
+
+
+def metadata_with(metadata: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, str]:
+    """A file's metadata with a record in it, and without what the new bytes make untrue."""
+    kept = {key: text for key, text in metadata.items() if key not in _STALE}
+    return {**kept, KEY: canonical_json(record).decode()}
+
+
+def records(containers: Iterable[SafetensorsFile]) -> list[dict[str, Any]]:
+    """The records that weight files carry. Raises BadRecord for one that cannot be read."""
+    records = (read_record(container) for container in containers)
+    return [record for record in records if record is not None]
+
+
+def read_record(container: SafetensorsFile) -> dict[str, Any] | None:
+    """The record in a file's header, None when Overpaint did not build it. Raises BadRecord."""
+    if KEY not in container.metadata:
+        return None
+    damaged = BadRecord(f"{container.path} has a record that is damaged; build it again, or get it again")
+    try:
+        record: dict[str, Any] = json.loads(container.metadata[KEY])
+        if "arrays" in record:
+            return None  # the manifest of a patch
+        version, sound = record["format"], _is_sound(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged from error
+    if version != RECORD_FORMAT:
+        raise BadRecord(f"{container.path} was built with format {version!r} of records; upgrade Overpaint to read it")
+    if not sound:
+        raise damaged
+    return record
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether what is read from a record has the types it should; raises where something is missing."""
+    canonical_json(record)
+    patches = [patch for one in (*record.get("earlier", ()), record) for patch in one["patches"]]
+    texts = [record["layout"], record["base"], record["digest"], *record["tensors"].values()]
+    texts += [*record["components"].values(), *(patch["id"] for patch in patches)]
+    return all(isinstance(t, str) for t in texts) and all(isinstance(p["strength"], int | float) for p in patches)

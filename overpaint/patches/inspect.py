@@ -23,7 +23,7 @@ from overpaint.bases.safetensors_file import SafetensorsFile, tensor_digest
 from overpaint.core.encoding import KEY, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
-from overpaint.patches.build_record import BadRecord, component_digests, read_record
+from overpaint.patches.build import BadRecord, component_digests, read_record
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.duplicate_weights import survey
 from overpaint.patches.patch import Patch, read_patch, untouched_inputs

@@ -36,8 +36,17 @@ from overpaint.core.encoding import TensorEntry, combined_digest
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
-from overpaint.patches.build import UNKNOWN, Built, Rewrite, copy_file, refuse_inside, write_all
-from overpaint.patches.build_record import read_record, record_of, with_digests
+from overpaint.patches.build import (
+    UNKNOWN,
+    Built,
+    Rewrite,
+    copy_file,
+    read_record,
+    record_of,
+    refuse_inside,
+    with_digests,
+    write_all,
+)
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import BadDelta, all_finite, identical
 from overpaint.patches.duplicate_weights import CopyDetector

@@ -28,7 +28,7 @@ from overpaint.core.names import typed_path
 from overpaint.core.reporting import silent
 from overpaint.evaluation.context import EvaluatedPatch
 from overpaint.evaluation.suites import configured
-from overpaint.patches.build_record import records
+from overpaint.patches.build import records
 from overpaint.patches.patch import Patch
 from overpaint.registry.records import EvaluationRecord, ResultRecord
 from overpaint.registry.registry import Registry

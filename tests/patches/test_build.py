@@ -22,8 +22,7 @@ from overpaint.bases.safetensors_file import SafetensorsFile
 from overpaint.core import atomic
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.patches import build as build_module
-from overpaint.patches.build import build
-from overpaint.patches.build_record import read_record
+from overpaint.patches.build import build, read_record
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import LowRank, TextMap
 from tests.checkpoints import extras, rename_weights, shard, single_file

@@ -20,8 +20,7 @@ from overpaint.cli import main
 from overpaint.core import atomic
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound
-from overpaint.patches.build import Built, build
-from overpaint.patches.build_record import BadRecord
+from overpaint.patches.build import BadRecord, Built, build
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.inspect import inspect

@@ -14,8 +14,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.patches.build import build
-from overpaint.patches.build_record import read_record
+from overpaint.patches.build import build, read_record
 from overpaint.patches.compose import Term, compose, composition_digest
 from overpaint.patches.delta import BadDelta, Dense
 from overpaint.patches.model_file import OtherModel, build_file
