@@ -24,9 +24,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
+from overpaint.patches.arithmetic import above_rounding, product_svd
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Delta, Dense, Factors, LowRank, Sum, TextMap, added, joined
-from overpaint.patches.factors import above_rounding, product_svd
 from overpaint.patches.patch import Patch, make_patch
 from overpaint.solvers.closed_form.decoupling import decouple
 from overpaint.solvers.problem import EditProblem

@@ -34,9 +34,9 @@ from overpaint.core.encoding import canonical_json, header_bytes
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import shown
 from overpaint.core.reporting import Progress, silent
+from overpaint.patches.arithmetic import Fitted, leading
 from overpaint.patches.compose import CompositionPlan, Term, plan
 from overpaint.patches.delta import Factors, all_finite
-from overpaint.patches.factors import Fitted, leading
 from overpaint.patches.formats import dialects
 from overpaint.patches.formats.dialects import (
     DENOISERS,

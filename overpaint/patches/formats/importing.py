@@ -31,9 +31,9 @@ from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint, chec
 from overpaint.core.errors import NotFound
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
+from overpaint.patches.arithmetic import Fitted, fit_edit, is_zero
 from overpaint.patches.compose import Term, plan
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, Xor, all_finite, identical, residual
-from overpaint.patches.factors import Fitted, fit_edit, is_zero
 from overpaint.patches.formats.dialects import (
     DIALECTS,
     PEFT_PREFIX,

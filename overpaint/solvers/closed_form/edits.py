@@ -18,8 +18,8 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
+from overpaint.patches.arithmetic import above_rounding
 from overpaint.patches.delta import Delta, TextMap
-from overpaint.patches.factors import above_rounding
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values, keys_of_prompts, phrasings
 from overpaint.solvers.universe import PreservedPrompts, Universe, universe

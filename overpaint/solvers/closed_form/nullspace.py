@@ -23,8 +23,8 @@ from torch import Tensor
 
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
 from overpaint.core.sampling import evenly_spaced
+from overpaint.patches.arithmetic import above_rounding
 from overpaint.patches.delta import LowRank
-from overpaint.patches.factors import above_rounding
 from overpaint.solvers.closed_form.edits import (
     ALL,
     LAST,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
+from overpaint.patches.arithmetic import product_svd
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, Sum, TextMap, Xor, residual
-from overpaint.patches.factors import product_svd
 from overpaint.workspace.derived_patches import NothingSmaller, directions, size_of, truncate
 from overpaint.workspace.planning import BadTruncation, Truncation
 from overpaint.workspace.workspace import Workspace
