@@ -14,8 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from overpaint.bases.layout import KeyMapping, Layout, SingleFile, UnknownLayout, layout_of, layouts, read_index
-from overpaint.bases.safetensors_file import SafetensorsFile, is_key, raw_bytes
-from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint
+from overpaint.bases.safetensors_file import PICKLE_SUFFIXES, PickledCheckpoint, SafetensorsFile, is_key, raw_bytes
 from overpaint.core.encoding import DTYPE_NAMES, TensorEntry, tensor_label
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import available_cores
@@ -164,7 +163,7 @@ def open_single_file(file: Path) -> ResolvedCheckpoint:
     Raises BrokenFile when it is damaged or would have to run a program, UnknownLayout when no layout has such files,
     LoneShard for one shard of several.
     """
-    if file.suffix not in (".safetensors", *SUFFIXES):
+    if file.suffix not in (".safetensors", *PICKLE_SUFFIXES):
         raise UnknownLayout(
             f"{file} is not a checkpoint known here; name a diffusers folder, or a file that ends in .safetensors or .ckpt"
         )
@@ -188,7 +187,7 @@ def open_single_file(file: Path) -> ResolvedCheckpoint:
 
 def open_weights(file: Path) -> SafetensorsFile:
     """A weight file of any kind known here. Raises BrokenFile."""
-    return PickledCheckpoint.open(file) if file.suffix in SUFFIXES else SafetensorsFile.open(file)
+    return PickledCheckpoint.open(file) if file.suffix in PICKLE_SUFFIXES else SafetensorsFile.open(file)
 
 
 def shared_variant(offered: Iterable[list[str]]) -> str:

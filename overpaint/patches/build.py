@@ -36,8 +36,16 @@ from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import ResolvedCheckpoint, TensorLocation, WeightFiles, open_weights
 from overpaint.bases.layout import KeyMapping, SingleFile, single_file_of
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
-from overpaint.bases.virtual_checkpoint import DATA_START, VirtualCheckpoint, entries_at_offsets
+from overpaint.bases.safetensors_file import (
+    DATA_START,
+    DTYPES,
+    BrokenFile,
+    SafetensorsFile,
+    VirtualCheckpoint,
+    entries_at_offsets,
+    raw_bytes,
+    tensor_digest,
+)
 from overpaint.core.atomic import atomic_output, refuse_taken, write_new
 from overpaint.core.encoding import KEY, TensorEntry, canonical_json, combined_digest, header_bytes
 from overpaint.core.errors import OverpaintError

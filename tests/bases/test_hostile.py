@@ -17,8 +17,14 @@ from torch import Tensor
 
 from benchmarks.hostile import archive, built_again, saved, with_pickle
 from overpaint.bases.base import Base, BrokenBase, Unchangeable
-from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
-from overpaint.bases.virtual_checkpoint import BUILT_LIMIT, PICKLE_LIMIT, STEP_LIMIT, PickledCheckpoint
+from overpaint.bases.safetensors_file import (
+    BUILT_LIMIT,
+    PICKLE_LIMIT,
+    STEP_LIMIT,
+    BrokenFile,
+    PickledCheckpoint,
+    SafetensorsFile,
+)
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.build import build
 from overpaint.patches.compose import Term

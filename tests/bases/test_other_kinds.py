@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile
-from overpaint.bases.virtual_checkpoint import PickledCheckpoint
+from overpaint.bases.safetensors_file import BrokenFile, PickledCheckpoint, SafetensorsFile
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 3438167534\n"
 

@@ -26,8 +26,16 @@ from overpaint.bases.base import Base
 from overpaint.bases.checkpoint import refuse_lone_shard, weight_files, weight_variants
 from overpaint.bases.layout import UnknownLayout
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import DTYPES, FLOATS, BrokenFile, SafetensorsFile, dtype_name
-from overpaint.bases.virtual_checkpoint import SUFFIXES, PickledCheckpoint, check_plain
+from overpaint.bases.safetensors_file import (
+    DTYPES,
+    FLOATS,
+    PICKLE_SUFFIXES,
+    BrokenFile,
+    PickledCheckpoint,
+    SafetensorsFile,
+    check_plain,
+    dtype_name,
+)
 from overpaint.core.errors import NotFound
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
@@ -47,7 +55,7 @@ from overpaint.patches.formats.dialects import (
     written_module,
 )
 
-PICKLES = (*SUFFIXES, ".bin")
+PICKLES = (*PICKLE_SUFFIXES, ".bin")
 ADAPTER, CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
 _STEMS = ("pytorch_lora_weights", "diffusion_pytorch_model", "model")
 """What the names of a model's weights begin with, in a folder that holds one model."""
