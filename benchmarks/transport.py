@@ -22,8 +22,7 @@ from overpaint.core.encoding import canonical_json
 from overpaint.registry import Registry
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
-from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.patch_files import Parts, joined, read_manifest
+from overpaint.registry.store import Parts, digest_of, joined, read_manifest
 from overpaint.registry.upkeep import plan_collection, verify
 
 WIDTH, RANK = 768, 8
@@ -115,7 +114,7 @@ def empty(folder: Path) -> Registry:
 
 
 def keep(registry: Registry, file: bytes) -> None:
-    from overpaint.registry.store.patch_files import split
+    from overpaint.registry.store import split
 
     parts = split(file)
     assert parts is not None

@@ -39,7 +39,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.patches.patch import Patch
 from overpaint.registry.records import EvaluationRecord, ResultRecord
 from overpaint.registry.sharing.signing import Keyring, Signer, key_id
-from overpaint.registry.store.patch_files import BadManifest, read_json
+from overpaint.registry.store import BadManifest, read_json
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD = "application/vnd.in-toto+json"

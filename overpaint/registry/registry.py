@@ -78,8 +78,7 @@ from overpaint.registry.records import (
     SearchResult,
     TagRecord,
 )
-from overpaint.registry.store import PatchFiles, open_store
-from overpaint.registry.store.patch_files import bytes_of_patch
+from overpaint.registry.store import PatchFiles, bytes_of_patch, open_store
 
 
 class ConceptDiffers(AlreadyExists):

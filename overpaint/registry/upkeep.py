@@ -37,12 +37,21 @@ from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 from overpaint.registry import models, queries
 from overpaint.registry.db_errors import Damaged
+from overpaint.registry.files import FileInfo
 from overpaint.registry.history import entries_at, entries_now, revisions_of
 from overpaint.registry.records import EvaluationRecord, PatchRecord
 from overpaint.registry.registry import Registry
-from overpaint.registry.store import Blob, BlobCorrupt, BlobMissing, FileInfo, PatchFiles
-from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.patch_files import BadManifest, Manifest, embedded_manifest, read_manifest
+from overpaint.registry.store import (
+    BadManifest,
+    Blob,
+    BlobCorrupt,
+    BlobMissing,
+    Manifest,
+    PatchFiles,
+    digest_of,
+    embedded_manifest,
+    read_manifest,
+)
 
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS blob (digest TEXT PRIMARY KEY, nbytes INTEGER) WITHOUT ROWID;

@@ -21,8 +21,7 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import checked_seed, checked_texts
 from overpaint.registry.records import BaseRecord, PatchRecord
 from overpaint.registry.registry import ConceptDiffers, Registry, refusals
-from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles
-from overpaint.registry.store.patch_files import embedded_manifest
+from overpaint.registry.store import BlobCorrupt, BlobMissing, PatchFiles, embedded_manifest
 
 if TYPE_CHECKING:
     from overpaint.solvers.problem import Solver

@@ -10,7 +10,7 @@ import pytest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.core.urls import printed, printed_url, reported
-from overpaint.registry.store.blobs import open_files, place_store
+from overpaint.registry.store import open_files, place_store
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from typing import Any
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import canonical_json
 from overpaint.registry import PatchRecord, Registry
-from overpaint.registry.store.blobs import digest_of
-from overpaint.registry.store.patch_files import Parts, embedded_manifest, joined, read_manifest
+from overpaint.registry.store import Parts, digest_of, embedded_manifest, joined, read_manifest
 
 FINGERPRINT = "f" * 8
 """Of the base "small" that `shelf.stock` adds."""

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.store import BadFile, BlobCorrupt, BlobMissing, BlobStore, Files
+from overpaint.registry.files import BadFile, Files
+from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore
 
 EMPTY_DIGEST = hashlib.sha256(b"").hexdigest()
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.store import BadFile, BlobCorrupt, BlobStore, open_files
-from overpaint.registry.store.blobs import as_digested
+from overpaint.registry.files import BadFile
+from overpaint.registry.store import BlobCorrupt, BlobStore, as_digested, open_files
 
 
 @pytest.fixture

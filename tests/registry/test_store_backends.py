@@ -15,8 +15,8 @@ import pytest
 
 from overpaint.core.errors import OverpaintError
 from overpaint.registry import Registry
-from overpaint.registry.store import BlobStore, Files, open_files, open_store, place_store
-from overpaint.registry.store.files import FolderFiles, RemoteFiles, Unreachable
+from overpaint.registry.files import Files, FolderFiles, RemoteFiles, Unreachable
+from overpaint.registry.store import BlobStore, open_files, open_store, place_store
 
 from .contents import add_patch
 from .store_contract import StoreContract

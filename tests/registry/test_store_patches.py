@@ -20,8 +20,17 @@ from overpaint.core.encoding import canonical_json as canonical_json_of_bases
 from overpaint.patches.delta import Dense, TextMap
 from overpaint.patches.patch import make_patch, read_patch
 from overpaint.registry import Registry
-from overpaint.registry.store import BlobCorrupt, BlobMissing, BlobStore, PatchFiles, open_files
-from overpaint.registry.store.patch_files import BadManifest, embedded_manifest, read_manifest, split
+from overpaint.registry.store import (
+    BadManifest,
+    BlobCorrupt,
+    BlobMissing,
+    BlobStore,
+    PatchFiles,
+    embedded_manifest,
+    open_files,
+    read_manifest,
+    split,
+)
 
 from .contents import add_patch
 from .patch_maker import id_of, keep, numbers, patch_file

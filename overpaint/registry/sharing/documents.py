@@ -14,8 +14,7 @@ from typing import Any
 
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.store import DIGEST
-from overpaint.registry.store.patch_files import BadManifest, Manifest, read_json
+from overpaint.registry.store import DIGEST, BadManifest, Manifest, read_json
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"

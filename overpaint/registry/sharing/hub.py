@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import reported
+from overpaint.registry.files import FileInfo, Unreachable, checked_parts, too_long
 from overpaint.registry.sharing.documents import Descriptor, members_of, read_document
-from overpaint.registry.store import FileInfo
-from overpaint.registry.store.files import Unreachable, checked_parts, too_long
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -37,9 +37,19 @@ from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, i
 from overpaint.registry.sharing.recipe_record import merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Trust, Untrusted
-from overpaint.registry.store import DIGEST, BlobCorrupt, BlobMissing, PatchFiles
-from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
-from overpaint.registry.store.patch_files import Array, BadManifest, Manifest, Parts, joined, split
+from overpaint.registry.store import (
+    DIGEST,
+    MANIFEST_LIMIT,
+    Array,
+    BadManifest,
+    BlobCorrupt,
+    BlobMissing,
+    Manifest,
+    Parts,
+    PatchFiles,
+    joined,
+    split,
+)
 
 LARGEST_SEED = 2**63
 

@@ -22,6 +22,7 @@ from overpaint.core.atomic import atomic_output, require_parent
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import quoted
+from overpaint.registry.files import BadFile, FileInfo, Files, FolderFiles, too_long
 from overpaint.registry.sharing.documents import (
     INDEX,
     INDEX_LIMIT,
@@ -35,9 +36,7 @@ from overpaint.registry.sharing.documents import (
 )
 from overpaint.registry.sharing.hub import Beside, HubFiles, is_hub
 from overpaint.registry.sharing.oci_registry import RegistryFiles, is_registry
-from overpaint.registry.store import BadFile, FileInfo, Files, open_files
-from overpaint.registry.store.blobs import as_digested
-from overpaint.registry.store.files import FolderFiles, too_long
+from overpaint.registry.store import as_digested, open_files
 
 DOCUMENT_LIMIT = 32 << 20
 """The most bytes a document may have."""

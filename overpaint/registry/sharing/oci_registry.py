@@ -22,6 +22,7 @@ from urllib.parse import urljoin
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.core.urls import printed_url, reported
+from overpaint.registry.files import FileInfo, Unreachable, too_long
 from overpaint.registry.sharing.documents import (
     INDEX,
     INDEX_LIMIT,
@@ -36,8 +37,6 @@ from overpaint.registry.sharing.documents import (
     members_of,
     read_document,
 )
-from overpaint.registry.store import FileInfo
-from overpaint.registry.store.files import Unreachable, too_long
 
 SCHEME = re.compile(r"oci(?P<plain>\+http)?://", re.IGNORECASE)
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

@@ -18,8 +18,7 @@ from overpaint.core.names import checked_name, checked_note, checked_number, che
 from overpaint.registry.history import MergeOutcome
 from overpaint.registry.records import Action, PatchChange, RecipeEntry, Revision, TagRecord
 from overpaint.registry.registry import Registry
-from overpaint.registry.store import DIGEST
-from overpaint.registry.store.patch_files import BadManifest, read_json
+from overpaint.registry.store import DIGEST, BadManifest, read_json
 
 FORMAT = 1
 LIMIT = 64 << 20

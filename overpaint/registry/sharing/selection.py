@@ -26,8 +26,7 @@ from overpaint.registry.sharing.documents import (
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.recipe_record import LIMIT as RECORD_LIMIT
 from overpaint.registry.sharing.recipe_record import Record, read_record
-from overpaint.registry.store.patch_files import LIMIT as MANIFEST_LIMIT
-from overpaint.registry.store.patch_files import BadManifest, Manifest, read_manifest
+from overpaint.registry.store import MANIFEST_LIMIT, BadManifest, Manifest, read_manifest
 
 PATCH_LIMIT = 4 << 30
 """The most bytes that a patch may have; it is put together in memory."""

@@ -45,8 +45,7 @@ from overpaint.registry.sharing.recipe_record import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
 from overpaint.registry.sharing.signing import SignedList, Signer, Untrusted, refuse_older, seen_counter, signed_list
 from overpaint.registry.sharing.signing import remember as remember_counters
-from overpaint.registry.store import DIGEST, PatchFiles
-from overpaint.registry.store.patch_files import Manifest, Parts, bytes_of_patch, split
+from overpaint.registry.store import DIGEST, Manifest, Parts, PatchFiles, bytes_of_patch, split
 
 # What the OCI image format allows for the name of a reference.
 REFERENCE = re.compile(r"[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*(/[A-Za-z0-9]+((--|[-._:@+])[A-Za-z0-9]+)*)*")

@@ -23,6 +23,7 @@ from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import typed_path
 from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.files import FolderFiles
 from overpaint.registry.sharing.documents import (
     COUNTER,
     INDEX_LIMIT,
@@ -41,8 +42,7 @@ from overpaint.registry.sharing.documents import (
 )
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.selection import recipe_at
-from overpaint.registry.store.files import FolderFiles
-from overpaint.registry.store.patch_files import BadManifest, read_json
+from overpaint.registry.store import BadManifest, read_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey

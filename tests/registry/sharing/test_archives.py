@@ -11,10 +11,10 @@ import pytest
 
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.files import LOCK
 from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import BlobMissing
-from overpaint.registry.store.files import LOCK
 from overpaint.registry.upkeep import verify
 from tests.registry.contents import lay
 from tests.registry.patch_maker import id_of

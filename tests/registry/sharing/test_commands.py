@@ -15,8 +15,7 @@ from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.delta import TextMap
 from overpaint.patches.patch import make_patch
-from overpaint.registry.store import open_files
-from overpaint.registry.store.blobs import digest_of
+from overpaint.registry.store import digest_of, open_files
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
 

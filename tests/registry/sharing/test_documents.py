@@ -30,8 +30,7 @@ from overpaint.registry.sharing.ingest import PullRequest, pull
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.selection import PATCH_LIMIT, recipe_at
 from overpaint.registry.sharing.sending import push
-from overpaint.registry.store import open_files
-from overpaint.registry.store.patch_files import embedded_manifest
+from overpaint.registry.store import embedded_manifest, open_files
 
 from .conftest import FINGERPRINT, is_empty, labelled
 

@@ -35,8 +35,7 @@ from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.recipe_record import record_of
 from overpaint.registry.sharing.sending import export, push
-from overpaint.registry.store import open_files
-from overpaint.registry.store.patch_files import Parts, joined, read_manifest
+from overpaint.registry.store import Parts, joined, open_files, read_manifest
 from overpaint.registry.upkeep import verify
 from tests.registry.patch_maker import numbers
 

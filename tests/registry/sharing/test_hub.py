@@ -8,11 +8,11 @@ import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.files import Unreachable
 from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.sharing.hub import is_hub
 from overpaint.registry.sharing.ingest import PullRequest, pull
 from overpaint.registry.sharing.sending import push
-from overpaint.registry.store.files import Unreachable
 
 from .conftest import holdings, is_empty
 from .hub_server import READER, Hub

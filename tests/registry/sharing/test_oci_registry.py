@@ -15,6 +15,7 @@ import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.files import Unreachable
 from overpaint.registry.sharing import oci_registry
 from overpaint.registry.sharing.browsing import browse
 from overpaint.registry.sharing.documents import INDEX, MANIFEST, PATCH, BadLayout, base_document
@@ -23,7 +24,6 @@ from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.oci_registry import RegistryFiles
 from overpaint.registry.sharing.sending import push
 from overpaint.registry.sharing.signing import Untrusted, load_keyring, load_signer, new_key
-from overpaint.registry.store.files import Unreachable
 from overpaint.registry.upkeep import verify
 
 from .conftest import FINGERPRINT, holdings, is_empty

@@ -18,6 +18,7 @@ import pytest
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.files import FileInfo, Files, FolderFiles, RemoteFiles
 from overpaint.registry.history import HistoriesDiverged
 from overpaint.registry.sharing.documents import (
     CREATED,
@@ -29,9 +30,7 @@ from overpaint.registry.sharing.documents import (
 from overpaint.registry.sharing.ingest import MissingBase, PullRequest, import_file, pull
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.sending import WORKERS, export, push
-from overpaint.registry.store import BlobCorrupt, FileInfo, Files, open_files
-from overpaint.registry.store.files import FolderFiles, RemoteFiles
-from overpaint.registry.store.patch_files import read_manifest
+from overpaint.registry.store import BlobCorrupt, open_files, read_manifest
 from overpaint.registry.upkeep import verify
 from tests.registry.contents import lay
 from tests.registry.patch_maker import id_of, keep

@@ -13,11 +13,11 @@ import pytest
 
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
+from overpaint.registry.files import Unreachable
 from overpaint.registry.sharing.documents import BadLayout
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.sharing.signing import load_keyring
-from overpaint.registry.store.files import Unreachable
 
 from .conftest import is_empty
 
