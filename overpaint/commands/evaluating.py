@@ -183,7 +183,7 @@ def crosstalk(
         workspace = open_workspace(ctx, terminal=terminal)
         measured = workspace.crosstalk(recipe, base=base_name, everything=everything, device=device)
     if out:
-        from overpaint.evaluation.figures import heat_map
+        from overpaint.evaluation.report_page import heat_map
 
         heat_map(out, measured.heat_map("Cross-talk, relative to the patch's own concept"))
         terminal.note(f"wrote {out}")

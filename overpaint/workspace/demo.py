@@ -23,7 +23,6 @@ from overpaint.core.errors import AlreadyExists
 from overpaint.core.reporting import Progress, silent
 from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, EvaluatedPatch, Verdicts
-from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import generate
 from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
@@ -34,6 +33,7 @@ from overpaint.evaluation.report_page import (
     Section,
     Table,
     as_text,
+    labelled_grid,
     percent,
     write_report,
 )

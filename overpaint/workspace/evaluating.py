@@ -21,11 +21,11 @@ from overpaint.core.executors import Executor, open_executor
 from overpaint.core.names import checked_seed
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
-from overpaint.evaluation.figures import labelled_grid
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import open_judge
 from overpaint.evaluation.metrics import plain_words
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
+from overpaint.evaluation.report_page import labelled_grid
 from overpaint.evaluation.suites import Suite, configured
 from overpaint.patches.compose import Term
 from overpaint.registry.records import EvaluationRecord, PatchRecord, ResultRecord

@@ -19,7 +19,6 @@ from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, EvaluatedPatch
-from overpaint.evaluation.figures import save_figures
 from overpaint.evaluation.images import ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement, verdict
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt, PromptSet
@@ -34,6 +33,7 @@ from overpaint.evaluation.report_page import (
     plain,
     published,
     rendered,
+    save_figures,
     write_report,
 )
 from overpaint.evaluation.suites import ERASED_BAR, KEPT_BAR, SUITES, suite_class

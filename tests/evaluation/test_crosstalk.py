@@ -18,8 +18,7 @@ from overpaint.cli import main
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.crosstalk import ConceptMoments, Crosstalk, crosstalk
-from overpaint.evaluation.figures import heat_map
-from overpaint.evaluation.report_page import HeatMap
+from overpaint.evaluation.report_page import HeatMap, heat_map
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import Delta, Dense, LowRank, TextMap
 from overpaint.patches.patch import Patch, make_patch

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from overpaint.core.errors import OverpaintError
-from overpaint.evaluation.figures import GAP, MARGIN, labelled_grid
+from overpaint.evaluation.report_page import GAP, MARGIN, labelled_grid
 
 RED: NDArray[np.uint8] = np.full((64, 64, 3), (200, 0, 0), np.uint8)
 BLUE: NDArray[np.uint8] = np.full((64, 64, 3), (0, 0, 200), np.uint8)
