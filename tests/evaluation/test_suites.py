@@ -18,11 +18,8 @@ from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
 from overpaint.evaluation.suites.cost import Cost
 from overpaint.evaluation.suites.crosstalk import LOST, CrosstalkSuite
-from overpaint.evaluation.suites.generality import Generality
-from overpaint.evaluation.suites.grid import Grid
-from overpaint.evaluation.suites.quick import Quick
+from overpaint.evaluation.suites.erasing import Generality, Grid, Quick, Scenes
 from overpaint.evaluation.suites.scale import Scale
-from overpaint.evaluation.suites.scenes import Scenes
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
 from overpaint.patches.live import Overlay

@@ -1,4 +1,4 @@
-"""One suite per file: an `EvalContext` in, measurements out.
+"""Suites by name: an `EvalContext` in, measurements out.
 
 A suite is a frozen dataclass that inherits `Suite`; its fields are its settings. What it declares about itself (whether it
 attacks, what its section of a report is) decides where its numbers appear.
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 SUITES = {
-    "quick": ("overpaint.evaluation.suites.quick:Quick", "erased, kept and restored, in a minute"),
-    "grid": ("overpaint.evaluation.suites.grid:Grid", "styles x objects for each patch alone, as UnlearnCanvas"),
+    "quick": ("overpaint.evaluation.suites.erasing:Quick", "erased, kept and restored, in a minute"),
+    "grid": ("overpaint.evaluation.suites.erasing:Grid", "styles x objects for each patch alone, as UnlearnCanvas"),
     "generality": (
-        "overpaint.evaluation.suites.generality:Generality",
+        "overpaint.evaluation.suites.erasing:Generality",
         "synonyms, and concepts nobody listed, as MACE",
     ),
-    "scenes": ("overpaint.evaluation.suites.scenes:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
+    "scenes": ("overpaint.evaluation.suites.erasing:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
     "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
     "crosstalk": (
         "overpaint.evaluation.suites.crosstalk:CrosstalkSuite",
