@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, SHARE, WRONG
+from overpaint.evaluation.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.evaluation.metrics import plain_words, rank_correlation
 from overpaint.evaluation.report_page import Numbers, Table, as_text, percent, plain, published
 from overpaint.evaluation.suites import SUITES
-from overpaint.evaluation.suites.crosstalk import LOST, MOVED, PREDICTED
 from overpaint.registry.records import EvaluationRecord
 from overpaint.solvers import SOLVERS
 from overpaint.workspace.report import numbers_of

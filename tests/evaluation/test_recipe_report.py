@@ -21,6 +21,7 @@ from overpaint.cli import main
 from overpaint.commands.evaluating import result_rows
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.evaluation.context import SHARE
+from overpaint.evaluation.crosstalk import MOVED, PREDICTED, CrosstalkSuite
 from overpaint.evaluation.metrics import UNDECIDED, Measurement
 from overpaint.evaluation.report_page import (
     Chart,
@@ -35,7 +36,6 @@ from overpaint.evaluation.report_page import (
     render,
 )
 from overpaint.evaluation.suites import SUITES, Suite, is_attack, suite_class
-from overpaint.evaluation.suites.crosstalk import MOVED, PREDICTED, CrosstalkSuite
 from overpaint.registry.records import ResultRecord
 from overpaint.registry.registry import Registry
 from overpaint.workspace.evaluating import Evaluated

@@ -13,11 +13,11 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, BlindJudge, EvaluatedPatch
+from overpaint.evaluation.crosstalk import LOST, CrosstalkSuite
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
 from overpaint.evaluation.suites.cost import Cost
-from overpaint.evaluation.suites.crosstalk import LOST, CrosstalkSuite
 from overpaint.evaluation.suites.erasing import Generality, Grid, Quick, Scenes
 from overpaint.evaluation.suites.scale import Scale
 from overpaint.patches.compose import Term

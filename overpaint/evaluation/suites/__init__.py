@@ -23,16 +23,10 @@ if TYPE_CHECKING:
 SUITES = {
     "quick": ("overpaint.evaluation.suites.erasing:Quick", "erased, kept and restored, in a minute"),
     "grid": ("overpaint.evaluation.suites.erasing:Grid", "styles x objects for each patch alone, as UnlearnCanvas"),
-    "generality": (
-        "overpaint.evaluation.suites.erasing:Generality",
-        "synonyms, and concepts nobody listed, as MACE",
-    ),
+    "generality": ("overpaint.evaluation.suites.erasing:Generality", "synonyms, and concepts nobody listed, as MACE"),
     "scenes": ("overpaint.evaluation.suites.erasing:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
     "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
-    "crosstalk": (
-        "overpaint.evaluation.suites.crosstalk:CrosstalkSuite",
-        "what each patch does to every other concept",
-    ),
+    "crosstalk": ("overpaint.evaluation.crosstalk:CrosstalkSuite", "what each patch does to every other concept"),
     "probes": (
         "overpaint.evaluation.suites.probes:Probes",
         "seven ways to bring erased objects back, and how far each gets",
