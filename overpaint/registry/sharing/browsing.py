@@ -11,11 +11,19 @@ from overpaint.core.urls import without_file_scheme
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import HistoriesDiverged, compare_histories
 from overpaint.registry.registry import Registry
-from overpaint.registry.sharing.documents import KEY, PATCH, SIGNED_LIST, BadLayout, Descriptor, base_document
+from overpaint.registry.sharing.documents import (
+    KEY,
+    PATCH,
+    SIGNED_LIST,
+    BadLayout,
+    Descriptor,
+    Record,
+    base_document,
+    record_of,
+)
 from overpaint.registry.sharing.ingest import BadFileKind, Offers, PullRequest, existing_layout, read_offers
 from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, is_archive
 from overpaint.registry.sharing.oci_registry import RegistryFiles
-from overpaint.registry.sharing.recipe_record import Record, record_of
 from overpaint.registry.sharing.selection import PatchOffer, RecipeOffer
 from overpaint.registry.sharing.signing import SignedList, Untrusted, key_id, signatures_of, signed_list, signer_of
 

@@ -31,10 +31,11 @@ from overpaint.registry.sharing.documents import (
     VOCABULARY,
     BadLayout,
     Descriptor,
+    merge_recipe,
     read_document,
+    record_of,
 )
 from overpaint.registry.sharing.layout import BLOCK, ArchiveReader, OciLayout, is_archive
-from overpaint.registry.sharing.recipe_record import merge_recipe, record_of
 from overpaint.registry.sharing.selection import PATCH_LIMIT, PatchOffer, RecipeOffer, Selection, refuse_odd
 from overpaint.registry.sharing.signing import Keyring, Trust, Untrusted
 from overpaint.registry.store import (

@@ -14,18 +14,19 @@ from overpaint.registry.sharing.documents import (
     NAME,
     PATCH,
     RECIPE,
+    RECORD_LIMIT,
     REF,
     BadLayout,
     Descriptor,
+    Record,
     members_of,
     patch_document,
     read_document,
+    read_record,
     recipe_document,
     record_document,
 )
 from overpaint.registry.sharing.layout import OciLayout
-from overpaint.registry.sharing.recipe_record import LIMIT as RECORD_LIMIT
-from overpaint.registry.sharing.recipe_record import Record, read_record
 from overpaint.registry.store import MANIFEST_LIMIT, BadManifest, Manifest, read_manifest
 
 PATCH_LIMIT = 4 << 30

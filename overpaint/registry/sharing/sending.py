@@ -31,17 +31,18 @@ from overpaint.registry.sharing.documents import (
     BadLayout,
     Descriptor,
     Document,
+    Record,
     base_document,
     list_document,
     patch_document,
     recipe_document,
     record_document,
+    record_of,
     signature_document,
     vocabulary_document,
 )
 from overpaint.registry.sharing.hub import Beside
 from overpaint.registry.sharing.layout import OciLayout, new_archive
-from overpaint.registry.sharing.recipe_record import Record, record_of
 from overpaint.registry.sharing.selection import Selection, recipe_at, refuse_odd
 from overpaint.registry.sharing.signing import SignedList, Signer, Untrusted, refuse_older, seen_counter, signed_list
 from overpaint.registry.sharing.signing import remember as remember_counters

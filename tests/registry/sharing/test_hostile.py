@@ -30,10 +30,10 @@ from overpaint.registry.sharing.documents import (
     patch_document,
     recipe_document,
     record_document,
+    record_of,
 )
 from overpaint.registry.sharing.ingest import PullRequest, import_file, pull
 from overpaint.registry.sharing.layout import OciLayout
-from overpaint.registry.sharing.recipe_record import record_of
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.store import Parts, joined, open_files, read_manifest
 from overpaint.registry.upkeep import verify

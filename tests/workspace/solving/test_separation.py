@@ -11,7 +11,7 @@ import pytest
 import overpaint
 from overpaint.core.errors import OverpaintError
 from overpaint.patches.compose import compose
-from overpaint.registry.sharing.recipe_record import read_record, record_of
+from overpaint.registry.sharing.documents import read_record, record_of
 from overpaint.registry.upkeep import verify
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import chosen_settings, settings_of
