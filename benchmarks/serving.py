@@ -25,9 +25,8 @@ from schemathesis.generation import GenerationMode
 
 import overpaint
 from benchmarks.tables import arguments, save, show
-from overpaint.serving.access import TokenFile
+from overpaint.serving.access import ServeOptions, TokenFile
 from overpaint.serving.app import create_app
-from overpaint.serving.options import ServeOptions
 from overpaint.workspace.workspace import Workspace
 
 CONCEPTS = ("cat", "dog", "fox", "tiger", "lion", "wolf")

@@ -1,8 +1,10 @@
-"""Who may do what on a server, and how much: tokens with roles, pictures in a minute, bytes in the body of a request.
+"""How a server runs, who may do what on it and how much: options, tokens with roles, pictures in a minute, bytes in a body.
 
 A token is 256 random bits, so one SHA-256 of it is as good as a slow hash: there is nothing to guess. The registry's folder has
 digests alone. Their file is read anew when it changed, so a token that is revoked is refused at once, by every worker. A file
 that is damaged, or that every user of the machine may write, lets nobody in.
+
+This is apart from the server, so that a worker answers its supervisor before it loads PyTorch.
 """
 
 from __future__ import annotations
@@ -31,6 +33,32 @@ from overpaint.core.names import checked_name, unknown
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Where prometheus_client has workers write, when this variable is set before it is imported."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a server runs. `rate` is pictures in a minute for each token, 0 for any number; `queue`, how many may wait in a worker.
+
+    `max_body` is in bytes. Without `tokens`, whoever reaches the port may do everything, and only a local name of the host is
+    answered to. `shared` is a folder in which several workers count together.
+    """
+
+    registry: str
+    base: str | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    tokens: bool = True
+    enforce_expiry: bool = False
+    rate: int = 600
+    queue: int = 64
+    max_steps: int = 100
+    max_body: int = 64 << 10
+    shared: Path | None = None
+
 
 Role = Literal["read", "generate", "change"]
 ROLES: tuple[Role, ...] = ("read", "generate", "change")

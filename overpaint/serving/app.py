@@ -43,7 +43,17 @@ from overpaint.registry.database import RegistryVersionError
 from overpaint.registry.history import StaleRevision
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.serving import schemas
-from overpaint.serving.access import BadTokens, BodyLimit, RateLimiter, Role, Token, TokenFile, TooMany, TryLater
+from overpaint.serving.access import (
+    BadTokens,
+    BodyLimit,
+    RateLimiter,
+    Role,
+    ServeOptions,
+    Token,
+    TokenFile,
+    TooMany,
+    TryLater,
+)
 from overpaint.serving.drawing import (
     BaseReplaced,
     Drawn,
@@ -55,7 +65,6 @@ from overpaint.serving.drawing import (
     Stopping,
 )
 from overpaint.serving.metrics import Metrics
-from overpaint.serving.options import ServeOptions
 from overpaint.workspace.opened import LostPatch
 from overpaint.workspace.recipe import Recipe, current_user
 from overpaint.workspace.workspace import Workspace

@@ -16,8 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from overpaint.core.asgi import is_local
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
-from overpaint.serving.access import TokenFile
-from overpaint.serving.options import METRICS_FOLDER, ServeOptions
+from overpaint.serving.access import METRICS_FOLDER, ServeOptions, TokenFile
 from overpaint.workspace.workspace import Workspace
 
 if TYPE_CHECKING:

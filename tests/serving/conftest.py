@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import overpaint
-from overpaint.serving.access import Role, TokenFile
+from overpaint.serving.access import Role, ServeOptions, TokenFile
 from overpaint.serving.app import Server, create_app
-from overpaint.serving.options import ServeOptions
 from overpaint.workspace.workspace import Workspace
 
 THINGS = ("cat", "dog", "fox", "car")

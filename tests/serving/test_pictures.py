@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 import overpaint
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.serving import drawing
+from overpaint.serving.access import ServeOptions
 from overpaint.serving.app import create_app
-from overpaint.serving.options import ServeOptions
 from overpaint.testing import tiny_base
 from overpaint.workspace.workspace import Workspace
 from tests.serving.conftest import RECIPES, Client, Serve, pixels, texts
