@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import overpaint
-from overpaint.ui.launch import served
+from overpaint.ui import served
 from overpaint.workspace.workspace import Workspace
 from tests.ui.browser import chromium
 

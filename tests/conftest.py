@@ -22,12 +22,12 @@ SLOW_MODULES = """
     test_converting test_crash test_crosstalk test_duplicate_weights test_embedded_transformer test_esd
     test_evaluate_command test_examples test_exporting test_few_shot test_few_shot_embedded test_few_shot_lora
     test_fingerprints test_gc test_hostile test_hub test_image_generator test_importing test_interactive
-    test_interchange test_interrupting test_judges test_launch test_layouts test_lists test_live test_live_recipes
+    test_interchange test_interrupting test_judges test_layouts test_lists test_live test_live_recipes
     test_load_matrix test_mace test_maintenance test_many test_model_folders test_model_hub test_nodes test_nullspace
     test_oci_registry test_offloading test_on_ray test_other_bases test_page test_patch_file test_pictures
     test_pipelines test_places test_postgres test_preserved_prompts test_probes test_processes test_push_pull
     test_queue test_rece test_recipe_file test_recipe_history test_recipe_report test_refusals test_registry
-    test_report_page test_results_page test_running test_schema test_sdd test_separable test_separation test_sepme
+    test_report_page test_results_page test_running test_schema test_sdd test_separable test_separation test_sepme test_served
     test_signing test_single_file test_site test_solvers_benchmark test_spm test_store_backends test_suites
     test_surgical test_tables test_tags test_teams test_text_encoder test_text_encoders test_together
     test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades

@@ -189,7 +189,7 @@ def ui(ctx: click.Context, host: str, port: int, password: str | None, browse: b
     import threading
 
     with Terminal() as terminal:
-        from overpaint.ui.launch import served
+        from overpaint.ui import served
 
         workspace = open_workspace(ctx, create=True, terminal=terminal)
         with served(workspace, host=host, port=port, password=password or "", device=device) as address:

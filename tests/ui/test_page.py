@@ -23,7 +23,7 @@ pytest.importorskip("playwright", reason="a browser is driven by Playwright: pip
 
 from playwright.sync_api import Browser, Page, expect
 
-from overpaint.ui.launch import served
+from overpaint.ui import served
 
 pytestmark = GRADIO
 

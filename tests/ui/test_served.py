@@ -12,7 +12,7 @@ from tests.ui.conftest import GRADIO
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'overpaint[ui]'")
 
-from overpaint.ui.launch import PageUnavailable, served
+from overpaint.ui import PageUnavailable, served
 
 pytestmark = GRADIO
 JOIN = "gradio_api/queue/join"
