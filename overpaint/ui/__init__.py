@@ -43,7 +43,7 @@ def served(
     except ModuleNotFoundError as error:
         raise PageUnavailable(f"the page needs Gradio ({error}): pip install 'overpaint[ui]'") from error
     from overpaint.ui.views import style
-    from overpaint.workspace.studio import Studio
+    from overpaint.workspace.evaluating import Studio
 
     def admits(name: str, given: str) -> bool:
         return bool(name.strip()) and hmac.compare_digest(given.encode(), password.encode())

@@ -27,8 +27,8 @@ from overpaint.patches.formats.dialects import READERS
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
 from overpaint.ui import views
 from overpaint.ui.views import Column, Sheet
+from overpaint.workspace.evaluating import Studio
 from overpaint.workspace.recipe import current_user
-from overpaint.workspace.studio import Studio
 from overpaint.workspace.workspace import Workspace
 
 

@@ -12,7 +12,7 @@ from overpaint.core import __version__
 from overpaint.evaluation.crosstalk import WARN_ABOVE, Crosstalk
 from overpaint.evaluation.report_page import templates
 from overpaint.registry.records import HistoryRecord, RecipeRecord
-from overpaint.workspace.studio import DrawnPicture
+from overpaint.workspace.evaluating import DrawnPicture
 
 PAIRS = 8
 """How many of the strongest pairs are written out under a heat map."""

@@ -13,8 +13,8 @@ import traitlets
 
 from overpaint.core.errors import OverpaintError
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord
+from overpaint.workspace.evaluating import Studio
 from overpaint.workspace.opened import OpenRegistry
-from overpaint.workspace.studio import Studio
 
 
 class RecipeWidget(anywidget.AnyWidget):

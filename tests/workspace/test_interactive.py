@@ -15,8 +15,8 @@ import overpaint
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry.history import StaleRevision
 from overpaint.testing import tiny_base
+from overpaint.workspace.evaluating import Studio
 from overpaint.workspace.recipe import Recipe
-from overpaint.workspace.studio import Studio
 from overpaint.workspace.workspace import Workspace
 
 # ipywidgets, on which anywidget stands, asks an event loop of asyncio about its age when no kernel runs.
