@@ -27,7 +27,7 @@ from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve, solvers
 from overpaint.commands.upkeep import db, gc, init, verify
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed
+from overpaint.core.names import printed
 
 SECTIONS = {
     "Begin": [init, base, concept, demo],

@@ -1,4 +1,8 @@
-"""What may be a name, and finding the one that was meant."""
+"""What people type: names, paths, numbers, URLs. What may be one, which one was meant, and how messages show it.
+
+URLs are shown without user names, passwords, tokens and signatures: everything that prints one, or what another package said
+about one, prints what `printed_url`, `printed` and `reported` return.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from datetime import date
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.core.urls import SCHEME
 
 Item = TypeVar("Item")
 LONGEST_NAME = 400
@@ -34,8 +38,11 @@ BLANKS = frozenset(" \u3000")
 JOINERS, EMOJI_STYLE = frozenset("\u200c\u200d"), "\ufe0f"
 
 
-_SCHEME = re.compile(rf"(?:{SCHEME}::)*{SCHEME}(?<!^.):")
-"""How a URL begins, chains of them included; one letter is a drive of Windows."""
+SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
+URL = re.compile(rf"(?:{SCHEME}::)*{SCHEME}://")
+"""How a URL begins, also one that `fsspec` chains, such as simplecache::s3://bucket."""
+_SCHEME_OF_PATH = re.compile(rf"(?:{SCHEME}::)*{SCHEME}(?<!^.):")
+"""The same as the first part of a path; one letter is a drive of Windows."""
 
 
 def checked_name(name: str, what: str) -> str:
@@ -109,7 +116,7 @@ def typed_path(text: str | Path) -> Path:
 def refuse_url(path: str | Path) -> None:
     """Raise OverpaintError for a URL where a path is needed, unless there is a folder of that name."""
     first, *more = Path(path).parts or ("",)
-    if more and _SCHEME.fullmatch(first) and not os.path.lexists(first):
+    if more and _SCHEME_OF_PATH.fullmatch(first) and not os.path.lexists(first):
         # Without the rest of it, which may hold a password.
         raise OverpaintError(f"a path on this machine is needed here, and {first}// begins a URL; write the path alone")
 
@@ -240,3 +247,78 @@ def _checked(text: str, what: str, longest: int) -> str:
         if unicodedata.category(character) in UNPRINTABLE:
             raise OverpaintError(f"{what} cannot contain {character!r}, which does not print")
     return text
+
+
+HIDDEN = "***"
+_URL_IN_TEXT = re.compile(rf"({SCHEME})://((?:(?!::{SCHEME}://)[^\s'\"<>])*)")
+_WHOLE_URL = re.compile(rf"({SCHEME})://((?:(?!::{SCHEME}://).)*)", re.DOTALL)
+_HOST_AND_PORT = re.compile(r"(\[[^]]*\]|[^:]*)(:[0-9]*)?")
+# Of a query's values only these are shown: any other may be a password, a token or a signature.
+_PUBLIC_VALUES = {"host", "port", "user", "dbname", "sslmode", "connect_timeout", "blobs", "versionId", "region"}
+_SHORTEST_SECRET = 3
+
+
+def without_file_scheme(location: str) -> str:
+    """The path that a `file://` URL names, its `%20` being a blank unless it is there as written; any other text as it is."""
+    path = location.removeprefix("file://")
+    return path if path == location or os.path.lexists(path) else unquote(path)
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a URL holds something that `printed_url` hides."""
+    return printed_url(url) != url
+
+
+def printed_url(url: str) -> str:
+    """A URL, or a chain of them, without credentials; a text that is no URL as it is."""
+    return _WHOLE_URL.sub(lambda match: _without_credentials(match[1], match[2])[0], url)
+
+
+def printed(text: str, url: str = "") -> str:
+    """A text whose URLs have lost their credentials, and in which no credential of `url` stands by itself either."""
+    secrets = [secret for match in _WHOLE_URL.finditer(url) for secret in _without_credentials(match[1], match[2])[1]]
+    for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, HIDDEN)
+    return _URL_IN_TEXT.sub(lambda match: _without_credentials(match[1], match[2])[0], text)
+
+
+LONGEST_REPORT = 300
+"""How many characters of what a server or another package says stand in a message."""
+
+
+def reported(text: str, url: str = "") -> str:
+    """What a server or another package said, for a message: `printed`, in one line that a terminal only shows, and cut."""
+    line = " ".join(printed(text[: 10 * LONGEST_REPORT], url).split())
+    shown = "".join(each if each.isprintable() else HIDDEN[0] for each in line[:LONGEST_REPORT])
+    return shown if len(line) <= LONGEST_REPORT else f"{shown}..."
+
+
+def _without_credentials(scheme: str, rest: str) -> tuple[str, list[str]]:
+    """A URL without its credentials, and the credentials."""
+    place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    place, secrets = _without_user(scheme, place)
+    pieces = []
+    for piece in re.split(r"[&#]", query) if mark else []:
+        key, equals, value = piece.partition("=")
+        if value and key not in _PUBLIC_VALUES:
+            secrets.append(value)
+        elif piece and not equals:
+            secrets.append(piece)
+            key = HIDDEN
+        pieces.append(f"{key}{equals}{value if key in _PUBLIC_VALUES else HIDDEN if value else ''}")
+    return f"{scheme}://{place}{mark}{'&'.join(pieces)}", secrets
+
+
+def _without_user(scheme: str, place: str) -> tuple[str, list[str]]:
+    """The host and path. A password with "/" or "@" in it, which should be written %2F or %40, is hidden whole."""
+    server = place.partition("/")[0]
+    if "@" not in server and _HOST_AND_PORT.fullmatch(server):
+        return place, []
+    user_info, at, host = place.rpartition("@")
+    if not at:  # not host:port, and no "@" before the query: a password that has "?" or "#" in it
+        user_info, host = place, ""
+    user, colon, password = user_info.partition(":")
+    if scheme.startswith("postgresql"):  # the server's user is no secret, and errors are about it
+        return f"{user}{':' + HIDDEN if colon else ''}@{host}", [password] if password else []
+    return f"{HIDDEN}@{host}", [each for each in (user_info, user, password) if each]

@@ -19,8 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from overpaint.core.atomic import locked, make_folder, replacing, share
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import typed_path
-from overpaint.core.urls import printed_url
+from overpaint.core.names import printed_url, typed_path
 from overpaint.registry import models
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy.exc import DBAPIError
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed
+from overpaint.core.names import printed
 
 FULL = "the disk that holds {path} is full; free some space and run this again. Nothing was changed"
 READ_ONLY = "cannot write in {path}: it is read-only for this user; make it writable, or name another place"

@@ -20,7 +20,7 @@ from typing import Any
 
 from overpaint.core.atomic import locked, make_folder, replacing, sync
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed_url, reported
+from overpaint.core.names import printed_url, reported
 from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 
 

@@ -38,8 +38,7 @@ from overpaint.core import __version__
 from overpaint.core.asgi import OwnPages
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
-from overpaint.core.names import SEEDS, sought_name
-from overpaint.core.urls import printed
+from overpaint.core.names import SEEDS, printed, sought_name
 from overpaint.patches.live import BadPipeline, ForeignChange
 from overpaint.patches.patch import WrongBase
 from overpaint.registry.database import RegistryVersionError

@@ -20,8 +20,8 @@ import gradio as gr
 
 from overpaint.core.concepts import KINDS, Concept
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.names import printed
 from overpaint.core.reporting import Progress
-from overpaint.core.urls import printed
 from overpaint.evaluation.suites import SUITES
 from overpaint.patches.formats.dialects import READERS
 from overpaint.registry.records import HistoryRecord, PatchRecord, RecipeRecord

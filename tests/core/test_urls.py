@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import typed_path
-from overpaint.core.urls import printed, printed_url, reported
+from overpaint.core.names import printed, printed_url, reported, typed_path
 from overpaint.registry.store import open_files, place_store
 
 

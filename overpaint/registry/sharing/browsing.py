@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from overpaint.core.urls import without_file_scheme
+from overpaint.core.names import without_file_scheme
 from overpaint.registry.db_errors import plain_disk_errors
 from overpaint.registry.history import HistoriesDiverged, compare_histories
 from overpaint.registry.registry import Registry

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import reported
+from overpaint.core.names import reported
 from overpaint.registry.files import FileInfo, Unreachable, checked_parts, too_long
 from overpaint.registry.sharing.documents import Descriptor, members_of, read_document
 

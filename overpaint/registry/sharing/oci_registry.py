@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import OverpaintError
-from overpaint.core.urls import printed_url, reported
+from overpaint.core.names import printed_url, reported
 from overpaint.registry.files import FileInfo, Unreachable, too_long
 from overpaint.registry.sharing.documents import (
     INDEX,
