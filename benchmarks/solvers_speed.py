@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import arguments, save, show
-from overpaint.solvers.closed_form.edits import free_of, least_squares
-from overpaint.solvers.closed_form.rece import revived
+from overpaint.solvers.closed_form.edits import free_of, least_squares, revived
 
 WIDTH, LENGTH = 768, 77
 

@@ -1,4 +1,4 @@
-"""Solvers by name: one method per file, a problem in, a delta out.
+"""Solvers by name: a problem in, a delta out; a method is in one file with those that vary it.
 
 Installed packages add their own through the entry-point group `overpaint.solvers`: `NAME = "module:Class"` in their
 `pyproject.toml`. Listing solvers imports none of them, and no PyTorch.
@@ -23,16 +23,16 @@ GROUP = "overpaint.solvers"
 SOLVERS = {
     "separable": "overpaint.solvers.closed_form.separable:Separable",
     "uce": "overpaint.solvers.closed_form.uce:UCE",
-    "rece": "overpaint.solvers.closed_form.rece:RECE",
+    "rece": "overpaint.solvers.closed_form.uce:RECE",
     "nullspace": "overpaint.solvers.closed_form.nullspace:NullSpace",
     "mace": "overpaint.solvers.trained.mace:MACE",
     "sepme": "overpaint.solvers.trained.sepme:SepME",
     "few_shot": "overpaint.solvers.trained.few_shot:FewShot",
-    "few_shot_lora": "overpaint.solvers.trained.few_shot_lora:FewShotLoRA",
-    "surgical": "overpaint.solvers.trained.surgical:Surgical",
-    "esd": "overpaint.solvers.trained.esd:ESD",
+    "few_shot_lora": "overpaint.solvers.trained.few_shot:FewShotLoRA",
+    "surgical": "overpaint.solvers.trained.guidance:Surgical",
+    "esd": "overpaint.solvers.trained.guidance:ESD",
     "ablation": "overpaint.solvers.trained.ablation:Ablation",
-    "sdd": "overpaint.solvers.trained.sdd:SDD",
+    "sdd": "overpaint.solvers.trained.guidance:SDD",
     "spm": "overpaint.solvers.trained.spm:SPM",
 }
 """Every solver of this package: where its class is, by name."""

@@ -27,7 +27,7 @@ from overpaint.core.errors import OverpaintError
 from overpaint.solvers.closed_form.uce import UCE
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.solvers.sentences import keys_and_values
-from overpaint.solvers.trained.esd import ESD
+from overpaint.solvers.trained.guidance import ESD
 from tests.bases.tiny_transformers import PIPELINES, t5, tiny_transformer
 
 CAUGHT = sorted(layout.name for layout in layouts() if layout.is_caught)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 from overpaint.bases.base import Base
-from overpaint.solvers.trained.esd import ESD
+from overpaint.solvers.trained.guidance import ESD
 from overpaint.testing import SolverContract
 from tests.solvers.learning import WATCHED, names, solve
 

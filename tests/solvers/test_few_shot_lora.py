@@ -11,7 +11,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.delta import LowRank, Sum, TextMap
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.sentences import retained_prompts, training_prompts
-from overpaint.solvers.trained.few_shot_lora import FewShotLoRA
+from overpaint.solvers.trained.few_shot import FewShotLoRA
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAR, CAT, DOG, moved, solve
 

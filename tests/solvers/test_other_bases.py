@@ -22,10 +22,10 @@ from overpaint.patches.live import Overlay
 from overpaint.patches.patch import make_patch, uncovered_inputs
 from overpaint.solvers import solver_class
 from overpaint.solvers.closed_form.nullspace import NullSpace
-from overpaint.solvers.closed_form.rece import RECE
+from overpaint.solvers.closed_form.uce import RECE
 from overpaint.solvers.problem import EditProblem, Solver, Unsolvable
 from overpaint.solvers.trained.denoiser import Denoiser, FluxDenoiser
-from overpaint.solvers.trained.esd import ESD
+from overpaint.solvers.trained.guidance import ESD
 from overpaint.solvers.trained.mace import MACE
 from overpaint.solvers.trained.sepme import SepME
 from overpaint.solvers.trained.training import Trajectories, descend, from_folder, generator

@@ -8,7 +8,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
 from overpaint.solvers.closed_form.edits import KeyChoice, MapEdit, gram, projection_weights, recovered, revived
-from overpaint.solvers.closed_form.rece import RECE
+from overpaint.solvers.closed_form.uce import RECE
 from overpaint.solvers.problem import EditProblem
 from overpaint.testing import SolverContract
 

@@ -9,7 +9,7 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.patches.delta import Dense
-from overpaint.solvers.trained.sdd import SDD
+from overpaint.solvers.trained.guidance import SDD
 from overpaint.testing import SolverContract
 from tests.solvers.learning import WATCHED, apart, solve
 

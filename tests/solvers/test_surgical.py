@@ -8,7 +8,7 @@ from typing import Any
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.solvers.trained.adapters import UNET
-from overpaint.solvers.trained.surgical import Surgical
+from overpaint.solvers.trained.guidance import Surgical
 from overpaint.testing import SolverContract
 from tests.solvers.learning import CAT, WATCHED, predictions, solve
 

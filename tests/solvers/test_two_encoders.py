@@ -12,8 +12,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank, TextMap
 from overpaint.solvers.closed_form.nullspace import NullSpace
-from overpaint.solvers.closed_form.rece import RECE
-from overpaint.solvers.closed_form.uce import UCE
+from overpaint.solvers.closed_form.uce import RECE, UCE
 from overpaint.solvers.problem import EditProblem, Solver
 from tests.bases.tiny_xl import tiny_xl_base
 

@@ -16,7 +16,7 @@ the same problem with farther targets (`favouring`), so that terms still add up 
 every subset. With a `reach` above 1 these targets are reached on average, so that keys go past their own: styles do, of which
 every word of a sentence carries a part.
 
-`harden` adds rounds as in RECE (`rece.py`): the embeddings c' that reproduce K_i best through the edited projections become
+`harden` adds rounds as in RECE (`uce.py`): the embeddings c' that reproduce K_i best through the edited projections become
 further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
 solution as nearly as c' of one concept is none of another's keys.
 """
