@@ -14,11 +14,10 @@ import click
 
 from overpaint import core
 from overpaint.commands.bases import base
-from overpaint.commands.certifying import certify, verify_certificate
 from overpaint.commands.checkpoints import build, demo, generate, inspect
 from overpaint.commands.common import default_registry
 from overpaint.commands.concepts import concept
-from overpaint.commands.evaluating import crosstalk, evaluate, report
+from overpaint.commands.evaluating import certify, crosstalk, evaluate, report, verify_certificate
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe, undo
 from overpaint.commands.searching import search, tag
