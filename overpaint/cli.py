@@ -13,10 +13,9 @@ from typing import Any
 import click
 
 from overpaint import core
-from overpaint.commands.bases import base
-from overpaint.commands.checkpoints import build, demo, generate, inspect
+from overpaint.commands.beginning import base, concept, demo, init
+from overpaint.commands.checkpoints import build, generate, inspect
 from overpaint.commands.common import default_registry
-from overpaint.commands.concepts import concept
 from overpaint.commands.evaluating import certify, crosstalk, evaluate, report, verify_certificate
 from overpaint.commands.patches import patch
 from overpaint.commands.recipes import recipe, undo
@@ -24,7 +23,7 @@ from overpaint.commands.searching import search, tag
 from overpaint.commands.serving import serve, token, ui
 from overpaint.commands.sharing import export_, import_, key, pull, push
 from overpaint.commands.solving import solve, solvers
-from overpaint.commands.upkeep import db, gc, init, verify
+from overpaint.commands.upkeep import db, gc, verify
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import printed
 

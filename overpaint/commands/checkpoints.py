@@ -1,9 +1,7 @@
-"""What recipes become: `build` a checkpoint, `generate` pictures, `inspect` a file; and the `demo` of all of it."""
+"""What recipes become: `build` a checkpoint, `generate` pictures, `inspect` a file."""
 
 from __future__ import annotations
 
-import itertools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +12,8 @@ from overpaint.commands.common import (
     RECIPE,
     LocalPath,
     Terminal,
-    choose_threads,
     device_option,
     digests_option,
-    interruptible,
     json_option,
     open_workspace,
     recipe_option,
@@ -123,51 +119,6 @@ def generate(
             progress=terminal.progress,
         )
     click.echo(str(out))
-
-
-@click.command()
-@click.option(
-    "-o",
-    "--out",
-    type=LocalPath(file_okay=False),
-    help="A new folder; default: overpaint-demo, or the first free overpaint-demo-N.",
-)
-@click.option("--quick", is_flag=True, help="A fifth of the pictures; for a first look.")
-def demo(out: Path | None, quick: bool) -> None:
-    """Try it all on the embedded base, in some minutes.
-
-    Erases seven concepts, puts two back, builds a checkpoint, judges everything and writes a report. The exit code is 1
-    when a check does not hold.
-
-    \b
-    Example:
-      overpaint demo --quick -o a-first-look
-    """
-    from overpaint.workspace.demo import run
-
-    folder = out or _free_folder()
-    with (
-        Terminal() as terminal,
-        interruptible(
-            terminal, lambda: f"what was written to {folder} is removed again; start again with `overpaint demo`"
-        ),
-    ):
-        findings = run(folder, quick=quick, progress=terminal.progress, on_base=choose_threads)
-    columns, rows = findings.concept_table()
-    show_table("Judge's accuracy on the concept, held-out prompts", columns, rows, False)
-    checks = [[check.what, check.value, check.bar, check.holds] for check in findings.checks]
-    show_table("Checks", ["what", "measured", "bar", "holds"], checks, False)
-    click.echo(
-        f"{findings.prepare_seconds:.1f} s once to encode the vocabulary and the concepts, then the seconds above for each"
-    )
-    click.echo(f"{findings.seconds:.0f} s. Report: {folder / 'report.html'}; checkpoint: {folder / 'checkpoint'}")
-    if not findings.hold:
-        sys.exit(1)
-
-
-def _free_folder() -> Path:
-    names = itertools.chain(["overpaint-demo"], (f"overpaint-demo-{n}" for n in itertools.count(2)))
-    return next(Path(name) for name in names if not Path(name).exists())
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The upkeep of a registry: `init`, `verify`, `gc`, and `db` for its database."""
+"""The upkeep of a registry: `verify`, `gc`, and `db` for its database."""
 
 from __future__ import annotations
 
@@ -15,26 +15,6 @@ from overpaint.commands.common import (
     open_workspace,
     show_table,
 )
-
-
-@click.command()
-@click.option("--blobs", metavar="URL", help="Keep the bytes of patches there instead of in the registry's folder.")
-@click.pass_context
-def init(ctx: click.Context, blobs: str | None) -> None:
-    """Make a registry.
-
-    \b
-    Example:
-      overpaint init
-      overpaint init --blobs s3://bucket/patches
-    """
-    folder = open_workspace(ctx, create=True).registry.folder
-    if blobs is not None:
-        from overpaint.registry.store import place_store
-
-        place_store(folder, blobs)
-    click.echo(f"registry at {folder}")
-
 
 resume_option = click.option("--resume", is_flag=True, help="Go on where one that was stopped left off.")
 
