@@ -21,8 +21,7 @@ from overpaint.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from overpaint.registry.sharing.browsing import Listed
-    from overpaint.registry.sharing.ingest import Received
+    from overpaint.registry.sharing.ingest import Listed, Received
     from overpaint.registry.sharing.sending import Sent
 
 
@@ -294,7 +293,7 @@ def _show_received(done: Received, digests: bool, as_json: bool, no_verify: bool
 
 def show_listed(listed: Sequence[Listed], digests: bool, as_json: bool) -> None:
     """What a shared place has, and in one sentence what a pull of it would do."""
-    from overpaint.registry.sharing.browsing import would_change
+    from overpaint.registry.sharing.ingest import would_change
 
     rows = [
         [e.what, e.name, e.id, e.base, e.solver, e.kind, e.nbytes, ", ".join(e.signed_by) or None, e.state]

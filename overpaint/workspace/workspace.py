@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from overpaint.evaluation.crosstalk import Crosstalk
     from overpaint.patches.formats.exporting import Exported
     from overpaint.patches.formats.importing import Meaning
-    from overpaint.registry.sharing.browsing import Listed
     from overpaint.registry.sharing.hub import Beside
-    from overpaint.registry.sharing.ingest import Received
+    from overpaint.registry.sharing.ingest import Listed, Received
     from overpaint.registry.sharing.sending import Sent
     from overpaint.registry.upkeep import Verified
     from overpaint.workspace.derived_patches import Compressed, DecoupledPatch
@@ -605,8 +604,7 @@ class Workspace(OpenRegistry):
         list for the bases here. `strict` raises all that `pull` would raise before it takes anything; otherwise only what
         contradicts itself or is not signed as `trust` asks is refused.
         """
-        from overpaint.registry.sharing.browsing import browse
-        from overpaint.registry.sharing.ingest import PullRequest
+        from overpaint.registry.sharing.ingest import PullRequest, browse
         from overpaint.registry.sharing.signing import load_keyring
 
         trusted = None if trust is None else load_keyring(trust)

@@ -8,8 +8,7 @@ import pytest
 
 from overpaint.registry import Registry
 from overpaint.registry.history import HistoriesDiverged
-from overpaint.registry.sharing.browsing import Listed, browse, would_change
-from overpaint.registry.sharing.ingest import BadFileKind, MissingBase, PullRequest, pull
+from overpaint.registry.sharing.ingest import BadFileKind, Listed, MissingBase, PullRequest, browse, pull, would_change
 from overpaint.registry.sharing.sending import export, push
 from overpaint.registry.sharing.signing import SEEN, Untrusted, key_id, load_keyring, load_signer, new_key
 from tests.registry.contents import lay

@@ -17,9 +17,8 @@ from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.registry import Registry
 from overpaint.registry.files import Unreachable
 from overpaint.registry.sharing import oci_registry
-from overpaint.registry.sharing.browsing import browse
 from overpaint.registry.sharing.documents import INDEX, MANIFEST, PATCH, BadLayout, base_document
-from overpaint.registry.sharing.ingest import PullRequest, pull
+from overpaint.registry.sharing.ingest import PullRequest, browse, pull
 from overpaint.registry.sharing.layout import OciLayout
 from overpaint.registry.sharing.oci_registry import RegistryFiles
 from overpaint.registry.sharing.sending import push
