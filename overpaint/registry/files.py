@@ -21,7 +21,7 @@ from typing import Any
 from overpaint.core.atomic import locked, make_folder, replacing, sync
 from overpaint.core.errors import OverpaintError
 from overpaint.core.names import printed_url, reported
-from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
+from overpaint.registry.database import plain_database_errors, plain_disk_errors
 
 
 class BadFile(OverpaintError):

@@ -30,7 +30,6 @@ from sqlalchemy.types import TypeDecorator
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.registry.db_errors import Damaged
 
 HEAD = "0005"
 """The revision this program reads and writes. A constant, so that opening a registry need not import Alembic."""
@@ -48,6 +47,10 @@ NAMING = {
 def now() -> datetime:
     """This moment, in UTC."""
     return datetime.now(timezone.utc)
+
+
+class Damaged(OverpaintError):
+    """A database that another program has changed."""
 
 
 class DamagedRow(Damaged):

@@ -26,8 +26,9 @@ from overpaint.registry.database import (
     copy_database,
     database_at,
     free_name,
+    plain_database_errors,
+    plain_disk_errors,
 )
-from overpaint.registry.db_errors import plain_database_errors, plain_disk_errors
 
 if TYPE_CHECKING:
     from alembic.config import Config

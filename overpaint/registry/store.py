@@ -22,7 +22,7 @@ from overpaint.core.atomic import replacing
 from overpaint.core.encoding import BYTES, DTYPE_NAMES, KEY, canonical_json, header_bytes, header_length, tensor_label
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.core.names import URL, has_credentials, typed_path, without_file_scheme
-from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.database import plain_disk_errors
 from overpaint.registry.files import TEMPORARY, FileInfo, Files, FolderFiles, RemoteFiles
 
 DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -36,7 +36,6 @@ from sqlalchemy.types import NullType
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress, silent
 from overpaint.registry import models, queries
-from overpaint.registry.db_errors import Damaged
 from overpaint.registry.files import FileInfo
 from overpaint.registry.history import entries_at, entries_now, revisions_of
 from overpaint.registry.records import EvaluationRecord, PatchRecord
@@ -209,7 +208,7 @@ def row_problems(registry: Registry) -> list[str]:
                 # What search texts are made of; while it is wrong, nothing can be said of them.
                 sources = [*_concepts(session), *_settings(session)]
                 problems += [*sources, *_recipes(session), *([] if sources else _searches(session))]
-    except Damaged as error:
+    except models.Damaged as error:
         problems.append(str(error))
     return problems
 
@@ -355,7 +354,7 @@ def verify(registry: Registry, *, resume: bool = False, progress: Progress = sil
     problems = [Problem("database", None, None, None, text) for text in row_problems(registry)]
     with ledger(registry.folder / VERIFY_LEDGER, resume=resume) as book:
         check = _Check(PatchFiles(registry.blobs), book)
-        with suppress(Damaged):  # which is among the problems by now; the blobs can be read all the same
+        with suppress(models.Damaged):  # which is among the problems by now; the blobs can be read all the same
             done, of = book.totals()[0], registry.count_patches()
             for step, row in enumerate(patch_rows(registry, book.last), done + 1):
                 progress(step, max(step, of), f"patch {row.id[:12]} ({row.concept})")

@@ -21,7 +21,7 @@ from overpaint.core.encoding import header_length
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import checked_json, checked_name, checked_note, without_file_scheme
 from overpaint.core.reporting import Progress, silent
-from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.database import plain_disk_errors
 from overpaint.registry.history import HistoriesDiverged, MergeOutcome, compare_histories
 from overpaint.registry.registry import Registry
 from overpaint.registry.sharing.documents import (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from overpaint.core.encoding import canonical_json
 from overpaint.core.errors import AlreadyExists, NotFound, OverpaintError
 from overpaint.core.names import typed_path
-from overpaint.registry.db_errors import plain_disk_errors
+from overpaint.registry.database import plain_disk_errors
 from overpaint.registry.files import FolderFiles
 from overpaint.registry.sharing.documents import (
     COUNTER,
