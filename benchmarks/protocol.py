@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from overpaint.bases.base import Base
 from overpaint.bases.embedded import Scene, article, catalogue
 from overpaint.core.concepts import Concept
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import NotFound
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.prompts import (
     OBJECT,
     STYLE,

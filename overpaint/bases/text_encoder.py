@@ -23,9 +23,8 @@ from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextIn
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.packing import PackedPrompts, Prefix, PrefixStates, attending
 from overpaint.bases.pipelines import check_tokenizer, loading
-from overpaint.core.encoding import json_digest
+from overpaint.core.encoding import evenly_spaced, json_digest
 from overpaint.core.errors import OverpaintError
-from overpaint.core.sampling import evenly_spaced
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -1,8 +1,10 @@
-"""Content as bytes, written one way: canonical JSON and digests over it, and the header of a safetensors file.
+"""What comes out the same everywhere: canonical JSON, digests over it, the header of a safetensors file, samples of many things.
 
 A safetensors file is eight bytes with the header's length, the header (JSON: each tensor's dtype, shape and place, and a map
 of texts as metadata), and the tensors (https://github.com/huggingface/safetensors). A header is read only where every byte of
 the file belongs to one tensor. No PyTorch is needed here.
+
+Samples are taken by place (`evenly_spaced`), or in an order without any pattern (`by_digest`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 KEY = "overpaint"
 """Under which name a header's metadata holds a patch's manifest or a build's record."""
@@ -150,3 +152,17 @@ def _entry(key: str, value: Any, data_start: int) -> TensorEntry:
     if end - begin != math.prod(shape) * BYTES[code]:
         raise BadHeader(f"{key[:80]!r} has {end - begin} bytes, which its dtype and shape contradict")
     return TensorEntry(code, tuple(shape), data_start + begin, end - begin)
+
+
+Item = TypeVar("Item")
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, or all where there are fewer, spread evenly from the first on."""
+    wanted = min(count, len(items))
+    return [items[i * len(items) // wanted] for i in range(wanted)]
+
+
+def by_digest(words: Iterable[str]) -> list[str]:
+    """Words in the order of their digests: one that is the same everywhere, and of which any beginning is a sample."""
+    return sorted(words, key=lambda word: hashlib.sha256(word.encode()).digest())

@@ -39,9 +39,8 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
-from overpaint.core.encoding import json_digest
+from overpaint.core.encoding import evenly_spaced, json_digest
 from overpaint.core.errors import NotFound
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.metrics import Measurement, differences, rank_correlation
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt

@@ -29,8 +29,7 @@ from torch import Tensor
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
-from overpaint.core.encoding import json_digest
-from overpaint.core.sampling import by_digest, evenly_spaced
+from overpaint.core.encoding import by_digest, evenly_spaced, json_digest
 from overpaint.solvers.problem import EditProblem
 
 PADDING = 4.0

@@ -31,10 +31,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
 from overpaint.bases.text_encoder import AnyTextEncoder
 from overpaint.core.atomic import make_folder, replacing, share
-from overpaint.core.encoding import canonical_json, json_digest
+from overpaint.core.encoding import by_digest, canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress
-from overpaint.core.sampling import by_digest
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, neutral_sentences
 
 FORMAT, KEY = 1, "overpaint-vocabulary"

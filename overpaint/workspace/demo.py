@@ -19,9 +19,9 @@ from overpaint.bases.base import Base
 from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import AlreadyExists
 from overpaint.core.reporting import Progress, silent
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.images import generate
 from overpaint.evaluation.metrics import Measurement, verdict

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from overpaint.bases.loading import resolve_device
 from overpaint.core.atomic import require_parent, write_over
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import AlreadyExists, OverpaintError
 from overpaint.core.reporting import Progress, html_table, silent
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, CHANGE, DISTANCE, ON_BASE, SHARE, WRONG, EvaluatedPatch
 from overpaint.evaluation.images import ImageGenerator, Sampler
 from overpaint.evaluation.metrics import Measurement, verdict

@@ -17,9 +17,8 @@ from in_toto_attestation.v1.statement import Statement
 
 from overpaint.certificates.checking import Verification, check_certificate, producer, run_again, signed_lines
 from overpaint.certificates.statement import REPORT, TESTS, BadCertificate
-from overpaint.core.encoding import canonical_json
+from overpaint.core.encoding import canonical_json, evenly_spaced
 from overpaint.core.errors import OverpaintError
-from overpaint.core.sampling import evenly_spaced
 from overpaint.registry.history import today
 from overpaint.registry.records import ResultRecord
 from overpaint.registry.sharing.signing import load_keyring, load_signer, new_key

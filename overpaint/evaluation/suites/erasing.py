@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import OverpaintError
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import (
     ACCURACY,
     CHANGE,

@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from overpaint.core.concepts import Concept
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import OverpaintError
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, ON_BASE, EvalContext
 from overpaint.evaluation.images import ImageGenerator, Pixels, generate
 from overpaint.evaluation.metrics import Measurement, average, mean

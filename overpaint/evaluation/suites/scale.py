@@ -20,8 +20,8 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
+from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import OverpaintError
-from overpaint.core.sampling import evenly_spaced
 from overpaint.evaluation.context import ACCURACY, EvalContext, changed_tensors, differing_tensors
 from overpaint.evaluation.metrics import Measurement, h_composed, measured
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt

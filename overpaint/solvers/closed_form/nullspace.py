@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
-from overpaint.core.sampling import evenly_spaced
+from overpaint.core.encoding import evenly_spaced
 from overpaint.patches.arithmetic import above_rounding
 from overpaint.patches.delta import LowRank
 from overpaint.solvers.closed_form.edits import (

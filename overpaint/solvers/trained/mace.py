@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from overpaint.bases.layout import Layout
 from overpaint.bases.text_encoder import PipelineTextInput, TextEncoder
-from overpaint.core.sampling import evenly_spaced
+from overpaint.core.encoding import evenly_spaced
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import (
     ALL,

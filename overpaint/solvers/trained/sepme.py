@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from overpaint.bases.base import Base
 from overpaint.bases.layout import Layout
 from overpaint.core.concepts import Concept
-from overpaint.core.sampling import evenly_spaced
+from overpaint.core.encoding import evenly_spaced
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
