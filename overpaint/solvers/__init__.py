@@ -31,7 +31,7 @@ SOLVERS = {
     "few_shot_lora": "overpaint.solvers.trained.few_shot:FewShotLoRA",
     "surgical": "overpaint.solvers.trained.guidance:Surgical",
     "esd": "overpaint.solvers.trained.guidance:ESD",
-    "ablation": "overpaint.solvers.trained.ablation:Ablation",
+    "ablation": "overpaint.solvers.trained.guidance:Ablation",
     "sdd": "overpaint.solvers.trained.guidance:SDD",
     "spm": "overpaint.solvers.trained.spm:SPM",
 }

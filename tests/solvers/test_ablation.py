@@ -9,8 +9,8 @@ import pytest
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
-from overpaint.solvers.trained.ablation import Ablation
 from overpaint.solvers.trained.adapters import ATTENTION, KEYS_AND_VALUES, UNET
+from overpaint.solvers.trained.guidance import Ablation
 from overpaint.testing import SolverContract
 from tests.solvers.learning import WATCHED, apart, names, solve
 
