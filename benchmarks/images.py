@@ -10,11 +10,10 @@ import torch
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.core.executors import available_cores
 from overpaint.evaluation.images import Sampler, generate
-from overpaint.evaluation.prompts import object_scenes
+from overpaint.evaluation.prompts import catalogue, object_scenes
 
 BAR = 240.0
 """Seconds for 1,000 pictures of 20 steps on two cores."""

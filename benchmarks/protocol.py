@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import Scene, article, catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import NotFound
@@ -24,6 +23,9 @@ from overpaint.evaluation.prompts import (
     STYLE,
     CatalogueScene,
     EvalPrompt,
+    Scene,
+    article,
+    catalogue,
     object_scenes,
     style_scenes,
 )

@@ -16,9 +16,9 @@ import torch
 
 import overpaint
 from benchmarks import tables
-from overpaint.bases.embedded import catalogue
 from overpaint.core.executors import Piece, Resources, open_executor
 from overpaint.core.reporting import Progress
+from overpaint.evaluation.prompts import catalogue
 
 EMPTY = 200
 

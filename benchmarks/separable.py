@@ -17,10 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.core.concepts import Concept
+from overpaint.evaluation.prompts import catalogue
 from overpaint.patches.patch import make_patch
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem, settings_of

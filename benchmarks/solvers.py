@@ -30,13 +30,12 @@ from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import ASKED_BASE, OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import Judge, open_judge
-from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, catalogue
 from overpaint.patches.compose import Term
 from overpaint.patches.patch import Patch
 from overpaint.solvers import SOLVERS, solver_class

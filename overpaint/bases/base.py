@@ -21,7 +21,6 @@ from overpaint.bases.checkpoint import (
     open_single_file,
     read_tensors,
 )
-from overpaint.bases.embedded import EMBEDDED_BASES
 from overpaint.bases.hub import HubId, cached, snapshot
 from overpaint.bases.layout import Layout, SingleFile, TextInput, UnknownLayout, read_extras, read_index
 from overpaint.bases.loading import own_torch_settings
@@ -34,7 +33,11 @@ from overpaint.core.executors import machine_name
 from overpaint.core.names import typed_path
 from overpaint.core.reporting import Progress, silent
 
-__all__ = ["Base", "BrokenBase", "TensorLocation"]
+__all__ = ["EMBEDDED_BASES", "EMOJI", "Base", "BrokenBase", "TensorLocation"]
+
+EMOJI = Path(__file__).parent / "emoji" / "model"
+EMBEDDED_BASES = {"emoji": EMOJI, "emoji-dit": Path(__file__).parent / "emoji-dit"}
+"""A small Stable Diffusion, and a small Stable Diffusion 3, a diffusion transformer."""
 
 
 class Unchangeable(OverpaintError):

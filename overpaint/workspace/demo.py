@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import quiet_loading, resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import evenly_spaced
@@ -25,7 +24,7 @@ from overpaint.core.reporting import Progress, silent
 from overpaint.evaluation.context import ACCURACY, SHARE, EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.images import generate
 from overpaint.evaluation.metrics import Measurement, verdict
-from overpaint.evaluation.prompts import OBJECT, EvalPrompt
+from overpaint.evaluation.prompts import OBJECT, EvalPrompt, catalogue
 from overpaint.evaluation.report_page import (
     Picture,
     PictureRow,

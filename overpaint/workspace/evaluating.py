@@ -12,7 +12,6 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.bases.loading import own_torch_settings, resolve_device
 from overpaint.core import __version__
 from overpaint.core.atomic import require_parent
@@ -25,7 +24,7 @@ from overpaint.evaluation.context import EvalContext, EvaluatedPatch
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Pixels, Sampler, preferred_guidance
 from overpaint.evaluation.judges import open_judge
 from overpaint.evaluation.metrics import plain_words
-from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, read_prompts
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, PromptSet, catalogue, read_prompts
 from overpaint.evaluation.report_page import labelled_grid
 from overpaint.evaluation.suites import Suite, configured
 from overpaint.patches.compose import Term

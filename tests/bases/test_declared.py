@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from overpaint.bases.embedded import EMBEDDED_BASES, catalogue
+from overpaint.bases.base import EMBEDDED_BASES
 from overpaint.bases.layout import read_extras
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.images import Sampler
 from overpaint.evaluation.judges import load_judge
+from overpaint.evaluation.prompts import catalogue
 
 FOLDER = EMBEDDED_BASES["emoji-dit"]
 

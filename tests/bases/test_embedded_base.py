@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overpaint.bases.base import Base
-from overpaint.bases.embedded import EMOJI, Scene, catalogue
+from overpaint.bases.base import EMOJI, Base
 from overpaint.bases.text_encoder import TextEncoder
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import load_judge
+from overpaint.evaluation.prompts import Scene, catalogue
 
 
 @pytest.fixture(scope="module")

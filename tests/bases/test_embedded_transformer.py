@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from overpaint.bases.base import Base
-from overpaint.bases.embedded import EMBEDDED_BASES, catalogue
+from overpaint.bases.base import EMBEDDED_BASES, Base
 from overpaint.bases.text_encoder import PipelineTextInput, text_sources
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge, load_judge
-from overpaint.evaluation.prompts import EmojiPrompts
+from overpaint.evaluation.prompts import EmojiPrompts, catalogue
 from overpaint.patches.compose import Term
 from overpaint.patches.live import Overlay
 from overpaint.patches.patch import uncovered_inputs

@@ -21,7 +21,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from overpaint.bases.embedded import EMOJI
+from overpaint.bases.base import EMOJI
 from overpaint.cli import main
 from overpaint.testing import tiny_pipeline
 from overpaint.workspace.opened import OpenRegistry

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from overpaint.bases.embedded import catalogue
 from overpaint.evaluation.judges import JudgeNetwork
+from overpaint.evaluation.prompts import catalogue
 from overpaint.workspace.workspace import Workspace
 
 from .pages import evaluated

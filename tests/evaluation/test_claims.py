@@ -15,10 +15,10 @@ from benchmarks.protocol import SEEN, Counts, chosen, questions
 from benchmarks.solvers import Asked
 from benchmarks.solvers_page import solvers_page
 from benchmarks.until import Stop
-from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.metrics import Measurement
+from overpaint.evaluation.prompts import catalogue
 
 
 def picture(colour: int = 200) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation import judges
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import Judge, JudgeNetwork, open_judge
-from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, read_prompts
+from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, ListedPrompts, catalogue, read_prompts
 
 CPU = torch.device("cpu")
 WORLD = ListedPrompts([Concept("cat", "object", ("kitty",)), Concept("ink", "style")])

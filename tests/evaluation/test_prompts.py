@@ -4,9 +4,8 @@ from collections import Counter
 
 import pytest
 
-from overpaint.bases.embedded import catalogue
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.evaluation.prompts import object_scenes, style_scenes
+from overpaint.evaluation.prompts import catalogue, object_scenes, style_scenes
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -43,11 +43,10 @@ from benchmarks.rates import Base as Drawn
 from benchmarks.rates import gap, pooled, rate, share
 from benchmarks.solvers_page import short_rows, solvers_page
 from overpaint.bases.base import Base
-from overpaint.bases.embedded import catalogue
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
 from overpaint.evaluation.metrics import Measurement
-from overpaint.evaluation.prompts import OBJECT, STYLE, EmojiPrompts, EvalPrompt
+from overpaint.evaluation.prompts import OBJECT, STYLE, EmojiPrompts, EvalPrompt, catalogue
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import Solution

@@ -10,8 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from overpaint.bases.base import Base
-from overpaint.bases.embedded import EMOJI
+from overpaint.bases.base import EMOJI, Base
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.crosstalk import crosstalk
 from overpaint.evaluation.images import Sampler, generate

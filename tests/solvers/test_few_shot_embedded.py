@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overpaint.bases.base import Base
-from overpaint.bases.embedded import EMOJI
+from overpaint.bases.base import EMOJI, Base
 from overpaint.core.concepts import Concept
 from overpaint.evaluation.images import Sampler, generate
 from overpaint.evaluation.judges import EmbeddedJudge

@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from overpaint.bases.embedded import EMOJI, Scene
-from overpaint.bases.embedded import Catalogue as Words
-from overpaint.bases.embedded import catalogue as words_of
+from overpaint.bases.base import EMOJI
+from overpaint.evaluation.prompts import Catalogue as Words
+from overpaint.evaluation.prompts import Scene
+from overpaint.evaluation.prompts import catalogue as words_of
 
 Colour: TypeAlias = tuple[int, int, int]
 
