@@ -73,8 +73,8 @@ def serve(
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise OverpaintError(f"serving needs {', '.join(missing)}; run `pip install 'overpaint[serve]'`")
+    from overpaint.serving import check, run
     from overpaint.serving.access import ServeOptions
-    from overpaint.serving.running import check, run
 
     options = ServeOptions(
         str(ctx.obj),

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from overpaint.registry import history, models
-from overpaint.serving import drawing
+from overpaint.serving import check, drawing
 from overpaint.serving.access import RateLimiter, TooMany
-from overpaint.serving.running import check
 from overpaint.workspace.workspace import Workspace
 from tests.serving.conftest import Client, Serve, as_role, texts
 
