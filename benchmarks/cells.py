@@ -2,6 +2,11 @@
 
 A file is there whole or not at all, so that a run may be killed, continued and shared between processes. What is kept
 does not know when a solver's code has changed; remove the folder then.
+
+What is missing are jobs, which `carried_out` does here or on a Ray cluster (`--on`). There, the process that was started
+writes the files alone: a worker gets the kept patches that its job needs, and sends back its numbers and the patches it solved.
+Workers import this package from a checkout at the same place, and keep pictures on their own machine in a work folder of the
+same path.
 """
 
 from __future__ import annotations
@@ -9,16 +14,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor, InProcess, Piece, Resources, open_executor
+from overpaint.core.reporting import Progress
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.solvers.problem import Solution
@@ -26,6 +36,8 @@ from overpaint.solvers.problem import Solution
 BASE = "(base)"
 """The solver of cells that show the base alone."""
 Item = TypeVar("Item")
+Origin = tuple[Concept, Mapping[str, Any]]
+"""What a kept patch follows from: its concept, and the solver with its settings, its seed and its universe."""
 
 
 class Verdict(NamedTuple):
@@ -101,6 +113,8 @@ class Patches:
 
     def __init__(self, folder: Path, base: Base) -> None:
         self.folder, self.base = folder, base
+        self.used = list[Origin]()
+        """Origins of the patches that were asked for."""
 
     def has(self, concept: Concept, origin: Mapping[str, Any]) -> bool:
         """Whether the patch of a concept and an origin (solver, settings, seed, universe) is kept."""
@@ -110,6 +124,7 @@ class Patches:
         self, concept: Concept, origin: Mapping[str, Any], solve: Callable[[], tuple[Solution, float, float]]
     ) -> tuple[Patch, Costs]:
         """A kept patch with its costs; or what `solve` finds, with its seconds and megabytes, kept from now on."""
+        self.used.append((concept, origin))
         place = self._place(concept, origin)
         about = place.with_suffix(".json")
         if self.has(concept, origin):
@@ -122,6 +137,17 @@ class Patches:
         write(place, patch.blob)
         write(about, json.dumps(asdict(costs), ensure_ascii=False).encode())
         return patch, costs
+
+    def files(self, origins: Iterable[Origin]) -> dict[str, bytes]:
+        """The files of those patches that are kept, by name; the patch comes before its costs."""
+        places = [self._place(*origin) for origin in origins if self.has(*origin)]
+        return {file.name: file.read_bytes() for place in places for file in (place, place.with_suffix(".json"))}
+
+    def take(self, files: Mapping[str, bytes]) -> None:
+        """Keep the patches of another work folder."""
+        for name, content in files.items():
+            if not (self.folder / name).is_file():
+                write(self.folder / name, content)
 
     def _place(self, concept: Concept, origin: Mapping[str, Any]) -> Path:
         key = json_digest([self.base.fingerprint, concept.as_json(), dict(origin)])
@@ -153,15 +179,23 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of the clock after which nothing new is begun; 0 is no end. Counts from when it is made."""
+    """Seconds of the clock after which nothing new is begun; 0 is no end. Counts from when it is made.
+
+    By the time of day, which other machines know, too.
+    """
 
     seconds: float = 0.0
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, where there is an end."""
+        return self.seconds - (time.time() - self.began)
 
     @property
     def is_spent(self) -> bool:
         """Whether the time is over."""
-        return bool(self.seconds) and time.monotonic() - self.began >= self.seconds
+        return bool(self.seconds) and self.left <= 0
 
     def check(self) -> None:
         """Raise BudgetSpent when the time is over."""
@@ -174,6 +208,125 @@ NO_END = Budget()
 
 class BudgetSpent(OverpaintError):
     """A benchmark's time is over; what it has done is kept."""
+
+
+class BenchReference(Protocol):
+    """A bench (a base with its judge, kept patches and pictures), which each process opens once."""
+
+    def open(self) -> Any:
+        """The bench of this process; it has `patches` and a `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is missing: `call(bench, *arguments)`, an importable function; `needs` says which kept patches it may read.
+
+    `name` says what it is, to people.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    needs: tuple[Origin, ...] = ()
+
+
+class NeededPatches:
+    """The kept patches that a job needs. Their files are read when the job is sent to a worker, and travel with it."""
+
+    def __init__(self, bench: BenchReference, origins: Sequence[Origin]) -> None:
+        self._bench, self._origins = bench, origins
+        self.files: dict[str, bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self._bench.open().patches.files(self._origins)}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job found, the seconds it took, and the files of patches that its worker solved."""
+
+    value: Any
+    seconds: float
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def do_job(
+    bench: BenchReference,
+    call: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    needed: NeededPatches,
+    budget: Budget,
+    progress: Progress,
+) -> Done | None:
+    """Do a job in whichever process; None where the time was over before its end."""
+    try:
+        budget.check()
+        opened = bench.open()
+        if needed.files is not None:
+            opened.patches.take(needed.files)
+            opened.patches.used.clear()
+        started = time.monotonic()
+        value = call(opened, *arguments)
+    except BudgetSpent:
+        return None
+    seconds = time.monotonic() - started
+    if needed.files is None:
+        return Done(value, seconds)
+    files = opened.patches.files(opened.patches.used)
+    return Done(value, seconds, {name: content for name, content in files.items() if name not in needed.files})
+
+
+def carried_out(
+    bench: BenchReference, jobs: Sequence[Job], executor: Executor | None = None, budget: Budget = NO_END
+) -> Iterator[tuple[int, Any, str]]:
+    """The place of each job, as it is done, with what it found or why it failed; each is said on standard error.
+
+    Patches that a worker solved are kept here before what it found is given. Raises BudgetSpent when there is more to do than
+    time, and OverpaintError where the executor can do nothing.
+    """
+    if not jobs:
+        return
+    opened, is_left, count = bench.open(), False, 0
+    pieces = [
+        Piece(job.name, do_job, (job.call, job.arguments, NeededPatches(bench, job.needs), budget)) for job in jobs
+    ]
+    needs = Resources(gpus=float(opened.device.type == "cuda"))
+    with closing((executor or InProcess()).results(pieces, bench, needs, _say)) as results:
+        for result in results:
+            done: Done | None = result.value
+            if done is None and not result.error:
+                is_left = True
+                continue
+            count += 1
+            _say(count, len(jobs), f"{jobs[result.index].name}: {f'{done.seconds:.0f} s' if done else result.error}")
+            if done and done.files:
+                opened.patches.take(done.files)
+            yield result.index, done and done.value, result.error
+    if is_left:
+        budget.check()
+
+
+def _say(step: int, of: int, text: str) -> None:
+    print(f"{step}/{of} {text}" if step else text, file=sys.stderr, flush=True)
+
+
+def add_on_option(parser: ArgumentParser) -> None:
+    """Add `--on`, which says where jobs are done."""
+    parser.add_argument("--on", default="", metavar="ray|ray://HOST:PORT", help="a Ray cluster; empty: this process")
+
+
+@contextmanager
+def working_on(on: str) -> Iterator[Executor]:
+    """The executor of `--on` for a block, whose end it is that a budget is spent; any other refusal ends the program in its
+    sentence."""
+    try:
+        with closing(open_executor(on)) as executor:
+            yield executor
+    except BudgetSpent as error:
+        print(error, file=sys.stderr)
+    except OverpaintError as error:
+        raise SystemExit(str(error)) from None
 
 
 def write(place: Path, content: bytes) -> None:

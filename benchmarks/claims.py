@@ -11,16 +11,16 @@ erased one after the other, each by an increment that is told of those before it
 names alone, and nothing of what earlier increments do to a name that comes later. So before its own increment each concept is
 judged under all earlier ones, and after it all of them are judged again.
 
-Each job is kept in the work folder of `python -m benchmarks.solvers` when it is done, which also writes the page.
+Each job is kept in the work folder of `python -m benchmarks.solvers` when it is done, which also writes the page. `--on ray` and
+`--on ray://HOST:PORT` do the jobs on a Ray cluster.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from benchmarks.cells import NO_END, WHOLE, Budget, BudgetSpent, Shard, write
+from benchmarks.cells import NO_END, WHOLE, Budget, Job, Shard, add_on_option, carried_out, working_on, write
 from benchmarks.protocol import OBJECTS, WORDS, concept_of, never_listed, universe
-from benchmarks.solvers import WORK, Asked, Bench
+from benchmarks.solvers import WORK, Asked, Bench, BenchReference
 from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
-from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor
 from overpaint.evaluation.metrics import Measurement, mean
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.patches.compose import Term
@@ -53,7 +53,6 @@ BORDER, APART, MARGIN = 2, 40, 2
 """Pixels of the border, grey levels that make another colour, and pixels around the object that belong to it."""
 
 Pictures = NDArray[np.uint8]
-Job = Callable[[], list[Measurement]]
 
 
 def object_region(pictures: Pictures) -> NDArray[np.bool_]:
@@ -105,7 +104,7 @@ def alternative(bench: Bench, solver: str, n: int) -> list[Measurement]:
     return [mean(values, prompts).measurement(solver, metric) for metric, values in parts.items()]
 
 
-def increments(bench: Bench, n: int, *, knows_all: bool) -> list[Measurement]:
+def increments(bench: Bench, n: int, knows_all: bool) -> list[Measurement]:
     """SepME's increments one after the other, each told of the earlier concepts (or, `knows_all`, of all from the start)."""
     names, asked = OBJECTS[:INCREMENTS], Asked.parse("sepme")
     label = "sepme, told of all" if knows_all else "sepme, told of those before"
@@ -140,33 +139,46 @@ def _shown(bench: Bench, pictures: Pictures, name: str) -> NDArray[np.float64]:
     return np.asarray(likely == bench.judge.heads[OBJECT].index(name), np.float64)
 
 
-def jobs(bench: Bench, n: int) -> dict[str, Job]:
-    """Everything there is to measure, by name."""
-    found: dict[str, Job] = {f"alternative-{solver}": partial(alternative, bench, solver, n) for solver in ALTERNATIVES}
-    return found | {
-        "increments-before": partial(increments, bench, n, knows_all=False),
-        "increments-all": partial(increments, bench, n, knows_all=True),
-    }
+def jobs(n: int) -> list[Job]:
+    """Everything there is to measure; each gives measurements."""
+    return [
+        *(Job(f"alternative-{solver}", alternative, (solver, n)) for solver in ALTERNATIVES),
+        Job("increments-before", increments, (n, False)),
+        Job("increments-all", increments, (n, True)),
+    ]
 
 
 def run(
-    work: Path, every: Mapping[str, Job], n: int, drawn: str, shard: Shard = WHOLE, budget: Budget = NO_END
+    bench: Bench,
+    work: Path,
+    every: Sequence[Job],
+    n: int,
+    shard: Shard = WHOLE,
+    budget: Budget = NO_END,
+    executor: Executor | None = None,
 ) -> dict[str, str]:
-    """Do this shard's jobs that are not kept with so many pictures; what was refused, and why. Raises BudgetSpent."""
+    """Do this shard's jobs that are not kept with so many pictures; what was refused, and why. Raises BudgetSpent.
+
+    `executor` says where they are done, this process by default.
+    """
+    about = {"n": n, "drawn": bench.drawn}
+    missing = []
+    for job in shard.part(every):
+        place = _place(work, job.name)
+        if not place.is_file() or json.loads(place.read_text("utf-8"))["about"] != about:
+            missing.append(job)
     refused = {}
-    for name in shard.part(every):
-        place, about = work / "claims" / f"{name}.json", {"n": n, "drawn": drawn}
-        if place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about:
-            continue
-        budget.check()
-        print(f"measuring {name}", file=sys.stderr, flush=True)
-        try:
-            rows = every[name]()
-        except OverpaintError as error:
-            refused[name] = str(error)
-            continue
-        write(place, json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1).encode())
+    for index, rows, error in carried_out(BenchReference(bench), missing, executor, budget):
+        if error:
+            refused[missing[index].name] = error
+        else:
+            text = json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1)
+            write(_place(work, missing[index].name), text.encode())
     return refused
+
+
+def _place(work: Path, name: str) -> Path:
+    return work / "claims" / f"{name}.json"
 
 
 def measured_claims(work: Path) -> dict[str, list[Measurement]]:
@@ -187,20 +199,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=100, help="pictures for each number")
     parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
+    add_on_option(parser)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=WORK, help="patches, pictures and what is found")
     asked = parser.parse_args(argv)
     bench = Bench(asked.work, asked.device, asked.steps)
-    try:
-        every, shard = jobs(bench, asked.n), Shard.parse(asked.shard)
-        for name, why in run(asked.work, every, asked.n, bench.drawn, shard, Budget(asked.budget)).items():
+    budget = Budget(asked.budget)
+    with working_on(asked.on) as executor:
+        refused = run(bench, asked.work, jobs(asked.n), asked.n, Shard.parse(asked.shard), budget, executor)
+        for name, why in refused.items():
             print(f"{name}: {why}", file=sys.stderr)
-    except BudgetSpent as error:
-        print(error, file=sys.stderr)
     columns = ["whose", "what", "value", "low", "high", "n"]
     save(asked.json, show("What the abstracts claim", columns, rows(measured_claims(asked.work).values())))
 
 
 if __name__ == "__main__":
-    main()
+    # Workers import this module; what is defined in `__main__` they could not find.
+    from benchmarks.claims import main as importable_main
+
+    importable_main()

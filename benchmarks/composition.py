@@ -8,6 +8,7 @@ is also restored while all the others stay.
 
 Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, `--shard 0/2` and `--shard 1/2`
 share the solving and the drawing between two processes, and with `--budget` nothing is begun after so many seconds.
+`--on ray` and `--on ray://HOST:PORT` solve the patches, and then draw the curves, on a Ray cluster.
 `python -m benchmarks.solvers --page` writes the page.
 """
 
@@ -19,14 +20,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.cells import NO_END, Budget, BudgetSpent, Shard, write
+from benchmarks.cells import NO_END, Budget, Job, Origin, Shard, add_on_option, carried_out, working_on, write
 from benchmarks.protocol import RESTORED, WORDS, concept_of, listed, universe
-from benchmarks.solvers import WORK, Asked
+from benchmarks.solvers import WORK, Asked, BenchReference, whole_first
 from benchmarks.solvers import Bench as Solving
 from benchmarks.tables import arguments, save, show
 from overpaint.core.concepts import Concept
-from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor
 from overpaint.evaluation.context import EvalContext, EvaluatedPatch, Verdicts
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
@@ -120,6 +122,11 @@ class Curve(Scale):
         asked = Asked.parse(solver)
         return self.solving.solved(asked, concept, told(asked.name, self.most), universe("separable", self.most))[0]
 
+    def needs(self, name: str) -> tuple[Origin, ...]:
+        """What the patch of a concept follows from, for the solver whose turn it is."""
+        asked = Asked.parse(self.solvers)
+        return asked.origins(concept_of(name), told(asked.name, self.most), universe("separable", self.most))
+
     def context(self) -> EvalContext:
         """The suite's context: the first listed object stands for the others, which the suite chooses itself."""
         assert self.solving is not None
@@ -156,34 +163,66 @@ def curves(work: Path) -> dict[str, list[Measurement]]:
     return found
 
 
-def draw(curve: Curve, work: Path, solvers: Sequence[str], shard: Shard) -> dict[str, str]:
-    """Solve this shard's patches, then draw its curves, each kept when it is done; what was refused, and why."""
-    refused: dict[str, str] = {}
-    wanted = [(solver, name) for solver in solvers for name in listed(curve.most)[: replace(curve, solvers=solver).far]]
-    for solver, name in shard.part(wanted):
-        curve.budget.check()
-        try:
-            curve.patch(solver, concept_of(name))
-        except OverpaintError as error:
-            refused[solver] = str(error)
-    for solver, merges in shard.part(parts(solvers)):
+def draw(
+    curve: Curve, work: Path, solvers: Sequence[str], shard: Shard, executor: Executor | None = None
+) -> dict[str, str]:
+    """Solve this shard's patches, then draw its curves, each kept when it is done; what was refused, and why.
+
+    `executor` says where, this process by default. Raises BudgetSpent when there is more to do than time.
+    """
+    assert curve.solving is not None
+    bench, refused = curve.solving, dict[str, str]()
+    one = {solver: replace(curve, solvers=solver, solving=None) for solver in solvers}
+    wanted = shard.part([(solver, name) for solver in solvers for name in listed(curve.most)[: one[solver].far]])
+    unsolved: list[tuple[bool, Job]] = []
+    for solver, name in wanted:
+        needs = one[solver].needs(name)
+        if not bench.has(needs[-1]):
+            unsolved.append(("+" in solver, Job(f"{solver}, {name}", solve_patch, (one[solver], name), needs)))
+    for jobs in whole_first(unsolved):
+        for index, _, error in carried_out(BenchReference(bench), jobs, executor, curve.budget):
+            if error:
+                refused[jobs[index].arguments[0].solvers] = error
+    ways = [(solver, merges) for solver, merges in shard.part(parts(solvers)) if solver not in refused]
+    return refused | _draw_curves(curve, work, ways, executor)
+
+
+def solve_patch(bench: Solving, curve: Curve, name: str) -> None:
+    """Solve for a concept by the solver whose turn it is, and keep the patch."""
+    replace(curve, solving=bench).patch(curve.solvers, concept_of(name))
+
+
+def drawn_curve(bench: Solving, curve: Curve) -> list[Measurement]:
+    """What there is to measure of the solver whose turn it is."""
+    whole = replace(curve, solving=bench)
+    return whole.run(whole.context())
+
+
+def _draw_curves(
+    curve: Curve, work: Path, ways: Sequence[tuple[str, bool]], executor: Executor | None
+) -> dict[str, str]:
+    """Draw those of the curves (solver, whether merged) that are not kept; what was refused, and why."""
+    assert curve.solving is not None
+    places, abouts, jobs = list[Path](), list[dict[str, Any]](), list[Job]()
+    for solver, merges in ways:
+        one = replace(curve, solvers=solver, merges=merges, solving=None)
         settings = Asked.parse(solver).settings
-        drawn = curve.solving.drawn if curve.solving else ""
-        about = {"most": curve.most, "pictures": curve.pictures, "drawn": drawn, "settings": settings}
+        about = {"most": curve.most, "pictures": curve.pictures, "drawn": curve.solving.drawn, "settings": settings}
         place = _place(work, solver, merges)
-        if solver in refused or (place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about):
+        if place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about:
             continue
-        one = replace(curve, solvers=solver, merges=merges)
-        curve.budget.check()
-        print(f"drawing the curve of {solver}", file=sys.stderr, flush=True)
-        try:
-            rows = one.run(one.context())
-        except BudgetSpent:
-            raise
-        except OverpaintError as error:
-            refused[solver] = str(error)
-            continue
-        write(place, json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1).encode())
+        first = replace(one, solvers="separable").needs(listed(curve.most)[0])
+        needs = [one.needs(name)[-1] for name in listed(curve.most)[: one.far]]
+        jobs.append(Job(f"curve of {solver}{', merged' if merges else ''}", drawn_curve, (one,), (*first, *needs)))
+        places.append(place)
+        abouts.append(about)
+    refused = {}
+    for index, rows, error in carried_out(BenchReference(curve.solving), jobs, executor, curve.budget):
+        if error:
+            refused[jobs[index].arguments[0].solvers] = error
+        else:
+            text = json.dumps({"about": abouts[index], "rows": [asdict(row) for row in rows]}, indent=1)
+            write(places[index], text.encode())
     return refused
 
 
@@ -219,17 +258,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=WORK, help="patches, pictures and curves")
+    add_on_option(parser)
     asked = parser.parse_args(argv)
     solving = Solving(asked.work, asked.device, asked.steps)
     curve = Curve(asked.most, "", "", asked.pictures, solving, budget=Budget(asked.budget))
-    try:
-        for solver, why in draw(curve, asked.work, asked.only.split(","), Shard.parse(asked.shard)).items():
+    with working_on(asked.on) as executor:
+        refused = draw(curve, asked.work, asked.only.split(","), Shard.parse(asked.shard), executor)
+        for solver, why in refused.items():
             print(f"{solver}: {why}", file=sys.stderr)
-    except BudgetSpent as error:
-        print(error, file=sys.stderr)
     columns = ["way to compose", "H_c", "accuracy on erased", "accuracy on kept"]
     save(asked.json, show("Many concepts at once", columns, table(curves(asked.work))))
 
 
 if __name__ == "__main__":
-    main()
+    # Workers import this module; what is defined in `__main__` they could not find.
+    from benchmarks.composition import main as importable_main
+
+    importable_main()

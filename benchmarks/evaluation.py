@@ -4,7 +4,8 @@ The registry, its patches and all pictures are kept in a folder (`--work`); a ru
 on where it was. `--only` and `--suites` narrow it down; a solver may have a setting (`separable:harden=2`) and be decoupled
 (`esd+decoupled`). Several processes may share a folder: with `--shard 0/2` and `--shard 1/2`, or with `--only` and `--no-page`,
 they write no page; `--pages` then writes it from what is there. `--n 100` asks for as many pictures as make 100 in every cell
-(50 in a step of the scenes), and with `--budget` nothing is begun after so many seconds.
+(50 in a step of the scenes), and with `--budget` nothing is begun after so many seconds. `--on ray` and `--on ray://HOST:PORT`
+solve a recipe's concepts and draw the pictures on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import click
 import torch
 
 import overpaint
-from benchmarks.cells import Budget, BudgetSpent, Shard, write
+from benchmarks.cells import Budget, BudgetSpent, Shard, add_on_option, working_on, write
 from benchmarks.protocol import ASKED_BASE, WORDS, chosen
 from benchmarks.results_page import results_page
 from benchmarks.solvers import Asked
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--n", type=int, default=0, help="pictures in every cell; 0: as few as two hours allow")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
+    add_on_option(parser)
     parser.add_argument("--no-page", action="store_true", help="keep what was found and write no page")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps; the card takes 20")
     parser.add_argument("--device", default="auto")
@@ -106,10 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     workspace, shard = _shop(asked.work), Shard.parse(asked.shard)
     if not asked.pages:
-        try:
+        with working_on(asked.on):  # kept open: solving and drawing join the cluster, rather than start one each time
             _run(workspace, asked, shard, Budget(asked.budget))
-        except BudgetSpent as error:
-            click.echo(str(error), err=True)
     records = _records(workspace)
     if asked.pages or not (asked.no_page or shard.of > 1):
         _write(records, _refused(asked.work))
@@ -156,14 +156,16 @@ def _run(workspace: Workspace, asked: Namespace, shard: Shard, budget: Budget) -
             reasons = []
             try:
                 if suites:
-                    _lay(workspace, recipe, solver, names, asked.device, budget)
+                    _lay(workspace, recipe, solver, names, asked, budget)
             except BudgetSpent:
                 raise
             except OverpaintError as error:
                 reasons, suites = [str(error)], []
             for suite in suites:
                 try:
-                    request = EvaluationRequest(suite, settings.get(suite, {}), steps=asked.steps, device=asked.device)
+                    request = EvaluationRequest(
+                        suite, settings.get(suite, {}), steps=asked.steps, device=asked.device, on=asked.on
+                    )
                     _evaluate(workspace, recipe, request, budget)
                 except BudgetSpent:
                     raise
@@ -187,33 +189,41 @@ def _refused(work: Path) -> dict[str, str]:
     return {place.stem: place.read_text("utf-8") for place in sorted((work / "refused").glob("*.txt"))}
 
 
-def _lay(workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], device: str, budget: Budget) -> None:
+def _lay(
+    workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], asked: Namespace, budget: Budget
+) -> None:
     """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
     laid = workspace.create_recipe(recipe, base=ASKED_BASE, exist_ok=True)
     there = {record.concept for record, _ in laid.patches()}
-    for name in names:
-        if name not in there:
-            budget.check()
-            click.echo(f"{recipe}: solving {name}", err=True)
-            told = names if Asked.parse(solver).name in AMONG_THEMSELVES else TWELVE
-            laid.add(_solved(workspace, name, solver, device, told), why="the published comparison")
+    missing = [name for name in names if name not in there]
+    told = names if Asked.parse(solver).name in AMONG_THEMSELVES else TWELVE
+    # On a cluster, all at once.
+    for some in [missing] if asked.on and missing else [[name] for name in missing]:
+        budget.check()
+        click.echo(f"{recipe}: solving {', '.join(some)}", err=True)
+        for patch in _solved(workspace, some, solver, asked.device, told, asked.on):
+            laid.add(patch, why="the published comparison")
 
 
-def _solved(workspace: Workspace, name: str, solver: str, device: str, told: Sequence[str]) -> str:
-    """The patch of a concept with today's settings among the concepts told of, as it is or solved now."""
+def _solved(
+    workspace: Workspace, names: Sequence[str], solver: str, device: str, told: Sequence[str], on: str
+) -> list[str]:
+    """The patches of concepts with today's settings among the concepts told of, as they are or solved now."""
     asked = Asked.parse(solver)
-    (outcome,) = workspace.solve_many(
-        [name],
+    outcomes = workspace.solve_many(
+        names,
         base=ASKED_BASE,
         solver=asked.name,
         decoupled=asked.decoupled,
         universe=told,
         settings=settings_of(asked.solver),
         device=device,
+        on=on,
     )
-    if outcome.record is None:
-        raise OverpaintError(outcome.error)
-    return outcome.record.id
+    for outcome in outcomes:
+        if outcome.record is None:
+            raise OverpaintError(outcome.error)
+    return [outcome.record.id for outcome in outcomes if outcome.record]
 
 
 def _evaluate(workspace: Workspace, recipe: str, request: EvaluationRequest, budget: Budget) -> None:

@@ -5,9 +5,9 @@ with its preset `emoji`, where it has one; `NAME:preset=` takes the paper's valu
 what it does to the listed concepts. `--n 100` asks for as many pictures as make 100 in every cell of the page. What every
 (solver, concept) showed is kept in a file of the work folder at once, beside the patch and the pictures: a run that is killed,
 or asked for more pictures, goes on where it was, `--shard 0/2` and `--shard 1/2` share the work between two processes, and with
-`--budget` nothing is begun after so many seconds. `--page` runs nothing and writes `docs/solvers.md` from what is there, with the
-curve of `python -m benchmarks.composition` and the claims of `python -m benchmarks.claims`, and the table in
-`docs/choosing-a-solver.md`.
+`--budget` nothing is begun after so many seconds. `--on ray` and `--on ray://HOST:PORT` measure the cells on a Ray cluster.
+`--page` runs nothing and writes `docs/solvers.md` from what is there, with the curve of `python -m benchmarks.composition` and
+the claims of `python -m benchmarks.claims`, and the table in `docs/choosing-a-solver.md`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.cells import BASE, NO_END, Budget, BudgetSpent, Cell, Cells, Costs, Patches, Shard, Verdict, write
+from benchmarks.cells import (
+    BASE,
+    NO_END,
+    Budget,
+    Cell,
+    Cells,
+    Costs,
+    Job,
+    Origin,
+    Patches,
+    Shard,
+    Verdict,
+    add_on_option,
+    carried_out,
+    working_on,
+    write,
+)
 from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import ASKED_BASE, OBJECTS, PAIRS, STYLES, Counts, concept_of, questions, tuned, universe
 from benchmarks.tables import arguments, save, show
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import resolve_device
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor, machine_name
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.judges import Judge, open_judge
 from overpaint.evaluation.prompts import EmojiPrompts, EvalPrompt, catalogue
@@ -82,6 +100,12 @@ class Asked:
             return found
         return {**found, "decoupled": {"rule": self.decoupled, "universe": [concept.as_json() for concept in apart]}}
 
+    def origins(self, concept: Concept, told: Sequence[Concept], apart: Sequence[Concept]) -> tuple[Origin, ...]:
+        """What this solver's patch of a concept follows from; after the patch that it is taken from where it is decoupled."""
+        whole = replace(self, decoupled="")
+        every = (whole, self) if self.decoupled else (self,)
+        return tuple((concept, each.origin(told, apart=apart)) for each in every)
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides what a patch is: the solver's settings, its revision, how its patches are decoupled."""
@@ -96,8 +120,9 @@ class Asked:
 class Bench:
     """The base with its judge, a studio that remembers pictures, and the patches that were solved before."""
 
-    def __init__(self, work: Path, device: str, steps: int, base: str = ASKED_BASE) -> None:
-        self.base, self.device = Base.open(base), resolve_device(device)
+    def __init__(self, work: Path, device: str, steps: int, base: str | Base = ASKED_BASE) -> None:
+        self.work, self.steps, self.device = work, steps, resolve_device(device)
+        self.base = base if isinstance(base, Base) else Base.open(base)
         self.prompt_set = EmojiPrompts(catalogue(self.base.path))
         self.judge: Judge = open_judge("", self.base, self.prompt_set, self.device)
         sampler = Sampler.of(self.base, steps)
@@ -110,9 +135,9 @@ class Bench:
     ) -> tuple[Patch, Costs]:
         """The patch of a concept, kept or solved now; decoupled from `apart` where that was asked for."""
         if asked.decoupled:
-            whole, costs = self.solved(replace(asked, decoupled=""), concept, told)
 
             def separate() -> tuple[Solution, float, float]:
+                whole, costs = self.solved(replace(asked, decoupled=""), concept, told)
                 self._prepare()
                 started = time.perf_counter()
                 found = decouple(
@@ -132,6 +157,10 @@ class Bench:
             return solution, seconds, peak[0]
 
         return self.patches.solved(concept, asked.origin(told), solve)
+
+    def has(self, origin: Origin) -> bool:
+        """Whether the patch that follows from this is kept."""
+        return self.patches.has(*origin)
 
     def _prepare(self) -> None:
         """What is computed of the base once counts for no solver: the pipeline's imports, vocabulary and listed concepts."""
@@ -159,6 +188,37 @@ class Bench:
         return (
             {"drawn": self.drawn, "judge": self.judge.name, "fingerprint": self.base.fingerprint} | cores | versions()
         )
+
+
+class BenchReference:
+    """A bench by how it was opened: what travels to another process, which opens it once and keeps it between jobs."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench: Bench | None = bench
+        self._how: tuple[Path, str, int, str, BaseReference] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        bench = self.open()
+        how = (bench.work, bench.device.type, bench.steps, ASKED_BASE, BaseReference(bench.base))
+        return {"_bench": None, "_how": how}
+
+    def open(self) -> Bench:
+        """The bench. Raises OverpaintError where this machine has not its base, or asks about another one's words."""
+        if self._bench is None:
+            assert self._how is not None
+            work, device, steps, asked_base, base = self._how
+            if asked_base != ASKED_BASE:
+                raise OverpaintError(
+                    f"the worker on {machine_name()} asks about the base {ASKED_BASE} and this program about {asked_base}; start "
+                    f"its node with OVERPAINT_BENCHMARK_BASE={asked_base}"
+                )
+            self._bench = _bench_here(work, device, steps, base.open())
+        return self._bench
+
+
+@lru_cache(maxsize=1)
+def _bench_here(work: Path, device: str, steps: int, base: Base) -> Bench:
+    return Bench(work, device, steps, base)
 
 
 def seen_right(judge: Judge, pictures: NDArray[np.uint8], asked: Sequence[EvalPrompt]) -> list[bool]:
@@ -198,24 +258,40 @@ def jobs(solvers: Sequence[str], concepts: Sequence[str], pairs: Sequence[str]) 
 
 
 def run(
-    context: Bench, cells: Cells, work: Sequence[tuple[str, str]], counts: Counts | int, budget: Budget = NO_END
+    context: Bench,
+    cells: Cells,
+    work: Sequence[tuple[str, str]],
+    counts: Counts | int,
+    budget: Budget = NO_END,
+    executor: Executor | None = None,
 ) -> None:
-    """Measure what is missing, one cell after the other, each kept at once; so many pictures, or so many in every cell.
+    """Measure what is missing, each cell kept when it is done; so many pictures, or so many in every cell.
 
-    Raises BudgetSpent when there is more to do than time.
+    `executor` says where, this process by default. Raises BudgetSpent when there is more to do than time.
     """
-    for number, (solver, name) in enumerate(work, 1):
+    missing: list[tuple[bool, Job]] = []
+    for solver, name in work:
         asked = questions(name, Counts.at_least(counts, name) if isinstance(counts, int) else counts)
-        settings = {} if solver == BASE else Asked.parse(solver).settings
+        method = None if solver == BASE else Asked.parse(solver)
         cell = cells.find(solver, name)
-        if cell is not None and cell.answers(asked, settings, context.drawn):
+        if cell is not None and cell.answers(asked, method.settings if method else {}, context.drawn):
             continue
-        budget.check()
-        started = time.monotonic()
-        cell = measured(context, solver, name, asked)
-        cells.save(cell)
-        said = cell.refused or f"{time.monotonic() - started:.0f} s"
-        print(f"{number}/{len(work)} {solver}, {name}: {said}", file=sys.stderr, flush=True)
+        told = (universe(method.name), universe("separable")) if method else None
+        needs = method.origins(concept_of(name), *told) if method and told else ()
+        job = Job(f"{solver}, {name}", measured, (solver, name, asked), needs)
+        missing.append((bool(method and method.decoupled), job))
+    for jobs in whole_first(missing):
+        for _, found, _ in carried_out(BenchReference(context), jobs, executor, budget):
+            if found is not None:
+                cells.save(found)
+                if found.refused:
+                    print(f"{found.solver}, {found.concept}: {found.refused}", file=sys.stderr, flush=True)
+
+
+def whole_first(jobs: Sequence[tuple[bool, Job]]) -> tuple[list[Job], list[Job]]:
+    """Jobs, and those (marked True) that decouple a patch: they come after the others, or two workers might solve it."""
+    plain, decoupled = ([job for is_decoupled, job in jobs if is_decoupled == wanted] for wanted in (False, True))
+    return plain, decoupled
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -233,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--budget", type=float, default=0.0, help="seconds after which nothing is begun; 0: no end")
     parser.add_argument("--shard", default="0/1", help="which part of the work is done here, such as 0/2")
+    add_on_option(parser)
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=WORK, help="cells, patches and pictures")
@@ -243,10 +320,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         budget = Budget(chosen.budget)
         work = Shard.parse(chosen.shard).part(jobs(chosen.solver or [*SOLVERS], chosen.concepts, chosen.pairs))
         counts = chosen.n or Counts(chosen.own, chosen.others, chosen.styles)
-        try:
-            run(Bench(chosen.work, chosen.device, chosen.steps), cells, work, counts, budget)
-        except BudgetSpent as error:
-            print(error, file=sys.stderr)
+        with working_on(chosen.on) as executor:
+            run(Bench(chosen.work, chosen.device, chosen.steps), cells, work, counts, budget, executor)
     _write(chosen, cells)
 
 
@@ -269,4 +344,7 @@ def _write(chosen: Namespace, cells: Cells) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Workers import this module; what is defined in `__main__` they could not find.
+    from benchmarks.solvers import main as importable_main
+
+    importable_main()

@@ -23,6 +23,7 @@ from overpaint.commands.common import (
     digests_option,
     interruptible,
     json_option,
+    on_option,
     limit_option,
     note_if_more,
     offset_option,
@@ -210,16 +211,18 @@ def _lines(prompts: IO[str]) -> list[str]:
     help="Encode so many words of the vocabulary; 0: all. Solve with --set vocabulary=N then.",
 )
 @device_option
+@on_option
 @click.pass_context
-def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str) -> None:
+def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str, on: str) -> None:
     """Encode the vocabulary of a base before the first solve.
 
-    On a large text encoder that takes minutes on a GPU and hours without. The result is kept in the registry; a call that
-    was interrupted goes on where it stopped.
+    On a large text encoder that takes minutes on a GPU and hours without; --on ray shares it out. The result is kept in the
+    registry; a call that was interrupted goes on where it stopped.
 
     \b
     Example:
       overpaint base prepare sdxl --device cuda
+      overpaint base prepare sdxl --on ray
     """
     with Terminal() as terminal:
 
@@ -229,7 +232,7 @@ def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str) ->
                 terminal.note(f"warning: {text}")
 
         workspace = open_workspace(ctx, terminal=terminal)
-        workspace.prepare(name, vocabulary=vocabulary, device=device, progress=progress)
+        workspace.prepare(name, vocabulary=vocabulary, device=device, progress=progress, on=on)
         terminal.note(f"{name} is ready to be solved on")
 
 

@@ -61,12 +61,14 @@ class Executor(Protocol):
     """Does pieces of work in any order, each once."""
 
     def results(
-        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
+        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent, *, ahead: int = 0
     ) -> Generator[Result, None, None]:
         """The result of every piece, as it comes. `shared` goes to each, and travels once.
 
         `progress` is told what is under way: the steps of the piece that runs, or how many workers there are. A piece that
-        raises OverpaintError is a result with its message. Closing the iterator ends what is under way.
+        raises OverpaintError is a result with its message. No piece is begun `ahead` places or more behind the first that is
+        not done (0: any may be), so whoever takes results in order never holds as many. Closing the iterator ends what is
+        under way.
         """
         ...
 
@@ -79,7 +81,7 @@ class InProcess:
     """One piece after the other, here; the next begins when the result before it has been taken."""
 
     def results(
-        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
+        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent, *, ahead: int = 0
     ) -> Generator[Result, None, None]:
         for index, piece in enumerate(pieces):
             progress(0, 1, piece.name)
@@ -157,9 +159,12 @@ class RayExecutor:
         if self._started:
             _connect(address)
         self._idle: dict[Resources, list[Any]] = {}
+        self._under_way: list[_Run] = []
 
     def close(self) -> None:
         """End the workers and leave the cluster; one that was started here ends."""
+        for run in self._under_way:  # whoever was interrupted may not have closed the iterator yet
+            run.stop()
         for worker in (worker for workers in self._idle.values() for worker in workers):
             _end(worker)
         self._idle = {}
@@ -167,25 +172,28 @@ class RayExecutor:
             _ray().shutdown()
 
     def results(
-        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent
+        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress = silent, *, ahead: int = 0
     ) -> Generator[Result, None, None]:
         """The result of every piece, as it comes; `progress` gets how many workers there are and what failed.
 
         Raises OverpaintError where the cluster has not what one piece needs, or a worker runs another version of Overpaint.
         """
         idle = self._idle.setdefault(needs, [])  # they keep what they loaded for the next call
-        run = _Run(pieces, _ray().put(shared), needs, progress, idle)
+        run = _Run(pieces, _ray().put(shared), needs, progress, idle, ahead)
+        self._under_way.append(run)
         try:
             yield from run.results()
         finally:
             run.stop()
+            self._under_way.remove(run)
 
 
 class _Run:
     def __init__(
-        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress, idle: list[Any]
+        self, pieces: Sequence[Piece], shared: Any, needs: Resources, progress: Progress, idle: list[Any], ahead: int
     ) -> None:
         self._pieces, self._shared, self._needs, self._progress, self._idle = pieces, shared, needs, progress, idle
+        self._ahead = ahead
         self._waiting = deque(_Waiting(index, needs) for index in range(len(pieces)))
         self._running: dict[Any, tuple[Any, _Waiting]] = {}
         self._failed = 0
@@ -207,6 +215,7 @@ class _Run:
         """Cut off what runs."""
         for worker, _ in self._running.values():
             _end(worker)
+        self._running = {}
 
     def _report(self) -> None:
         failed = f", {self._failed} failed" if self._failed else ""
@@ -220,8 +229,7 @@ class _Run:
 
         A piece that needs more than the others waits until none of them runs: only then is its share free for certain.
         """
-        while self._waiting:
-            waiting = next((each for each in self._waiting if each.needs == self._needs), self._waiting[0])
+        while (waiting := self._next()) is not None:
             if waiting.needs != self._needs:
                 if self._running:
                     return
@@ -230,9 +238,11 @@ class _Run:
                 worker = self._hired(waiting.needs)
             elif self._idle:
                 worker = self._idle.pop()
-            elif not self._running or self._size() < _room(self._needs):
+            elif not self._running or (self._size() < _room(self._needs) and _is_free(self._needs)):
                 worker = self._hired(self._needs)
             else:
+                return
+            if worker is None:
                 return
             self._waiting.remove(waiting)
             waiting.begun += 1
@@ -240,8 +250,20 @@ class _Run:
             reference = worker.run.options(name=piece.name).remote(piece, self._shared)
             self._running[reference] = (worker, waiting)
 
+    def _next(self) -> _Waiting | None:
+        """The piece to begin next, one that needs no more than the others if there is one; None while none may begin."""
+        waiting: Sequence[_Waiting] = self._waiting
+        if self._ahead and waiting:
+            first = min(each.index for each in (*waiting, *(begun for _, begun in self._running.values())))
+            waiting = [each for each in waiting if each.index < first + self._ahead]
+        usual = next((each for each in waiting if each.needs == self._needs), None)
+        return usual or next(iter(waiting), None)
+
     def _hired(self, needs: Resources) -> Any:
-        """A new worker. Raises OverpaintError where there is no room for one, or it runs another version."""
+        """A new worker; None where others were faster to take the room, and there are workers to go on with.
+
+        Raises OverpaintError where there is no room for a single one, or it runs another version.
+        """
         total: dict[str, float] = _ray().cluster_resources()
         short = [
             f"{wanted:g} {name}"
@@ -260,6 +282,8 @@ class _Run:
                 break
             except _ray().exceptions.GetTimeoutError:
                 _end(worker)
+                if self._running:
+                    return None
                 raise OverpaintError(
                     f"no worker started within {PATIENCE:.0f} s; the cluster is busy or has lost its nodes: see `ray status`"
                 ) from None
@@ -323,6 +347,13 @@ def _room(needs: Resources) -> int:
         wanted = (("CPU", needs.cpus), ("GPU", needs.gpus), ("memory", needs.memory))
         room += int(min((has.get(name, 0) // amount for name, amount in wanted if amount), default=0))
     return room
+
+
+def _is_free(needs: Resources) -> bool:
+    """Whether the cluster, which others may use as well, has something left for one more worker."""
+    free: dict[str, float] = _ray().available_resources()
+    wanted = (("CPU", needs.cpus), ("GPU", needs.gpus), ("memory", needs.memory))
+    return all(amount <= free.get(name, 0) for name, amount in wanted)
 
 
 def _refuse_silent(address: str) -> None:

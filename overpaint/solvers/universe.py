@@ -32,6 +32,7 @@ from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.concepts import KINDS, Concept
 from overpaint.core.encoding import canonical_json, json_digest
+from overpaint.core.executors import Executor
 from overpaint.core.reporting import Progress, silent
 from overpaint.solvers.problem import Unsolvable
 from overpaint.solvers.sentences import AverageWord, keys_and_values, keys_of, keys_of_prompts, sentence_pairs
@@ -39,6 +40,7 @@ from overpaint.solvers.vocabulary import (
     LARGE,
     EncodingTask,
     Vocabulary,
+    Workers,
     encoding_identity,
     recalled,
     remember,
@@ -164,11 +166,17 @@ def prepare(
     *,
     preserved: PreservedPrompts = PreservedPrompts(),
     report: Progress = silent,
+    executor: Executor | None = None,
 ) -> None:
     """Encode the whole vocabulary of a base, and the concepts of a universe as `separable` has them by default, now rather than
-    in the first solve."""
+    in the first solve.
+
+    `executor` says where the vocabulary is encoded, this process by default. Raises OverpaintError where that fails; what was
+    encoded until then is kept.
+    """
     memory = _memory(base, device)
-    _vocabulary(memory, base, preserved, report, whole=True)
+    workers = Workers(executor, base) if executor else None
+    _vocabulary(memory, base, preserved, report, whole=True, workers=workers)
     for concept in concepts:
         for text_input in base.text_inputs:
             _pair(memory, base, text_input, concept, to_average=True)
@@ -348,9 +356,18 @@ def vocabulary_record(base: Base, device: torch.device, words: int = 0) -> dict[
 
 
 def _vocabulary(
-    memory: _UniverseCache, base: Base, preserved: PreservedPrompts, report: Progress, *, whole: bool = False
+    memory: _UniverseCache,
+    base: Base,
+    preserved: PreservedPrompts,
+    report: Progress,
+    *,
+    whole: bool = False,
+    workers: Workers | None = None,
 ) -> EncodedVocabulary:
-    """The vocabulary for each text input: so many words as asked for, or a sample that is large enough, or the `whole`."""
+    """The vocabulary for each text input: so many words as asked for, or a sample that is large enough, or the `whole`.
+
+    `workers` encode it unless it is such a sample.
+    """
     memory.folder = preserved.cache
     encoded = memory.vocabularies.get(preserved.words)
     if encoded is not None and (not whole or preserved.words or encoded.words == encoded.of):
@@ -363,7 +380,7 @@ def _vocabulary(
         step = partial(_report_part, report, number, len(by_model))
         task = EncodingTask.of(base, text_inputs, preserved.words)
         if whole or preserved.words or len(task.order) <= LARGE:
-            encoded_part = vocabularies(task, text_inputs, preserved.cache, step)
+            encoded_part = vocabularies(task, text_inputs, preserved.cache, step, workers)
             parts.append(EncodedVocabulary(encoded_part, task.count, len(task.order), 0.0))
         else:
             parts.append(_sample(memory, task, text_inputs, preserved.cache, step))

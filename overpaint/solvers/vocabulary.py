@@ -7,32 +7,37 @@ stands in `SENTENCES_PER_WORD` of the neutral sentences, which take turns; of a 
 The work is done in pieces and stored in a folder: what was interrupted goes on where it stopped, and ends in the same bits.
 A file is believed only when its name and every digest in it are true. It is a safetensors file with one array per text input,
 float64 [sentences, d (d + 1) / 2], the upper triangles of the symmetric moments; its metadata says what decided them, how
-many pieces are done, and each array's digest. Other arrays that every program would compute again (`remember`) are kept beside
-them, in files that push and pull leave alone.
+many pieces are done, and each array's digest. The workers of an executor may encode the pieces; this process adds their moments
+up in the order of the pieces, so that the bits are its own. Other arrays that every program would compute again (`remember`)
+are kept beside them, in files that push and pull leave alone.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from overpaint.bases.base import Base
+from overpaint.bases.base import Base, BaseReference
+from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
-from overpaint.bases.text_encoder import AnyTextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import make_folder, replacing, share
 from overpaint.core.encoding import by_digest, canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
+from overpaint.core.executors import Executor, InProcess, Piece, Resources, Result, machine_name
 from overpaint.core.reporting import Progress
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, neutral_sentences
 
@@ -46,6 +51,8 @@ CHUNK, CHUNK_BYTES = 256, 128 << 20
 """Words that are encoded at once, and what their keys may take: half of them, or less, on a wide text encoder."""
 SAVE_EVERY = 20.0
 """Seconds of work that an interruption may cost."""
+AHEAD_BYTES = 1 << 30
+"""Bytes of moments that may wait for those of an earlier piece, where several pieces are encoded at once."""
 
 
 class BadVocabulary(OverpaintError):
@@ -69,7 +76,8 @@ Vocabulary = tuple[Sentence, ...]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The moments by text input, float64 [sentences, d, d], after `done` pieces; `identity` is all that decides them."""
+    """The moments by text input after `done` pieces, as they are stored: the upper triangles, float64 [sentences,
+    d (d + 1) / 2]. `identity` is all that decides them."""
 
     identity: Mapping[str, Any]
     done: int
@@ -145,15 +153,16 @@ class EncodingTask:
 
     def fits(self, stored: Moments) -> bool:
         """Whether moments are of this task, whole or in part."""
-        shapes = {text_input: (len(self.templates), width, width) for text_input, width in self.widths.items()}
+        shapes = {name: (len(self.templates), _triangle(width)) for name, width in self.widths.items()}
         is_same = canonical_json(stored.identity) == canonical_json(self.identity) and stored.done <= self.size
         return is_same and shapes == {name: tuple(moments.shape) for name, moments in stored.moments.items()}
 
     def as_vocabularies(self, moments: Mapping[str, Tensor]) -> dict[str, Vocabulary]:
-        """The results by text input."""
+        """The results by text input, of the moments' upper triangles."""
         words = [frozenset(each) for each in self.words()]
         return {
-            text_input: tuple(map(Sentence, self.templates, words, moments[text_input])) for text_input in self.widths
+            text_input: tuple(map(Sentence, self.templates, words, _unpacked(moments[text_input])))
+            for text_input in self.widths
         }
 
 
@@ -178,35 +187,133 @@ def _at_once(width: int, length: int) -> int:
     return count
 
 
+@dataclass(frozen=True, eq=False)
+class Workers:
+    """Where pieces are encoded instead of in this process: an executor, and the base whose text encoder its workers load."""
+
+    executor: Executor
+    base: Base
+
+
+class EncodingInputs:
+    """What all pieces of a task read: the loaded text inputs of one text encoder. Another process loads them from the base.
+
+    `base` is asked for its fingerprint only where the inputs travel.
+    """
+
+    def __init__(self, task: EncodingTask, encoders: Mapping[str, AnyTextEncoder], base: Base | None) -> None:
+        self.device = next(iter(encoders.values())).device.type
+        self._identity, self._text_inputs = canonical_json(task.encoder), tuple(encoders)
+        self._encoders: Mapping[str, AnyTextEncoder] | None = encoders
+        self._base: Base | BaseReference | None = base
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert isinstance(self._base, Base)
+        return {**self.__dict__, "_encoders": None, "_base": BaseReference(self._base)}
+
+    def open(self) -> Mapping[str, AnyTextEncoder]:
+        """The text inputs. Raises OverpaintError where this machine has not the base, or reads prompts otherwise."""
+        if self._encoders is None:
+            assert isinstance(self._base, BaseReference)
+            self._encoders = _encoders_here(self._base.open(), self._text_inputs, self.device, self._identity)
+        return self._encoders
+
+
+@lru_cache(maxsize=1)
+def _encoders_here(
+    base: Base, text_inputs: tuple[str, ...], device: str, identity: bytes
+) -> Mapping[str, AnyTextEncoder]:
+    """Those of a worker, which stay loaded between its pieces."""
+    every = text_sources(base, torch.device(device))
+    found = {name: every[name] for name in text_inputs}
+    if canonical_json(encoding_identity(base, found)) != identity:
+        raise OverpaintError(
+            f"the worker on {machine_name()} reads prompts otherwise than this program: its tokenizer or its text encoder's "
+            f"configuration is another; copy {base.config_folder} there"
+        )
+    return found
+
+
+@own_torch_settings()
+def encode_piece(
+    inputs: EncodingInputs, template: str, words: Sequence[str], progress: Progress
+) -> dict[str, NDArray[np.float64]]:
+    """The second moment of some words in a sentence by text input, in whichever process: its upper triangle [d (d + 1) / 2]."""
+    moments = {}
+    for text_input, encoder in inputs.open().items():
+        keys = keys_of(encoder, words, [template])
+        # A product may differ from its transpose in the last bit, and only one triangle is stored.
+        moments[text_input] = _packed(keys @ keys.T).cpu().numpy()
+    return moments
+
+
 def vocabularies(
-    task: EncodingTask, encoders: Mapping[str, AnyTextEncoder], folder: Path | None, report: Progress
+    task: EncodingTask,
+    encoders: Mapping[str, AnyTextEncoder],
+    folder: Path | None,
+    report: Progress,
+    workers: Workers | None = None,
 ) -> dict[str, Vocabulary]:
     """A task's vocabulary for each text input of one text encoder: read from `folder`, or computed and stored there.
 
-    Reports each piece, and when a stored file is damaged and therefore computed again.
+    Reports each piece, and when a stored file is damaged and therefore computed again. Raises OverpaintError where a piece
+    cannot be encoded; what comes before it is stored.
     """
     stored = _recalled(task, folder, report)
+    begun, held = stored.done, dict[int, dict[str, NDArray[np.float64]]]()
+    pieces = list(islice(task.pieces(), begun, None))
     saved = started = time.monotonic()
-    begun = stored.done
-    for number, (j, words) in enumerate(task.pieces()):
-        if number < stored.done:
-            continue
-        for text_input, encoder in encoders.items():
-            keys = keys_of(encoder, words, [task.templates[j]])
-            upper = (keys @ keys.T).triu().cpu()
-            # A product may differ from its transpose in the last bit, and only one triangle is stored.
-            stored.moments[text_input][j] += upper + upper.triu(1).T
-        stored = replace(stored, done=number + 1)
-        left = (time.monotonic() - started) / (stored.done - begun) * (task.size - stored.done)
-        report(stored.done, task.size, f"encoding the vocabulary, about {left:.0f} s left")
-        if folder and stored.done < task.size and time.monotonic() - saved > SAVE_EVERY:
-            write_vocabulary(stored, folder, complete=False)
-            saved = time.monotonic()
+    with closing(_encoded(task, pieces, encoders, workers)) as results:
+        for result, under_way in results:
+            if result.error:
+                if folder and stored.done > begun:
+                    write_vocabulary(stored, folder, complete=False)
+                raise OverpaintError(f"the vocabulary could not be encoded: {result.error}")
+            held[begun + result.index] = result.value
+            while stored.done in held:  # sums in another order would have other bits
+                sentence, _ = pieces[stored.done - begun]
+                for text_input, upper in held.pop(stored.done).items():
+                    stored.moments[text_input][sentence].numpy()[:] += upper
+                stored = replace(stored, done=stored.done + 1)
+            done = stored.done + len(held)
+            left = (time.monotonic() - started) / (done - begun) * (task.size - done)
+            report(done, task.size, f"encoding the vocabulary, about {left:.0f} s left{under_way}")
+            if folder and stored.done < task.size and time.monotonic() - saved > SAVE_EVERY:
+                write_vocabulary(stored, folder, complete=False)
+                saved = time.monotonic()
     if folder and stored.done > begun:
         write_vocabulary(stored, folder, complete=True)
         for count in task.samples[:-1]:
             vocabulary_file(task.first(count).identity, folder).unlink(missing_ok=True)
     return task.as_vocabularies(stored.moments)
+
+
+def _encoded(
+    task: EncodingTask,
+    pieces: Sequence[tuple[int, Sequence[str]]],
+    encoders: Mapping[str, AnyTextEncoder],
+    workers: Workers | None,
+) -> Generator[tuple[Result, str], None, None]:
+    """What becomes of each piece, as it comes, and how many workers are at work then."""
+    if not pieces:  # for nothing, no worker is started and no fingerprint computed
+        return
+    inputs = EncodingInputs(task, encoders, workers.base if workers else None)
+    work = [
+        Piece(f"encoding {len(words)} words in {template!r}", encode_piece, (template, words))
+        for template, words in ((task.templates[sentence], words) for sentence, words in pieces)
+    ]
+    under_way = ""
+
+    def note(step: int, of: int, text: str) -> None:
+        nonlocal under_way
+        under_way = f"; {text}" if workers else ""
+
+    executor = workers.executor if workers else InProcess()
+    needs = Resources(gpus=float(inputs.device == "cuda"))
+    ahead = max(2, AHEAD_BYTES // sum(8 * _triangle(width) for width in task.widths.values()))
+    with closing(executor.results(work, inputs, needs, note, ahead=ahead)) as results:
+        for result in results:
+            yield result, under_way
 
 
 def _recalled(task: EncodingTask, folder: Path | None, report: Progress) -> Moments:
@@ -223,7 +330,7 @@ def _recalled(task: EncodingTask, folder: Path | None, report: Progress) -> Mome
             if stored and smaller.fits(stored):
                 return replace(stored, identity=task.identity)
     count = len(task.templates)
-    zeros = {name: torch.zeros(count, width, width, dtype=torch.float64) for name, width in task.widths.items()}
+    zeros = {name: torch.zeros(count, _triangle(width), dtype=torch.float64) for name, width in task.widths.items()}
     return Moments(task.identity, 0, zeros)
 
 
@@ -239,10 +346,9 @@ def vocabulary_file(identity: Mapping[str, Any], folder: Path, *, complete: bool
 
 def write_vocabulary(stored: Moments, folder: Path, *, complete: bool) -> None:
     """Write a vocabulary. A folder that cannot be written to costs time, and nothing else."""
-    arrays = {text_input: _packed(moments) for text_input, moments in stored.moments.items()}
     about = {"identity": stored.identity, "done": stored.done}
     with suppress(OSError):
-        _write(vocabulary_file(stored.identity, folder, complete=complete), arrays, about)
+        _write(vocabulary_file(stored.identity, folder, complete=complete), stored.moments, about)
         if complete:
             vocabulary_file(stored.identity, folder, complete=False).unlink(missing_ok=True)
 
@@ -253,12 +359,13 @@ def read_vocabulary(file: Path) -> Moments:
     try:
         identity, done = about["identity"], about["done"]
         sound = type(done) is int and done >= 0 and set(identity["doors"]) == set(arrays)
-        moments = {text_input: _unpacked(array) for text_input, array in arrays.items()} if sound else {}
+        for array in arrays.values():
+            _width(array)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(file, error) from error
     if not sound:
         raise _misnamed(file)
-    return Moments(identity, done, moments)
+    return Moments(identity, done, arrays)
 
 
 def recalled(identity: Mapping[str, Any], folder: Path | None) -> dict[str, Tensor]:
@@ -326,18 +433,29 @@ def _misnamed(file: Path) -> BadVocabulary:
     return BadVocabulary(f"{file} is not the vocabulary that its name says; delete it")
 
 
-def _packed(moments: Tensor) -> Tensor:
-    """The upper triangles of symmetric matrices [s, d, d] as rows: [s, d (d + 1) / 2]."""
-    rows, columns = torch.triu_indices(moments.shape[-1], moments.shape[-1])
-    return moments[:, rows, columns].contiguous()
+def _triangle(width: int) -> int:
+    """How many numbers the upper triangle of a square matrix has."""
+    return width * (width + 1) // 2
+
+
+def _packed(moment: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix [d, d], row by row: [d (d + 1) / 2]."""
+    rows, columns = torch.triu_indices(*moment.shape, device=moment.device)
+    return moment[rows, columns]
+
+
+def _width(packed: Tensor) -> int:
+    """d of upper triangles [s, d (d + 1) / 2]. Raises ValueError for rows that are no triangles."""
+    width = int(((8 * packed.shape[-1] + 1) ** 0.5 - 1) / 2)
+    if _triangle(width) != packed.shape[-1]:
+        raise ValueError("its rows are no triangles")
+    return width
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """What `_packed` packed. Raises ValueError for rows that are no triangles."""
-    width = int(((8 * packed.shape[-1] + 1) ** 0.5 - 1) / 2)
+    """The symmetric matrices [s, d, d] of upper triangles [s, d (d + 1) / 2]."""
+    width = _width(packed)
     rows, columns = torch.triu_indices(width, width)
-    if len(rows) != packed.shape[-1]:
-        raise ValueError("its rows are no triangles")
     moments = torch.zeros(len(packed), width, width, dtype=packed.dtype)
     moments[:, rows, columns] = packed
     moments[:, columns, rows] = packed

@@ -72,18 +72,29 @@ class Workspace(OpenRegistry):
         vocabulary: int = 0,
         device: str = "auto",
         progress: Progress = silent,
+        on: str = "",
     ) -> None:
         """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
 
-        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all.
+        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all. `on` says where they are encoded, as for
+        `solve_many`. Raises OverpaintError where that fails; the next call goes on with what is missing.
         """
         from overpaint.bases.loading import resolve_device
+        from overpaint.core.executors import open_executor
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
         words = checked_count(vocabulary, "how much of the vocabulary is encoded")
         context = self.solve_context(base)
         preserved = PreservedPrompts(context.preserve_prompts, words, context.cache)
-        prepare(self.base(base), context.universe, resolve_device(device), preserved=preserved, report=progress)
+        with closing(open_executor(on)) as executor:
+            prepare(
+                self.base(base),
+                context.universe,
+                resolve_device(device),
+                preserved=preserved,
+                report=progress,
+                executor=executor if on else None,
+            )
 
     def preserve(self, base: str, prompts: Iterable[str]) -> int:
         """Preserve prompts in whatever is solved on a base from now on; returns how many are new. Raises NotFound."""

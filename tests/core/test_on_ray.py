@@ -1,5 +1,5 @@
-"""Work on a Ray cluster of two nodes on this machine, one of which is lost; solving and drawing on it too, since a cluster
-takes long to start."""
+"""Work on a Ray cluster of two nodes on this machine, one of which is lost; solving, drawing, encoding and measuring on it too,
+since a cluster takes long to start."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ import pytest
 import torch
 
 import overpaint
+from benchmarks.cells import Cells
+from benchmarks.protocol import Counts
+from benchmarks.solvers import Bench
+from benchmarks.solvers import run as measure
 from overpaint.bases.base import Base, BaseReference
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, Piece, Resources, open_executor
 from overpaint.evaluation.images import ImageCache, ImageGenerator, Sampler
 from overpaint.evaluation.prompts import EvalPrompt
+from overpaint.solvers import vocabulary
 from overpaint.testing.contract import tiny_pipeline
 
-from .executor_pieces import die, die_once, double, fail, hungry, marked, opens, refuse, worker_id
+from .executor_pieces import die, die_once, double, fail, hungry, marked, opens, refuse, slow_first, worker_id
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed")
 pytestmark = [
@@ -112,9 +117,32 @@ def test_a_piece_without_memory_gets_twice_the_share(executor: Executor, tmp_pat
     assert done(executor, [Piece("hungry", hungry)], str(tmp_path / "mark")) == [("done", "")]
 
 
+def test_no_piece_is_begun_too_far_ahead_of_the_first_that_is_missing(executor: Executor) -> None:
+    pieces = [Piece(f"piece {i}", slow_first, (i,)) for i in range(9)]
+    order = [result.index for result in executor.results(pieces, 2.0, LIGHT, ahead=4)]
+    assert sorted(order) == list(range(9))
+    assert set(order[: order.index(0)]) <= {1, 2, 3}
+
+
+def test_a_first_piece_that_needs_more_is_not_waited_for_in_vain(executor: Executor, tmp_path: Path) -> None:
+    pieces = [Piece("hungry", hungry), *(Piece("marks", marked) for _ in range(6))]
+    values = [result.value for result in executor.results(pieces, str(tmp_path / "mark"), LIGHT, ahead=2)]
+    assert sorted(values) == ["done"] + ["marked"] * 6
+
+
 def test_a_larger_share_waits_until_it_is_free_and_the_others_are_done(executor: Executor, tmp_path: Path) -> None:
     pieces = [Piece("hungry", hungry), *(Piece("marks", marked) for _ in range(6))]
     assert done(executor, pieces, str(tmp_path / "mark")) == [("done", "")] + [("marked", "")] * 6
+
+
+def test_cores_that_others_hold_are_left_to_them(cluster: Any) -> None:
+    holding, other = open_executor("ray"), open_executor("ray")
+    done(holding, [Piece("wait", worker_id)] * 2, 0.5)  # two of the three cores stay with this one
+    found = done(other, [Piece("wait", worker_id)] * 4, 0.2)
+    holding.close()
+    other.close()
+    assert not any(error for _, error in found)
+    assert len({value[0] for value, _ in found}) == 1
 
 
 def test_more_than_any_node_has_is_refused(executor: Executor) -> None:
@@ -178,6 +206,51 @@ def test_pictures_drawn_on_a_cluster_are_those_of_this_process(cluster: Any, tmp
     )
     executor.close()
     assert np.array_equal(here, there)
+
+
+def test_a_vocabulary_encoded_on_a_cluster_has_the_bits_of_one_process_also_after_an_interruption(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", 4)
+    monkeypatch.setattr(vocabulary, "SAVE_EVERY", 0.0)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    stored, steps = [], dict[str, list[int]]()
+
+    def stop(step: int, of: int, text: str) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    for place, on in (("here", ""), ("there", "ray"), ("interrupted", "ray")):
+        workspace = overpaint.open(tmp_path / place)
+        workspace.add_base("tiny", tmp_path / "base")
+        seen = steps[place] = []
+        done = 0
+        if place == "interrupted":
+            with pytest.raises(KeyboardInterrupt):
+                workspace.prepare("tiny", on=on, progress=stop)
+            (part,) = (tmp_path / place).rglob("*.partial")
+            done = vocabulary.read_vocabulary(part).done
+            assert done >= 1
+        workspace.prepare("tiny", on=on, progress=lambda step, of, text, seen=seen: seen.append(step))  # type: ignore[misc]
+        assert seen == list(range(done + 1, seen[-1] + 1)), "what was stored is not encoded again"
+        (file,) = (tmp_path / place / "cache" / "vocabulary").glob("*.safetensors")
+        stored.append((file.name, file.read_bytes()))
+    assert stored[0] == stored[1] == stored[2]
+
+
+def test_cells_measured_on_a_cluster_are_those_of_this_process(cluster: Any, tmp_path: Path) -> None:
+    found = []
+    executor = open_executor("ray")
+    for place, on in (("here", None), ("there", executor)):
+        bench, cells = Bench(tmp_path / place, "cpu", steps=1), Cells(tmp_path / place / "cells")
+        bench.work = tmp_path / "of workers"  # as on a machine that does not share the folder
+        measure(bench, cells, [("uce", "cat"), ("uce+decoupled", "cat")], Counts(1, 1, 1), executor=on)
+        kept = [cells.find(solver, "cat") for solver in ("uce", "uce+decoupled")]
+        found.append([(cell.settings, cell.verdicts, cell.made["patch"]) for cell in kept if cell])
+        assert len(list((tmp_path / place / "patches").iterdir())) == 4
+    executor.close()
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 def test_no_cluster_at_an_address_is_one_sentence(cluster: Any) -> None:

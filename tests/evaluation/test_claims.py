@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import all as everything
 from benchmarks import until
-from benchmarks.cells import BASE, Budget, BudgetSpent, Cell, Verdict
+from benchmarks.cells import BASE, Budget, BudgetSpent, Cell, Job, Verdict
 from benchmarks.claims import ALTERNATIVES, change_in, measured_claims, object_region, pairs, run
 from benchmarks.protocol import SEEN, Counts, chosen, questions
 from benchmarks.solvers import Asked
@@ -58,20 +61,21 @@ def numbers(subject: str) -> list[Measurement]:
 
 def test_jobs_are_kept_one_by_one_and_not_done_again(tmp_path: Path) -> None:
     done: list[str] = []
+    bench: Any = SimpleNamespace(drawn="20 steps", device=torch.device("cpu"))
 
-    def job(name: str) -> list[Measurement]:
+    def job(opened: object, name: str) -> list[Measurement]:
         done.append(name)
         if name == "b":
             raise OverpaintError("no room")
         return numbers(name)
 
-    every = {f"alternative-{name}": lambda name=name: job(name) for name in "abc"}
-    assert run(tmp_path, every, 40, "20 steps") == {"alternative-b": "no room"}
-    assert run(tmp_path, every, 40, "20 steps") == {"alternative-b": "no room"}
+    every = [Job(f"alternative-{name}", job, (name,)) for name in "abc"]
+    assert run(bench, tmp_path, every, 40) == {"alternative-b": "no room"}
+    assert run(bench, tmp_path, every, 40) == {"alternative-b": "no room"}
     assert done == ["a", "b", "c", "b"]
     assert measured_claims(tmp_path) == {f"alternative-{name}": numbers(name) for name in "ac"}
     with pytest.raises(BudgetSpent):
-        run(tmp_path, every, 80, "20 steps", budget=Budget(1.0, began=0.0))
+        run(bench, tmp_path, every, 80, budget=Budget(1.0, began=0.0))
     verdicts = {SEEN: (Verdict("a cat", 1, True),)}
     page = solvers_page([Cell(BASE, "cat", "object", {}, {}, verdicts)], {}, measured_claims(tmp_path))
     assert "| a | 10.0% (0.0% to 20.0%, n=40) | 3.0 (3.0 to 3.0, n=40) |" in page

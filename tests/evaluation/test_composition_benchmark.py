@@ -40,6 +40,9 @@ class Fake:
         self.image_generator = Script(base, self.prompt_set, faithful, {})
         self.solved_for: dict[tuple[str, str], int] = {}
 
+    def has(self, origin: object) -> bool:
+        return False
+
     def solved(
         self, asked: Asked, concept: Concept, known: Sequence[Concept], apart: Sequence[Concept] = ()
     ) -> tuple[Patch, Costs]:

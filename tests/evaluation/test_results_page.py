@@ -142,15 +142,15 @@ def test_a_patch_is_asked_for_with_todays_settings_among_those_told_of(
         return [outcome]
 
     monkeypatch.setattr(workspace, "solve_many", solve_many)
-    assert evaluation._solved(workspace, "cat", "separable:harden=2", "cpu", ("cat", "dog")) == "solved"
-    assert evaluation._solved(workspace, "cat", "esd+decoupled", "cpu", ("cat",)) == "solved"
+    assert evaluation._solved(workspace, ["cat"], "separable:harden=2", "cpu", ("cat", "dog"), "") == ["solved"]
+    assert evaluation._solved(workspace, ["cat"], "esd+decoupled", "cpu", ("cat",), "") == ["solved"]
     (names, hard), (_, apart) = asked
     assert (names, hard["solver"], hard["settings"]["harden"], hard["decoupled"]) == (["cat"], "separable", 2, "")
     assert hard["universe"] == ("cat", "dog")
     assert (apart["solver"], apart["decoupled"]) == ("esd", "ridge")
     outcome.record, outcome.error = None, "no room"
     with pytest.raises(OverpaintError, match="no room"):
-        evaluation._solved(workspace, "cat", "sepme", "cpu", ("cat",))
+        evaluation._solved(workspace, ["cat"], "sepme", "cpu", ("cat",), "")
 
 
 def test_figures_of_another_judge_are_said_to_be_older(records: list[EvaluationRecord]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import solvers
-from benchmarks.cells import BASE, Cell, Cells, Costs, Patches, Shard, Verdict, write
+from benchmarks.cells import BASE, Budget, Cell, Cells, Costs, Patches, Shard, Verdict, working_on, write
 from benchmarks.choosing_page import short_table
 from benchmarks.memory import peak_megabytes
 from benchmarks.protocol import (
@@ -45,11 +46,13 @@ from benchmarks.solvers_page import short_rows, solvers_page
 from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
+from overpaint.core.executors import InProcess
 from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, STYLE, EmojiPrompts, EvalPrompt, catalogue
 from overpaint.patches.delta import TextMap
 from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import Solution
+from tests.core.executor_pieces import Travelling
 
 EVERY = (*OBJECTS, *STYLES, *PAIRS)
 
@@ -224,7 +227,7 @@ class Killed(BaseException):
 class Fake:
     """Answers every question, right but for the erased concept; ends after so many cells."""
 
-    drawn = "20 steps"
+    drawn, device = "20 steps", torch.device("cpu")
 
     def __init__(self, lives: int = 1000) -> None:
         self.lives, self.measured = lives, list[tuple[str, str]]()
@@ -271,6 +274,61 @@ def test_a_killed_run_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [*first.measured, *second.measured] == WORK
     ran(monkeypatch, cells, third := Fake(), WORK, FEW)
     assert third.measured == []
+
+
+def test_a_cell_of_a_worker_is_that_of_this_process_and_its_patch_comes_along(tmp_path: Path) -> None:
+    """Also where the worker shares no folder, and has to be sent what a decoupled patch begins with."""
+    found = []
+    for place, executor in (("here", None), ("there", Travelling())):
+        bench, cells = solvers.Bench(tmp_path / place, "cpu", steps=1), Cells(tmp_path / place / "cells")
+        for number, solver in enumerate(("uce", "uce+decoupled")):
+            bench.work = tmp_path / f"worker {number}"
+            solvers.run(bench, cells, [(solver, "cat")], Counts(1, 1, 1), executor=executor)
+        kept = [cells.find(solver, "cat") for solver in ("uce", "uce+decoupled")]
+        found.append([(cell.settings, cell.verdicts, cell.made) for cell in kept if cell])
+        costs = [cell.costs for cell in kept if cell]
+        assert costs[0]
+        assert costs[1]
+        assert costs[1].seconds > costs[0].seconds, "what solving the whole took counts, too"
+        assert len(list((tmp_path / place / "patches").iterdir())) == 4
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "worker 0" / "patches").iterdir())) == 2
+    assert len(list((tmp_path / "worker 1" / "patches").iterdir())) == 4, "the whole was not solved again"
+
+
+def test_a_worker_that_asks_about_another_base_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent = pickle.dumps(solvers.BenchReference(solvers.Bench(tmp_path, "cpu", steps=1)))
+    monkeypatch.setattr(solvers, "ASKED_BASE", "emoji-dit")
+    with pytest.raises(
+        OverpaintError, match="asks about the base emoji-dit and this program about emoji; start its node with"
+    ):
+        pickle.loads(sent).open()
+
+
+def test_a_job_that_its_worker_fails_is_said_and_measured_next_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(Fake):
+        def __call__(self, context: Any, solver: str, name: str, asked: Mapping[str, Sequence[EvalPrompt]]) -> Cell:
+            if (solver, name) == WORK[1]:
+                raise OverpaintError("lost its worker 3 times")
+            return super().__call__(context, solver, name, asked)
+
+    cells = Cells(tmp_path)
+    ran(monkeypatch, cells, Failing(), WORK, FEW)
+    assert f"2/8 {WORK[1][0]}, {WORK[1][1]}: lost its worker 3 times" in capsys.readouterr().err
+    ran(monkeypatch, cells, again := Fake(), WORK, FEW)
+    assert again.measured == [WORK[1]]
+
+
+def test_a_budget_that_is_spent_ends_a_run_in_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with working_on("") as executor:
+        assert isinstance(executor, InProcess)
+        Budget(1.0, began=0.0).check()
+    assert "the same command goes on where this one stopped" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"work can run on ray or ray://HOST:PORT; got 'slurm'"), working_on("slurm"):
+        pass
 
 
 def test_asked_for_more_pictures_a_run_measures_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder, encoders, text_sources
 from overpaint.core.concepts import Concept
+from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import silent
 from overpaint.patches.patch import make_patch
 from overpaint.solvers import universe, vocabulary
@@ -23,7 +25,9 @@ from overpaint.solvers.universe import PreservedPrompts, prepare
 from overpaint.solvers.vocabulary import (
     SENTENCES_PER_WORD,
     BadVocabulary,
+    EncodingInputs,
     EncodingTask,
+    Workers,
     read_vocabulary,
     vocabularies,
     vocabulary_file,
@@ -31,6 +35,7 @@ from overpaint.solvers.vocabulary import (
 from overpaint.testing.contract import THINGS
 from tests.bases.tiny_transformers import tiny_transformer
 from tests.bases.tiny_xl import WIDTHS, tiny_xl_base
+from tests.core.executor_pieces import Travelling
 
 CPU = torch.device("cpu")
 Reports = list[tuple[int, int, str]]
@@ -100,6 +105,76 @@ def test_an_interrupted_computation_goes_on_and_ends_in_the_same_bits(base: Base
     assert steps[0] == stop + 1
     assert only_file(tmp_path).suffix == ".safetensors", "what was partial is gone"
     assert same(found, encoded(base, None))
+
+
+def on_workers(base: Base, folder: Path | None, executor: Travelling, report: Callable[..., None] = silent) -> object:
+    task = EncodingTask.of(base, encoders(base))
+    return vocabularies(task, encoders(base), folder, report, Workers(executor, base))["text_encoder"]
+
+
+def test_workers_whose_pieces_come_in_any_order_give_the_bits_of_one_process(base: Base, tmp_path: Path) -> None:
+    executor, reports = Travelling(), Reports()
+    found = on_workers(base, tmp_path / "there", executor, lambda *what: reports.append(what))
+    assert same(found, encoded(base, tmp_path / "here"))
+    files = [only_file(tmp_path / place) for place in ("here", "there")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert executor.ahead >= 2
+    assert executor.names[0].startswith("encoding 4 words in '")
+    assert [step for step, _, _ in reports] == list(range(1, reports[-1][1] + 1))
+    assert all(text.endswith(" s left; 1 under way on 1 workers") for _, _, text in reports)
+
+
+def test_no_worker_is_asked_for_what_is_stored(base: Base, tmp_path: Path) -> None:
+    encoded(base, tmp_path)
+    on_workers(base, tmp_path, executor := Travelling())
+    assert not executor.names
+
+
+def test_a_driver_that_is_stopped_goes_on_with_the_pieces_that_are_missing(base: Base, tmp_path: Path) -> None:
+    def give_up(step: int, of: int, text: str) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on_workers(base, tmp_path, Travelling(), give_up)
+    done = read_vocabulary(only_file(tmp_path)).done
+    assert done == 3, "the fourth piece has not come, so what follows it cannot be added"
+    found = on_workers(base, tmp_path, again := Travelling())
+    assert len(again.names) == EncodingTask.of(base, encoders(base)).size - done
+    assert same(found, encoded(base, None))
+
+
+def test_a_piece_that_fails_is_one_sentence_and_what_is_before_it_is_kept(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def fails_once(*asked: Any) -> torch.Tensor:
+        calls.append("asked")
+        if len(calls) == 5:
+            raise OverpaintError("there is no room")
+        return keys_of(*asked)
+
+    monkeypatch.setattr(vocabulary, "keys_of", fails_once)
+    monkeypatch.setattr(vocabulary, "SAVE_EVERY", 1e9)
+    with pytest.raises(OverpaintError, match="the vocabulary could not be encoded: there is no room"):
+        on_workers(base, tmp_path, Travelling())
+    assert read_vocabulary(only_file(tmp_path)).done == 3
+    assert same(on_workers(base, tmp_path, Travelling()), encoded(base, None))
+
+
+def test_a_worker_that_reads_prompts_otherwise_is_refused(tmp_path: Path) -> None:
+    base = Base.open(tiny_xl_base(tmp_path / "xl").path)
+    held = {"text_encoder": encoders(base)["text_encoder"]}
+    sent = pickle.dumps(EncodingInputs(EncodingTask.of(base, held), held, base))
+    assert [*pickle.loads(sent).open()] == ["text_encoder"]
+    vocabulary._encoders_here.cache_clear()
+    rules = base.path / "tokenizer" / "tokenizer_config.json"
+    rules.write_text(json.dumps({**json.loads(rules.read_text()), "model_max_length": 12}))
+    with pytest.raises(
+        OverpaintError, match=r"the worker on .+ reads prompts otherwise than this program: .+ copy .+ there"
+    ):
+        pickle.loads(sent).open()
 
 
 def flip(file: Path) -> None:

@@ -14,7 +14,7 @@ from overpaint.solvers.vocabulary import Moments, read_vocabulary, vocabulary_fi
 from overpaint.workspace.workspace import Workspace
 
 IDENTITY = {"encoder": "e" * 64, "doors": {"text_encoder": "last"}, "sentences": ["{}"]}
-MOMENT = torch.tensor([[[2.0, 0.5], [0.5, 3.0]]], dtype=torch.float64)
+MOMENT = torch.tensor([[2.0, 0.5, 3.0]], dtype=torch.float64)
 
 
 def kept(folder: Path) -> list[Path]:
