@@ -116,7 +116,8 @@ def _size(base: Base) -> int:
 class LayerMemory:
     """Buffers into which the layers of a text encoder are read in turn.
 
-    Allocating anew for each of them would leave the C library's heap as large as all of them together.
+    Allocating anew for each of them would leave the C library's heap as large as all of them together. After the last one the
+    buffers are given back: what is done with embeddings may need as much itself.
     """
 
     def __init__(self) -> None:
@@ -130,6 +131,11 @@ class LayerMemory:
             with torch.inference_mode(False):
                 self._stored = torch.empty(size, dtype=torch.uint8)
         return self._stored
+
+    def clear(self) -> None:
+        """Give the buffers back."""
+        self._stored = torch.empty(0, dtype=torch.uint8)
+        self._weights.clear()
 
     def weight(self, key: str, stored: Tensor) -> Tensor:
         """A tensor in float32, in the place of the last layer's, unless gradients may ask for that one again."""
@@ -155,6 +161,7 @@ def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[st
         places = {key: base.places[name] for key, name in part.items()}
         layer.register_forward_pre_hook(functools.partial(_load, base.containers, places, memory))
         layer.register_forward_hook(functools.partial(_drop, tuple(part)), always_call=True)
+    layers[-1].register_forward_hook(lambda *_: memory.clear(), always_call=True)
     for where, module in model.named_modules(remove_duplicate=False):
         key = f"{where}.weight"
         if isinstance(module, nn.Embedding) and key in names and key not in found:

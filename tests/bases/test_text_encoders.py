@@ -80,6 +80,14 @@ def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
     xl: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encoders(xl)["text_encoder_2"].model
+    memories: list[encoder_models.LayerMemory] = []
+
+    class Noted(encoder_models.LayerMemory):
+        def __init__(self) -> None:
+            super().__init__()
+            memories.append(self)
+
+    monkeypatch.setattr(encoder_models, "LayerMemory", Noted)
     monkeypatch.setattr(encoder_models, "HELD", 0)
     found = encoders(xl)["text_encoder_2"]
     places: list[int] = []
@@ -90,6 +98,7 @@ def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
     found.hidden(PROMPTS)
     assert len(places) > 1
     assert len(set(places)) == 1
+    assert memories and all(not each._weights and not each._stored.numel() for each in memories), "given back after the last"
     assert torch.equal(gradient(found.model), gradient(whole))
     with torch.inference_mode():
         found.hidden(["what a program does that draws"])
