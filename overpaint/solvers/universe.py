@@ -44,6 +44,8 @@ from overpaint.solvers.vocabulary import (
     encoding_identity,
     recalled,
     remember,
+    symmetric,
+    triangle,
     vocabularies,
     vocabulary_file,
 )
@@ -443,7 +445,7 @@ def _held_out(memory: _UniverseCache, sample: EncodingTask, text_input: str, voc
     """
     encoder, count = memory.encoders[text_input], len(sample.order)
     begin = _begin(encoder)
-    moment = sum((each.moment for each in vocabulary), torch.zeros(encoder.width, encoder.width).double())
+    moment = symmetric(sum((each.triangle for each in vocabulary), torch.zeros_like(vocabulary[0].triangle)))
     moment, mean = _without_begin(VOCABULARY / sample.count * moment.to(encoder.device), begin)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + RIDGE * mean * torch.eye(len(moment)).to(moment)))
 
@@ -470,14 +472,16 @@ def _vocabulary_moment(memory: _UniverseCache, text_input: str, vocabulary: Voca
     for every dog would be to preserve the style.
     """
     known = {word.casefold() for word in known}
-    total, count = torch.zeros_like(vocabulary[0].moment), 0
+    total, count = torch.zeros_like(vocabulary[0].triangle), 0
     for sentence in vocabulary:
         if known & set(re.findall(r"\w+", sentence.template.casefold())):
             continue
-        total, count = total + sentence.moment, count + len(sentence.words)
+        total += sentence.triangle
+        count += len(sentence.words)
         for word in sorted(known & sentence.words):
             key = (text_input, word, sentence.template)
             if key not in memory.words:
                 memory.words[key] = keys_of(memory.encoders[text_input], [word], [sentence.template]).cpu()
-            total, count = total - memory.words[key] @ memory.words[key].T, count - 1
-    return total / max(1, count)
+            total -= triangle(memory.words[key] @ memory.words[key].T)
+            count -= 1
+    return symmetric(total.div_(max(1, count)))

@@ -25,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, tensor_digest
+from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
 from overpaint.core.atomic import make_folder, replacing, share
-from overpaint.core.encoding import by_digest, canonical_json, json_digest
+from overpaint.core.encoding import by_digest, canonical_json, header_bytes, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, InProcess, Piece, Resources, Result, machine_name
 from overpaint.core.reporting import Progress
@@ -61,14 +60,15 @@ class BadVocabulary(OverpaintError):
 
 @dataclass(frozen=True, eq=False)
 class Sentence:
-    """A neutral sentence, the words that stood in it, and the second moment of their keys, float64 [d, d] on the CPU.
+    """A neutral sentence, the words that stood in it, and the second moment of their keys, float64 on the CPU: its upper triangle
+    [d (d + 1) / 2], since text that is 4,096 wide has 134 MB in a whole one.
 
     A word in a sentence weighs 1.
     """
 
     template: str
     words: frozenset[str]
-    moment: Tensor
+    triangle: Tensor
 
 
 Vocabulary = tuple[Sentence, ...]
@@ -153,7 +153,7 @@ class EncodingTask:
 
     def fits(self, stored: Moments) -> bool:
         """Whether moments are of this task, whole or in part."""
-        shapes = {name: (len(self.templates), _triangle(width)) for name, width in self.widths.items()}
+        shapes = {name: (len(self.templates), _numbers(width)) for name, width in self.widths.items()}
         is_same = canonical_json(stored.identity) == canonical_json(self.identity) and stored.done <= self.size
         return is_same and shapes == {name: tuple(moments.shape) for name, moments in stored.moments.items()}
 
@@ -161,8 +161,7 @@ class EncodingTask:
         """The results by text input, of the moments' upper triangles."""
         words = [frozenset(each) for each in self.words()]
         return {
-            text_input: tuple(map(Sentence, self.templates, words, _unpacked(moments[text_input])))
-            for text_input in self.widths
+            text_input: tuple(map(Sentence, self.templates, words, moments[text_input])) for text_input in self.widths
         }
 
 
@@ -243,7 +242,7 @@ def encode_piece(
     for text_input, encoder in inputs.open().items():
         keys = keys_of(encoder, words, [template])
         # A product may differ from its transpose in the last bit, and only one triangle is stored.
-        moments[text_input] = _packed(keys @ keys.T).cpu().numpy()
+        moments[text_input] = triangle(keys @ keys.T).numpy()
     return moments
 
 
@@ -310,7 +309,7 @@ def _encoded(
 
     executor = workers.executor if workers else InProcess()
     needs = Resources(gpus=float(inputs.device == "cuda"))
-    ahead = max(2, AHEAD_BYTES // sum(8 * _triangle(width) for width in task.widths.values()))
+    ahead = max(2, AHEAD_BYTES // sum(8 * _numbers(width) for width in task.widths.values()))
     with closing(executor.results(work, inputs, needs, note, ahead=ahead)) as results:
         for result in results:
             yield result, under_way
@@ -330,7 +329,7 @@ def _recalled(task: EncodingTask, folder: Path | None, report: Progress) -> Mome
             if stored and smaller.fits(stored):
                 return replace(stored, identity=task.identity)
     count = len(task.templates)
-    zeros = {name: torch.zeros(count, _triangle(width), dtype=torch.float64) for name, width in task.widths.items()}
+    zeros = {name: torch.zeros(count, _numbers(width), dtype=torch.float64) for name, width in task.widths.items()}
     return Moments(task.identity, 0, zeros)
 
 
@@ -397,11 +396,12 @@ def _write(file: Path, arrays: Mapping[str, Tensor], about: Mapping[str, Any]) -
     arrays = {name: array.cpu() for name, array in arrays.items()}
     digests = {name: tensor_digest(name, array) for name, array in arrays.items()}
     text = canonical_json({"format": FORMAT, **about, "digests": digests}).decode()
-    # Not `save_file`: what it raises where nothing can be written is no OSError, and its files are for the owner alone.
-    data = safetensors.torch.save(arrays, metadata={KEY: text})
     make_folder(file.parent)
+    # Not safetensors' own `save_file`: what it raises where nothing can be written is no OSError.
     with replacing(file) as scratch:
-        scratch.write_bytes(data)
+        with scratch.open("wb") as opened:
+            opened.write(header_bytes({KEY: text}, [(name, "F64", array.shape) for name, array in arrays.items()]))
+            opened.writelines(map(raw_bytes, arrays.values()))
         share(scratch)
 
 
@@ -433,30 +433,33 @@ def _misnamed(file: Path) -> BadVocabulary:
     return BadVocabulary(f"{file} is not the vocabulary that its name says; delete it")
 
 
-def _triangle(width: int) -> int:
+def _numbers(width: int) -> int:
     """How many numbers the upper triangle of a square matrix has."""
     return width * (width + 1) // 2
-
-
-def _packed(moment: Tensor) -> Tensor:
-    """The upper triangle of a symmetric matrix [d, d], row by row: [d (d + 1) / 2]."""
-    rows, columns = torch.triu_indices(*moment.shape, device=moment.device)
-    return moment[rows, columns]
 
 
 def _width(packed: Tensor) -> int:
     """d of upper triangles [s, d (d + 1) / 2]. Raises ValueError for rows that are no triangles."""
     width = int(((8 * packed.shape[-1] + 1) ** 0.5 - 1) / 2)
-    if _triangle(width) != packed.shape[-1]:
+    if _numbers(width) != packed.shape[-1]:
         raise ValueError("its rows are no triangles")
     return width
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """The symmetric matrices [s, d, d] of upper triangles [s, d (d + 1) / 2]."""
+def triangle(moment: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix [d, d], row by row, on the CPU: [d (d + 1) / 2]."""
+    array: NDArray[np.float64] = moment.cpu().numpy()
+    return torch.from_numpy(array[_upper(len(array))])
+
+
+def symmetric(packed: Tensor) -> Tensor:
+    """The symmetric matrix [d, d] of an upper triangle [d (d + 1) / 2]."""
     width = _width(packed)
-    rows, columns = torch.triu_indices(width, width)
-    moments = torch.zeros(len(packed), width, width, dtype=packed.dtype)
-    moments[:, rows, columns] = packed
-    moments[:, columns, rows] = packed
-    return moments
+    moment, upper = np.empty((width, width)), _upper(width)
+    moment[upper] = moment.T[upper] = packed.numpy()
+    return torch.from_numpy(moment)
+
+
+def _upper(width: int) -> NDArray[np.bool_]:
+    """Where the upper triangle is. Not as indices: these would take twice what the matrix does."""
+    return np.triu(np.ones((width, width), dtype=np.bool_))

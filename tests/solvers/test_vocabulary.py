@@ -29,6 +29,8 @@ from overpaint.solvers.vocabulary import (
     EncodingTask,
     Workers,
     read_vocabulary,
+    symmetric,
+    triangle,
     vocabularies,
     vocabulary_file,
 )
@@ -64,7 +66,7 @@ def same(first: object, second: object) -> bool:
     assert isinstance(first, tuple)
     assert isinstance(second, tuple)
     return [(s.template, s.words) for s in first] == [(s.template, s.words) for s in second] and all(
-        torch.equal(a.moment, b.moment) for a, b in zip(first, second, strict=True)
+        torch.equal(a.triangle, b.triangle) for a, b in zip(first, second, strict=True)
     )
 
 
@@ -78,7 +80,7 @@ def test_every_word_is_encoded_in_the_asked_number_of_sentences(base: Base) -> N
     for sentence in found:
         keys = keys_of(encoder, sorted(sentence.words), [sentence.template])
         # Summed in another order, of prompts that were encoded in other batches.
-        torch.testing.assert_close(sentence.moment, keys @ keys.T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sentence.triangle, triangle(keys @ keys.T), rtol=1e-5, atol=1e-5)
 
 
 def test_a_stored_vocabulary_is_read_and_gives_the_same_bits(base: Base, tmp_path: Path) -> None:
@@ -379,3 +381,12 @@ def test_own_sentences_of_a_concept_are_not_stored(base: Base, tmp_path: Path) -
         (file,) = tmp_path.glob("*.memory")
         sizes.add(file.stat().st_size)
     assert len(sizes) == 1
+
+
+def test_a_symmetric_matrix_comes_back_from_its_triangle() -> None:
+    matrix = torch.arange(25.0, dtype=torch.float64).reshape(5, 5)
+    matrix = matrix + matrix.T
+    assert triangle(matrix)[:6].tolist() == [*matrix[0].tolist(), matrix[1, 1].item()]
+    assert torch.equal(symmetric(triangle(matrix)), matrix)
+    with pytest.raises(ValueError, match="no triangles"):
+        symmetric(torch.zeros(5, dtype=torch.float64))
