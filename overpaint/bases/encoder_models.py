@@ -1,9 +1,9 @@
 """The text encoders of a base as models of transformers, in float32: held whole, or, where they are large, layer by layer.
 
-Stable Diffusion XL's would take 3.3 GB. Their layers are read from the base's files each time a batch of prompts comes by,
-turned into float32 where the last one lay, and of the tokens' embeddings just those are read that the batch has. On two cores,
-reading costs about a twentieth of what computing costs. Both ways compute the same from the same numbers: where batches are
-equal, so are the bits.
+Stable Diffusion XL's would take 3.3 GB. Their layers, the largest matrix by matrix, are read from the base's files each time
+a batch of prompts comes by, turned into float32 where the last one lay, and of the tokens' embeddings just those are read that
+the batch has. On two cores, reading costs about a twentieth of what computing costs. All ways compute the same from the same
+numbers: where batches are equal, so are the bits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from overpaint.core.encoding import TensorEntry
 
 HELD = 600 << 20
 """Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""
+WHOLE_LAYER = 256 << 20
+"""Bytes in float32. Larger layers, as those of T5-XXL with 736 MiB, are read matrix by matrix."""
 LARGE_MATRIX = 64 << 20
 """Bytes in float32 from which a matrix of embeddings is read row by row, where layers are read."""
 
@@ -138,13 +140,13 @@ class LayerMemory:
         self._weights.clear()
 
     def weight(self, key: str, stored: Tensor) -> Tensor:
-        """A tensor in float32, in the place of the last layer's, unless gradients may ask for that one again."""
+        """A tensor in float32, in the place of the last one of that key, unless gradients may ask for that one again."""
         if torch.is_grad_enabled():
             return stored.to(torch.float32, copy=True)
-        if key not in self._weights or self._weights[key].shape != stored.shape:
+        if key not in self._weights or self._weights[key].numel() < stored.numel():
             with torch.inference_mode(False):  # else it could be written to in that mode alone
-                self._weights[key] = torch.empty(stored.shape)
-        return self._weights[key].copy_(stored)
+                self._weights[key] = torch.empty(stored.numel())
+        return self._weights[key][: stored.numel()].view(stored.shape).copy_(stored)
 
 
 def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
@@ -158,9 +160,11 @@ def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[st
         start = f"{path}.{number}."
         part = {key.removeprefix(start): name for key, name in names.items() if key.startswith(start)}
         found.update({f"{start}{key}": name for key, name in part.items()})
-        places = {key: base.places[name] for key, name in part.items()}
-        layer.register_forward_pre_hook(functools.partial(_load, base.containers, places, memory))
-        layer.register_forward_hook(functools.partial(_drop, tuple(part)), always_call=True)
+        for module, keys in _read_at_once(layer, part):
+            places = {key: base.places[name] for key, name in keys.items()}
+            slot = "layer." if module is layer else ""  # what a layer holds itself stays while its modules take turns
+            module.register_forward_pre_hook(functools.partial(_load, base.containers, places, memory, slot))
+            module.register_forward_hook(functools.partial(_drop, tuple(keys)), always_call=True)
     layers[-1].register_forward_hook(lambda *_: memory.clear(), always_call=True)
     for where, module in model.named_modules(remove_duplicate=False):
         key = f"{where}.weight"
@@ -175,6 +179,22 @@ def _streamed(base: Base, model: nn.Module, names: Mapping[str, str]) -> dict[st
     return found
 
 
+def _read_at_once(layer: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+    """The modules of a layer whose parameters are read when they are used, with these: the layer itself, or, where it is large,
+    each module that has parameters of its own and no modules inside; what else there is comes with the layer."""
+    if 4 * sum(parameter.numel() for parameter in layer.parameters()) <= WHOLE_LAYER:
+        yield layer, dict(names)
+        return
+    rest = dict(names)
+    for path, module in layer.named_modules():
+        if path and not list(module.children()):
+            keys = {key: rest.pop(f"{path}.{key}") for key, _ in module.named_parameters() if f"{path}.{key}" in rest}
+            if keys:
+                yield module, keys
+    if rest:
+        yield layer, rest
+
+
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The layers that read text, and where they are."""
     lists = [
@@ -183,9 +203,9 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _load(containers: Any, places: Any, memory: LayerMemory, module: nn.Module, args: Any) -> None:
+def _load(containers: Any, places: Any, memory: LayerMemory, slot: str, module: nn.Module, args: Any) -> None:
     for key, stored in read_tensors(places, containers, memory.as_stored(places.values())):
-        _put(module, key, memory.weight(key, stored))
+        _put(module, key, memory.weight(slot + key, stored))
 
 
 def _drop(keys: Sequence[str], module: nn.Module, args: Any, answer: Any) -> None:

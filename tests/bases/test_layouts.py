@@ -243,13 +243,15 @@ def test_solving_reads_nothing_of_the_denoiser_but_its_text_inputs(
     assert read == {"txt_norm.weight"}
 
 
-@pytest.mark.parametrize("layout", ["flux", "z-image", "kolors"])
-def test_a_text_encoder_read_layer_by_layer_gives_the_same_bits(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, layout: str
+@pytest.mark.parametrize("layout", CAUGHT)
+@pytest.mark.parametrize("whole_layer", [encoder_models.WHOLE_LAYER, 0], ids=["by layer", "by matrix"])
+def test_a_text_encoder_read_in_parts_gives_the_same_bits(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, layout: str, whole_layer: int
 ) -> None:
     base = Base.open(folder(layout))
     held = text_sources(base)["context"].hidden([PROMPT, ""])
     monkeypatch.setattr(encoder_models, "HELD", 0)
+    monkeypatch.setattr(encoder_models, "WHOLE_LAYER", whole_layer)
     monkeypatch.setattr(encoder_models, "LARGE_MATRIX", 0)
     streamed = text_sources(base)["context"]
     assert isinstance(streamed, PipelineTextInput)
