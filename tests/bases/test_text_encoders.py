@@ -80,14 +80,6 @@ def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
     xl: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encoders(xl)["text_encoder_2"].model
-    memories: list[encoder_models.LayerMemory] = []
-
-    class Noted(encoder_models.LayerMemory):
-        def __init__(self) -> None:
-            super().__init__()
-            memories.append(self)
-
-    monkeypatch.setattr(encoder_models, "LayerMemory", Noted)
     monkeypatch.setattr(encoder_models, "HELD", 0)
     found = encoders(xl)["text_encoder_2"]
     places: list[int] = []
@@ -98,9 +90,6 @@ def test_layers_take_turns_in_one_place_unless_gradients_ask_for_them_again(
     found.hidden(PROMPTS)
     assert len(places) > 1
     assert len(set(places)) == 1
-    assert len(memories) == 2
-    held = [each for each in memories if each._weights or each._stored.numel()]
-    assert not held, "given back after the last layer"
     assert torch.equal(gradient(found.model), gradient(whole))
     with torch.inference_mode():
         found.hidden(["what a program does that draws"])
@@ -208,3 +197,15 @@ def test_a_batch_has_as_many_words_as_their_keys_leave_room_for(width: int, word
     """As many as ever on Stable Diffusion 1.x: sums of other pieces would have other last bits."""
     assert vocabulary._at_once(width, 77) == words
     assert words * 77 * width * 8 <= vocabulary.CHUNK_BYTES
+
+
+def test_freed_memory_is_given_back_while_layers_are_read(xl: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(encoder_models, "_malloc_trim", lambda: trimmed.append)
+    monkeypatch.setattr(encoder_models, "TRIM_EVERY", 1)
+    encoders(xl)["text_encoder_2"].hidden(PROMPTS)
+    assert not trimmed, "what is held frees no layer"
+    monkeypatch.setattr(encoder_models, "HELD", 0)
+    found = encoders(xl)["text_encoder_2"]
+    found.hidden(PROMPTS)
+    assert len(trimmed) == len(encoder_models.layers_of(found.model))
