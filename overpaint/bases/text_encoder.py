@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, tokenizer_of
@@ -263,7 +263,7 @@ class TextEncoder:
         """What `_forward` says of some rows of packed prompts."""
         sees = packed.sees[rows, None]
         unseen = torch.zeros(sees.shape, device="cpu").masked_fill_(~sees, -torch.inf)
-        with attending(layers_of(self.model)):
+        with attending(self._layers):
             return self._forward(
                 packed.tokens[rows].to(self.device), unseen.to(self.device), packed.positions[rows].to(self.device)
             )
@@ -289,6 +289,10 @@ class TextEncoder:
         return LAST in self._memory.output and bool(getattr(self.model.config, "use_attention_mask", False))
 
     @cached_property
+    def _layers(self) -> nn.ModuleList:
+        return layers_of(self.model)  # looking for them takes as long as a short prompt
+
+    @cached_property
     def _prompts_at_a_time(self) -> int:
         """So many that large text encoders need no more memory than small ones."""
         if is_streamed(self.model):
@@ -302,8 +306,7 @@ class TextEncoder:
         """What the model says of rows of tokens, and of it the hidden states that are handed on."""
         wanted, before = self._memory.output, []
         # Asked for hidden states, the model would keep those of every layer.
-        last = layers_of(self.model)[-1]
-        hook = last.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+        hook = self._layers[-1].register_forward_pre_hook(lambda module, args: before.append(args[0]))
         try:
             result = self.model(tokens, attention_mask=mask, position_ids=positions)
         finally:
