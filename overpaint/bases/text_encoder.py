@@ -345,10 +345,18 @@ def _rules(tokenizer: Any) -> str:
     if not hasattr(tokenizer, "get_vocab"):
         tokenizer = tokenizer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(rules, dict):  # how the last text was padded is no rule
-        rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+    rules: Any = _without_padding(backend.to_str()) if backend else sorted(tokenizer.get_vocab().items())
     return json_digest([rules, getattr(tokenizer, "model_max_length", None), getattr(tokenizer, "padding_side", None)])
+
+
+def _without_padding(rules: str) -> str:
+    """A tokenizer's rules, as JSON, but for how the last text was cut and padded."""
+    # To parse all of it, megabytes of words, would take half a second.
+    for name in ('"truncation":', '"padding":'):
+        before, _, after = rules.partition(name)
+        after = after.lstrip()
+        rules = before + after[json.JSONDecoder().raw_decode(after)[1] :]
+    return rules
 
 
 class CaughtPrompts:

@@ -115,3 +115,12 @@ def test_a_word_of_several_vectors_takes_as_many_positions(tmp_path: Path) -> No
     assert len(encoder.tokens("<toy>")) == 3
     before = encoder.first_position("a photo of {}", "cat")
     assert encoder.first_position("a photo of <toy> and {}", "cat") == before + 3 + len(encoder.tokens("and"))
+
+
+def test_how_the_last_text_was_padded_does_not_change_how_prompts_are_read(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    fresh, used = TextEncoder.of(base), TextEncoder.of(base)
+    used.tokenizer(["a", "cat in a room"], padding="max_length", truncation=True, max_length=7)
+    assert used.reading == fresh.reading
+    used.tokenizer.add_tokens(["<new>"])
+    assert TextEncoder(used.tokenizer, used.model, used.output, used._memory).reading != fresh.reading
