@@ -25,11 +25,11 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class PackedPrompts:
-    """Rows of tokens that hold some prompts, each token that they share once in a row; int64, with `sees` as an exception.
+    """Rows of tokens that hold some prompts, each token that they share once in a row.
 
-    `tokens`, `positions` [rows, width]: what is read, and where in its prompt it stands. `sees` [rows, width, read before +
-    width], bool: which tokens (last place) a token (second place) reads. `rows` [prompts]: where a prompt is; `columns`
-    [prompts, length]: where in its row its embeddings are, 0 where there is none.
+    `tokens`, `positions`, int64 [rows, width]: what is read, and where in its prompt it stands. `sees`, bool [rows, width, read
+    before + width]: which tokens (last place) a token (second place) reads. `rows`, int64 [prompts]: where a prompt is;
+    `columns`, int64 [prompts, length]: where in its row its embeddings are; a 0 before its start or past its end means nothing.
     """
 
     tokens: Tensor
@@ -123,7 +123,7 @@ KeysAndValues = tuple[Tensor, Tensor]
 class PrefixStates:
     """Of every attention layer the keys and values of some prefixes' tokens; `columns` has each prefix's tokens among them.
 
-    `forward` reads a row of them; `prefixes` have room in it.
+    `forward` reads them in one row of at most `limit` tokens, which has room for all `prefixes`.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], limit: int, forward: Callable[[PackedPrompts], Any]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -34,7 +35,8 @@ Answer = TypeVar("Answer")
 BATCH, READ_BATCH = 128, 16
 """Prompts at a time: for a text encoder of SD 1.x's size that is held, fewer for larger ones; and where layers are read."""
 REMEMBERED = 64 << 20
-"""Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one."""
+"""Bytes of embeddings that are kept for all text encoders of a base (128 prompts of Stable Diffusion XL's larger one), and bytes
+of what is kept of prefixes for each of them."""
 CAUGHT_BYTES = 256 << 20
 """Bytes of embeddings that are kept for all text inputs of a base."""
 SAMPLED_WORDS, LARGE = 256, 1_000_000_000
@@ -82,6 +84,7 @@ class _BaseCache:
     output: frozenset[str]
     answers: _NewestAnswers[dict[str, Tensor]]
     prefixes: _NewestAnswers[PrefixStates]
+    lock: threading.RLock
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -166,10 +169,10 @@ class TextEncoder:
     ) -> Tensor:
         """What the U-Net is handed, as the pipeline hands it: float32 [n, length, d]; [n, 1, d] where it is pooled.
 
-        `lengths`: of every prompt, or of each, only the first so many embeddings, to float32 rounding the same; `starts`: of
-        each, only from so many on. The encoder is causal: what follows is not computed, what prompts begin with alike is
-        computed once, and what comes before is kept for the next prompts that begin with it. The rest of a row means nothing.
-        A prompt that occurs several times is encoded once.
+        `lengths`: of every prompt, or of each, only the first so many embeddings, to float32 rounding the same; with `starts`,
+        of each only from so many on. What else is in a row means nothing. The encoder is causal: what follows is not computed,
+        what prompts begin with alike is computed once, and what comes before is kept for the next prompts that begin with it.
+        A prompt that occurs several times is encoded once. What is returned may be kept for the next call: do not write to it.
         """
         unique = list(dict.fromkeys(prompts))
         if lengths is None:
@@ -178,25 +181,32 @@ class TextEncoder:
             each = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
             ends, begins = dict.fromkeys(unique, 0), dict.fromkeys(unique, self.length)
             for prompt, length, start in zip(prompts, each, starts or [0] * len(prompts), strict=True):
-                ends[prompt] = max(ends[prompt], min(length, self.length))
-                begins[prompt] = min(begins[prompt], start)
+                ends[prompt] = max(ends[prompt], min(length, self.length), 1)
+                begins[prompt] = min(begins[prompt], start, ends[prompt] - 1)
             outputs = self._answers(unique, tuple(ends.values()), tuple(begins.values()))[self.output]
         place = {prompt: i for i, prompt in enumerate(unique)}
         return outputs if len(unique) == len(prompts) else outputs[[place[prompt] for prompt in prompts]]
 
-    @own_torch_settings()
-    @torch.no_grad()
     def _answers(
         self, prompts: list[str], lengths: tuple[int, ...] | None, starts: tuple[int, ...]
     ) -> dict[str, Tensor]:
         """What every text input of this encoder is handed, [n, length, d].
 
-        The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences.
+        The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences. One thread
+        at a time: they share what is kept, the memory of layers, and how the model attends.
         """
         answers, key = self._memory.answers, (self._memory.encoder, str(lengths), str(starts), *prompts)
-        recalled = answers.recall(key)
-        if recalled is not None:
-            return recalled
+        with self._memory.lock:
+            recalled = answers.recall(key)
+            return self._computed(prompts, lengths, starts, key) if recalled is None else recalled
+
+    @own_torch_settings()
+    @torch.inference_mode(False)  # what is kept may be read where gradients are wanted
+    @torch.no_grad()
+    def _computed(
+        self, prompts: list[str], lengths: tuple[int, ...] | None, starts: tuple[int, ...], key: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        answers = self._memory.answers
         expanded = [self._expanded(prompt) for prompt in prompts]
         ids = self.tokenizer(expanded, truncation=True, max_length=self.length).input_ids
         if lengths is None or self._is_masked:
@@ -230,6 +240,8 @@ class TextEncoder:
         ends = self._ends(padded.input_ids)
         needed = [max(length, end + 1) for length, end in zip(lengths, ends.tolist(), strict=True)]
         needed = needed if is_pooled else list(lengths)
+        if is_pooled:  # a prompt may end within what is to be left out
+            starts = [min(start, end) for start, end in zip(starts, ends.tolist(), strict=True)]
         prompts = [tuple(row[:length]) for row, length in zip(padded.input_ids.tolist(), needed, strict=True)]
         before = self._prefix_states({prompt[:start] for prompt, start in zip(prompts, starts, strict=True)})
         packed = PackedPrompts.of(prompts, self.length, starts if before else (), before)
@@ -641,7 +653,7 @@ def encoders(
     """
     chosen = {name: base.text_input(name) for name in (base.text_inputs if text_inputs is None else text_inputs)}
     by_input: dict[str, TextEncoder] = {}
-    answers = _NewestAnswers[dict[str, Tensor]](REMEMBERED)
+    answers, lock = _NewestAnswers[dict[str, Tensor]](REMEMBERED), threading.RLock()
     for name, text_input in chosen.items():
         same = [other for other, spec in chosen.items() if spec.encoder == text_input.encoder]
         if same[0] in by_input:
@@ -650,7 +662,7 @@ def encoders(
         else:
             outputs = frozenset(chosen[other].output for other in same)
             prefixes = _NewestAnswers[PrefixStates](REMEMBERED)
-            memory = _BaseCache(text_input.encoder, outputs, answers, prefixes)
+            memory = _BaseCache(text_input.encoder, outputs, answers, prefixes, lock)
             model = text_model(base, text_input.encoder, torch.device(device))
             by_input[name] = TextEncoder(_tokenizer(base, text_input), model, text_input.output, memory)
     return by_input

@@ -359,9 +359,13 @@ def _is_free(needs: Resources) -> bool:
 def _refuse_silent(address: str) -> None:
     """Ray itself asks for minutes where nobody answers."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (port.isascii() and port.isdigit()):
+        raise OverpaintError(
+            f"{address} has no port; name a Ray cluster as ray://HOST:PORT, for instance ray://10.0.0.1:10001"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError) as error:
         raise OverpaintError(
             f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or name another"
         ) from None
@@ -399,7 +403,9 @@ def open_executor(on: str = "") -> Executor:
     if not on:
         return InProcess()
     if not isinstance(on, str) or (on != "ray" and not on.startswith("ray://") and ":" not in on):
-        raise OverpaintError(f"work can run on ray or ray://HOST:PORT; got {on!r}")
+        raise OverpaintError(
+            f"got {on!r} as the place to run on; ray is a cluster on this machine, ray://HOST:PORT another"
+        )
     try:
         _ray()
     except ModuleNotFoundError:

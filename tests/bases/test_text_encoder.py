@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from overpaint.bases.base import Base
 from overpaint.bases.text_encoder import TextEncoder, encoders
+from overpaint.core.concepts import Concept
+from overpaint.solvers.sentences import keys_and_values
 from overpaint.testing import tiny_base, tiny_pipeline
 from tests.bases.containers import folder_of
 
@@ -124,3 +127,65 @@ def test_how_the_last_text_was_padded_does_not_change_how_prompts_are_read(tmp_p
     assert used.reading == fresh.reading
     used.tokenizer.add_tokens(["<new>"])
     assert TextEncoder(used.tokenizer, used.model, used.output, used._memory).reading != fresh.reading
+
+
+def long_xl(folder: Path) -> Base:
+    """A tiny Stable Diffusion XL that reads 77 tokens, so that the beginnings of all sentences have room in a row."""
+    folder_of("XL", folder / "short")
+    pipe = Base.open(folder / "short").pipeline()
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        config = getattr(pipe, encoder).config
+        config.max_position_embeddings = 77
+        torch.manual_seed(5)
+        setattr(pipe, encoder, type(getattr(pipe, encoder))(config))
+        getattr(pipe, tokenizer).model_max_length = 77
+    pipe.save_pretrained(folder / "long")
+    return Base.open(folder / "long")
+
+
+@pytest.mark.parametrize("concept", [Concept("cat"), Concept("monet", "style"), Concept("cat", anchor="dog")], ids=str)
+def test_keys_and_values_are_those_of_whole_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concept: Concept
+) -> None:
+    base, hidden = long_xl(tmp_path), TextEncoder.hidden
+    for name in base.text_inputs:
+        found = keys_and_values(encoders(base)[name], base, concept)
+        with monkeypatch.context() as patch:
+            patch.setattr(TextEncoder, "hidden", lambda self, prompts, *_: hidden(self, prompts))
+            whole = keys_and_values(encoders(base)[name], base, concept)
+        for mine, theirs in zip(found, whole, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_read_prompts_without_getting_into_each_others_way(tmp_path: Path) -> None:
+    encoder = TextEncoder.of(tiny_base(tmp_path / "base"))
+    prompts = [f"a photo of {word}" for word in ("cat", "dog", "sun", "moon", "tree", "car")]
+    whole = encoder.hidden(prompts).clone()
+    wrong: list[str] = []
+
+    def read(turn: int) -> None:
+        for i in range(30):
+            asked = [prompts[(turn + i) % 6], prompts[(turn + i + 1) % 6]]
+            encoder._memory.answers.make_room(encoder._memory.answers.limit)
+            found = encoder.hidden(asked, [8, 8], [4, 4])[0]
+            wrong.extend(
+                asked[:1] if not torch.allclose(found[4:8], whole[prompts.index(asked[0]), 4:8], atol=1e-4) else ()
+            )
+
+    threads = [threading.Thread(target=read, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    encoder._memory.answers.make_room(encoder._memory.answers.limit)
+    torch.testing.assert_close(encoder.hidden(prompts), whole)
+
+
+def test_what_was_read_without_gradients_can_be_trained_on(tmp_path: Path) -> None:
+    encoder = TextEncoder.of(tiny_base(tmp_path / "base"))
+    with torch.inference_mode():
+        encoder.hidden(["a cat", "a dog"], [4, 4], [2, 2])
+    weight = torch.ones(encoder.width, requires_grad=True)
+    (encoder.hidden(["a cat", "a dog"], [4, 4], [2, 2]) * weight).sum().backward()
+    assert weight.grad is not None

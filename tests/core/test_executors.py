@@ -35,7 +35,7 @@ def test_progress_names_the_piece_that_runs() -> None:
 
 
 def test_an_unknown_place_is_refused_in_a_sentence() -> None:
-    with pytest.raises(OverpaintError, match=r"work can run on ray or ray://HOST:PORT; got 'slurm'"):
+    with pytest.raises(OverpaintError, match=r"got 'slurm' as the place to run on; ray is a cluster"):
         open_executor("slurm")
     assert isinstance(open_executor(), InProcess)
 

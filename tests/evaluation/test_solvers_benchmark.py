@@ -327,7 +327,7 @@ def test_a_budget_that_is_spent_ends_a_run_in_its_sentence(capsys: pytest.Captur
         assert isinstance(executor, InProcess)
         Budget(1.0, began=0.0).check()
     assert "the same command goes on where this one stopped" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"work can run on ray or ray://HOST:PORT; got 'slurm'"), working_on("slurm"):
+    with pytest.raises(SystemExit, match=r"got 'slurm' as the place to run on; ray is a cluster"), working_on("slurm"):
         pass
 
 
