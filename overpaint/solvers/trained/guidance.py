@@ -35,8 +35,8 @@ from overpaint.solvers.trained.training import (
     StepResult,
     Training,
     TrainingTask,
-    Trajectories,
     concept_remaining,
+    denoised_pairs,
     drawn,
     generator,
     share_left,
@@ -81,10 +81,8 @@ class ESD(Training):
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the variant's tensors."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, unnamed = (model.hidden(side) for side in zip(*pairs, strict=True))
-        states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
-        states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
+        random = generator(problem.seed, BEFORE)
+        named, unnamed, states = denoised_pairs(model, problem, self, self.bank, random, change.off)
 
         def loss(random: torch.Generator) -> StepResult:
             x, t, which = states.draw(random, self.batch)
@@ -125,11 +123,9 @@ class Surgical(Training):
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """A dense change of the part."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
-        pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, instead = (model.hidden(side) for side in zip(*pairs, strict=True))
+        random = generator(problem.seed, BEFORE)
+        named, instead, states = denoised_pairs(model, problem, self, self.bank, random, change.off)
         empty = model.unconditional.expand(self.batch)
-        states = Trajectories(model, named, self.guidance, self.sampling_steps, change.off)
-        states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
 
         def loss(random: torch.Generator) -> StepResult:
             x, t, which = states.draw(random, self.batch)
@@ -185,10 +181,8 @@ class SDD(Training):
         """A dense change of cross-attention."""
         change = DenseAdapter(model.pipe, problem.base, self.touches(problem.base))
         teacher = MovingAverage(change.parameters, self.ema)
-        pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, unnamed = (model.hidden(side) for side in zip(*pairs, strict=True))
-        states = Trajectories(model, named, self.guidance, self.sampling_steps, teacher.held)
-        states = states.with_bank(self.bank, generator(problem.seed, BEFORE), problem.report)
+        random = generator(problem.seed, BEFORE)
+        named, unnamed, states = denoised_pairs(model, problem, self, self.bank, random, teacher.held)
 
         def loss(random: torch.Generator) -> StepResult:
             x, t, which = states.draw(random, self.batch)

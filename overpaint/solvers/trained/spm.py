@@ -26,7 +26,7 @@ from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.solvers.problem import EditProblem, setting
-from overpaint.solvers.sentences import retained_prompts, training_prompts
+from overpaint.solvers.sentences import retained_prompts
 from overpaint.solvers.trained.adapters import LowRankAdapter, block_layers
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser
 from overpaint.solvers.trained.training import (
@@ -34,7 +34,7 @@ from overpaint.solvers.trained.training import (
     StepResult,
     Training,
     TrainingTask,
-    Trajectories,
+    denoised_pairs,
     generator,
     share_left,
 )
@@ -87,10 +87,7 @@ class SPM(Training):
         """A low-rank change of the transformer blocks."""
         random = generator(problem.seed, BEFORE)
         change = LowRankAdapter(model.pipe, problem.base, self.touches(problem.base), self.rank, random)
-        pairs = training_prompts(problem, model.encoder, self.sentences)
-        named, surrogate = (model.hidden(side) for side in zip(*pairs, strict=True))
-        states = Trajectories(model, named, self.guidance, self.sampling_steps)
-        states = states.with_bank(self.bank, random, problem.report)
+        named, surrogate, states = denoised_pairs(model, problem, self, self.bank, random)
         anchors = self._anchors(model, problem)
 
         def loss(random: torch.Generator) -> StepResult:

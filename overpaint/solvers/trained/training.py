@@ -32,6 +32,7 @@ from overpaint.bases.layout import Layout
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
+from overpaint.solvers.sentences import training_prompts
 from overpaint.solvers.trained.adapters import Adapter, MovingAverage
 from overpaint.solvers.trained.denoiser import TOGETHER, TRAINABLE, Conditioning, Denoiser, unserved
 
@@ -369,3 +370,19 @@ class Trajectories:
                 x = self._sampler.step(predicted, t, x).prev_sample
                 found.append((x, after))
         return found
+
+
+def denoised_pairs(
+    model: Denoiser,
+    problem: EditProblem,
+    method: Training,
+    bank: int,
+    random: torch.Generator,
+    acting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Conditioning, Conditioning, Trajectories]:
+    """What the model reads of prompts that name the concept, and of those that should replace them; and x_t denoised under the
+    former, from a bank of so many trajectories, by the weights that `acting` puts in their place."""
+    pairs = training_prompts(problem, model.encoder, method.sentences)
+    named, instead = (model.hidden(side) for side in zip(*pairs, strict=True))
+    states = Trajectories(model, named, method.guidance, method.sampling_steps, acting)
+    return named, instead, states.with_bank(bank, random, problem.report)
