@@ -48,21 +48,25 @@ class PromptTooLong(OverpaintError):
     """A concept whose tokens lie past the end of what the text encoder reads."""
 
 
+Question = tuple[object, ...]
+"""What can be asked again: it has a hash."""
+
+
 class _NewestAnswers(Generic[Answer]):
     """The newest answers by what was asked: as many as fit into `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._stored: OrderedDict[tuple[str, ...], tuple[Answer, int]] = OrderedDict()
+        self._stored: OrderedDict[Question, tuple[Answer, int]] = OrderedDict()
         self._size = 0
 
-    def recall(self, asked: tuple[str, ...]) -> Answer | None:
+    def recall(self, asked: Question) -> Answer | None:
         if asked not in self._stored:
             return None
         self._stored.move_to_end(asked)
         return self._stored[asked][0]
 
-    def store(self, asked: tuple[str, ...], answer: Answer, size: int) -> None:
+    def store(self, asked: Question, answer: Answer, size: int) -> None:
         """Unless it is larger than the limit itself."""
         if size <= self.limit:
             self.make_room(size)
@@ -195,7 +199,7 @@ class TextEncoder:
         The newest answers are kept: text inputs are computed in turn, and concepts are sent to the same sentences. One thread
         at a time: they share what is kept, the memory of layers, and how the model attends.
         """
-        answers, key = self._memory.answers, (self._memory.encoder, str(lengths), str(starts), *prompts)
+        answers, key = self._memory.answers, (self._memory.encoder, lengths, starts, *prompts)
         with self._memory.lock:
             recalled = answers.recall(key)
             return self._computed(prompts, lengths, starts, key) if recalled is None else recalled
@@ -204,7 +208,7 @@ class TextEncoder:
     @torch.inference_mode(False)  # what is kept may be read where gradients are wanted
     @torch.no_grad()
     def _computed(
-        self, prompts: list[str], lengths: tuple[int, ...] | None, starts: tuple[int, ...], key: tuple[str, ...]
+        self, prompts: list[str], lengths: tuple[int, ...] | None, starts: tuple[int, ...], key: Question
     ) -> dict[str, Tensor]:
         answers = self._memory.answers
         expanded = [self._expanded(prompt) for prompt in prompts]
@@ -229,7 +233,7 @@ class TextEncoder:
             result, parts = self._forward(padded.input_ids[part_of].to(self.device), mask)
             if POOLED in self._memory.output:
                 parts[POOLED] = result.text_embeds[:, None]
-            self._gather(outputs, parts, part_of, slice(length), len(ids))
+            self._gather(outputs, {output: part[:, :length] for output, part in parts.items()}, part_of, len(ids))
         return outputs
 
     def _packed(self, ids: list[list[int]], lengths: Sequence[int], starts: Sequence[int]) -> dict[str, Tensor]:
@@ -238,11 +242,11 @@ class TextEncoder:
         width = max(*lengths, *map(len, ids))
         padded = self.tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=width, return_tensors="pt")
         ends = self._ends(padded.input_ids)
-        needed = [max(length, end + 1) for length, end in zip(lengths, ends.tolist(), strict=True)]
-        needed = needed if is_pooled else list(lengths)
-        if is_pooled:  # a prompt may end within what is to be left out
+        longest = max(lengths)
+        if is_pooled:  # a prompt may end behind what is asked for, or within what is to be left out
+            lengths = [max(length, end + 1) for length, end in zip(lengths, ends.tolist(), strict=True)]
             starts = [min(start, end) for start, end in zip(starts, ends.tolist(), strict=True)]
-        prompts = [tuple(row[:length]) for row, length in zip(padded.input_ids.tolist(), needed, strict=True)]
+        prompts = [tuple(row[:length]) for row, length in zip(padded.input_ids.tolist(), lengths, strict=True)]
         before = self._prefix_states({prompt[:start] for prompt, start in zip(prompts, starts, strict=True)})
         packed = PackedPrompts.of(prompts, self.length, starts if before else (), before)
         batch = max(1, self._prompts_at_a_time * self.length // packed.tokens.shape[1])
@@ -252,43 +256,40 @@ class TextEncoder:
                 result, parts = self._forward_packed(packed, slice(start, start + batch))
             here = ((packed.rows >= start) & (packed.rows < start + batch)).nonzero()[:, 0]
             rows, columns = packed.rows[here, None] - start, packed.columns[here]
-            parts = {output: part[rows, columns[:, : max(lengths)]] for output, part in parts.items()}
+            parts = {output: part[rows, columns[:, :longest]] for output, part in parts.items()}
             if is_pooled:
                 last = result.last_hidden_state[rows, columns.gather(1, ends[here, None])]
                 parts[POOLED] = self.model.text_projection(last)
-            self._gather(outputs, parts, here, slice(None), len(ids))
+            self._gather(outputs, parts, here, len(ids))
         return outputs
 
     def _prefix_states(self, prefixes: set[Prefix]) -> PrefixStates | None:
         """What later tokens read of prefixes, which all are read together; None where they are more than one row of tokens."""
         if not all(prefixes) or len({prefix[: i + 1] for prefix in prefixes for i in range(len(prefix))}) > self.length:
             return None
-        ordered = sorted(prefixes)
-        key = (self._memory.encoder, *map(str, ordered))
-        found = self._memory.prefixes.recall(key)
+        ordered = tuple(sorted(prefixes))
+        found = self._memory.prefixes.recall(ordered)
         if found is None:
             found = PrefixStates(ordered, self.length, lambda packed: self._forward_packed(packed, slice(None)))
-            self._memory.prefixes.store(key, found, found.nbytes)
+            self._memory.prefixes.store(ordered, found, found.nbytes)
         return found
 
     def _forward_packed(self, packed: PackedPrompts, rows: slice) -> tuple[Any, dict[str, Tensor]]:
         """What `_forward` says of some rows of packed prompts."""
         sees = packed.sees[rows, None]
-        unseen = torch.zeros(sees.shape, device="cpu").masked_fill_(~sees, -torch.inf)
+        unseen = torch.zeros(sees.shape).masked_fill_(~sees, -torch.inf)
         with attending(self._layers):
             return self._forward(
                 packed.tokens[rows].to(self.device), unseen.to(self.device), packed.positions[rows].to(self.device)
             )
 
-    def _gather(
-        self, outputs: dict[str, Tensor], parts: dict[str, Tensor], rows: slice | Tensor, columns: slice, count: int
-    ) -> None:
+    def _gather(self, outputs: dict[str, Tensor], parts: dict[str, Tensor], rows: slice | Tensor, count: int) -> None:
         """Put what some of `count` prompts have into what all of them have."""
         for output, part in parts.items():
             if output not in outputs:
-                outputs[output] = part.new_empty((count, *part[:, columns].shape[1:]))
+                outputs[output] = part.new_empty((count, *part.shape[1:]))
                 self._memory.answers.make_room(sum(tensor.nbytes for tensor in outputs.values()))
-            outputs[output][rows] = part[:, columns]
+            outputs[output][rows] = part
 
     def _ends(self, ids: Tensor) -> Tensor:
         """Where in each prompt the model reads the pooled embedding: CLIP's oldest configurations name a wrong end."""
