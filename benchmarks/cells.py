@@ -29,6 +29,7 @@ from overpaint.core.encoding import json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, InProcess, Piece, Resources, open_executor
 from overpaint.core.reporting import Progress
+from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import EvalPrompt
 from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.solvers.problem import Solution
@@ -208,6 +209,28 @@ NO_END = Budget()
 
 class BudgetSpent(OverpaintError):
     """A benchmark's time is over; what it has done is kept."""
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """A file of measurements that a job found, and what it was asked: `about`, as JSON."""
+
+    place: Path
+    about: Mapping[str, Any]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the file answers what is asked now."""
+        return self.place.is_file() and json.loads(self.place.read_text("utf-8"))["about"] == self.about
+
+    def keep(self, rows: Iterable[Measurement]) -> None:
+        """Write it."""
+        write(self.place, json.dumps({"about": self.about, "rows": [asdict(row) for row in rows]}, indent=1).encode())
+
+    @staticmethod
+    def read(place: Path) -> list[Measurement]:
+        """What a file has."""
+        return [Measurement(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
 
 
 class BenchReference(Protocol):

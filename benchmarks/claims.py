@@ -17,10 +17,8 @@ Each job is kept in the work folder of `python -m benchmarks.solvers` when it is
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from benchmarks.cells import NO_END, WHOLE, Budget, Job, Shard, add_on_option, carried_out, working_on, write
+from benchmarks.cells import NO_END, WHOLE, Budget, Job, KeptRows, Shard, add_on_option, carried_out, working_on
 from benchmarks.protocol import OBJECTS, WORDS, concept_of, never_listed, universe
 from benchmarks.solvers import WORK, Asked, Bench, BenchReference
 from benchmarks.tables import arguments, save, show
@@ -162,31 +160,20 @@ def run(
     `executor` says where they are done, this process by default.
     """
     about = {"n": n, "drawn": bench.drawn}
-    missing = []
-    for job in shard.part(every):
-        place = _place(work, job.name)
-        if not place.is_file() or json.loads(place.read_text("utf-8"))["about"] != about:
-            missing.append(job)
+    files = {job.name: KeptRows(work / "claims" / f"{job.name}.json", about) for job in every}
+    missing = [job for job in shard.part(every) if not files[job.name].is_kept]
     refused = {}
     for index, rows, error in carried_out(BenchReference(bench), missing, executor, budget):
         if error:
             refused[missing[index].name] = error
         else:
-            text = json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1)
-            write(_place(work, missing[index].name), text.encode())
+            files[missing[index].name].keep(rows)
     return refused
-
-
-def _place(work: Path, name: str) -> Path:
-    return work / "claims" / f"{name}.json"
 
 
 def measured_claims(work: Path) -> dict[str, list[Measurement]]:
     """What is kept, by the name of its job."""
-    return {
-        place.stem: [Measurement(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
-        for place in sorted((work / "claims").glob("*.json"))
-    }
+    return {place.stem: KeptRows.read(place) for place in sorted((work / "claims").glob("*.json"))}
 
 
 def rows(found: Iterable[Sequence[Measurement]]) -> list[list[object]]:

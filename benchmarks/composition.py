@@ -14,15 +14,13 @@ share the solving and the drawing between two processes, and with `--budget` not
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.cells import NO_END, Budget, Job, Origin, Shard, add_on_option, carried_out, working_on, write
+from benchmarks.cells import NO_END, Budget, Job, KeptRows, Origin, Shard, add_on_option, carried_out, working_on
 from benchmarks.protocol import RESTORED, WORDS, concept_of, listed, universe
 from benchmarks.solvers import WORK, Asked, BenchReference, whole_first
 from benchmarks.solvers import Bench as Solving
@@ -158,8 +156,7 @@ def curves(work: Path) -> dict[str, list[Measurement]]:
     for solver in SOLVERS:
         for place in (_place(work, solver, merges) for merges in (False, True)):
             if place.is_file():
-                rows = [Measurement(**row) for row in json.loads(place.read_text("utf-8"))["rows"]]
-                found.setdefault(solver, []).extend(rows)
+                found.setdefault(solver, []).extend(KeptRows.read(place))
     return found
 
 
@@ -203,26 +200,24 @@ def _draw_curves(
 ) -> dict[str, str]:
     """Draw those of the curves (solver, whether merged) that are not kept; what was refused, and why."""
     assert curve.solving is not None
-    places, abouts, jobs = list[Path](), list[dict[str, Any]](), list[Job]()
+    files, jobs = list[KeptRows](), list[Job]()
     for solver, merges in ways:
         one = replace(curve, solvers=solver, merges=merges, solving=None)
         settings = Asked.parse(solver).settings
         about = {"most": curve.most, "pictures": curve.pictures, "drawn": curve.solving.drawn, "settings": settings}
-        place = _place(work, solver, merges)
-        if place.is_file() and json.loads(place.read_text("utf-8"))["about"] == about:
+        kept = KeptRows(_place(work, solver, merges), about)
+        if kept.is_kept:
             continue
         first = replace(one, solvers="separable").needs(listed(curve.most)[0])
         needs = [one.needs(name)[-1] for name in listed(curve.most)[: one.far]]
         jobs.append(Job(f"curve of {solver}{', merged' if merges else ''}", drawn_curve, (one,), (*first, *needs)))
-        places.append(place)
-        abouts.append(about)
+        files.append(kept)
     refused = {}
     for index, rows, error in carried_out(BenchReference(curve.solving), jobs, executor, curve.budget):
         if error:
             refused[jobs[index].arguments[0].solvers] = error
         else:
-            text = json.dumps({"about": abouts[index], "rows": [asdict(row) for row in rows]}, indent=1)
-            write(places[index], text.encode())
+            files[index].keep(rows)
     return refused
 
 
