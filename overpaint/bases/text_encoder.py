@@ -366,9 +366,10 @@ def _without_padding(rules: str) -> str:
     """A tokenizer's rules, as JSON, but for how the last text was cut and padded."""
     # To parse all of it, megabytes of words, would take half a second.
     for name in ('"truncation":', '"padding":'):
-        before, _, after = rules.partition(name)
-        after = after.lstrip()
-        rules = before + after[json.JSONDecoder().raw_decode(after)[1] :]
+        before, key, after = rules.partition(name)
+        if key:
+            after = after.lstrip()
+            rules = before + after[json.JSONDecoder().raw_decode(after)[1] :]
     return rules
 
 
