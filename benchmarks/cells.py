@@ -201,7 +201,7 @@ class Budget:
     def check(self) -> None:
         """Raise BudgetSpent when the time is over."""
         if self.is_spent:
-            raise BudgetSpent(f"{self.seconds:g} seconds are over; the same command goes on where this one stopped")
+            raise BudgetSpent(self)
 
 
 NO_END = Budget()
@@ -209,6 +209,9 @@ NO_END = Budget()
 
 class BudgetSpent(OverpaintError):
     """A benchmark's time is over; what it has done is kept."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(f"{budget.seconds:g} seconds are over; the same command goes on where this one stopped")
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ def do_job(
 def carried_out(
     bench: BenchReference, jobs: Sequence[Job], executor: Executor | None = None, budget: Budget = NO_END
 ) -> Iterator[tuple[int, Any, str]]:
-    """The place of each job, as it is done, with what it found or why it failed; each is said on standard error.
+    """Do jobs; of each, as it is done, its index, what it found and why it failed. Each is said on standard error.
 
     Patches that a worker solved are kept here before what it found is given. Raises BudgetSpent when there is more to do than
     time, and OverpaintError where the executor can do nothing.
@@ -326,8 +329,8 @@ def carried_out(
             if done and done.files:
                 opened.patches.take(done.files)
             yield result.index, done and done.value, result.error
-    if is_left:
-        budget.check()
+    if is_left:  # by the clock of whoever left it, which may be ahead of this one's
+        raise BudgetSpent(budget)
 
 
 def _say(step: int, of: int, text: str) -> None:
@@ -341,8 +344,7 @@ def add_on_option(parser: ArgumentParser) -> None:
 
 @contextmanager
 def working_on(on: str) -> Iterator[Executor]:
-    """The executor of `--on` for a block, whose end it is that a budget is spent; any other refusal ends the program in its
-    sentence."""
+    """The executor of `--on`, for a block. A spent budget ends the block, any other refusal the program, each in a sentence."""
     try:
         with closing(open_executor(on)) as executor:
             yield executor

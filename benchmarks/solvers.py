@@ -118,7 +118,7 @@ class Asked:
 
 
 class Bench:
-    """The base with its judge, a studio that remembers pictures, and the patches that were solved before."""
+    """The base with its judge, an image generator with a cache, and the patches that were solved before."""
 
     def __init__(self, work: Path, device: str, steps: int, base: str | Base = ASKED_BASE) -> None:
         self.work, self.steps, self.device = work, steps, resolve_device(device)

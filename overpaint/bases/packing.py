@@ -99,17 +99,23 @@ def _shared(one: tuple[Prefix, Sequence[int]], other: tuple[Prefix, Sequence[int
     """How many tokens two prompts begin with alike after the same prefix."""
     if one[0] != other[0]:
         return 0
-    differ = (i for i, (a, b) in enumerate(zip(one[1], other[1], strict=False)) if a != b)
-    return next(differ, min(len(one[1]), len(other[1])))
+    return common_prefix(one[1], other[1])
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _filled(prompts: Sequence[tuple[Prefix, Sequence[int]]], shared: Sequence[int], limit: int) -> Iterator[Row]:
     """Rows of at most so many tokens, each filled before the next one is begun."""
-    row, used = Row(), 0
+    row: Row = []
+    used = 0
     for (prefix, rest), kept in zip(prompts, shared, strict=True):
         if row and used + len(rest) - kept > limit:
             yield row
-            row, used = Row(), 0
+            row, used = [], 0
         kept = kept if row else 0
         row.append((prefix, kept, rest[kept:]))
         used += len(rest) - kept

@@ -22,7 +22,7 @@ from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, to
 from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.packing import PackedPrompts, Prefix, PrefixStates, attending
+from overpaint.bases.packing import PackedPrompts, Prefix, PrefixStates, attending, common_prefix
 from overpaint.bases.pipelines import check_tokenizer, loading
 from overpaint.core.encoding import evenly_spaced, json_digest
 from overpaint.core.errors import OverpaintError
@@ -35,8 +35,8 @@ Answer = TypeVar("Answer")
 BATCH, READ_BATCH = 128, 16
 """Prompts at a time: for a text encoder of SD 1.x's size that is held, fewer for larger ones; and where layers are read."""
 REMEMBERED = 64 << 20
-"""Bytes of embeddings that are kept for all text encoders of a base (128 prompts of Stable Diffusion XL's larger one), and bytes
-of what is kept of prefixes for each of them."""
+"""Bytes of embeddings that are kept for all text encoders of a base: 128 prompts of Stable Diffusion XL's larger one. So many
+are also kept, for each encoder, of prefixes."""
 CAUGHT_BYTES = 256 << 20
 """Bytes of embeddings that are kept for all text inputs of a base."""
 SAMPLED_WORDS, LARGE = 256, 1_000_000_000
@@ -80,9 +80,9 @@ class _NewestAnswers(Generic[Answer]):
 
 
 @dataclass
-class _BaseCache:
-    """What the text inputs of one text encoder share: its name, the output of each, token ids by text, the newest embeddings,
-    and the newest prefixes."""
+class _EncoderCache:
+    """What the text inputs of one text encoder share: its name, which outputs are wanted, token ids by text, and the newest
+    prefixes; with the inputs of the base's other encoders, the newest embeddings and the lock."""
 
     encoder: str
     output: frozenset[str]
@@ -102,7 +102,7 @@ class TextEncoder:
     tokenizer: CLIPTokenizer
     model: Any
     output: str
-    _memory: _BaseCache = field(repr=False)
+    _memory: _EncoderCache = field(repr=False)
 
     @classmethod
     def of(cls, base: Base, device: torch.device | str = "cpu", text_input: str = "text_encoder") -> TextEncoder:
@@ -264,7 +264,8 @@ class TextEncoder:
         return outputs
 
     def _prefix_states(self, prefixes: set[Prefix]) -> PrefixStates | None:
-        """What later tokens read of prefixes, which all are read together; None where they are more than one row of tokens."""
+        """What later tokens read of prefixes, which all are read together; None where they are more than one row of tokens, or
+        a prompt has none."""
         if not all(prefixes) or len({prefix[: i + 1] for prefix in prefixes for i in range(len(prefix))}) > self.length:
             return None
         ordered = tuple(sorted(prefixes))
@@ -455,7 +456,7 @@ class PipelineTextInput:
         if call not in self._causal:
             prompts = [probe[self.name] for probe in self.source.probes[:2]]
             one, other = (next(s for s in prompt.segments if s.call == call) for prompt in prompts)
-            shared = _common_prefix(one.ids, other.ids)
+            shared = common_prefix(one.ids, other.ids)
             rows = [(one.rows[i], other.rows[i]) for i in range(shared) if i in one.rows and i in other.rows]
             a, b = (prompt.embeddings[[pair[i] for pair in rows]] for i, prompt in enumerate(prompts))
             self._causal[call] = bool(rows) and float((a - b).norm()) <= 1e-4 * float(a.norm())
@@ -580,7 +581,7 @@ class PipelineTextInput:
     ) -> list[tuple[int, int, float]]:
         if other is None:
             return []
-        before = _common_prefix(one.ids, other.ids)
+        before = common_prefix(one.ids, other.ids)
         start = before if self._is_causal(one.call) and not whole else 0
         end = len(one.ids) - _common_suffix(one.ids, other.ids, before)
         chosen = {i: row for i, row in one.rows.items() if i >= start and (own or not before <= i < end)}
@@ -600,12 +601,8 @@ def _same_tokens(a: CaughtPrompt, b: CaughtPrompt) -> bool:
     return [segment.ids for segment in a.segments] == [segment.ids for segment in b.segments]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
-
-
 def _common_suffix(a: Sequence[int], b: Sequence[int], before: int) -> int:
-    return min(_common_prefix(a[::-1], b[::-1]), len(a) - before, len(b) - before)
+    return min(common_prefix(a[::-1], b[::-1]), len(a) - before, len(b) - before)
 
 
 def _counterpart(index: int, ids: Sequence[int], other: Sequence[int], before: int) -> int:
@@ -626,7 +623,7 @@ def _last_rows(a: CaughtPrompt, b: CaughtPrompt) -> Iterator[tuple[Tensor, Tenso
     others = {segment.call: segment for segment in b.segments}
     for one in a.segments:
         other = others[one.call]
-        before = _common_prefix(one.ids, other.ids)
+        before = common_prefix(one.ids, other.ids)
         after = _common_suffix(one.ids, other.ids, before)
         last, target = len(one.ids) - after - 1, max(0, len(other.ids) - after - 1)
         if last in one.rows and target in other.rows:
@@ -664,7 +661,7 @@ def encoders(
         else:
             outputs = frozenset(chosen[other].output for other in same)
             prefixes = _NewestAnswers[PrefixStates](REMEMBERED)
-            memory = _BaseCache(text_input.encoder, outputs, answers, prefixes, lock)
+            memory = _EncoderCache(text_input.encoder, outputs, answers, prefixes, lock)
             model = text_model(base, text_input.encoder, torch.device(device))
             by_input[name] = TextEncoder(_tokenizer(base, text_input), model, text_input.output, memory)
     return by_input

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, text_sources
+from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput
 from overpaint.core.concepts import Concept
 from overpaint.patches.arithmetic import above_rounding
 from overpaint.patches.delta import Delta, TextMap
 from overpaint.solvers.problem import EditProblem, Unsolvable, within_memory
 from overpaint.solvers.sentences import keys_and_values, keys_of_prompts, phrasings
-from overpaint.solvers.universe import PreservedPrompts, Universe, universe
+from overpaint.solvers.universe import PreservedPrompts, Universe, text_encoders, universe
 
 LAST, ALL = "last", "all"
 POSITIONS = (LAST, ALL)
@@ -257,7 +257,7 @@ def over_text_inputs(
     count = len(problem.base.text_inputs)
     problem.report(0, count, "editing in closed form")
     with within_memory("the number of concepts"):
-        for i, (text_input, encoder) in enumerate(text_sources(problem.base, problem.device).items()):
+        for i, (text_input, encoder) in enumerate(text_encoders(problem.base, problem.device).items()):
             edit = TextEdit(problem.within(i, count), text_input, encoder, choice)
             edits[text_input], numbers = solve(edit)
             worst = {name: max(value, worst.get(name, value)) for name, value in numbers.items()}

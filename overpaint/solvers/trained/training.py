@@ -1,4 +1,4 @@
-"""The one loop in which every training solver descends: seeded, watched, stopped when enough is forgotten; and what it
+"""The loop of every training solver but SepME: seeded, watched, stopped when enough is forgotten; and what it
 trains on, pictures of a folder or of the base (`gathered`) and states of the base's own drawing (`Trajectories`).
 
 A solver says what changes and what one step loses (`TrainingTask`); the loop does the rest. How much of the concept is left is
