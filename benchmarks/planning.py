@@ -35,7 +35,7 @@ def seconds(registry: Path, file: Path) -> float:
     command = ["solve", "--from", file, "--base", "emoji", "--dry-run"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-m", "overpaint.cli", "--registry", registry, *command], check=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "overpaint", "--registry", registry, *command], check=True, stdout=subprocess.DEVNULL
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

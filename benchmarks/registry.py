@@ -255,7 +255,7 @@ def commands(large: Path, emoji: Path) -> Iterator[list[Any]]:
     with_torch = cpu_of("-c", "import torch")
     yield ["(import torch)", with_torch, 1.0]
     for command in COMMANDS:
-        seconds = cpu_of("-m", "overpaint.cli", "--registry", str(large), *command.split())
+        seconds = cpu_of("-m", "overpaint", "--registry", str(large), *command.split())
         yield [command, seconds, seconds / with_torch]
     workspace = overpaint.open(emoji)
     workspace.add_base("emoji", "emoji")
@@ -265,7 +265,7 @@ def commands(large: Path, emoji: Path) -> Iterator[list[Any]]:
     def add() -> list[str]:
         return [
             "-m",
-            "overpaint.cli",
+            "overpaint",
             "--registry",
             str(emoji),
             "patch",

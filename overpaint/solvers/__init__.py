@@ -141,7 +141,8 @@ def solver_class(name: str) -> type[Any]:
 
 def is_closed_form(name: str) -> bool:
     """Whether the solver of a name answers with a formula; False for one that is not (or no longer) installed."""
-    listed = solvers()[0].get(name)
+    # Of other packages only where it is theirs: to find these, every installed package is read.
+    listed = ListedSolver(name, SOLVERS[name]) if name in SOLVERS else solvers()[0].get(name)
     try:
         return listed is not None and listed.is_closed_form
     except BrokenSolver:

@@ -53,9 +53,8 @@ def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
     """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up."""
     groups: dict[str, tuple[int, list[PatchRecord]]] = {}
     records = [record for record, _ in registry.patches_on(recipe)]
-    for record, manifest in _with_universe(
-        registry, [each for each in records if each.solver in _closed_form(records)]
-    ):
+    closed_form = _closed_form(records)
+    for record, manifest in _with_universe(registry, [each for each in records if each.solver in closed_form]):
         concepts = universe_of(manifest)
         digest = f"{universe_digest(concepts)}-{manifest['solver'].get('revision', 1)}"
         groups.setdefault(digest, (len(concepts), []))[1].append(record)

@@ -82,6 +82,25 @@ for words in {[line.split() for line in WITHOUT_TORCH.strip().splitlines()]!r}:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_program_leaves_what_it_imported_out_of_what_is_collected(ready: Shell) -> None:
+    code = f"""
+import gc, sys, overpaint.__main__ as program
+sys.argv = ["overpaint", "--registry", {str(ready.registry)!r}, "recipe", "list"]
+try:
+    program.main()
+finally:
+    print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True True"), done.stderr
+
+
+def test_python_runs_the_package(ready: Shell) -> None:
+    run = [sys.executable, "-m", "overpaint", "--registry", str(ready.registry), "recipe", "list"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, "safe" in done.stdout) == (0, True), done.stderr
+
+
 def test_a_recipe_with_a_lost_patch_is_shown_with_its_digest(ready: Shell) -> None:
     ready.ok("solve", "cat", "--base", "tiny")
     added = ready.ok("patch", "add", "cat", "--recipe", "safe")
@@ -357,7 +376,7 @@ def test_every_command_says_what_it_does() -> None:
 def test_a_name_that_the_terminal_cannot_show_stops_nothing(shell: Shell, tmp_path: Path, encoding: str) -> None:
     shell.ok("init")
     file = tmp_path / os.fsdecode(b"b\xff\xe2\x86\x92.db")
-    run = [sys.executable, "-m", "overpaint.cli", "--registry", str(shell.registry), "db", "backup", str(file)]
+    run = [sys.executable, "-m", "overpaint", "--registry", str(shell.registry), "db", "backup", str(file)]
     done = subprocess.run(run, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert file.is_file()

@@ -31,7 +31,7 @@ PATIENCE = 600.0
 @pytest.fixture
 def url(workspace: Workspace, tmp_path: Path) -> Iterator[str]:
     """A server with two workers."""
-    command = [sys.executable, "-m", "overpaint.cli", "--registry", str(workspace.registry.folder)]
+    command = [sys.executable, "-m", "overpaint", "--registry", str(workspace.registry.folder)]
     command += ["serve", "--workers", "2", "--port", "0", "--device", "cpu"]
     TokenFile(workspace.registry.folder).add("nobody", "read")
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log) as process:

@@ -84,14 +84,14 @@ def python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_the_installed_example_is_listed_without_being_imported_and_found_by_name(installed: Path) -> None:
-    listed = python(installed, "-m", "overpaint.cli", "solvers", "--json")
+    listed = python(installed, "-m", "overpaint", "solvers", "--json")
     rows = {row["name"]: row for row in json.loads(listed.stdout)}
     assert rows["project_out"] == {
         "name": "project_out",
         "what it does": "Project a concept's direction out of the prompt.",
         "package": "overpaint-project-out",
     }
-    shown = python(installed, "-m", "overpaint.cli", "solvers", "project_out", "--json")
+    shown = python(installed, "-m", "overpaint", "solvers", "project_out", "--json")
     assert json.loads(shown.stdout)[0]["setting"] == "share"
 
 

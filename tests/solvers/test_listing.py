@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from overpaint import solvers as solvers_module
 from overpaint.cli import main
 from overpaint.core.errors import NotFound
-from overpaint.solvers import SOLVERS, BrokenSolver, solver_class, solvers
+from overpaint.solvers import SOLVERS, BrokenSolver, is_closed_form, solver_class, solvers
 from overpaint.solvers.problem import Solver
 
 
@@ -141,3 +141,16 @@ def test_listing_solvers_needs_no_pytorch() -> None:
         "assert CliRunner().invoke(main, ['solvers']).exit_code == 0; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_whether_an_own_solver_is_closed_form_is_known_without_reading_other_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(solvers_module, "entry_points", lambda group: pytest.fail("other packages were read"))
+    assert (is_closed_form("separable"), is_closed_form("esd")) == (True, False)
+
+
+def test_whether_another_package_s_solver_is_closed_form_is_read_from_its_class(strangers: list[Point]) -> None:
+    strangers.append(Point("good", "stranger_good:Good", "stranger"))
+    assert not is_closed_form("good")
+    assert not is_closed_form("gone")
