@@ -128,10 +128,10 @@ class Worker:
         """The value of a piece, or what kind of failure it was and its message."""
         try:
             return VALUE, piece.call(shared, *piece.arguments, silent)
+        except MemoryError as error:  # a solver's own OutOfMemory, too
+            return MEMORY, str(error)
         except OverpaintError as error:
             return REFUSED, str(error)
-        except MemoryError as error:
-            return MEMORY, str(error)
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, for a GPU's memory
                 return MEMORY, str(error).partition("\n")[0]

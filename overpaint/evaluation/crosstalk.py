@@ -139,7 +139,7 @@ class ConceptMoments:
 def probe(base: Base, patch: Patch, concepts: Sequence[Concept], device: torch.device) -> list[float]:
     """The relative change of what is predicted for each concept, in their order. Raises Unsolvable for a base whose denoiser
     is not known (`solvers.trained.denoiser`)."""
-    denoiser = Denoiser.of(EditProblem(base, patch.concept, (), 0, device))
+    denoiser = Denoiser.of(EditProblem(base, patch.concept, (), 0, device), shared=False)
     prompts = [_prompts(base, concept) for concept in concepts]
     before = [_predicted(denoiser, asked) for asked in prompts]
     empty = _predicted(denoiser, [""] * SENTENCES)

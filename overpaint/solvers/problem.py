@@ -171,8 +171,8 @@ class TrainingDiverged(Unsolvable):
     """A loss that is no longer a number."""
 
 
-class OutOfMemory(OverpaintError):
-    """A device without the memory that a solver needs."""
+class OutOfMemory(OverpaintError, MemoryError):
+    """A device without the memory that a solver needs. On a cluster, the concept is tried again with twice the share of it."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,13 @@ class Solver(ABC):
         """
         return base.projections()
 
+    def peak_bytes(self, base: Base) -> int:
+        """About how many bytes of a GPU's memory solving one concept takes, rather too many than too few; 0: all there are.
+
+        On a cluster, as many concepts are solved at once on a GPU as it has room for.
+        """
+        return 0
+
     @abstractmethod
     def solve(self, problem: EditProblem) -> Solution:
         """The change that makes the problem's base forget its concept.
@@ -314,6 +321,8 @@ def within_memory(lower: str) -> Iterator[None]:
     """Within the block, a device that runs out of memory raises OutOfMemory, which says what to `lower`."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"out of memory while solving ({_first_line(error)}); lower {lower}, or use --device cpu"

@@ -192,6 +192,12 @@ class SolverContract:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
             assert self.made().solve(self.problem(base)).delta == solved.solution.delta
 
+    def test_what_was_solved_before_on_the_same_opened_base_changes_nothing(
+        self, base: Base, solved: SolvedExample
+    ) -> None:
+        self.made().solve(self.problem(base, seed=4))
+        assert self.made().solve(self.problem(base)).delta == solved.solution.delta
+
     def test_the_order_of_the_universe_changes_nothing(self, base: Base, solved: SolvedExample) -> None:
         turned = (*reversed(self.universe), self.concept)
         assert self.made().solve(self.problem(base, universe=turned)).delta == solved.solution.delta

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -26,6 +26,7 @@ from overpaint.patches.patch import Patch, make_patch, read_patch
 from overpaint.registry.records import PatchRecord
 from overpaint.registry.registry import Registry
 from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.trained.denoiser import releasing
 from overpaint.workspace.derived_patches import compress_patch, decouple_patch
 from overpaint.workspace.planning import PlannedSolve, SolveContext, SolvePlan, SolveRequest, provenance
 
@@ -243,9 +244,10 @@ def carry_out(
         requests = [plan.tasks[index].request for index in indices]
         pieces = [Piece(f"solving {request.concept.name}", solve_piece, (request,)) for request in requests]
         clock = Clock(len(pieces), report)
-        needs = Resources(gpus=float(device.type == "cuda"))
+        needs = Resources(gpus=gpu_share(requests, inputs.base.open(), device))
         learnt = False
-        with closing((executor or InProcess()).results(pieces, inputs, needs, clock.progress)) as results:
+        running = (executor or InProcess()).results(pieces, inputs, needs, clock.progress)
+        with releasing(inputs.base.open()), closing(running) as results:
             for result in results:
                 index = indices[result.index]
                 with deferring_interrupts():
@@ -264,6 +266,23 @@ def carry_out(
                     on_result(outcome)
                 clock.tick()
     return [outcomes[index] for index in range(len(plan.tasks))]
+
+
+AT_ONCE = 8
+"""Solvers on one GPU, at most: each keeps one core busy."""
+USABLE = 0.9
+"""The share of a GPU's memory that is counted on."""
+
+
+def gpu_share(requests: Iterable[SolveRequest], base: Base, device: torch.device) -> float:
+    """The share of a GPU that each request gets: 1 over as many as its memory has room for, as the solvers estimate it."""
+    if device.type != "cuda":
+        return 0.0
+    needed = [request.configured().peak_bytes(base) for request in requests]
+    if not all(needed):
+        return 1.0
+    room = USABLE * torch.cuda.get_device_properties(device).total_memory
+    return 1.0 / min(AT_ONCE, max(1, int(room // max(needed))))
 
 
 class Clock:

@@ -187,6 +187,7 @@ class Workspace(OpenRegistry):
         in the message) or cannot take, OverpaintError for what the solver refuses; nothing is stored then.
         """
         from overpaint.bases.loading import resolve_device
+        from overpaint.solvers.trained.denoiser import releasing
         from overpaint.workspace.solving import Solved, solve_request, store_patch
 
         base_name = self.base_name(base)
@@ -200,7 +201,9 @@ class Workspace(OpenRegistry):
         )
         request.configured()  # so that a setting that cannot be is refused before a base is opened
         context = self.solve_context(base_name, universe)
-        solved = solve_request(request, self.base(base_name), context, resolve_device(device), progress)
+        opened = self.base(base_name)
+        with releasing(opened):
+            solved = solve_request(request, opened, context, resolve_device(device), progress)
         self.registry.add_concept(request.concept, exist_ok=True)
         record = store_patch(self.registry, solved.patch, base_name, solved.seconds)
         return Solved(record, solved.diagnostics, solved.seconds)

@@ -12,6 +12,7 @@ from typing import Any
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Piece, Resources, Result
 from overpaint.core.reporting import Progress, silent
+from overpaint.solvers.problem import OutOfMemory
 
 
 class Travelling:
@@ -84,7 +85,7 @@ def hungry(mark: str, progress: Progress) -> str:
     """Has too little memory the first time."""
     if not Path(mark).exists():
         Path(mark).touch()
-        raise MemoryError("no room for 2 GiB")
+        raise OutOfMemory("no room for 2 GiB")
     return "done"
 
 

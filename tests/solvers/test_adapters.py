@@ -78,7 +78,7 @@ def test_the_delta_holds_what_was_trained(base: Base, model: Denoiser, make: Mak
     """Linear layers and convolutions, with and without stride; float32 rounding in another order."""
     change = make(model, base)
     stir(change)
-    other = Denoiser.of(EditProblem(base, Concept("cat")))
+    other = Denoiser.of(EditProblem(base, Concept("cat")), shared=False)
     lay(change.delta(), other.pipe, base)
     found, expected, before = model(*asked(model)), other(*asked(model)), None
     with change.off():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +17,9 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Delta, Dense
 from overpaint.solvers.problem import EditProblem, OutOfMemory, TrainingDiverged, Unsolvable
-from overpaint.solvers.trained.adapters import MovingAverage
-from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.trained.adapters import DenseAdapter, MovingAverage, modules_by_parameter
+from overpaint.solvers.trained.denoiser import Denoiser, releasing
+from overpaint.solvers.trained.guidance import Ablation
 from overpaint.solvers.trained.training import StepResult, Training, TrainingTask, descend, generator
 
 
@@ -166,6 +169,70 @@ def test_out_of_memory_names_the_setting_to_lower(
 
     with pytest.raises(OutOfMemory, match=r"batch \(it is 3\), or set checkpoint=true or precision=bf16"):
         Greedy(batch=3).solve(EditProblem(base, Concept("cat")))
+
+
+@dataclass(frozen=True)
+class InPlace(Settings):
+    """Writes into the weights that it was lent, which no solver should."""
+
+    def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
+        with torch.no_grad():
+            next(iter(model.network.parameters())).add_(1.0)
+        point = Point(0.0)
+        return TrainingTask(point, to(point, 1.0))
+
+
+def test_concepts_share_the_weights_that_were_loaded_and_nothing_that_is_trained(base: Base) -> None:
+    first, second = (Denoiser.of(EditProblem(base, Concept(name))) for name in ("cat", "dog"))
+    names = base.projections()
+    change = DenseAdapter(first.pipe, base, names)
+    with torch.no_grad():
+        for parameter in change.parameters:
+            parameter.add_(1.0)
+    ours, theirs = (modules_by_parameter(each.pipe, base) for each in (first, second))
+    shared = [name for name in ours if getattr(ours[name], own(name)) is getattr(theirs[name], own(name))]
+    assert set(ours) - set(shared) == set(names)
+    for name in names:
+        assert torch.equal(getattr(theirs[name], own(name)), base.tensor(name).float())
+
+
+def own(name: str) -> str:
+    """The name by which a module knows its parameter."""
+    return name.rpartition(".")[2]
+
+
+def test_weights_that_a_solver_wrote_into_are_loaded_anew(base: Base) -> None:
+    before = next(iter(Denoiser.of(EditProblem(base, Concept("cat"))).network.parameters())).clone()
+    InPlace(steps=1).solve(EditProblem(base, Concept("cat")))
+    after = next(iter(Denoiser.of(EditProblem(base, Concept("dog"))).network.parameters()))
+    assert torch.equal(before, after)
+
+
+def test_pictures_for_the_same_prompts_are_drawn_once(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings: list[list[str]] = []
+    whole = Denoiser.drawn
+
+    def counted(self: Denoiser, prompts: list[str], *rest: Any) -> Tensor:
+        drawings.append(prompts)
+        return whole(self, prompts, *rest)
+
+    monkeypatch.setattr(Denoiser, "drawn", counted)
+    quick = Ablation(steps=1, sampling_steps=2, pictures=2, sentences=2)
+    first = quick.solve(EditProblem(base, Concept("cat", anchor="car")))
+    other = quick.solve(EditProblem(base, Concept("dog", anchor="car")))
+    assert (len(drawings), first.delta == other.delta) == (1, False)
+    quick.solve(EditProblem(base, Concept("dog", anchor="car"), seed=1))
+    quick.solve(EditProblem(base, Concept("dog", anchor="bus")))
+    assert len(drawings) == 3
+
+
+def test_models_are_let_go_when_a_run_ends(base: Base) -> None:
+    with releasing(base):
+        model = weakref.ref(Denoiser.of(EditProblem(base, Concept("cat"))).network)
+        weight = weakref.ref(next(iter(Denoiser.of(EditProblem(base, Concept("cat"))).network.parameters())))
+        assert weight() is not None
+    gc.collect()
+    assert (model(), weight()) == (None, None)
 
 
 def test_a_base_that_a_solver_does_not_serve_is_refused_plainly(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

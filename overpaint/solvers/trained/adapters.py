@@ -145,18 +145,19 @@ class DenseAdapter:
     """Weights trained in place, by canonical name; their change is dense."""
 
     def __init__(self, pipe: Any, base: Base, names: Sequence[str]) -> None:
-        modules = modules_by_parameter(pipe, base)
-        self._live = {
-            name: getattr(modules[name], name.rpartition(".")[2]).requires_grad_(True) for name in sorted(names)
-        }
+        self._live, self._before = own_parameters(pipe, base, sorted(names))
         for name, parameter in self._live.items():
+            parameter.requires_grad_(True)
             if columns := text_columns(base, name):
                 parameter.register_hook(functools.partial(_within, columns))
-        self._before = {name: parameter.detach().clone() for name, parameter in self._live.items()}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self._live.values())
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What each parameter is now, and what it is in the base."""
+        return zip(self._live.values(), self._before.values(), strict=True)
 
     def off(self) -> Any:
         return held(self.parameters, self._before.values())
@@ -296,6 +297,22 @@ class MovingAverage:
         """Make the average what the parameters are."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
             parameter.copy_(value)
+
+
+def own_parameters(pipe: Any, base: Base, names: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Parameters that a pipeline has to itself from now on, by canonical name, and the values that it shared until then.
+
+    What is one parameter in several places stays one.
+    """
+    modules = modules_by_parameter(pipe, base)
+    shared: dict[str, Tensor] = {name: getattr(modules[name], name.rpartition(".")[2]) for name in names}
+    kept = {id(tensor): nn.Parameter(tensor.detach().clone(), requires_grad=False) for tensor in shared.values()}
+    for component in {name.partition("/")[0] for name in names}:
+        for module in getattr(pipe, component).modules():
+            for own, parameter in module._parameters.items():
+                if id(parameter) in kept:
+                    module._parameters[own] = kept[id(parameter)]
+    return {name: kept[id(tensor)] for name, tensor in shared.items()}, {n: t.detach() for n, t in shared.items()}
 
 
 def modules_by_parameter(pipe: Any, base: Base) -> dict[str, nn.Module]:

@@ -9,13 +9,17 @@ velocity, up to a factor that depends on t alone: losses that compare prediction
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ from overpaint.bases.layout import Layout
 from overpaint.bases.loading import quiet_loading
 from overpaint.bases.text_encoder import AnyTextEncoder, CaughtPrompts, PipelineTextInput, TextEncoder
 from overpaint.solvers.problem import EditProblem, Unsolvable
+from overpaint.solvers.universe import text_encoders
 
 TOGETHER = 16
 """At most so many latents are denoised, or prompts encoded, at once while nothing is trained."""
@@ -92,9 +97,12 @@ class InputColumns:
 
 @dataclass(frozen=True, eq=False)
 class Denoiser(ABC):
-    """A base's models, loaded anew: frozen, in float32, computing in `dtype`. What is trained here changes no other copy.
+    """A base's models: frozen, in float32, computing in `dtype`.
 
-    `encoder` knows the tokens and words of the base's first text input.
+    Their modules are a copy of one's own, so that hooks, processors and parameters that take another's place are seen by nobody
+    else. Their weights are those that were loaded for the first concept, and shared: whoever changes one puts a parameter of
+    its own in its place (`adapters.own_parameters`). `encoder` knows the tokens and words of the base's first text input;
+    `pictures` has what the base has drawn to train on, for whoever asks for the same.
     """
 
     LAYOUT: ClassVar[str]
@@ -106,20 +114,25 @@ class Denoiser(ABC):
     encoder: AnyTextEncoder
     device: torch.device
     dtype: torch.dtype = torch.float32
+    pictures: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, problem: EditProblem, *, precision: str = "fp32", checkpoint: bool = False) -> Denoiser:
-        """The models of a problem's base on its device. Raises Unsolvable for a base that no such contract serves."""
+    def of(
+        cls, problem: EditProblem, *, precision: str = "fp32", checkpoint: bool = False, shared: bool = True
+    ) -> Denoiser:
+        """The models of a problem's base on its device; not `shared`, with weights of its own, which may be changed in place.
+
+        What is shared is kept for as long as the base is open, or until `releasing` ends.
+        Raises Unsolvable for a base that no such contract serves.
+        """
         base, device = problem.base, problem.device
         if reason := unserved(base.layout):
             raise Unsolvable(reason)
         kind = _DENOISERS[base.layout.name]
-        pipe = _drawing_pipeline(base, device)
-        for module in pipe.components.values():
-            if isinstance(module, nn.Module):
-                module.eval().requires_grad_(False)
+        loaded = _loaded(base, device) if shared else LoadedPipeline.of(base, device)
+        pipe = loaded.working_copy() if shared else loaded.pipe
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = kind(base, pipe, kind._encoder(base, pipe, device), device, dtype)
+        model = kind(base, pipe, kind._encoder(base, pipe, device), device, dtype, loaded.pictures)
         if model.latent_channels != pipe.vae.config.latent_channels:
             raise Unsolvable(
                 "solvers that train know denoisers that draw from a prompt alone, and this base also reads a picture "
@@ -328,13 +341,13 @@ class UNetDenoiser(Denoiser):
 
 @dataclass(frozen=True, eq=False)
 class SDDenoiser(UNetDenoiser):
-    """Stable Diffusion 1.x and 2.x. `encoder` is a second copy of the text encoder, which stays the base's."""
+    """Stable Diffusion 1.x and 2.x. `encoder` is another copy of the text encoder, which stays the base's."""
 
     LAYOUT = "stable-diffusion"
 
     @classmethod
     def _encoder(cls, base: Base, pipe: Any, device: torch.device) -> AnyTextEncoder:
-        return TextEncoder.of(base, device)
+        return text_encoders(base, device)[base.text_inputs[0]]
 
     def _predict(self, x: Tensor, t: Tensor, text: Conditioning, guidance: float) -> Tensor:
         found: Tensor = self.network(x, t, encoder_hidden_states=text.sequence).sample
@@ -560,6 +573,72 @@ def unserved(layout: Layout, known: Sequence[str] = TRAINABLE) -> str | None:
     return (
         f"this solver trains, which it can on bases of the layouts {', '.join(known)}; this is a {layout.name} base: use "
         "`separable`, which serves every layout"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPipeline:
+    """A pipeline as it was loaded, which nobody changes, and what was drawn with it."""
+
+    pipe: Any
+    versions: tuple[int, ...]
+    pictures: dict[Any, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: Base, device: torch.device) -> LoadedPipeline:
+        """A base's pipeline, read from its files."""
+        pipe = _drawing_pipeline(base, device)
+        for module in _modules(pipe):
+            module.eval().requires_grad_(False)
+        return cls(pipe, _versions(pipe))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody wrote into a weight, as PyTorch counts it: a solver of another package might."""
+        return _versions(self.pipe) == self.versions
+
+    def working_copy(self) -> Any:
+        """A pipeline with modules of its own, all of whose tensors are this one's."""
+        own = copy.copy(self.pipe)
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module):
+                shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())}
+                setattr(own, name, copy.deepcopy(part, shared))
+            elif name.startswith("tokenizer"):
+                # One that is asked in two threads at once may refuse.
+                setattr(own, name, copy.deepcopy(part))
+        return own
+
+
+_pipelines: WeakKeyDictionary[Base, dict[str, LoadedPipeline]] = WeakKeyDictionary()
+
+
+def _loaded(base: Base, device: torch.device) -> LoadedPipeline:
+    """The pipeline that concepts of a base share, loaded for the first of them."""
+    by_device = _pipelines.setdefault(base, {})
+    found = by_device.get(str(device))
+    if found is None or not found.is_unchanged:
+        found = by_device[str(device)] = LoadedPipeline.of(base, device)
+    return found
+
+
+@contextmanager
+def releasing(base: Base) -> Iterator[None]:
+    """After the block, the models that were kept for further concepts of a base are let go."""
+    try:
+        yield
+    finally:
+        _pipelines.pop(base, None)
+
+
+def _modules(pipe: Any) -> Iterator[nn.Module]:
+    return (part for part in pipe.components.values() if isinstance(part, nn.Module))
+
+
+def _versions(pipe: Any) -> tuple[int, ...]:
+    """How often each weight and buffer of a pipeline was written into."""
+    return tuple(
+        tensor._version for module in _modules(pipe) for tensor in chain(module.parameters(), module.buffers())
     )
 
 

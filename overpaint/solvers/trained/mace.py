@@ -44,7 +44,7 @@ from overpaint.solvers.closed_form.edits import (
 )
 from overpaint.solvers.problem import EditProblem, Solution, Unsolvable, setting
 from overpaint.solvers.sentences import PADDING, phrasings
-from overpaint.solvers.trained.adapters import LowRankAdapter, modules_by_parameter
+from overpaint.solvers.trained.adapters import LowRankAdapter, own_parameters
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 from overpaint.solvers.trained.training import BEFORE, StepResult, Training, TrainingTask, gathered, generator
 from overpaint.solvers.universe import vocabulary_record
@@ -208,11 +208,9 @@ class _Fused:
 
     def __init__(self, pipe: Any, problem: EditProblem, refined: MapEdit, fusion: Tensor) -> None:
         self._refined, self._fusion = refined, fusion
-        modules, names = modules_by_parameter(pipe, problem.base), problem.base.projections(TEXT_INPUT)
-        with torch.no_grad():
-            for name in names:
-                weight: Any = modules[name].weight
-                weight += (weight.double() @ refined.up @ refined.down.T).float()
+        names = problem.base.projections(TEXT_INPUT)
+        for weight in own_parameters(pipe, problem.base, names)[0].values():
+            weight.add_((weight.double() @ refined.up @ refined.down.T).float())
         self._directions = LowRankAdapter(pipe, problem.base, names, 1, generator(problem.seed, BEFORE))
 
     @property

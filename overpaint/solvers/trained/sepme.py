@@ -45,6 +45,7 @@ from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable,
 from overpaint.solvers.sentences import phrasings
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
+from overpaint.solvers.trained.training import training_bytes
 
 
 @torch.no_grad()
@@ -244,12 +245,10 @@ class Whole:
     def __init__(self, pipe: Any, base: Base, names: Sequence[str]) -> None:
         self._weights = DenseAdapter(pipe, base, names)
         self.parameters = self._weights.parameters
-        self._before = [parameter.detach().clone() for parameter in self.parameters]
 
     def norm(self) -> Tensor:
         """The L1 norm of the change, averaged over tensors."""
-        pairs = zip(self.parameters, self._before, strict=True)
-        return torch.stack([(now - before).abs().sum() for now, before in pairs]).mean()
+        return torch.stack([(now - before).abs().sum() for now, before in self._weights.pairs()]).mean()
 
     def off(self) -> Any:
         return self._weights.off()
@@ -316,6 +315,9 @@ class SepME(Solver):
 
     def touches(self, base: Base) -> Sequence[str]:
         return base.projections() if self.decouple else tensors(base, CROSS_ATTENTION)
+
+    def peak_bytes(self, base: Base) -> int:
+        return training_bytes(base, self.touches(base), self.batch)
 
     def solve(self, problem: EditProblem) -> Solution:
         """Low-rank on every projection that reads the prompt; dense on all of cross-attention without decoupling.

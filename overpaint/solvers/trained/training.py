@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from overpaint.bases.base import Base
 from overpaint.bases.layout import Layout
 from overpaint.core.errors import OverpaintError
 from overpaint.core.reporting import Progress
@@ -38,6 +40,9 @@ from overpaint.solvers.trained.denoiser import TOGETHER, TRAINABLE, Conditioning
 
 BEFORE = -1
 """The stream of random numbers that is used up before the first step; pictures are drawn from those below it."""
+
+KEPT = 8
+"""Sets of pictures that the base drew are kept for other concepts, at most."""
 
 MakeOptimiser: TypeAlias = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -112,6 +117,9 @@ class Training(Solver):
     def supports(self, layout: Layout) -> str | None:
         return unserved(layout, self.layouts)
 
+    def peak_bytes(self, base: Base) -> int:
+        return training_bytes(base, self.touches(base), self.batch, checkpoint=self.checkpoint)
+
     @abstractmethod
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
         """What to train and what a step loses; may draw what it trains on."""
@@ -120,6 +128,19 @@ class Training(Solver):
     def watches(self) -> bool:
         """Whether what is left has to be known where it costs a solver a pass through the model."""
         return self.until < 1
+
+
+def training_bytes(base: Base, touched: Iterable[str], batch: int, *, checkpoint: bool = False) -> int:
+    """About what training takes of a GPU: the models in float32; for what is trained its gradients, two moments and the base's
+    values; and activations, one and a half times the denoiser for each latent, a fifth of that where they are computed again.
+
+    Rather too many: on a CPU, Stable Diffusion 1.5's activations take half as much as its denoiser.
+    """
+    denoisers = {name.partition("/")[0] for name in base.projections()}
+    sizes: dict[str, int] = {name: 4 * math.prod(place.shape) for name, place in base.places.items()}
+    denoiser = sum(size for name, size in sizes.items() if name.partition("/")[0] in denoisers)
+    trained = sum(sizes.get(name, 0) for name in touched)
+    return sum(sizes.values()) + 4 * trained + int(batch * denoiser * (0.3 if checkpoint else 1.5))
 
 
 class Preservation:
@@ -273,7 +294,14 @@ def from_folder(model: Denoiser, folder: str, least: int, random: torch.Generato
 def drawn(
     model: Denoiser, problem: EditProblem, prompts: Sequence[str], count: int, steps: int, guidance: float
 ) -> Pictures:
-    """What the base draws, in turn, for the prompts: `count` pictures, each with a seed of its own."""
+    """What the base draws, in turn, for the prompts: `count` pictures, each with a seed of its own.
+
+    Asked for before anything is trained. Concepts that are trained on the same prompts (without the concept's words, or with
+    one anchor) share the pictures.
+    """
+    key = (tuple(prompts), count, steps, guidance, problem.seed, model.dtype)
+    if key in model.pictures:
+        return Pictures(model.pictures[key])
     found = []
     for start in range(0, count, TOGETHER):
         problem.report(0, count, f"drawing {start} of {count} pictures")
@@ -281,7 +309,10 @@ def drawn(
         named = [prompts[n % len(prompts)] for n in numbers]
         generators = [generator(problem.seed, BEFORE - 1 - n) for n in numbers]
         found.append(model.drawn(named, steps, guidance, generators))
-    return Pictures(torch.cat(found))
+    while len(model.pictures) >= KEPT:
+        del model.pictures[next(iter(model.pictures))]
+    model.pictures[key] = torch.cat(found)
+    return Pictures(model.pictures[key])
 
 
 def picture_files(folder: str) -> dict[str, Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 import overpaint
@@ -13,10 +15,11 @@ from overpaint.bases.base import Base
 from overpaint.core.concepts import Concept
 from overpaint.registry.registry import ConceptDiffers
 from overpaint.registry.upkeep import verify
+from overpaint.solvers import SOLVERS, is_closed_form, solver_class
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
-from overpaint.workspace.planning import digest_of_manifest
-from overpaint.workspace.solving import SolveOutcome, duration
+from overpaint.workspace.planning import SolveRequest, digest_of_manifest
+from overpaint.workspace.solving import SolveOutcome, duration, gpu_share
 from overpaint.workspace.workspace import Workspace
 from tests.shell import Shell
 
@@ -309,3 +312,37 @@ def test_settings_are_keywords_or_a_mapping_of_them(workspace: Workspace) -> Non
     by_keyword = workspace.solve_many(["cat"], base="tiny", solver="counting", device="cpu", size=0.5)
     by_mapping = workspace.solve_many(["cat"], base="tiny", solver="counting", device="cpu", settings={"size": 0.5})
     assert [outcome.before for outcome in (*by_keyword, *by_mapping)] == [False, True]
+
+
+class TestSharesOfAGpu:
+    """How many concepts are solved on one GPU at once."""
+
+    @pytest.fixture
+    def base(self, workspace: Workspace) -> Base:
+        return workspace.base("tiny")
+
+    def share(
+        self, monkeypatch: pytest.MonkeyPatch, base: Base, memory: int, solver: str = "esd", **settings: str
+    ) -> float:
+        about = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+        request = SolveRequest(Concept("cat"), solver, settings, 0, ())
+        return gpu_share([request], base, torch.device("cuda"))
+
+    def test_as_many_as_its_memory_has_room_for(self, monkeypatch: pytest.MonkeyPatch, base: Base) -> None:
+        needed = solver_class("esd")(batch=4).peak_bytes(base)
+        assert self.share(monkeypatch, base, 4 * needed, batch="4") == 1 / 3
+        assert self.share(monkeypatch, base, needed // 2, batch="4") == 1
+        assert self.share(monkeypatch, base, 1000 * needed, batch="4") == 1 / 8
+
+    def test_computing_activations_again_makes_room(self, monkeypatch: pytest.MonkeyPatch, base: Base) -> None:
+        needed = solver_class("esd")(batch=4).peak_bytes(base)
+        assert self.share(monkeypatch, base, 4 * needed, batch="4", checkpoint="true") < 1 / 3
+
+    @pytest.mark.parametrize("solver", SOLVERS)
+    def test_it_is_known_of_all_that_train(self, monkeypatch: pytest.MonkeyPatch, base: Base, solver: str) -> None:
+        trains = not is_closed_form(solver)
+        assert (self.share(monkeypatch, base, 1 << 50, solver) < 1) == trains
+
+    def test_a_cpu_is_none(self, base: Base) -> None:
+        assert gpu_share([], base, torch.device("cpu")) == 0
