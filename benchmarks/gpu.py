@@ -221,7 +221,7 @@ def trained(bench: Bench) -> None:
 def swapping(bench: Bench) -> None:
     """Adding and removing 1 and 1,000 patches beside a copy of the touched tensors, and diffusers' load and fuse."""
     for family in bench.families:
-        for dtype in (torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
             _swap(bench, family, dtype)
 
 

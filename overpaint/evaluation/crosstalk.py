@@ -28,16 +28,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from overpaint.bases.base import Base
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
-from overpaint.core.atomic import write_over
 from overpaint.core.concepts import Concept
 from overpaint.core.encoding import evenly_spaced, json_digest
 from overpaint.core.errors import NotFound
@@ -52,6 +49,7 @@ from overpaint.patches.patch import Patch
 from overpaint.solvers.problem import EditProblem
 from overpaint.solvers.sentences import KEPT_PADDING, PADDING, keys_of, sentence_pairs
 from overpaint.solvers.trained.denoiser import Denoiser
+from overpaint.solvers.vocabulary import recalled, remember
 
 ENERGY = 1 - 1e-6
 """Share of the second moment's trace that the factor keeps."""
@@ -80,24 +78,22 @@ class ConceptMoments:
 
         Raises PromptTooLong when the concept does not fit into a sentence.
         """
-        name = self._name(concept, text_inputs)
-        if name not in self._factors:
-            factor = self._recall(name)
-            if factor is None:
-                factor = self._compute(concept, text_inputs)
-                self._remember(name, factor)
-            self._factors[name] = factor
-        return self._factors[name].double()
-
-    def _name(self, concept: Concept, text_inputs: tuple[str, ...]) -> str:
-        meant = {
-            "base": self._base.fingerprint,
+        # By the base's fingerprint and not by its tokenizer's rules: to read these would take `patch add` longer than all else.
+        identity = {
+            "cross-talk": self._base.fingerprint,
             "text_inputs": text_inputs,
             "words": concept.words,
             "sentences": self._templates(concept),
             "padding": [PADDING, KEPT_PADDING],
         }
-        return json_digest(meant)
+        name = json_digest(identity)
+        if name not in self._factors:
+            factor = recalled(identity, self._cache).get("factor")
+            if factor is None:
+                factor = self._compute(concept, text_inputs)
+                remember(identity, {"factor": factor}, self._cache)
+            self._factors[name] = factor
+        return self._factors[name]
 
     def _templates(self, concept: Concept) -> list[str]:
         asked = [template for template, _ in sentence_pairs(self._base, concept.kind)]
@@ -113,26 +109,8 @@ class ConceptMoments:
         left, size, _ = torch.linalg.svd(keys / count**0.5, full_matrices=False)
         share = size.square().cumsum(0) / size.square().sum()
         rank = int((share < ENERGY).sum()) + 1
-        factor: Tensor = (left[:, :rank] * size[:rank]).float()
+        factor: Tensor = (left[:, :rank] * size[:rank]).double()
         return factor
-
-    def _recall(self, name: str) -> Tensor | None:
-        if self._cache is None or not (file := self._cache / f"{name}.safetensors").is_file():
-            return None
-        try:
-            factor: Tensor = safetensors.torch.load_file(file)["factor"]
-        except (SafetensorError, KeyError, OSError):
-            return None  # only time is lost: it is computed again
-        return factor
-
-    def _remember(self, name: str, factor: Tensor) -> None:
-        if self._cache is None:
-            return
-        try:
-            content = safetensors.torch.save({"factor": factor.contiguous()})
-            write_over(self._cache / f"{name}.safetensors", content)
-        except OSError:
-            pass  # a read-only registry can still be asked
 
 
 @torch.no_grad()

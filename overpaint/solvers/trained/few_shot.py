@@ -137,8 +137,11 @@ class FewShotLoRA(Training):
     PRESETS: ClassVar = MappingProxyType(
         {
             "emoji": {
-                "steps": 30,
-                "lr": 3e-3,
+                # Stopped by what is left of the concept, and held to the retained prompts, it serves other bases as well.
+                "steps": 80,
+                "until": 0.0,
+                "lr": 2e-3,
+                "retain": 40.0,
                 "batch": 8,
                 "layers": 2,
                 "pictures": 8,
