@@ -8,8 +8,9 @@ import gc
 def main() -> None:
     """Run the command line.
 
-    What a program imports is never garbage, but the collector looks through all of it again and again while it grows, and
-    once more at the end: an eighth of the time of a command that computes nothing. So it waits, and leaves that part out.
+    What a program imports is never garbage, but the garbage collector looks through all of it again and again while it grows, and
+    once more at the end: an eighth of the time of a command that computes nothing. So it is off until all is imported, and then
+    told to leave what is there alone.
     """
     gc.disable()
     from overpaint.cli import main as commands

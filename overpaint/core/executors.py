@@ -4,7 +4,7 @@ A piece is an importable function with arguments that can be pickled, so that it
 numbers and bytes; whoever asked writes them down, and nobody else.
 
 On a cluster, actors keep what they loaded, and every one does one piece at a time. A piece whose worker or node is lost is
-given to another; one that ran out of memory gets twice the share, on a worker of its own; one that fails by itself is
+given to another; one that ran out of memory gets more of it, on a worker of its own; one that fails by itself is
 reported, and the others go on. Only this process keeps results, so that one that is started again goes on with what is missing.
 """
 
@@ -178,6 +178,9 @@ class RayExecutor:
 
         Raises OverpaintError where the cluster has not what one piece needs, or a worker runs another version of Overpaint.
         """
+        for other in () if self._under_way else self._idle.keys() - {needs}:  # they would hold what these need
+            for worker in self._idle.pop(other):
+                _end(worker)
         idle = self._idle.setdefault(needs, [])  # they keep what they loaded for the next call
         run = _Run(pieces, _ray().put(shared), needs, progress, idle, ahead)
         self._under_way.append(run)
@@ -313,7 +316,7 @@ class _Run:
         return Result(waiting.index, value) if kind == VALUE else Result(waiting.index, error=value)
 
     def _again(self, waiting: _Waiting, was_memory: bool, reason: str) -> Result | None:
-        needs = _doubled(waiting.needs) if was_memory else waiting.needs
+        needs = _more(waiting.needs) if was_memory else waiting.needs
         if waiting.begun >= ATTEMPTS or needs is None:
             why = "ran out of memory" if was_memory else "lost its worker"
             return Result(waiting.index, error=f"{why} {waiting.begun} times: {reason}")
@@ -326,16 +329,15 @@ def _end(worker: Any) -> None:
         _ray().kill(worker)
 
 
-def _doubled(needs: Resources) -> Resources | None:
-    """Twice the share, so that fewer run beside it; None where no node of the cluster has so much."""
-    larger = Resources(2 * needs.cpus, min(1.0, 2 * needs.gpus), 2 * needs.memory)
+def _more(needs: Resources) -> Resources | None:
+    """What a piece gets that ran out of memory: the whole GPU that it had a share of; without a GPU, twice the share of a node,
+    so that fewer run beside it. None where it had the whole GPU, or no node of the cluster has so much.
+    """
+    if needs.gpus:
+        return replace(needs, gpus=1.0) if needs.gpus < 1 else None
+    larger = replace(needs, cpus=2 * needs.cpus, memory=2 * needs.memory)
     nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
-    fits = any(
-        larger.cpus <= node.get("CPU", 0)
-        and larger.gpus <= node.get("GPU", 0)
-        and larger.memory <= node.get("memory", 0)
-        for node in nodes
-    )
+    fits = any(larger.cpus <= node.get("CPU", 0) and larger.memory <= node.get("memory", 0) for node in nodes)
     return larger if fits else None
 
 
@@ -345,7 +347,8 @@ def _room(needs: Resources) -> int:
     for node in _ray().nodes():
         has = node["Resources"] if node["Alive"] else {}
         wanted = (("CPU", needs.cpus), ("GPU", needs.gpus), ("memory", needs.memory))
-        room += int(min((has.get(name, 0) // amount for name, amount in wanted if amount), default=0))
+        # A little more than it is: a GPU has room for five fifths, which floating point takes for four.
+        room += int(min((has.get(name, 0) / amount + 1e-6 for name, amount in wanted if amount), default=0))
     return room
 
 

@@ -6,7 +6,7 @@ For deltas that change nothing but what reads the prompt it has a closed form. A
 `G = sum_l W_l^T W_l`. Where tensors read several text inputs side by side, keys are those of all of them together;
 where others read another text input, both traces are sums over these groups. Cross-talk is `effect(i, j) / effect(i, i)`: 0 is
 none, 1 is as much as the patch does to its own concept. S_j is kept as a thin factor F, `S_j = F F^T`: encoding a concept's
-sentences takes seconds on a large text encoder, F is a few hundred kilobytes, and is read again while base and sentences are
+sentences takes seconds on a large text encoder, F is less than a megabyte, and is read again while base and sentences are
 the same.
 
 A delta that changes other tensors has no such form; it is probed on the model instead (`probe`): at a few noise levels,
@@ -78,7 +78,7 @@ class ConceptMoments:
 
         Raises PromptTooLong when the concept does not fit into a sentence.
         """
-        # By the base's fingerprint and not by its tokenizer's rules: to read these would take `patch add` longer than all else.
+        # By the base's fingerprint, and not by its tokenizer's rules as well: reading a tokenizer would take most of `patch add`.
         identity = {
             "cross-talk": self._base.fingerprint,
             "text_inputs": text_inputs,

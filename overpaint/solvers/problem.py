@@ -172,7 +172,7 @@ class TrainingDiverged(Unsolvable):
 
 
 class OutOfMemory(OverpaintError, MemoryError):
-    """A device without the memory that a solver needs. On a cluster, the concept is tried again with twice the share of it."""
+    """A device without the memory that a solver needs. On a cluster, the concept is tried again with more of it."""
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,9 @@ class Solver(ABC):
         return base.projections()
 
     def peak_bytes(self, base: Base) -> int:
-        """About how many bytes of a GPU's memory solving one concept takes, rather too many than too few; 0: all there are.
+        """About how many bytes of a GPU's memory solving one concept takes, rather too many than too few. 0: nobody knows.
 
-        On a cluster, as many concepts are solved at once on a GPU as it has room for.
+        On a cluster, as many concepts are solved at once on a GPU as its memory has room for; where nobody knows, one.
         """
         return 0
 

@@ -300,10 +300,8 @@ class MovingAverage:
 
 
 def own_parameters(pipe: Any, base: Base, names: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Parameters that a pipeline has to itself from now on, by canonical name, and the values that it shared until then.
-
-    What is one parameter in several places stays one.
-    """
+    """Parameters that a pipeline has to itself from now on, by canonical name; and the tensors in whose place they are, which
+    others share: not to be written into. What is one parameter in several places stays one."""
     modules = modules_by_parameter(pipe, base)
     shared: dict[str, Tensor] = {name: getattr(modules[name], name.rpartition(".")[2]) for name in names}
     kept = {id(tensor): nn.Parameter(tensor.detach().clone(), requires_grad=False) for tensor in shared.values()}

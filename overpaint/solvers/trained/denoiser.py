@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -30,7 +31,6 @@ from overpaint.bases.layout import Layout
 from overpaint.bases.loading import quiet_loading
 from overpaint.bases.text_encoder import AnyTextEncoder, CaughtPrompts, PipelineTextInput, TextEncoder
 from overpaint.solvers.problem import EditProblem, Unsolvable
-from overpaint.solvers.universe import text_encoders
 
 TOGETHER = 16
 """At most so many latents are denoised, or prompts encoded, at once while nothing is trained."""
@@ -99,10 +99,10 @@ class InputColumns:
 class Denoiser(ABC):
     """A base's models: frozen, in float32, computing in `dtype`.
 
-    Their modules are a copy of one's own, so that hooks, processors and parameters that take another's place are seen by nobody
-    else. Their weights are those that were loaded for the first concept, and shared: whoever changes one puts a parameter of
-    its own in its place (`adapters.own_parameters`). `encoder` knows the tokens and words of the base's first text input;
-    `pictures` has what the base has drawn to train on, for whoever asks for the same.
+    Modules, parameters and scheduler are copies, so that nobody else sees a hook, a processor, a cast or a parameter that takes
+    another's place. The values of the parameters are those that were loaded for the first concept, in the same memory: whoever
+    trains one puts a copy in its place (`adapters.own_parameters`). `encoder` knows the tokens and words of the base's first text
+    input; `pictures` has what the base has drawn to train on, for whoever asks for the same.
     """
 
     LAYOUT: ClassVar[str]
@@ -132,7 +132,7 @@ class Denoiser(ABC):
         loaded = _loaded(base, device) if shared else LoadedPipeline.of(base, device)
         pipe = loaded.working_copy() if shared else loaded.pipe
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = kind(base, pipe, kind._encoder(base, pipe, device), device, dtype, loaded.pictures)
+        model = kind(base, pipe, kind._encoder(base, loaded, pipe, device), device, dtype, loaded.pictures)
         if model.latent_channels != pipe.vae.config.latent_channels:
             raise Unsolvable(
                 "solvers that train know denoisers that draw from a prompt alone, and this base also reads a picture "
@@ -143,7 +143,7 @@ class Denoiser(ABC):
         return model
 
     @classmethod
-    def _encoder(cls, base: Base, pipe: Any, device: torch.device) -> AnyTextEncoder:
+    def _encoder(cls, base: Base, loaded: LoadedPipeline, pipe: Any, device: torch.device) -> AnyTextEncoder:
         # Prompts are encoded by the pipeline: what is asked of this one is tokens alone, so that it needs no models of its own.
         length = prompt_length(base, type(pipe))
         arguments = {} if length is None else {"max_sequence_length": length}
@@ -318,22 +318,32 @@ class UNetDenoiser(Denoiser):
         return len(self.pipe.scheduler.alphas_cumprod)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        found: Tensor = self.pipe.scheduler.add_noise(clean, noise, t)
+        found: Tensor = self._levels.add_noise(clean, noise, t)
         return found
 
     def goal(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        schedule = self.pipe.scheduler
-        if schedule.config.prediction_type != "v_prediction":
+        if self._levels.config.prediction_type != "v_prediction":
             return noise
-        velocity: Tensor = schedule.get_velocity(clean, noise, t)
+        velocity: Tensor = self._levels.get_velocity(clean, noise, t)
         return velocity
 
-    def sampler(self, steps: int) -> Any:
-        """A DDIM scheduler (Song et al., arXiv 2010.02502) of the base's noise schedule with so many timesteps."""
+    @cached_property
+    def _levels(self) -> Any:
+        """The levels of noise that the base was trained on.
+
+        Not the pipeline's scheduler: Euler's, which SDXL is published with, and others know the few levels of the last drawing.
+        """
+        return self._ddim()
+
+    def _ddim(self) -> Any:
         with quiet_loading():
             from diffusers import DDIMScheduler
 
-            found: Any = DDIMScheduler.from_config(self.pipe.scheduler.config)
+            return DDIMScheduler.from_config(self.pipe.scheduler.config)
+
+    def sampler(self, steps: int) -> Any:
+        """A DDIM scheduler (Song et al., arXiv 2010.02502) of the base's noise schedule with so many timesteps."""
+        found = self._ddim()
         # With the offset that published schedules have, as many timesteps as levels would end beyond the last level.
         found.set_timesteps(min(steps, self.levels - 1))
         return found
@@ -346,8 +356,11 @@ class SDDenoiser(UNetDenoiser):
     LAYOUT = "stable-diffusion"
 
     @classmethod
-    def _encoder(cls, base: Base, pipe: Any, device: torch.device) -> AnyTextEncoder:
-        return text_encoders(base, device)[base.text_inputs[0]]
+    def _encoder(cls, base: Base, loaded: LoadedPipeline, pipe: Any, device: torch.device) -> AnyTextEncoder:
+        with loaded.lock:
+            if not loaded.encoders:
+                loaded.encoders.append(TextEncoder.of(base, device))
+            return loaded.encoders[0]
 
     def _predict(self, x: Tensor, t: Tensor, text: Conditioning, guidance: float) -> Tensor:
         found: Tensor = self.network(x, t, encoder_hidden_states=text.sequence).sample
@@ -578,11 +591,13 @@ def unserved(layout: Layout, known: Sequence[str] = TRAINABLE) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class LoadedPipeline:
-    """A pipeline as it was loaded, which nobody changes, and what was drawn with it."""
+    """A pipeline as it was loaded, with which nobody computes; the text encoder and the pictures that its copies share."""
 
     pipe: Any
     versions: tuple[int, ...]
+    encoders: list[TextEncoder] = field(default_factory=list)
     pictures: dict[Any, Tensor] = field(default_factory=dict)
+    lock: Any = field(default_factory=Lock)
 
     @classmethod
     def of(cls, base: Base, device: torch.device) -> LoadedPipeline:
@@ -594,32 +609,36 @@ class LoadedPipeline:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody wrote into a weight, as PyTorch counts it: a solver of another package might."""
+        """Whether nobody wrote into the weights, by PyTorch's own count of writes, which leaves out those by way of `.data`."""
         return _versions(self.pipe) == self.versions
 
     def working_copy(self) -> Any:
-        """A pipeline with modules of its own, all of whose tensors are this one's."""
+        """The same pipeline with modules, parameters, buffers, tokenizers and scheduler of its own, whose values lie in the same
+        memory."""
         own = copy.copy(self.pipe)
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module):
-                shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(part.parameters(), part.buffers())}
+                shared: dict[int, Any] = {id(tensor): tensor.detach() for tensor in part.buffers()}
+                shared.update((id(tensor), nn.Parameter(tensor.detach(), False)) for tensor in part.parameters())
                 setattr(own, name, copy.deepcopy(part, shared))
-            elif name.startswith("tokenizer"):
-                # One that is asked in two threads at once may refuse.
+            elif name == "scheduler" or name.startswith("tokenizer"):
+                # A scheduler knows the steps of the last drawing; a tokenizer that is asked in two threads at once may refuse.
                 setattr(own, name, copy.deepcopy(part))
         return own
 
 
 _pipelines: WeakKeyDictionary[Base, dict[str, LoadedPipeline]] = WeakKeyDictionary()
+_loading = Lock()
 
 
 def _loaded(base: Base, device: torch.device) -> LoadedPipeline:
     """The pipeline that concepts of a base share, loaded for the first of them."""
-    by_device = _pipelines.setdefault(base, {})
-    found = by_device.get(str(device))
-    if found is None or not found.is_unchanged:
-        found = by_device[str(device)] = LoadedPipeline.of(base, device)
-    return found
+    with _loading:
+        by_device = _pipelines.setdefault(base, {})
+        found = by_device.get(str(device))
+        if found is None or not found.is_unchanged:
+            found = by_device[str(device)] = LoadedPipeline.of(base, device)
+        return found
 
 
 @contextmanager

@@ -178,6 +178,8 @@ class FewShotLoRA(Training):
     def uses_preserved_prompts(self) -> bool:
         return self.retain > 0
 
+    trains_whole_tensors = False
+
     def touches(self, base: Base) -> Sequence[str]:
         return [*self._matrices(base), *base.projections()]
 

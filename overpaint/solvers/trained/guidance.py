@@ -117,6 +117,10 @@ class Surgical(Training):
     keep: float = setting(1.0, "lambda, the weight of the unconditional drift", low=0.0)
     bank: int = setting(0, "trajectories of the base to draw all x_t from; 0: denoise anew at every step", low=0)
 
+    @property
+    def graph_latents(self) -> int:
+        return 3 * self.batch
+
     def touches(self, base: Base) -> Sequence[str]:
         return tensors(base, self.part)
 
@@ -234,6 +238,10 @@ class Ablation(Training):
     )
     pictures: int = setting(200, "pictures that the base draws for the anchor", low=1)
     prior: float = setting(0.0, "weight of the loss of training on the anchor", low=0.0)
+
+    @property
+    def graph_latents(self) -> int:
+        return (3 if self.prior else 2) * self.batch
 
     def touches(self, base: Base) -> Sequence[str]:
         return tensors(base, self.part)

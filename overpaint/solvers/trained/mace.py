@@ -135,7 +135,7 @@ class MACE(Training):
         moment, eye = self._preserved(edit)
         refined, condition = least_squares(concept.others, concept.instead - concept.others, moment + eye, self.rank)
         change = _Fused(model.pipe, problem, refined, concept.fusion(self.mu * moment, eye))
-        attention = _Attention(model.pipe.unet)
+        attention = _Attention(model.network)
         hidden = model.hidden(concept.prompts)
         tokens = concept.tokens(self.padding, model.encoder.length, model.device)
         likely = _importance(model.levels)
@@ -144,7 +144,7 @@ class MACE(Training):
             latents = drawn.latents[torch.randint(len(drawn.latents), (self.batch,), generator=random)]
             t = torch.multinomial(likely, self.batch, replacement=True, generator=random).to(model.device)
             noise = torch.randn(latents.shape, generator=random).to(model.device)
-            x = model.pipe.scheduler.add_noise(latents, noise, t)
+            x = model.add_noise(latents, noise, t)
             which = torch.randint(len(hidden), (self.batch,), generator=random)
             with torch.no_grad(), change.off():
                 seen = attention.paid(model, x, t, hidden[which], tokens[which])

@@ -317,7 +317,8 @@ class SepME(Solver):
         return base.projections() if self.decouple else tensors(base, CROSS_ATTENTION)
 
     def peak_bytes(self, base: Base) -> int:
-        return training_bytes(base, self.touches(base), self.batch)
+        # Together, as many concepts as the universe has are in one step.
+        return 0 if self.joint else training_bytes(base, self.touches(base), 2 * self.batch)
 
     def solve(self, problem: EditProblem) -> Solution:
         """Low-rank on every projection that reads the prompt; dense on all of cross-attention without decoupling.

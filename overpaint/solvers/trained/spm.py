@@ -80,6 +80,12 @@ class SPM(Training):
     def uses_universe(self) -> bool:
         return self.anchored == "prompts"
 
+    trains_whole_tensors = False
+
+    @property
+    def graph_latents(self) -> int:
+        return (2 + self.anchors) * self.batch
+
     def touches(self, base: Base) -> Sequence[str]:
         return block_layers(base)
 

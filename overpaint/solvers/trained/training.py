@@ -16,9 +16,10 @@ import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -82,6 +83,8 @@ class Training(Solver):
 
     layouts: ClassVar[tuple[str, ...]] = TRAINABLE
     """The layouts of bases that it can train on."""
+    trains_whole_tensors: ClassVar[bool] = True
+    """Whether what it touches is trained in place; thin factors beside it need no memory to speak of."""
 
     steps: int = setting(1000, "most gradient steps", low=1)
     lr: float = setting(1e-5, "learning rate", low=0.0)
@@ -117,8 +120,14 @@ class Training(Solver):
     def supports(self, layout: Layout) -> str | None:
         return unserved(layout, self.layouts)
 
+    @property
+    def graph_latents(self) -> int:
+        """For how many latents a step predicts with gradients, at most; preserved prompts add a `batch`."""
+        return 2 * self.batch
+
     def peak_bytes(self, base: Base) -> int:
-        return training_bytes(base, self.touches(base), self.batch, checkpoint=self.checkpoint)
+        trained = self.touches(base) if self.trains_whole_tensors else ()
+        return training_bytes(base, trained, self.graph_latents, checkpoint=self.checkpoint)
 
     @abstractmethod
     def task(self, model: Denoiser, problem: EditProblem) -> TrainingTask:
@@ -130,17 +139,22 @@ class Training(Solver):
         return self.until < 1
 
 
-def training_bytes(base: Base, touched: Iterable[str], batch: int, *, checkpoint: bool = False) -> int:
-    """About what training takes of a GPU: the models in float32; for what is trained its gradients, two moments and the base's
-    values; and activations, one and a half times the denoiser for each latent, a fifth of that where they are computed again.
+def training_bytes(base: Base, touched: Sequence[str], latents: int, *, checkpoint: bool = False) -> int:
+    """About what training takes of a GPU: the models in float32; for what is trained (names, or patterns of them) its gradients,
+    two moments, the base's values and an average; and the activations of so many latents, each of one and a half times the
+    denoiser, or a fifth of that where they are computed again.
 
     Rather too many: on a CPU, Stable Diffusion 1.5's activations take half as much as its denoiser.
     """
     denoisers = {name.partition("/")[0] for name in base.projections()}
     sizes: dict[str, int] = {name: 4 * math.prod(place.shape) for name, place in base.places.items()}
     denoiser = sum(size for name, size in sizes.items() if name.partition("/")[0] in denoisers)
-    trained = sum(sizes.get(name, 0) for name in touched)
-    return sum(sizes.values()) + 4 * trained + int(batch * denoiser * (0.3 if checkpoint else 1.5))
+    named = set(touched)
+    patterns = [name for name in named if name not in sizes]
+    trained = sum(
+        size for name, size in sizes.items() if name in named or any(fnmatchcase(name, each) for each in patterns)
+    )
+    return sum(sizes.values()) + 5 * trained + int(latents * denoiser * (0.3 if checkpoint else 1.5))
 
 
 class Preservation:

@@ -18,6 +18,7 @@ from overpaint.registry.upkeep import verify
 from overpaint.solvers import SOLVERS, is_closed_form, solver_class
 from overpaint.solvers.closed_form.separable import Separable
 from overpaint.solvers.problem import EditProblem
+from overpaint.solvers.trained.training import training_bytes
 from overpaint.workspace.planning import SolveRequest, digest_of_manifest
 from overpaint.workspace.solving import SolveOutcome, duration, gpu_share
 from overpaint.workspace.workspace import Workspace
@@ -343,6 +344,10 @@ class TestSharesOfAGpu:
     def test_it_is_known_of_all_that_train(self, monkeypatch: pytest.MonkeyPatch, base: Base, solver: str) -> None:
         trains = not is_closed_form(solver)
         assert (self.share(monkeypatch, base, 1 << 50, solver) < 1) == trains
+
+    def test_patterns_count_as_what_they_match(self, base: Base) -> None:
+        names = [name for name in base.names if name.startswith("unet/")]
+        assert training_bytes(base, ["unet/*"], 1) == training_bytes(base, names, 1) > training_bytes(base, [], 1)
 
     def test_a_cpu_is_none(self, base: Base) -> None:
         assert gpu_share([], base, torch.device("cpu")) == 0
