@@ -96,9 +96,9 @@ finally:
 
 
 def test_python_runs_the_package(ready: Shell) -> None:
-    run = [sys.executable, "-m", "overpaint", "--registry", str(ready.registry), "recipe", "list"]
+    run = [sys.executable, "-m", "overpaint", "--registry", str(ready.registry), "base", "list"]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert (done.returncode, "safe" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "tiny" in done.stdout) == (0, True), done.stderr
 
 
 def test_a_recipe_with_a_lost_patch_is_shown_with_its_digest(ready: Shell) -> None:

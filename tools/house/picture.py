@@ -39,6 +39,8 @@ def rooms() -> dict[str, set[str]]:
 
 
 def _room(module: str) -> str:
+    if module == f"{PACKAGE}.__main__":  # starts the command line, and belongs to it
+        return "cli"
     return module.split(".")[1] if "." in module else PACKAGE
 
 

@@ -318,17 +318,17 @@ class UNetDenoiser(Denoiser):
         return len(self.pipe.scheduler.alphas_cumprod)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        found: Tensor = self._levels.add_noise(clean, noise, t)
+        found: Tensor = self._noise_schedule.add_noise(clean, noise, t)
         return found
 
     def goal(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        if self._levels.config.prediction_type != "v_prediction":
+        if self._noise_schedule.config.prediction_type != "v_prediction":
             return noise
-        velocity: Tensor = self._levels.get_velocity(clean, noise, t)
+        velocity: Tensor = self._noise_schedule.get_velocity(clean, noise, t)
         return velocity
 
     @cached_property
-    def _levels(self) -> Any:
+    def _noise_schedule(self) -> Any:
         """The levels of noise that the base was trained on.
 
         Not the pipeline's scheduler: Euler's, which SDXL is published with, and others know the few levels of the last drawing.
@@ -454,11 +454,11 @@ class FlowDenoiser(Denoiser):
         return found.float()
 
     @cached_property
-    def _levels(self) -> Tensor:
+    def _noise_schedule(self) -> Tensor:
         return self._times(self.levels).flip(0)
 
     def time(self, level: Tensor) -> Tensor:
-        return self._levels[level].to(self.device)
+        return self._noise_schedule[level].to(self.device)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         share = (t / 1000).view(-1, 1, 1, 1)
