@@ -101,6 +101,12 @@ def pictures(page: Page) -> list[bytes]:
     return [Image.open(file).convert("RGB").tobytes() for file in files]
 
 
+def switch_off(page: Page, concept: str) -> None:
+    """Switch a patch off, and wait until the server has heard of it: on a busy machine, the next click may come first."""
+    with page.expect_response(re.compile("/queue/join")):
+        page.get_by_label(concept, exact=True).uncheck()
+
+
 def test_a_switch_changes_the_next_picture_and_restoring_brings_back_the_bases(
     browser: Browser, page_address: str
 ) -> None:
@@ -165,7 +171,7 @@ def test_the_history_says_who_and_why_and_undo_and_restore_change_the_registry(
     workspace = Workspace.open(registry)
     copy = workspace.recipe("safe").copy("history")
     with tab(browser, page_address, "history") as page:
-        page.get_by_label("cat", exact=True).uncheck()
+        switch_off(page, "cat")
         page.get_by_role("button", name="Keep these switches").click()
         page.get_by_label("Why").first.fill("licence <deal>")
         page.get_by_role("button", name="Make the next revision").click()
@@ -191,7 +197,7 @@ def test_a_recipe_that_somebody_else_changed_is_not_overwritten(
     copy = Workspace.open(registry).recipe("safe").copy("shared")
     with tab(browser, page_address, "shared") as page:
         copy.remove("dog")
-        page.get_by_label("cat", exact=True).uncheck()
+        switch_off(page, "cat")
         page.get_by_role("button", name="Keep these switches").click()
         page.get_by_role("button", name="Make the next revision").click()
         expect(page.get_by_text("look at what changed and try again")).to_be_visible()
