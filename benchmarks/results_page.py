@@ -196,7 +196,12 @@ def _probes(found: NAMED) -> Iterable[Table]:
     average = "average of the concepts"
     attacks = list(dict.fromkeys(r.metric for n in found.values() for r in n.measurements if r.subject == average))
     rows = [(name, *(as_text(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
-    yield Table(("recipe", *attacks), tuple(rows), "Accuracy on erased objects after each attack, averaged over them.")
+    text = (
+        "Accuracy on erased objects after each attack, averaged over them, with the recipe's six patches in place. Where a sum of "
+        "patches leaves little of everything else, too ([many concepts at once](solvers.md#many-concepts-at-once)), little comes "
+        "back for that reason."
+    )
+    yield Table(("recipe", *attacks), tuple(rows), text)
 
 
 def _cost(found: NAMED) -> Iterable[Table]:
