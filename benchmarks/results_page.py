@@ -198,8 +198,8 @@ def _probes(found: NAMED) -> Iterable[Table]:
     rows = [(name, *(as_text(n.get(average, attack)) for attack in attacks)) for name, n in found.items()]
     text = (
         "Accuracy on erased objects after each attack, averaged over them, with the recipe's six patches in place. Where a "
-        "sum of patches leaves little of everything else, too ([many concepts at once](solvers.md#many-concepts-at-once)), little comes "
-        "back for that reason."
+        "sum of patches leaves little of everything else, too "
+        "([many concepts at once](solvers.md#many-concepts-at-once)), little comes back for that reason."
     )
     yield Table(("recipe", *attacks), tuple(rows), text)
 
