@@ -6,6 +6,7 @@ alone, or nothing of them. A pipeline draws without, and an index that names the
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from overpaint.bases.checkpoint import BrokenBase
 from overpaint.bases.layout import Layout, UnknownLayout, layout_of
@@ -140,6 +142,15 @@ def blank_inputs(pipe: Any, count: int) -> dict[str, Any]:
     if "mask_image" not in asked:
         return blank
     return {**blank, "mask_image": [Image.new("L", (size, size), 255)] * count, "strength": 1.0}
+
+
+def pipeline_beside(pipe: Any) -> Any:
+    """A pipeline of the same models, with all else its own: schedulers remember a step, and tokenizers how they pad."""
+    beside = copy.copy(pipe)
+    own = {name: part for name, part in pipe.components.items() if not isinstance(part, nn.Module)}
+    # Not by assignment, which would write into the configuration that both share.
+    vars(beside).update(copy.deepcopy(own))
+    return beside
 
 
 def load_pipeline(

@@ -7,7 +7,6 @@ its neighbours in the batch.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import os
@@ -31,7 +30,7 @@ from torch import nn
 
 from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
-from overpaint.bases.pipelines import blank_inputs
+from overpaint.bases.pipelines import blank_inputs, pipeline_beside
 from overpaint.core.atomic import replacing
 from overpaint.core.encoding import canonical_json, json_digest
 from overpaint.core.errors import OverpaintError
@@ -174,7 +173,7 @@ def _in_order(
         yield (draw(pipe, part) for part in parts)
         return
     free: SimpleQueue[Any] = SimpleQueue()
-    for each in (pipe, *(_beside(pipe) for _ in range(at_once - 1))):
+    for each in (pipe, *(pipeline_beside(pipe) for _ in range(at_once - 1))):
         free.put(each)
 
     def draw_by_a_free_one(part: slice) -> list[Pixels]:
@@ -191,15 +190,6 @@ def _in_order(
             yield pool.map(draw_by_a_free_one, parts)
     finally:
         torch.set_num_threads(threads)
-
-
-def _beside(pipe: Any) -> Any:
-    """A pipeline of the same models, with all else its own: schedulers remember a step, and tokenizers how they pad."""
-    beside = copy.copy(pipe)
-    own = {name: part for name, part in pipe.components.items() if not isinstance(part, nn.Module)}
-    # Not by assignment, which would write into the configuration that both share.
-    vars(beside).update(copy.deepcopy(own))
-    return beside
 
 
 # Autocast, the default device and whether gradients are kept are each thread's own: what `generate` sets does not reach others.

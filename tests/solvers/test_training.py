@@ -22,7 +22,7 @@ from overpaint.solvers.problem import EditProblem, OutOfMemory, TrainingDiverged
 from overpaint.solvers.trained.adapters import DenseAdapter, MovingAverage, modules_by_parameter
 from overpaint.solvers.trained.denoiser import Denoiser, releasing
 from overpaint.solvers.trained.guidance import Ablation
-from overpaint.solvers.trained.training import StepResult, Training, TrainingTask, descend, generator
+from overpaint.solvers.trained.training import KEPT, StepResult, Training, TrainingTask, descend, generator
 from overpaint.testing import tiny_base
 
 
@@ -242,6 +242,12 @@ def test_pictures_for_the_same_prompts_are_drawn_once(base: Base, monkeypatch: p
     quick.solve(EditProblem(base, Concept("dog", anchor="car"), seed=1))
     quick.solve(EditProblem(base, Concept("dog", anchor="bus")))
     assert len(drawings) == 3
+    quick.solve(EditProblem(base, Concept("cat", anchor="car")))
+    assert len(drawings) == 3, "what was drawn before the others is kept beside them"
+    for seed in range(2, 2 + KEPT):
+        quick.solve(EditProblem(base, Concept("cat", anchor="car"), seed=seed))
+    kept = Denoiser.of(EditProblem(base, Concept("cat"))).pictures
+    assert len(kept) == KEPT < len(drawings)
 
 
 def with_scheduler(folder: Path, kind: str) -> Base:

@@ -29,6 +29,7 @@ from overpaint.bases.base import Base
 from overpaint.bases.capture import CapturingPipeline, prompt_length
 from overpaint.bases.layout import Layout
 from overpaint.bases.loading import quiet_loading
+from overpaint.bases.pipelines import pipeline_beside
 from overpaint.bases.text_encoder import AnyTextEncoder, CaughtPrompts, PipelineTextInput, TextEncoder
 from overpaint.solvers.problem import EditProblem, Unsolvable
 
@@ -129,10 +130,11 @@ class Denoiser(ABC):
         if reason := unserved(base.layout):
             raise Unsolvable(reason)
         kind = _DENOISERS[base.layout.name]
-        loaded = _loaded(base, device) if shared else LoadedPipeline.of(base, device)
+        loaded = _loaded(kind, base, device) if shared else LoadedPipeline.of(kind, base, device)
         pipe = loaded.working_copy() if shared else loaded.pipe
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = kind(base, pipe, kind._encoder(base, loaded, pipe, device), device, dtype, loaded.pictures)
+        encoder = loaded.encoder or kind._encoder(base, pipe, device)
+        model = kind(base, pipe, encoder, device, dtype, loaded.pictures)
         if model.latent_channels != pipe.vae.config.latent_channels:
             raise Unsolvable(
                 "solvers that train know denoisers that draw from a prompt alone, and this base also reads a picture "
@@ -143,7 +145,12 @@ class Denoiser(ABC):
         return model
 
     @classmethod
-    def _encoder(cls, base: Base, loaded: LoadedPipeline, pipe: Any, device: torch.device) -> AnyTextEncoder:
+    def _shared_encoder(cls, base: Base, device: torch.device) -> TextEncoder | None:
+        """A text encoder that needs no pipeline, for all concepts of a base."""
+        return None
+
+    @classmethod
+    def _encoder(cls, base: Base, pipe: Any, device: torch.device) -> AnyTextEncoder:
         # Prompts are encoded by the pipeline: what is asked of this one is tokens alone, so that it needs no models of its own.
         length = prompt_length(base, type(pipe))
         arguments = {} if length is None else {"max_sequence_length": length}
@@ -356,11 +363,8 @@ class SDDenoiser(UNetDenoiser):
     LAYOUT = "stable-diffusion"
 
     @classmethod
-    def _encoder(cls, base: Base, loaded: LoadedPipeline, pipe: Any, device: torch.device) -> AnyTextEncoder:
-        with loaded.lock:
-            if not loaded.encoders:
-                loaded.encoders.append(TextEncoder.of(base, device))
-            return loaded.encoders[0]
+    def _shared_encoder(cls, base: Base, device: torch.device) -> TextEncoder:
+        return TextEncoder.of(base, device)
 
     def _predict(self, x: Tensor, t: Tensor, text: Conditioning, guidance: float) -> Tensor:
         found: Tensor = self.network(x, t, encoder_hidden_states=text.sequence).sample
@@ -454,11 +458,11 @@ class FlowDenoiser(Denoiser):
         return found.float()
 
     @cached_property
-    def _noise_schedule(self) -> Tensor:
+    def _levels(self) -> Tensor:
         return self._times(self.levels).flip(0)
 
     def time(self, level: Tensor) -> Tensor:
-        return self._noise_schedule[level].to(self.device)
+        return self._levels[level].to(self.device)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         share = (t / 1000).view(-1, 1, 1, 1)
@@ -595,17 +599,16 @@ class LoadedPipeline:
 
     pipe: Any
     versions: tuple[int, ...]
-    encoders: list[TextEncoder] = field(default_factory=list)
+    encoder: TextEncoder | None
     pictures: dict[Any, Tensor] = field(default_factory=dict)
-    lock: Any = field(default_factory=Lock)
 
     @classmethod
-    def of(cls, base: Base, device: torch.device) -> LoadedPipeline:
+    def of(cls, kind: type[Denoiser], base: Base, device: torch.device) -> LoadedPipeline:
         """A base's pipeline, read from its files."""
         pipe = _drawing_pipeline(base, device)
         for module in _modules(pipe):
             module.eval().requires_grad_(False)
-        return cls(pipe, _versions(pipe))
+        return cls(pipe, _versions(pipe), kind._shared_encoder(base, device))
 
     @property
     def is_unchanged(self) -> bool:
@@ -615,15 +618,12 @@ class LoadedPipeline:
     def working_copy(self) -> Any:
         """The same pipeline with modules, parameters, buffers, tokenizers and scheduler of its own, whose values lie in the same
         memory."""
-        own = copy.copy(self.pipe)
+        own = pipeline_beside(self.pipe)
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module):
                 shared: dict[int, Any] = {id(tensor): tensor.detach() for tensor in part.buffers()}
                 shared.update((id(tensor), nn.Parameter(tensor.detach(), False)) for tensor in part.parameters())
-                setattr(own, name, copy.deepcopy(part, shared))
-            elif name == "scheduler" or name.startswith("tokenizer"):
-                # A scheduler knows the steps of the last drawing; a tokenizer that is asked in two threads at once may refuse.
-                setattr(own, name, copy.deepcopy(part))
+                vars(own)[name] = copy.deepcopy(part, shared)
         return own
 
 
@@ -631,13 +631,13 @@ _pipelines: WeakKeyDictionary[Base, dict[str, LoadedPipeline]] = WeakKeyDictiona
 _loading = Lock()
 
 
-def _loaded(base: Base, device: torch.device) -> LoadedPipeline:
+def _loaded(kind: type[Denoiser], base: Base, device: torch.device) -> LoadedPipeline:
     """The pipeline that concepts of a base share, loaded for the first of them."""
     with _loading:
         by_device = _pipelines.setdefault(base, {})
         found = by_device.get(str(device))
         if found is None or not found.is_unchanged:
-            found = by_device[str(device)] = LoadedPipeline.of(base, device)
+            found = by_device[str(device)] = LoadedPipeline.of(kind, base, device)
         return found
 
 

@@ -314,8 +314,8 @@ def drawn(
     one anchor) share the pictures.
     """
     key = (tuple(prompts), count, steps, guidance, problem.seed, model.dtype)
-    if key in model.pictures:
-        return Pictures(model.pictures[key])
+    if (kept := model.pictures.get(key)) is not None:
+        return Pictures(kept)
     found = []
     for start in range(0, count, TOGETHER):
         problem.report(0, count, f"drawing {start} of {count} pictures")
@@ -323,10 +323,11 @@ def drawn(
         named = [prompts[n % len(prompts)] for n in numbers]
         generators = [generator(problem.seed, BEFORE - 1 - n) for n in numbers]
         found.append(model.drawn(named, steps, guidance, generators))
-    while len(model.pictures) >= KEPT:
-        del model.pictures[next(iter(model.pictures))]
-    model.pictures[key] = torch.cat(found)
-    return Pictures(model.pictures[key])
+    pictures = torch.cat(found)
+    for oldest in list(model.pictures)[: max(0, len(model.pictures) + 1 - KEPT)]:
+        model.pictures.pop(oldest, None)  # in another thread it may be gone already
+    model.pictures[key] = pictures
+    return Pictures(pictures)
 
 
 def picture_files(folder: str) -> dict[str, Path]:
