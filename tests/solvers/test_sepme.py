@@ -14,7 +14,7 @@ from overpaint.core.concepts import Concept
 from overpaint.patches.delta import Dense, LowRank
 from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Unsolvable, settings_of
-from overpaint.solvers.trained.sepme import SepME, null_space, that_fit
+from overpaint.solvers.trained.sepme import SepME, balanced, moment_within, null_space, that_fit
 from overpaint.testing import SolverContract, tiny_pipeline
 
 CAT, DOG, CAR = Concept("cat"), Concept("dog"), Concept("car")
@@ -53,8 +53,9 @@ def test_a_prompt_takes_all_positions_but_begin_of_text_which_is_shared() -> Non
         assert free_of(hidden)[0].shape == (768, left)
 
 
-def test_listed_prompts_are_left_alone_and_the_own_one_changes(base: Base) -> None:
-    settings = SepME(**QUICK, keep="a picture of the moon")
+@pytest.mark.parametrize("balance", [0, 20])
+def test_listed_prompts_are_left_alone_and_the_own_one_changes(base: Base, balance: int) -> None:
+    settings = SepME(**QUICK, keep="a picture of the moon", balance=balance)
     delta = settings.solve(EditProblem(base, CAT, (DOG,))).delta
     assert isinstance(delta, LowRank)
     encoder = TextEncoder.of(base)
@@ -128,12 +129,39 @@ def test_a_shared_scale_is_that_of_each_direction_times_their_number(base: Base)
     assert "shared" not in settings_of(SepME()), "patches of before keep their inputs"
 
 
-def test_increments_trained_together_leave_each_others_prompts_alone(base: Base) -> None:
+def test_a_balanced_basis_spans_the_same_space_and_prompts_have_equally_much_of_its_directions() -> None:
+    rng = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 5, generator=rng)).Q
+    hidden = torch.randn(30, 4, 12, generator=rng) * torch.linspace(0.5, 2.0, 12)
+    hidden[:, 0] = 9.0  # begin-of-text, the same in all
+    found = balanced(basis, moment_within(basis, hidden))
+    assert found.shape == basis.shape
+    assert torch.allclose(basis @ (basis.T @ found), found, atol=1e-5), "nothing outside of the space"
+    assert float(found.square().sum()) == pytest.approx(5.0, rel=1e-4), "columns are as long, on average"
+    inside = hidden[:, 1:].reshape(-1, 12) @ found
+    moment = inside.T @ inside
+    least, most = (float(f(moment.diagonal())) for f in (torch.min, torch.max))
+    assert most < 1.15 * least, "but for the floor under the weakest"
+    assert (moment - moment.diagonal().diag()).abs().max() < 1e-3 * least
+    pooled = balanced(basis, moment_within(basis, hidden[:, 1:2]))
+    assert torch.allclose(basis @ (basis.T @ pooled), pooled, atol=1e-5)
+
+
+def test_where_prompts_have_nothing_of_the_null_space_its_basis_is_as_it_was() -> None:
+    basis = torch.eye(6)[:, :3]
+    hidden = torch.zeros(4, 3, 6)
+    hidden[..., 3:] = 1.0
+    found = balanced(basis, moment_within(basis, hidden))
+    assert torch.allclose(found.T @ found, torch.eye(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("balance", [0, 20])
+def test_increments_trained_together_leave_each_others_prompts_alone(base: Base, balance: int) -> None:
     problem = EditProblem(base, CAT, (DOG, CAR))
-    found = SepME(**QUICK).together(problem, (DOG, CAT))
-    assert {name: s.delta for name, s in found.items()} == {
-        name: s.delta for name, s in SepME(**QUICK).together(problem, (CAT, DOG)).items()
-    }
+    solver = SepME(**QUICK, balance=balance)
+    found = solver.together(problem, (DOG, CAT))
+    for same in (solver.together(problem, (CAT, DOG)), solver.together(EditProblem(base, DOG, (CAT, CAR)), (DOG, CAT))):
+        assert {name: s.delta for name, s in found.items()} == {name: s.delta for name, s in same.items()}
     encoder = TextEncoder.of(base)
     for own, other in (("cat", "dog"), ("dog", "cat")):
         delta = found[own].delta

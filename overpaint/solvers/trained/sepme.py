@@ -18,6 +18,11 @@ Where the universe is larger than the room, the concepts whose names are nearest
 as leave one prompt's worth of directions free, and the patch says which (`undisturbed`): name those that matter instead with a
 smaller universe.
 
+Which basis of the null space S is, the paper leaves open; for Adam, which moves every number of w by about as much, it decides in
+which directions an increment grows. By default S is orthonormal. With `balance`, its columns are scaled so that prompts that are
+to be retained have equally much of each direction: the increment grows where other prompts have little, and what no universe
+lists is disturbed less, while the space is the same.
+
 Three settings go beyond the paper, and are off by default: `tolerance` counts weak directions of the stack as unused, so that
 many more prompts fit into it, each disturbed a little; `sentences` trains on sentences rather than on the bare name; `shared`
 divides beta by the number of columns of S, so that one step size serves large and small null spaces.
@@ -42,7 +47,7 @@ from overpaint.core.encoding import evenly_spaced
 from overpaint.patches.delta import Delta, LowRank
 from overpaint.solvers.closed_form.edits import free_of
 from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, finite, setting, within_memory
-from overpaint.solvers.sentences import phrasings
+from overpaint.solvers.sentences import phrasings, retained_prompts
 from overpaint.solvers.trained.adapters import CROSS_ATTENTION, DenseAdapter, modules_by_parameter, tensors
 from overpaint.solvers.trained.denoiser import Conditioning, Denoiser, unserved
 from overpaint.solvers.trained.training import training_bytes
@@ -269,6 +274,7 @@ class SepME(Solver):
                 # are made, and the increment holds much that nobody asked for.
                 "beta": 3.0,
                 "shared": True,
+                "balance": 400,
                 "batch": 8,
                 "guidance": 3.0,
             },
@@ -299,6 +305,13 @@ class SepME(Solver):
     shared: bool = setting(
         False,
         "divide beta by the number of directions of the null space, so that one step size serves large and small ones",
+        added_later=True,
+    )
+
+    balance: int = setting(
+        0,
+        "scale the basis of the null space so that so many prompts to retain have equally much of each direction; 0: orthonormal",
+        low=0,
         added_later=True,
     )
 
@@ -339,8 +352,14 @@ class SepME(Solver):
             model = Denoiser.of(problem)
             readings = _readings(model)
             undisturbed = {c.name: self._undisturbed(problem, model, c) for c in ordered}
+            every = (problem.concept, *problem.others)
             bases = (
-                {name: self._null_spaces(problem, model, others, readings) for name, others in undisturbed.items()}
+                {
+                    c.name: self._null_spaces(
+                        replace(problem, concept=c, universe=every), model, undisturbed[c.name], readings
+                    )
+                    for c in ordered
+                }
                 if self.decouple
                 else {}
             )
@@ -372,7 +391,16 @@ class SepME(Solver):
     ) -> list[Tensor]:
         """What is free of the empty prompt, of other concepts' bare names (as in the paper) and of the kept prompts."""
         text = model.hidden(["", *problem.preserved_prompts(self.keep), *undisturbed])
-        return [null_space(each.of(text), self.tolerance)[0].to(model.device) for each in readings]
+        bases = [null_space(each.of(text), self.tolerance)[0] for each in readings]
+        if self.balance:
+            prompts = retained_prompts(problem, model.encoder, self.balance)
+            moments = [torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64) for basis in bases]
+            for start in range(0, len(prompts), RETAINED_AT_ONCE):
+                retained = model.hidden(prompts[start : start + RETAINED_AT_ONCE])
+                for basis, moment, each in zip(bases, moments, readings, strict=True):
+                    moment += moment_within(basis, each.of(retained))
+            bases = [balanced(basis, moment) for basis, moment in zip(bases, moments, strict=True)]
+        return [basis.to(model.device) for basis in bases]
 
     def _undisturbed(self, problem: EditProblem, model: Denoiser, concept: Concept) -> list[str]:
         """The names of the other concepts for which there is room, sorted."""
@@ -438,6 +466,34 @@ def null_space(hidden: Tensor, tolerance: float = 0.0) -> tuple[Tensor, int]:
             f"space left (about {max(1, length - 1)} directions each); name fewer concepts, raise tolerance, or use `separable`"
         )
     return basis, rank
+
+
+WEAKEST = 0.03
+"""Of what prompts have of a direction on average, what is taken for the least: it bounds how far a column is scaled up."""
+
+
+RETAINED_AT_ONCE = 32
+"""Prompts to retain that are encoded at once: of FLUX.1's, 270 MB."""
+
+
+def moment_within(basis: Tensor, hidden: Tensor) -> Tensor:
+    """The second moment, float64 [q, q], of embeddings `hidden` [n, length, d] in the directions of a basis [d, q]."""
+    rows = hidden[:, 1:] if hidden.shape[1] > 1 else hidden  # begin-of-text is the same in all of them
+    inside = rows.reshape(-1, hidden.shape[-1]).double().cpu() @ basis.double()
+    return inside.T @ inside
+
+
+def balanced(basis: Tensor, moment: Tensor) -> Tensor:
+    """A basis, float32 [d, q], of the same space, with columns along which prompts vary apart and so long that they have equally
+    much of each; their mean squared length is that of the orthonormal `basis` [d, q].
+
+    `moment`, float64 [q, q], is the prompts' (`moment_within`).
+    """
+    size, directions = torch.linalg.eigh(moment / moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    scale = (size.clamp_min(0) + WEAKEST).rsqrt()
+    scale = scale / scale.square().mean().sqrt()
+    found: Tensor = (basis.double() @ directions * scale).float().contiguous()
+    return found
 
 
 def _room(model: Denoiser, readings: Sequence[_Reading], bases: Sequence[Tensor]) -> dict[str, int]:
