@@ -1,10 +1,10 @@
 """More and more concepts at once on the embedded base: H_c(N) of several solvers, by the code of the suite `scale`.
 
-The first N of `--most` listed objects are erased; kept are those that nobody was told of. `separable` and `nullspace` are told
-of all that is listed, and so is what is decoupled (`esd+decoupled`); `sepme` is told of as many as its sums go to; every other
-solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once. `separable:share=0`
-weighs no concept's own keys more than those of the others. Solvers that train stop at 16 concepts. Of `separable`, each concept
-is also restored while all the others stay.
+The first N of `--most` listed objects are erased; kept are those that nobody was told of. `separable`, `separable_mlp` and
+`nullspace` are told of all that is listed, and so is what is decoupled (`esd+decoupled`); `sepme` is told of as many as its sums
+go to; every other solver works alone, and `uce` is also merged by task arithmetic and TIES and solved for all N at once.
+`separable:share=0` weighs no concept's own keys more than those of the others. Solvers that train stop at 16 concepts. Of
+`separable` and `separable_mlp`, each concept is also restored while all the others stay.
 
 Patches and pictures are kept in the same work folder: a run that is killed goes on where it was, `--shard 0/2` and `--shard 1/2`
 share the solving and the drawing between two processes, and with `--budget` nothing is begun after so many seconds.
@@ -42,14 +42,14 @@ STRICT = "esd:variant=x-strict"
 DECOUPLED = tuple(f"{name}+decoupled" for name in (*TRAINED[1:], STRICT))
 TOGETHER = "separable:share=0"
 """Patches for many concepts that are erased together and never alone: none's own keys weigh more than the others'."""
-SOLVERS = ("separable", TOGETHER, "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
+SOLVERS = ("separable", TOGETHER, "separable_mlp", "uce", "uce+decoupled", "nullspace", *TRAINED, *DECOUPLED)
 FAR, TRAINED_FAR = 100, 16
 """The most concepts at once, of solvers in closed form and of those that train."""
 MERGED = ("uce",)
 """Solvers whose patches are also merged in other ways, and that also solve for all concepts at once."""
-LISTENING = ("separable", "nullspace")
+LISTENING = ("separable", "separable_mlp", "nullspace")
 """Solvers that are told of everything that is listed."""
-RESTORING = ("separable", TOGETHER)
+RESTORING = ("separable", TOGETHER, "separable_mlp")
 """Solvers of which each concept is also restored while the others stay."""
 PLAIN = "plain sum"
 """How the suite calls patches that are laid side by side."""

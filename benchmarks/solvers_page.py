@@ -201,9 +201,10 @@ def _composed(curves: Mapping[str, Sequence[Measurement]]) -> Iterable[str]:
     numbers |= {key: doubted(row, numbers) for key, row in numbers.items() if row.metric == "H_c"}
     kept = next(row for some in curves.values() for row in some if row.subject == "base: kept")
     yield (
-        "The first N listed objects are erased at once; kept are objects that are in no universe. `separable` and "
-        "`nullspace` know all that is listed, `sepme` as many as its sums go to, the others work alone. A plain sum adds patches "
-        "as they are; `separable:share=0` lets no concept's own keys weigh more than the others', as suits concepts that are "
+        "The first N listed objects are erased at once; kept are objects that are in no universe. `separable`, "
+        "`separable_mlp` and `nullspace` know all that is listed, `sepme` as many as its sums go to, the others work alone. "
+        "A plain sum adds patches as they are; "
+        "`separable:share=0` lets no concept's own keys weigh more than the others', as suits concepts that are "
         "never erased alone; `+decoupled` patches were decoupled from all that is listed first; task arithmetic and TIES "
         f"merge patches, and `joint` is one solve for all N. The base's own accuracy on what is kept: {_spelled(kept)}."
     )

@@ -27,8 +27,8 @@ SLOW_MODULES = """
     test_oci_registry test_offloading test_on_ray test_other_bases test_page test_patch_file test_pictures
     test_pipelines test_places test_postgres test_preserved_prompts test_probes test_processes test_push_pull
     test_queue test_rece test_recipe_file test_recipe_history test_recipe_report test_refusals test_registry
-    test_report_page test_results_page test_running test_schema test_sdd test_separable test_separation test_sepme test_served
-    test_signing test_single_file test_site test_solvers_benchmark test_spm test_store_backends test_suites
+    test_report_page test_results_page test_running test_schema test_sdd test_separable test_separable_mlp test_separation
+    test_sepme test_served test_signing test_single_file test_site test_solvers_benchmark test_spm test_store_backends test_suites
     test_surgical test_tables test_tags test_teams test_text_encoder test_text_encoders test_together
     test_torch_settings test_training test_two_encoders test_uce test_uncovered_inputs test_universe test_upgrades
     test_using_with test_verify test_vocabulary test_workspace

@@ -14,10 +14,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,12 +27,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from overpaint.bases.base import Base, BrokenBase
-from overpaint.bases.encoder_models import component_class, layers_of, text_model
+from overpaint.bases.encoder_models import component_class, feed_forward_output, layers_of, text_model, watched
 from overpaint.bases.loading import own_torch_settings, quiet_loading
 from overpaint.bases.pipelines import class_of_diffusers, loading
 
 PADDING_ROWS = 4
 """So many embeddings, at equal distances, stand for all of a prompt's padding."""
+ANGLES = 64
+"""So many places of a row, at equal distances, are asked whose tokens they have."""
+PROBE = "a photo of it"
 HIDDEN_BYTES = 256 << 20
 """What a text encoder's hidden states may take; more prompts are encoded one after the other."""
 
@@ -100,6 +105,8 @@ class CapturingPipeline:
     encoders: Mapping[str, nn.Module]
     norms: Mapping[nn.Parameter, Tensor]
     arguments: Mapping[str, Any]
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    """Held while prompts are caught: what is noted meanwhile is noted in this object and its modules."""
     _caught: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _masks: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -145,10 +152,14 @@ class CapturingPipeline:
 
     @own_torch_settings()
     @torch.no_grad()
-    def catch(self, prompts: Sequence[str]) -> list[dict[str, CaughtPrompt]]:
-        """What every text input reads of each prompt."""
+    def catch(
+        self, prompts: Sequence[str], layers: Mapping[str, int] = MappingProxyType({})
+    ) -> list[dict[str, CaughtPrompt]]:
+        """What every text input reads of each prompt; instead, where text encoders are named with one of their `layers`, what is
+        inside of these, under `COMPONENT/FEED_FORWARD` and `COMPONENT/LAYER` (`encoder_models`)."""
         calls: list[_Call] = []
-        with self._listening(calls):
+        inside: dict[str, list[Tensor]] = {}
+        with self._listening(calls), self._watching(layers, inside):
             self._call(prompts)
         caught, masks = dict(self._caught), list(self._masks)
         slots = 0
@@ -158,14 +169,65 @@ class CapturingPipeline:
             self._call(prompts)
         traced = dict(self._caught)
         found: list[dict[str, CaughtPrompt]] = [{} for _ in prompts]
+        read: set[int] = set()
         for name, embeddings in caught.items():
             self._check_width(name, embeddings)
             embeddings = embeddings[..., self.base.columns(name, self.base.projections(name)[0])]
-            for each, one in zip(
-                found, self._sorted(embeddings, traced[name], calls, slots, masks, len(prompts)), strict=True
-            ):
+            rows = embeddings.reshape(-1, embeddings.shape[-1])
+            row_of = self._row_of_slot(embeddings, traced[name], slots, masks, len(prompts))
+            if layers:  # text encoders may stand side by side in one row
+                read |= self._slots_read(embeddings, traced[name], slots, masks, len(prompts))
+            else:
+                for number, each in enumerate(found):
+                    is_pooled = len(rows) == len(prompts)
+                    one = CaughtPrompt(rows[number][None].clone(), ()) if is_pooled else None
+                    each[name] = one or self._one(rows, row_of, calls, number)
+        for name, states in inside.items():
+            for each, one in zip(found, self._inside(name, states, calls, read, len(prompts)), strict=True):
                 each[name] = one
         return found
+
+    @own_torch_settings()
+    @torch.no_grad()
+    def deciding_layer(self, component: str) -> int:
+        """The last layer of a text encoder, counted from 0, that decides all that the encoder decides of every text input.
+
+        Found out by disturbing their feed-forward parts: pipelines read the last hidden states, earlier ones, pooled ones, or
+        several, side by side.
+        """
+        with self.lock:
+            return self._deciding_layer(self.encoders[component])
+
+    def _deciding_layer(self, encoder: nn.Module) -> int:
+        as_it_is = self._disturbed(None)
+        by_any = self._differing(as_it_is, self._disturbed(feed_forward_output(encoder, 0)[1]))
+        for number in range(len(layers_of(encoder)) - 1, 0, -1):
+            _, matrix = feed_forward_output(encoder, number)
+            by_this = self._differing(as_it_is, self._disturbed(matrix))
+            # A number may happen to come out as it was.
+            if all((which & ~by_this[name]).sum() <= 0.01 * which.sum() for name, which in by_any.items()):
+                return number
+        return 0
+
+    def _disturbed(self, matrix: nn.Linear | None) -> dict[str, Tensor]:
+        """What is caught of one prompt when noise is added to what a matrix gives."""
+
+        def add_noise(module: nn.Module, args: Any, answer: Tensor) -> Tensor:
+            random = torch.Generator().manual_seed(0)
+            return answer + torch.randn(answer.shape, generator=random).to(answer) * (answer.abs().mean() + 1.0)
+
+        handle = matrix.register_forward_hook(add_noise) if matrix is not None else None
+        try:
+            self._call([PROBE])
+        finally:
+            if handle is not None:
+                handle.remove()
+        return dict(self._caught)
+
+    @staticmethod
+    def _differing(caught: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By text input, in which of its columns what is caught differs."""
+        return {name: (each != others[name]).flatten(0, -2).any(0) for name, each in caught.items()}
 
     def _call(self, prompts: Sequence[str]) -> None:
         self._caught.clear()
@@ -188,6 +250,47 @@ class CapturingPipeline:
                 f"{projection} of the base at {self.base.path} has shape {list(shape)}, and its text encoders give it embeddings "
                 f"of width {embeddings.shape[-1]}: they are not of one model; get the base again"
             )
+
+    @contextmanager
+    def _watching(self, layers: Mapping[str, int], inside: dict[str, list[Tensor]]) -> Iterator[None]:
+        """Within the block, what is inside of layers is noted, call by call."""
+        handles = []
+        for component, number in layers.items():
+
+            def note(output: str, states: Tensor, component: str = component) -> None:
+                inside.setdefault(f"{component}/{output}", []).append(states.detach().float())
+
+            handles += watched(self.encoders[component], number, note)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _inside(
+        self, name: str, states: Sequence[Tensor], calls: Sequence[_Call], read: Set[int], count: int
+    ) -> Iterator[CaughtPrompt]:
+        """What is inside of a text encoder's layer for each prompt, at the positions that text inputs read; where they read a
+        pooled embedding alone, at its last token, whose state is pooled."""
+        component = name.partition("/")[0]
+        own = [call for call in calls if call.encoder == component]
+        rows: list[Tensor] = []
+        row_of: dict[int, int] = {}
+        for call, each in zip(own, states, strict=True):
+            slots = range(call.first_slot, call.first_slot + call.slots)
+            first = sum(map(len, rows))
+            by_prompt = each.transpose(0, 1) if each.shape[:2] != call.ids.shape else each
+            rows.append(by_prompt.reshape(-1, each.shape[-1]))
+            is_read = read & set(slots)
+            for number, ids in enumerate(call.ids.tolist()):
+                last = self._tokens(component, ids)[1] - 1
+                for position in range(len(ids)):
+                    slot = call.first_slot + number * len(ids) + position
+                    if slot in is_read or (not is_read and position == last):
+                        row_of[slot] = first + slot - call.first_slot
+        together = torch.cat(rows)
+        for number in range(count):
+            yield self._one(together, row_of, calls, number)
 
     def _install(self) -> None:
         for name, module in self.projections.items():
@@ -251,31 +354,38 @@ class CapturingPipeline:
             for parameter, values in self.norms.items():
                 parameter.data.copy_(values)
 
-    def _sorted(
-        self,
-        embeddings: Tensor,
-        traced: Tensor,
-        calls: Sequence[_Call],
-        slots: int,
-        masks: Sequence[Tensor],
-        count: int,
-    ) -> Iterator[CaughtPrompt]:
-        """The rows of each prompt, in segments; those that the denoiser's attention leaves out are left out."""
+    def _row_of_slot(
+        self, embeddings: Tensor, traced: Tensor, slots: int, masks: Sequence[Tensor], count: int
+    ) -> dict[int, int]:
+        """By the slot of a token, its row among all embeddings; without those that the denoiser's attention leaves out. None
+        where prompts are pooled."""
+        row_of: dict[int, int] = {}
+        slot_of = _decoded(traced.reshape(-1, traced.shape[-1]), slots).tolist()
+        for row in self._rows_read(embeddings, masks, count).tolist():
+            if slot_of[row] >= 0:
+                row_of.setdefault(slot_of[row], row)
+        return row_of
+
+    @staticmethod
+    def _rows_read(embeddings: Tensor, masks: Sequence[Tensor], count: int) -> Tensor:
+        """The rows of embeddings that the denoiser's attention does not leave out; none where prompts are pooled."""
         rows, length = embeddings.reshape(-1, embeddings.shape[-1]), embeddings.shape[-2]
         if len(rows) == count:
-            yield from (CaughtPrompt(row[None].clone(), ()) for row in rows)
-            return
+            return torch.empty(0, dtype=torch.long)
         read = rows.abs().amax(1) > 0
         for mask in masks:
             if embeddings.ndim == 3 and mask.ndim == 2 and len(mask) == count and mask.shape[1] >= length:
                 read &= (mask[:, :length] != 0).reshape(-1).to(read.device)
-        slot_of = _decoded(traced.reshape(-1, traced.shape[-1]), slots).tolist()
-        row_of: dict[int, int] = {}
-        for row in read.nonzero()[:, 0].tolist():
-            if slot_of[row] >= 0:
-                row_of.setdefault(slot_of[row], row)
-        for number in range(count):
-            yield self._one(rows, row_of, calls, number)
+        return read.nonzero()[:, 0]
+
+    def _slots_read(
+        self, embeddings: Tensor, traced: Tensor, slots: int, masks: Sequence[Tensor], count: int
+    ) -> set[int]:
+        """The slots of all tokens that some columns of the rows that are read have."""
+        rows = traced.reshape(-1, traced.shape[-1])[self._rows_read(embeddings, masks, count).to(traced.device)]
+        angles = rows[:, : rows.shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        angles = angles[:, :: max(1, angles.shape[1] // ANGLES)]
+        return set(_decoded(angles.flatten(0, 1), slots).unique().tolist()) - {-1}
 
     def _one(self, rows: Tensor, row_of: Mapping[int, int], calls: Sequence[_Call], number: int) -> CaughtPrompt:
         chosen: list[int] = []

@@ -13,18 +13,21 @@ import functools
 import importlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from overpaint.bases.base import Base, BrokenBase
 from overpaint.bases.checkpoint import TensorLocation, read_tensors
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.pipelines import loading
 from overpaint.core.encoding import TensorEntry
+from overpaint.core.errors import OverpaintError
 
 HELD = 600 << 20
 """Bytes in float32. All of a base's text encoders together are held whole up to here; Stable Diffusion 1.x's has 470 MiB."""
@@ -32,6 +35,10 @@ WHOLE_LAYER = 256 << 20
 """Bytes in float32. Larger layers, as those of T5-XXL with 736 MiB, are read matrix by matrix."""
 TRIM_EVERY = 4
 """Layers after which what the C library's heap keeps of freed memory is given back. It costs 8% of the time; after each, 12%."""
+FEED_FORWARD, LAYER = "feed forward", "layer"
+"""What is inside of a layer: what the last matrix of its feed-forward part reads, and what the layer gives."""
+FEED_FORWARD_OUTPUTS = ("fc2", "wo", "down_proj", "dense_4h_to_h")
+"""What CLIP, T5, Llama's and Qwen's kind, and ChatGLM call the last matrix of the feed-forward part of a layer."""
 LARGE_MATRIX = 64 << 20
 """Bytes in float32 from which a matrix of embeddings is read row by row, where layers are read."""
 
@@ -66,6 +73,42 @@ def text_model(base: Base, component: str, device: torch.device) -> Any:
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers that read text: the list with the most parameters."""
     return _layers(model)[1]
+
+
+def feed_forward_output(model: nn.Module, number: int) -> tuple[str, nn.Linear]:
+    """The last matrix of the feed-forward part of a layer, counted from 0, and its path in the model.
+
+    Raises OverpaintError for a layer without one.
+    """
+    path, layers = _layers(model)
+    named = [
+        (f"{path}.{number}.{name}", module)
+        for name, module in layers[number].named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in FEED_FORWARD_OUTPUTS
+    ]
+    kind = type(model).__name__
+    if len(named) != 1:
+        raise OverpaintError(
+            f"a layer of {kind} has {len(named)} matrices called {', '.join(FEED_FORWARD_OUTPUTS)}, and one is needed; choose "
+            "a solver that edits what reads the prompt, such as `separable`"
+        )
+    return named[0]
+
+
+def watched(model: nn.Module, number: int, note: Callable[[str, Tensor], object]) -> list[RemovableHandle]:
+    """Hooks by which what is inside of a layer is noted, as FEED_FORWARD and as LAYER, each time that it is used."""
+
+    def before(module: nn.Module, args: Any) -> None:
+        note(FEED_FORWARD, args[0])
+
+    def behind(module: nn.Module, args: Any, answer: Any) -> None:
+        note(LAYER, answer[0] if isinstance(answer, tuple) else answer)
+
+    _, matrix = feed_forward_output(model, number)
+    return [
+        matrix.register_forward_pre_hook(before),
+        layers_of(model)[number].register_forward_hook(behind),
+    ]
 
 
 def is_streamed(model: nn.Module) -> bool:
@@ -251,19 +294,30 @@ def _put(model: nn.Module, key: str, values: Tensor) -> None:
     model.get_submodule(holder)._parameters[attribute] = nn.Parameter(values, requires_grad=False)
 
 
+_replacing = threading.RLock()
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within the block, new modules have their parameters on the meta device; buffers, which are computed, are real."""
-    register, to_empty = nn.Module.register_parameter, nn.Module.to_empty
+    """Within the block, new modules of this thread have their parameters on the meta device; buffers, which are computed, are
+    real. One thread at a time: what is put in the place of PyTorch's own functions is put there for all threads."""
+    thread = threading.get_ident()
+    with _replacing:
+        register, to_empty = nn.Module.register_parameter, nn.Module.to_empty
 
-    def on_meta(self: nn.Module, name: str, param: Any) -> None:
-        register(self, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+        def registered(self: nn.Module, name: str, param: Any) -> None:
+            if param is not None and threading.get_ident() == thread:
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            register(self, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    # ChatGLM would get memory for its parameters by `torch.nn.utils.skip_init`.
-    nn.Module.to_empty = lambda self, **_: self  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-        nn.Module.to_empty = to_empty  # type: ignore[method-assign]
+        def emptied(self: nn.Module, **keywords: Any) -> nn.Module:
+            # ChatGLM would get memory for its parameters by `torch.nn.utils.skip_init`.
+            return self if threading.get_ident() == thread else to_empty(self, **keywords)
+
+        nn.Module.register_parameter = registered  # type: ignore[method-assign]
+        nn.Module.to_empty = emptied  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+            nn.Module.to_empty = to_empty  # type: ignore[method-assign]

@@ -233,7 +233,8 @@ class Component:
     (`text_encoder/text_model.encoder...`), and today's words for what `renames` lists. `buffers` are glob patterns of
     what older files store although it follows from the configuration; `matrices`, of what some store as 1 x 1 convolutions.
     `model` is the class of transformers that computes it, for text encoders whose output is not caught; `unread`, patterns of
-    what a text encoder has and no prompt needs. An `optional` component may be missing.
+    what a text encoder has and no prompt needs. With `feed_forward_norm`, a text encoder has a norm behind the feed-forward part
+    of each layer. An `optional` component may be missing.
     """
 
     weights: str
@@ -243,6 +244,7 @@ class Component:
     buffers: tuple[str, ...] = ()
     matrices: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    feed_forward_norm: bool = False
     optional: bool = False
 
     def canonical(self, key: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 
 from overpaint.bases.base import Base
 from overpaint.bases.capture import CapturingPipeline, CaughtPrompt, Segment, tokenizer_of
-from overpaint.bases.encoder_models import is_streamed, layers_of, text_model
+from overpaint.bases.encoder_models import (
+    FEED_FORWARD,
+    LAYER,
+    feed_forward_output,
+    is_streamed,
+    layers_of,
+    text_model,
+    watched,
+)
 from overpaint.bases.layout import LAST, PENULTIMATE, POOLED, PROJECTION, TextInput
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.packing import PackedPrompts, Prefix, PrefixStates, attending, common_prefix
@@ -89,6 +98,7 @@ class _EncoderCache:
     answers: _NewestAnswers[dict[str, Tensor]]
     prefixes: _NewestAnswers[PrefixStates]
     lock: threading.RLock
+    behind: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -96,7 +106,8 @@ class _EncoderCache:
 class TextEncoder:
     """A base's tokenizer and text encoder in float32 on one device, with the output of one text input.
 
-    `output` is the last hidden states, those before the last layer, or the pooled embedding.
+    `output` is the last hidden states, those before the last layer, or the pooled embedding; or what is inside of a layer
+    (`feed_forwards`), the last but `_memory.behind`.
     """
 
     tokenizer: CLIPTokenizer
@@ -133,6 +144,8 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """Numbers in one embedding, d."""
+        if self.output == FEED_FORWARD:
+            return feed_forward_output(self.model, len(self._layers) - 1 - self._memory.behind)[1].in_features
         return int(self.model.config.projection_dim if self.is_pooled else self.model.config.hidden_size)
 
     @property
@@ -300,7 +313,9 @@ class TextEncoder:
     @property
     def _is_masked(self) -> bool:
         """Whether padding is masked: as StableDiffusionPipeline does where a configuration asks for it, and SDXL's never."""
-        return LAST in self._memory.output and bool(getattr(self.model.config, "use_attention_mask", False))
+        outputs, behind = self._memory.output, self._memory.behind
+        is_last = LAST in outputs or (FEED_FORWARD in outputs and not behind)
+        return is_last and bool(getattr(self.model.config, "use_attention_mask", False))
 
     @cached_property
     def _layers(self) -> nn.ModuleList:
@@ -318,14 +333,17 @@ class TextEncoder:
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
         """What the model says of rows of tokens, and of it the hidden states that are handed on."""
-        wanted, before = self._memory.output, []
+        wanted, states = self._memory.output, dict[str, Tensor]()
         # Asked for hidden states, the model would keep those of every layer.
-        hook = self._layers[-1].register_forward_pre_hook(lambda module, args: before.append(args[0]))
+        hooks = [self._layers[-1].register_forward_pre_hook(lambda module, args: states.update({PENULTIMATE: args[0]}))]
+        if FEED_FORWARD in wanted:
+            hooks += watched(self.model, len(self._layers) - 1 - self._memory.behind, states.__setitem__)
         try:
             result = self.model(tokens, attention_mask=mask, position_ids=positions)
         finally:
-            hook.remove()
-        states = {LAST: result.last_hidden_state, PENULTIMATE: before[0]}
+            for hook in hooks:
+                hook.remove()
+        states[LAST] = result.last_hidden_state
         return result, {output: state for output, state in states.items() if output in wanted}
 
     def first_position(self, template: str, word: str) -> int:
@@ -375,22 +393,26 @@ def _without_padding(rules: str) -> str:
 
 
 class CaughtPrompts:
-    """The newest prompts that were caught. Which ones are encoded together follows from the request alone, and so do the bits."""
+    """The newest prompts that were caught; of text encoders that are named, what is inside of the `layers`, too.
 
-    def __init__(self, pipeline: CapturingPipeline) -> None:
-        self.pipeline = pipeline
+    Which ones are encoded together follows from the request alone, and so do the bits.
+    """
+
+    def __init__(self, pipeline: CapturingPipeline, layers: Mapping[str, int] = MappingProxyType({})) -> None:
+        self.pipeline, self._layers = pipeline, layers
         self._newest = _NewestAnswers[list[dict[str, CaughtPrompt]]](CAUGHT_BYTES)
 
     def of(self, prompts: Sequence[str]) -> dict[str, dict[str, CaughtPrompt]]:
-        """What every text input reads of each prompt, by prompt and text input."""
+        """What every text input reads of each prompt, by prompt and text input. One thread at a time."""
         unique, count = list(dict.fromkeys(prompts)), self.pipeline.prompts_at_a_time()
         found: dict[str, dict[str, CaughtPrompt]] = {}
         for start in range(0, len(unique), count):
             chunk = tuple(unique[start : start + count])
-            if (caught := self._newest.recall(chunk)) is None:
-                caught = self.pipeline.catch(chunk)
-                size = sum(each.embeddings.nbytes for one in caught for each in one.values())
-                self._newest.store(chunk, caught, size)
+            with self.pipeline.lock:
+                if (caught := self._newest.recall(chunk)) is None:
+                    caught = self.pipeline.catch(chunk, self._layers)
+                    size = sum(each.embeddings.nbytes for one in caught for each in one.values())
+                    self._newest.store(chunk, caught, size)
             found.update(zip(chunk, caught, strict=True))
         return found
 
@@ -596,6 +618,21 @@ class PipelineTextInput:
         return rows
 
 
+@dataclass(eq=False)
+class PipelineLayer(PipelineTextInput):
+    """What is inside of a layer of a text encoder, where prompts are caught; `name` is `COMPONENT/OUTPUT`."""
+
+    matrix: nn.Linear = field(kw_only=True)
+
+    @property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self._pipeline.pipe, self.name.partition("/")[0])
+
+    @property
+    def width(self) -> int:
+        return self.matrix.in_features if self.output == FEED_FORWARD else self.matrix.out_features
+
+
 def _same_tokens(a: CaughtPrompt, b: CaughtPrompt) -> bool:
     """Whether two prompts are the same to every text encoder."""
     return [segment.ids for segment in a.segments] == [segment.ids for segment in b.segments]
@@ -665,6 +702,64 @@ def encoders(
             model = text_model(base, text_input.encoder, torch.device(device))
             by_input[name] = TextEncoder(_tokenizer(base, text_input), model, text_input.output, memory)
     return by_input
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The last matrix W of the feed-forward part of a text encoder's layer, the last one that decides all that is handed on.
+
+    `name` is its canonical name; `reads` gives the embeddings that it reads, as wide as W's rows are long, and `gives` what
+    the layer makes of them: they rise by D times what is read when W becomes W + D.
+    """
+
+    name: str
+    reads: AnyTextEncoder
+    gives: AnyTextEncoder
+
+
+def feed_forwards(base: Base, sources: Mapping[str, AnyTextEncoder]) -> list[FeedForward]:
+    """That of each text encoder of a base whose text inputs have these sources (`text_sources`).
+
+    Raises OverpaintError for a text encoder in which no change of such a matrix can be solved for.
+    """
+    groups = {source.group: source for source in sources.values()}
+    first = next(iter(groups.values()))
+    if isinstance(first, PipelineTextInput):
+        return _caught_feed_forwards(base, first.source.pipeline)
+    found: list[FeedForward] = []
+    for component, source in groups.items():
+        assert isinstance(source, TextEncoder)
+        outputs = {each.output for each in base.layout.text_inputs.values() if each.encoder == component}
+        # The pooled embedding is read behind the last layer; what comes before it decides it, too.
+        behind = int(PENULTIMATE in outputs)
+        answers, prefixes = _NewestAnswers[dict[str, Tensor]](REMEMBERED), _NewestAnswers[PrefixStates](REMEMBERED)
+        inside = frozenset((FEED_FORWARD, LAYER))
+        memory = _EncoderCache(component, inside, answers, prefixes, source._memory.lock, behind)
+        reads, gives = (TextEncoder(source.tokenizer, source.model, each, memory) for each in (FEED_FORWARD, LAYER))
+        if (number := len(layers_of(source.model)) - 1 - behind) < 0:
+            raise OverpaintError(
+                f"{component} of the base at {base.path} has one layer, before which it is read, so no matrix inside of it "
+                "decides what is handed on; use `separable`"
+            )
+        path, _ = feed_forward_output(source.model, number)
+        found.append(FeedForward(_canonical(base, component, path), reads, gives))
+    return found
+
+
+def _caught_feed_forwards(base: Base, pipeline: CapturingPipeline) -> list[FeedForward]:
+    layers = {component: pipeline.deciding_layer(component) for component in pipeline.encoders}
+    source, found = CaughtPrompts(pipeline, layers), list[FeedForward]()
+    for component, number in layers.items():
+        path, matrix = feed_forward_output(pipeline.encoders[component], number)
+        reads, gives = (
+            PipelineLayer(f"{component}/{output}", source, output, matrix=matrix) for output in (FEED_FORWARD, LAYER)
+        )
+        found.append(FeedForward(_canonical(base, component, path), reads, gives))
+    return found
+
+
+def _canonical(base: Base, component: str, path: str) -> str:
+    return f"{component}/{base.layout.components[component].canonical(f'{path}.weight')}"
 
 
 def _tokenizer(base: Base, text_input: TextInput) -> CLIPTokenizer:

@@ -33,6 +33,7 @@ from overpaint.commands.common import (
     show_table,
 )
 from overpaint.core.concepts import KINDS
+from overpaint.solvers import PREPARED
 
 
 @click.command()
@@ -210,10 +211,17 @@ def _lines(prompts: IO[str]) -> list[str]:
     metavar="N",
     help="Encode so many words of the vocabulary; 0: all. Solve with --set vocabulary=N then.",
 )
+@click.option(
+    "--solver",
+    default=PREPARED[0],
+    show_default=True,
+    type=click.Choice(PREPARED),
+    help="For which solver; all but separable_mlp read what separable does.",
+)
 @device_option
 @on_option
 @click.pass_context
-def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str, on: str) -> None:
+def base_prepare(ctx: click.Context, name: str, vocabulary: int, solver: str, device: str, on: str) -> None:
     """Encode the vocabulary of a base before the first solve.
 
     On a large text encoder that takes minutes on a GPU and hours without; --on ray shares it out. The result is kept in the
@@ -232,7 +240,7 @@ def base_prepare(ctx: click.Context, name: str, vocabulary: int, device: str, on
                 terminal.note(f"warning: {text}")
 
         workspace = open_workspace(ctx, terminal=terminal)
-        workspace.prepare(name, vocabulary=vocabulary, device=device, progress=progress, on=on)
+        workspace.prepare(name, vocabulary=vocabulary, solver=solver, device=device, progress=progress, on=on)
         terminal.note(f"{name} is ready to be solved on")
 
 

@@ -22,6 +22,7 @@ GROUP = "overpaint.solvers"
 
 SOLVERS = {
     "separable": "overpaint.solvers.closed_form.separable:Separable",
+    "separable_mlp": "overpaint.solvers.closed_form.separable:SeparableMLP",
     "uce": "overpaint.solvers.closed_form.uce:UCE",
     "rece": "overpaint.solvers.closed_form.uce:RECE",
     "nullspace": "overpaint.solvers.closed_form.nullspace:NullSpace",
@@ -38,6 +39,8 @@ SOLVERS = {
 """Every solver of this package: where its class is, by name."""
 
 
+PREPARED = ("separable", "separable_mlp")
+"""Solvers for which a base's vocabulary can be encoded ahead. Every other one that reads it reads what `separable` does."""
 DECOUPLING_RULES = ("ridge", "exact")
 """How a change can be decoupled from other concepts (`closed_form/decoupling.py`)."""
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
-from overpaint.bases.text_encoder import AnyTextEncoder, PipelineTextInput, TextEncoder
+from overpaint.bases.text_encoder import AnyTextEncoder, FeedForward, PipelineTextInput, TextEncoder
 from overpaint.core.concepts import HOLE, Concept
 from overpaint.core.encoding import by_digest, evenly_spaced, json_digest
 from overpaint.solvers.problem import EditProblem
@@ -186,13 +186,7 @@ def keys_and_values(
     if averages is not None and (concept.anchor or not averages.words):
         averages = None
     if isinstance(encoder, PipelineTextInput):
-        for each in every:
-            encoder.first_position(each.template, each.word)
-        if averages is not None:
-            among = [(each.prompt, [each.template.format(word) for word in averages.words]) for each in every]
-            keys, values = encoder.keys_and_mean_values(among, PADDING)
-        else:
-            keys, values = encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
+        keys, values = _caught_keys_and_values(encoder, every, averages)
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
     positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
     positions = [replace(each, weights=each.weights / len(every)) for each in positions]
@@ -200,6 +194,42 @@ def keys_and_values(
     if averages is not None:
         return keys, torch.cat([averages.values(encoder, *pair) for pair in zip(every, positions, strict=True)], 1)
     return keys, _weighted(encoder, [each.replacement for each in every], positions, STEP)
+
+
+def _caught_keys_and_values(
+    encoder: PipelineTextInput, every: Sequence[Phrasing], averages: AverageWord | None
+) -> tuple[Tensor, Tensor]:
+    """The same where prompts are caught; every phrasing weighs 1."""
+    for each in every:
+        encoder.first_position(each.template, each.word)
+    if averages is None:
+        return encoder.keys_and_values([(each.prompt, each.replacement) for each in every], PADDING)
+    among = [(each.prompt, [each.template.format(word) for word in averages.words]) for each in every]
+    return encoder.keys_and_mean_values(among, PADDING)
+
+
+def keys_and_ways(
+    matrix: FeedForward, base: Base, concept: Concept, averages: AverageWord | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a matrix inside of a text encoder reads where a prompt names a concept, float64 [d, m], and how far what its layer
+    gives there is from what it should be, float64 [o, m]; sentences, positions and weights as in `keys_and_values`.
+
+    Raises PromptTooLong.
+    """
+    every = phrasings(base, concept)
+    if isinstance(matrix.reads, PipelineTextInput):
+        assert isinstance(matrix.gives, PipelineTextInput)
+        averages = averages if averages is not None and averages.words and not concept.anchor else None
+        all_keys, ways = list[Tensor](), list[Tensor]()
+        for each in every:  # one by one, both are caught at once
+            now, values = _caught_keys_and_values(matrix.gives, [each], averages)
+            all_keys.append(_caught_keys_and_values(matrix.reads, [each], averages)[0])
+            ways.append(values - now)
+        return torch.cat(all_keys, 1) / len(every) ** 0.5, torch.cat(ways, 1) / len(every) ** 0.5
+    now, values = keys_and_values(matrix.gives, base, concept, averages)
+    positions = [KeyPositions.of(matrix.reads, each.template, each.word) for each in every]
+    positions = [replace(each, weights=each.weights / len(every)) for each in positions]
+    return _weighted(matrix.reads, [each.prompt for each in every], positions), values - now
 
 
 AVERAGED, AVERAGED_CAUGHT = 64, 16

@@ -32,9 +32,9 @@ from torch import Tensor
 from overpaint.bases.base import Base, BaseReference
 from overpaint.bases.loading import own_torch_settings
 from overpaint.bases.safetensors_file import BrokenFile, SafetensorsFile, raw_bytes, tensor_digest
-from overpaint.bases.text_encoder import AnyTextEncoder, text_sources
+from overpaint.bases.text_encoder import AnyTextEncoder, feed_forwards, text_sources
 from overpaint.core.atomic import make_folder, replacing, share
-from overpaint.core.encoding import by_digest, canonical_json, header_bytes, json_digest
+from overpaint.core.encoding import by_digest, canonical_json, combined_digest, evenly_spaced, header_bytes, json_digest
 from overpaint.core.errors import OverpaintError
 from overpaint.core.executors import Executor, InProcess, Piece, Resources, Result, machine_name
 from overpaint.core.reporting import Progress
@@ -48,6 +48,8 @@ LARGE = 4096
 """Words of the largest vocabulary that is always encoded whole."""
 CHUNK, CHUNK_BYTES = 256, 128 << 20
 """Words that are encoded at once, and what their keys may take: half of them, or less, on a wide text encoder."""
+INSIDE_BYTES = 512 << 20
+"""What the moments of all sentences may take for a matrix inside of a text encoder; some sentences are left out for it."""
 SAVE_EVERY = 20.0
 """Seconds of work that an interruption may cost."""
 AHEAD_BYTES = 1 << 30
@@ -106,7 +108,7 @@ class EncodingTask:
         widths = {text_input: encoder.width for text_input, encoder in encoders.items()}
         count = min(limit, len(order)) if limit else len(order)
         at_once = _at_once(max(widths.values()), first.length)
-        return cls(encoding_identity(base, encoders), widths, neutral_sentences(base), order, count, at_once)
+        return cls(encoding_identity(base, encoders), widths, _sentences(base, widths), order, count, at_once)
 
     def first(self, count: int) -> EncodingTask:
         """The same with only so many words."""
@@ -165,17 +167,33 @@ class EncodingTask:
         }
 
 
+def _sentences(base: Base, widths: Mapping[str, int]) -> tuple[str, ...]:
+    """The neutral sentences; of a matrix inside of a text encoder as many, at equal distances, as there is room for."""
+    every, each = neutral_sentences(base), sum(8 * _numbers(width) for width in widths.values())
+    if widths.keys() <= set(base.text_inputs):
+        return every
+    return tuple(evenly_spaced(every, max(1, min(len(every), INSIDE_BYTES // each))))
+
+
 def encoding_identity(base: Base, encoders: Mapping[str, AnyTextEncoder]) -> dict[str, Any]:
     """Everything that decides what the text inputs of one text encoder give for a prompt, as JSON."""
     first = next(iter(encoders.values()))
     return {
-        "encoder": base.encoder_digest(next(iter(encoders))),
+        "encoder": _weights_digest(base, list(encoders)),
         "reading": json_digest(first.reading),
         "length": first.length,
         "doors": {text_input: encoder.output for text_input, encoder in encoders.items()},
         "padding": PADDING,
         "padding positions": KEPT_PADDING,
     }
+
+
+def _weights_digest(base: Base, sources: Sequence[str]) -> str:
+    """The digest of all that decides text inputs of one text encoder, or what matrices of one pipeline's text encoders read."""
+    if sources[0] in base.text_inputs:
+        return base.encoder_digest(sources[0])
+    digests = {name: base.component_digest(name) for name in {source.partition("/")[0] for source in sources}}
+    return combined_digest(digests) if len(digests) > 1 else next(iter(digests.values()))
 
 
 def _at_once(width: int, length: int) -> int:
@@ -224,6 +242,8 @@ def _encoders_here(
 ) -> Mapping[str, AnyTextEncoder]:
     """Those of a worker, which stay loaded between its pieces."""
     every = text_sources(base, torch.device(device))
+    if text_inputs[0] not in every:
+        every = {matrix.name: matrix.reads for matrix in feed_forwards(base, every)}
     found = {name: every[name] for name in text_inputs}
     if canonical_json(encoding_identity(base, found)) != identity:
         raise OverpaintError(

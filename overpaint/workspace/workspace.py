@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from overpaint.core.concepts import Concept
 from overpaint.core.errors import OverpaintError
-from overpaint.core.names import checked_count, checked_texts, typed_path
+from overpaint.core.names import checked_count, checked_texts, shown, typed_path
 from overpaint.core.reporting import Progress, html_table, silent
 from overpaint.registry.history import refuse_stale, today
 from overpaint.registry.records import ExpiredEntry, HistoryRecord, PatchRecord, RecipeEntry, RecipeRecord
 from overpaint.registry.registry import Registry
+from overpaint.solvers import PREPARED
 from overpaint.workspace.opened import OpenRegistry
 from overpaint.workspace.planning import (
     Defaults,
@@ -73,17 +74,21 @@ class Workspace(OpenRegistry):
         device: str = "auto",
         progress: Progress = silent,
         on: str = "",
+        solver: str = "separable",
     ) -> None:
         """Encode now what every closed-form solve on a base needs once: the vocabulary and the registry's concepts.
 
-        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all. `on` says where they are encoded, as for
-        `solve_many`. Raises OverpaintError where that fails; the next call goes on with what is missing.
+        `vocabulary` is how many of its words, as the setting of `separable`; 0 is all. `solver` is one of `PREPARED`:
+        `separable_mlp` reads the vocabulary inside of text encoders, every other one as `separable` does. `on` says where they
+        are encoded, as for `solve_many`. Raises OverpaintError where that fails; the next call goes on with what is missing.
         """
         from overpaint.bases.loading import resolve_device
         from overpaint.core.executors import open_executor
         from overpaint.solvers.universe import PreservedPrompts, prepare
 
         words = checked_count(vocabulary, "how much of the vocabulary is encoded")
+        if solver not in PREPARED:
+            raise OverpaintError(f"a base is prepared for one of {', '.join(PREPARED)}; got {shown(solver)}")
         context = self.solve_context(base)
         preserved = PreservedPrompts(context.preserve_prompts, words, context.cache)
         with closing(open_executor(on)) as executor:
@@ -94,6 +99,7 @@ class Workspace(OpenRegistry):
                 preserved=preserved,
                 report=progress,
                 executor=executor if on else None,
+                is_inside=solver == "separable_mlp",
             )
 
     def preserve(self, base: str, prompts: Iterable[str]) -> int:

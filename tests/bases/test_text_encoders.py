@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from overpaint.bases import encoder_models, text_encoder
 from overpaint.bases.base import Base, BrokenBase
@@ -209,3 +213,41 @@ def test_freed_memory_is_given_back_while_layers_are_read(xl: Base, monkeypatch:
     found = encoders(xl)["text_encoder_2"]
     found.hidden(PROMPTS)
     assert len(trimmed) == len(encoder_models.layers_of(found.model))
+
+
+def test_what_other_threads_build_while_a_text_encoder_is_put_together_is_real() -> None:
+    inside, built = threading.Event(), threading.Event()
+    found: list[bool] = []
+
+    def elsewhere() -> None:
+        inside.wait(10)
+        layer = nn.Linear(2, 2)
+        found.append(layer.weight.is_meta)
+        built.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    register = nn.Module.register_parameter
+    with encoder_models._parameters_on_meta():
+        inside.set()
+        assert built.wait(10)
+        assert nn.Linear(2, 2).weight.is_meta
+    thread.join()
+    assert found == [False]
+    assert nn.Module.register_parameter is register
+
+
+def test_two_threads_that_put_text_encoders_together_leave_pytorch_as_it_was() -> None:
+    register = nn.Module.register_parameter
+    both = threading.Barrier(2)
+
+    def build(_: int) -> bool:
+        both.wait(10)
+        with encoder_models._parameters_on_meta():
+            time.sleep(0.05)
+            return nn.Linear(2, 2).weight.is_meta
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(build, range(2))) == [True, True]
+    assert nn.Module.register_parameter is register
+    assert not nn.Linear(2, 2).weight.is_meta

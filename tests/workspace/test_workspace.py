@@ -202,6 +202,10 @@ MISTAKES: dict[str, tuple[Callable[[Workspace], object], str]] = {
     "one patch to tag": (lambda w: w.registry.tag("x", patches="dog", who="me"), r"are a list of texts.*; got 'dog'"),
     "a solver": (lambda w: w.solve("dog", base="tiny", solver=None), r"names of solvers .*; got"),  # type: ignore[arg-type]
     "a part of the vocabulary": (lambda w: w.prepare("tiny", vocabulary=-1), r"of at least 0; got -1"),
+    "a solver to prepare for": (
+        lambda w: w.prepare("tiny", solver="esd"),
+        r"one of separable, separable_mlp; got 'esd'",
+    ),
     "a cluster": (lambda w: w.solve_many(["dog"], base="tiny", on=3), r"got 3 as the place to run on; ray"),  # type: ignore[arg-type]
     "a place": (lambda w: w.browse("x" * 5000), r"name too long|cannot"),
 }

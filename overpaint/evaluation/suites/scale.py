@@ -74,7 +74,7 @@ def _elected(changes: Sequence[Tensor]) -> Tensor:
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-USE_UNIVERSE = ("separable", "sepme")
+USE_UNIVERSE = ("separable", "separable_mlp", "sepme")
 """Solvers that are published with a universe. Others that could use one work alone here, as their papers have it."""
 ORDERS = 3
 

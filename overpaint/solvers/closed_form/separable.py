@@ -19,12 +19,20 @@ every word of a sentence carries a part.
 `harden` adds rounds as in RECE (`uce.py`): the embeddings c' that reproduce K_i best through the edited projections become
 further keys of the concept, which go where K_i goes; A has them too, for this term alone. So hardened terms add up to the joint
 solution as nearly as c' of one concept is none of another's keys.
+
+`separable_mlp` solves the same problem inside of the text encoder (the matrix after MEMIT, Meng et al., ICLR 2023, and EMCID,
+Xiong et al., arXiv 2403.13807). A text embedding has as many directions to tell concepts apart by as it is wide, and with a
+hundred concepts these are used up. The last matrix W of a layer's feed-forward part reads numbers that are several times as
+many (3,072 for the 768 of Stable Diffusion 1.x), and few of them are large for one word. With keys K_j of what W reads, and
+`way_i` how far what the layer gives for concept i is from what it should give, `w way_i K_i^T A^-1` is added to W itself. Keys do
+not depend on W, so that terms add up here, too. W is that of the last layer that decides all that a text encoder hands on: what
+it reads is what the whole prompt has made of a token, and behind it there is nothing that could undo the change.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +40,14 @@ import torch
 from torch import Tensor
 
 from overpaint.bases.base import Base
+from overpaint.bases.encoder_models import FEED_FORWARD_OUTPUTS
+from overpaint.bases.layout import Layout
 from overpaint.core.concepts import Concept
-from overpaint.patches.delta import Delta, Sum, TextMap
+from overpaint.patches.delta import Delta, LowRank, Sum, TextMap
 from overpaint.patches.patch import uncovered_inputs
 from overpaint.solvers.closed_form.edits import MapEdit, gram, projection_weights, recovered, revived
-from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting
-from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, universe, vocabulary_record
+from overpaint.solvers.problem import EditProblem, Solution, Solver, Unsolvable, setting, within_memory
+from overpaint.solvers.universe import RIDGE, PreservedPrompts, Universe, matrices_of, universe, vocabulary_record
 
 ADVERSARIAL_RIDGE = 0.1
 """Lambda of the search for c', over the mean eigenvalue of `sum_l W_l^T W_l`, as in RECE."""
@@ -139,8 +149,7 @@ class Separable(Solver):
         self, known: Universe, concept: Concept, base: Base, text_input: str
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable."""
-        keys, values = known.keys[concept.name], known.values[concept.name]
-        way = values - keys
+        keys, way = known.keys[concept.name], known.ways[concept.name]
         if not (self.weight * keys @ way.T).square().sum() > 0:
             raise Unsolvable(
                 f"the text encoder says of {concept.name!r} what it says of {concept.anchor or self._nowhere!r}, or weight is 0; "
@@ -149,15 +158,11 @@ class Separable(Solver):
         reach = self.reach_on(base, concept)
         up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight, self.share)
         if self.harden:
+            values = known.values[concept.name]
             up, down, more = self._hardened(known, MapEdit(up, down), keys, values, reach, base, text_input)
             about = {**about, **more}
         about = {**about, "condition": known.condition}
-        if taken := _taken_along(known, concept, MapEdit(up, down), keys, way):
-            kept, share = taken
-            about["note"] = (
-                f"{share:.0%} of what happens to {concept.name!r} happens to {kept!r} too, which this patch is to keep: the "
-                "text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
-            )
+        about |= _taken_along(known, concept, up, down, way)
         return up.float(), down.float().contiguous(), about
 
     def reach_on(self, base: Base, concept: Concept) -> float:
@@ -195,18 +200,125 @@ AS_OF_REVISION_2 = Separable(
 """What `separable` was in revision 2. Methods that were measured with it begin with it."""
 
 
-def _taken_along(
-    known: Universe, concept: Concept, edit: MapEdit, keys: Tensor, way: Tensor
-) -> tuple[str, float] | None:
-    """Of what is to be kept, the concept that goes farthest along the erased concept's way, and the share of the way, where
-    that is much. In means over sentences and positions: what all have in common stays.
+@dataclass(frozen=True)
+class SeparableMLP(Solver):
+    """Send a concept to its anchor inside of the text encoder, in closed form, with room for more concepts at once."""
+
+    is_closed_form = True
+
+    ridge: float = setting(RIDGE, "lambda over the mean eigenvalue of A", low=0.0)
+    weight: float = setting(1.0, "how much a listed concept counts; the empty prompt counts 0.35", low=0.0)
+    energy: float = setting(0.98, "share of the change's energy that the kept directions hold", low=0.0, high=1.0)
+    reach: float = setting(1.0, "the change is at most so many times as large, so that targets are reached", low=1.0)
+    style_reach: float = setting(2.0, "`reach` for styles, of which every word of a sentence carries a part", low=1.0)
+    share: float = setting(
+        0.9,
+        "of the way to the target, what a concept goes on average; 0: as far as the joint solution has it",
+        low=0.0,
+        high=0.99,
+    )
+    rank: int = setting(4, "most directions to keep; each costs 4 (d + o) bytes", low=1)
+    target: str = setting(
+        AVERAGE,
+        "where a concept without an anchor goes: the average word, or the sentence without it",
+        choices=TARGETS,
+    )
+    vocabulary: int = setting(
+        0, "preserve so many words of the tokenizer's vocabulary; 0: all, or a sample until all are encoded", low=0
+    )
+    vocabulary_weight: float = setting(60.0, "how much the whole vocabulary counts, in listed concepts", low=0.0)
+
+    def supports(self, layout: Layout) -> str | None:
+        normed = [name for name, rules in layout.components.items() if rules.feed_forward_norm]
+        if not normed:
+            return None
+        return (
+            f"`separable_mlp` changes what a layer of the text encoder adds up, and in {layout.name} bases {normed[0]} has a "
+            "norm in between: use `separable`"
+        )
+
+    def touches(self, base: Base) -> Sequence[str]:
+        return feed_forward_matrices(base)
+
+    def solve(self, problem: EditProblem) -> Solution:
+        """At most `rank` directions of one matrix in each text encoder.
+
+        Raises Unsolvable for a concept of which the text encoder says what it says of its target, and for a base whose layout
+        is not served.
+        """
+        started = time.perf_counter()
+        if reason := self.supports(problem.base.layout):
+            raise Unsolvable(reason)
+        concept, base = problem.concept, problem.base
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        about: dict[str, dict[str, Any]] = {}
+        with within_memory("the number of concepts"):
+            for name in matrices_of(base, problem.device):
+                problem.report(len(about), len(about) + 1, "reading the universe")
+                up, down, about[name] = self._term(self.universe_of(problem, name), concept)
+                factors[name] = up.float().cpu().contiguous(), down.T.float().cpu().contiguous()
+        delta = LowRank(factors)
+        numbers = {**_together(about), "open_doors": list(uncovered_inputs(base, delta))}
+        record = vocabulary_record(base, problem.device, self.vocabulary, is_inside=True)
+        return Solution(delta, {**numbers, "seconds": time.perf_counter() - started}, record)
+
+    def universe_of(self, problem: EditProblem, matrix: str) -> Universe:
+        """The moment of all that is known at a matrix: the problem's concepts, the vocabulary, preserved prompts."""
+        prompts = problem.preserved_prompts()
+        return universe(
+            problem.base,
+            (problem.concept, *problem.others),
+            self.ridge,
+            self.weight,
+            problem.device,
+            text_input=matrix,
+            preserved=PreservedPrompts(prompts, self.vocabulary, problem.cache, self.vocabulary_weight),
+            to_average=self.target == AVERAGE,
+            report=problem.report,
+        )
+
+    def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """The factors [o, k] and [d, k] of one concept's term, and what there is to say about them."""
+        keys, way = known.keys[concept.name], known.ways[concept.name]
+        if not (self.weight * keys @ way.T).square().sum() > 0:
+            goal = repr(concept.anchor) if concept.anchor else "what it should become"
+            raise Unsolvable(
+                f"the text encoder says of {concept.name!r} what it says of {goal}, or weight is 0; name another anchor or a "
+                "larger weight"
+            )
+        reach = self.style_reach if concept.kind == "style" else self.reach
+        up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight, self.share)
+        # No condition number: of a moment that is 3,072 wide, its eigenvalues would take longer than all else.
+        return up, down, {**about, **_taken_along(known, concept, up, down, way)}
+
+
+def feed_forward_matrices(base: Base) -> list[str]:
+    """The last matrices of the feed-forward parts of all layers of a base's text encoders, sorted."""
+    encoders = base.layout.encoders(base.names)
+    return [
+        name
+        for name in base.names
+        if name.partition("/")[0] in encoders
+        and name.endswith(tuple(f".{each}.weight" for each in FEED_FORWARD_OUTPUTS))
+    ]
+
+
+def _taken_along(known: Universe, concept: Concept, up: Tensor, down: Tensor, way: Tensor) -> dict[str, str]:
+    """A note on the concept that is to be kept and goes farthest along the erased concept's way, where that is much of it.
+
+    In means over sentences and positions: what all have in common stays.
     """
     goal = way.mean(1)
-    along = edit.down @ (edit.up.T @ goal) / goal.square().sum()  # times a key: the share of the way that it goes
+    along = down @ (up.T @ goal) / goal.square().sum()  # times a key: the share of the way that it goes
     shares = dict(zip(known.keys, (known.means @ along).tolist(), strict=True))
     del shares[concept.name]
     share, kept = max(((share, name) for name, share in shares.items()), default=(0.0, ""))
-    return (kept, share) if share >= TAKEN_ALONG else None
+    if share < TAKEN_ALONG:
+        return {}
+    return {
+        "note": f"{share:.0%} of what happens to {concept.name!r} happens to {kept!r} too, which this patch is to keep: the "
+        "text encoder says nearly the same of both. If they are one thing, make one a synonym of the other"
+    }
 
 
 def favouring(metric: Metric, keys: Tensor, way: Tensor, share: float, weight: float = 1.0) -> Tensor:
