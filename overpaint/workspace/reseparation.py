@@ -50,16 +50,33 @@ class RecipeUniverse:
 
 
 def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
-    """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up."""
+    """The universes of a recipe's closed-form patches, the largest first. More than one: they do not quite add up.
+
+    Patches of several solvers that knew of the same concepts are of one universe: each leaves alone what the others erase, and
+    those of one solver are terms of one sum.
+    """
     groups: dict[str, tuple[int, list[PatchRecord]]] = {}
     records = [record for record, _ in registry.patches_on(recipe)]
     closed_form = _closed_form(records)
-    for record, manifest in _with_universe(registry, [each for each in records if each.solver in closed_form]):
-        concepts = universe_of(manifest)
-        digest = f"{universe_digest(concepts)}-{manifest['solver'].get('revision', 1)}"
+    known = list(_with_universe(registry, [each for each in records if each.solver in closed_form]))
+    newest = dict[str, int]()
+    for record, manifest in known:
+        newest[record.solver] = max(newest.get(record.solver, 1), _revision(manifest))
+    for record, manifest in known:
+        concepts, digest = universe_of(manifest), universe_digest(universe_of(manifest))
+        if (revision := _revision(manifest)) < newest[
+            record.solver
+        ]:  # it saw the universe otherwise than its successor
+            digest += f"-{record.solver}-{revision}"
         groups.setdefault(digest, (len(concepts), []))[1].append(record)
     ordered = sorted(groups.items(), key=lambda item: (-item[1][0], item[0]))
     return [RecipeUniverse(digest, count, tuple(patches)) for digest, (count, patches) in ordered]
+
+
+def _revision(manifest: Mapping[str, Any]) -> int:
+    """The revision of the solver that a patch is of."""
+    revision: int = manifest["solver"].get("revision", 1)
+    return revision
 
 
 def mixture(registry: Registry, recipe: str) -> str:
@@ -154,8 +171,7 @@ def _stale(
     for record, manifest in _with_universe(opened.registry, records):
         if record.solver in closed_form:
             concept = known.get(record.concept) or Concept.from_json(dict(manifest["concept"]))
-            revision = manifest["solver"].get("revision", 1)
-            settings = as_texts(chosen_settings(solver_class(record.solver), record.settings, revision))
+            settings = as_texts(chosen_settings(solver_class(record.solver), record.settings, _revision(manifest)))
             rule = decoupled_of(manifest)
             request = SolveRequest(
                 concept, record.solver, settings, record.seed, truncations_of(manifest), decoupled=rule

@@ -175,3 +175,14 @@ def test_the_commands_report_mixed_universes_and_mend_them(workspace: Workspace,
     lines = json.loads(shell.ok("recipe", "log", "safe one", "--json"))
     assert sorted(line["did"] for line in lines[2:]) == ["add", "remove"]
     assert {line["why"] for line in lines[2:]} == {"re-separated for 2 concepts"}
+
+
+def test_patches_of_two_solvers_that_knew_of_the_same_concepts_are_of_one_universe(workspace: Workspace) -> None:
+    for name in ("cat", "dog"):
+        workspace.add_concept(name)
+    recipe = workspace.create_recipe("safe", base="tiny")
+    recipe.add(workspace.solve("cat", base="tiny", device="cpu"))
+    recipe.add(workspace.solve("dog", base="tiny", solver="separable_mlp", device="cpu"))
+    (only,) = universes(workspace.registry, "safe")
+    assert {patch.solver for patch in only.patches} == {"separable", "separable_mlp"}
+    assert recipe.mixture() == ""
