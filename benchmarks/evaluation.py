@@ -51,9 +51,9 @@ STYLES = {name: next(s for s in ("flat", *WORDS.styles) if s in WORDS.styles and
 """Concepts that are styles, with what they should become."""
 RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES}
 """What recipes hold, by the end of their names. That of all styles is for scenes in which objects stay."""
-SCENES_TOO = ("separable", "sepme")
+SCENES_TOO = ("separable", "separable_mlp", "sepme")
 """Solvers whose scenes are also played with twelve concepts, and with all styles."""
-IN_FULL = ("separable", "sepme", "esd", "ablation")
+IN_FULL = ("separable", "separable_mlp", "sepme", "esd", "ablation")
 """Solvers whose scenes are played with as many pictures as `--n` asks for; of the others, the few of a short run would do."""
 AMONG_THEMSELVES = ("sepme",)
 """Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
@@ -192,16 +192,21 @@ def _refused(work: Path) -> dict[str, str]:
 def _lay(
     workspace: Workspace, recipe: str, solver: str, names: tuple[str, ...], asked: Namespace, budget: Budget
 ) -> None:
-    """A recipe with one patch of the solver for each concept; those that lie there are not solved again."""
+    """A recipe with one patch of the solver for each concept; those that are there with today's settings are not solved again."""
     laid = workspace.create_recipe(recipe, base=ASKED_BASE, exist_ok=True)
-    there = {record.concept for record, _ in laid.patches()}
-    missing = [name for name in names if name not in there]
+    there = {record.concept: record.id for record, _ in laid.patches()}
     told = names if Asked.parse(solver).name in AMONG_THEMSELVES else TWELVE
     # On a cluster, all at once.
-    for some in [missing] if asked.on and missing else [[name] for name in missing]:
-        budget.check()
-        click.echo(f"{recipe}: solving {', '.join(some)}", err=True)
-        for patch in _solved(workspace, some, solver, asked.device, told, asked.on):
+    for some in [names] if asked.on else [(name,) for name in names]:
+        if set(some) - there.keys():
+            budget.check()
+            click.echo(f"{recipe}: solving {', '.join(some)}", err=True)
+        for name, patch in zip(some, _solved(workspace, some, solver, asked.device, told, asked.on), strict=True):
+            if patch == there.get(name):
+                continue
+            if name in there:
+                click.echo(f"{recipe}: the patch for {name} was solved with other settings and is exchanged", err=True)
+                laid.remove(there[name], why="solved again with other settings")
             laid.add(patch, why="the published comparison")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.cells import NO_END
+from benchmarks.evaluation import SIX, _lay, _shop
 from benchmarks.results_page import results_page
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.prompts import EmojiPrompts
@@ -156,3 +159,20 @@ def test_a_patch_is_asked_for_with_todays_settings_among_those_told_of(
 def test_figures_of_another_judge_are_said_to_be_older(records: list[EvaluationRecord]) -> None:
     assert "earlier embedded base" in results_page(records, {}, "another judge")
     assert "earlier embedded base" not in results_page(records, {}, records[0].judge)
+
+
+def test_a_recipe_has_the_patches_of_todays_settings_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    names = (SIX[1], SIX[0])
+    workspace = _shop(tmp_path / "shop")
+    asked = Namespace(on="", device="cpu")
+    laid: list[dict[str, str]] = []
+    revisions = []
+    for solver in ("separable", "separable:share=0", "separable:share=0"):
+        _lay(workspace, "six", solver, names, asked, NO_END)
+        recipe = workspace.recipe("six")
+        laid.append({record.concept: record.id for record, _ in recipe.patches()})
+        revisions.append(recipe.record.revision)
+    assert [set(each) for each in laid] == [set(names)] * 3
+    assert not set(laid[0].values()) & set(laid[1].values()), "other settings, other patches"
+    assert laid[1] == laid[2]
+    assert revisions[0] < revisions[1] == revisions[2]
