@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from overpaint.patches.compose import Term
 ANCHORED = {"cat": "dog", "car": "bicycle", "pistol": "banana", "rose": "sunflower"}
 """What becomes what, where the catalogue has both."""
 ALTERNATIVES = ("surgical", "esd", "ablation", "separable")
-INCREMENTS = 6
+SEQUENCED, INCREMENTS = "sepme", 6
 SEEN, BECAME, OUTSIDE, INSIDE, EMPTY = (
     "concept still seen",
     "anchor seen",
@@ -104,7 +105,7 @@ def alternative(bench: Bench, solver: str, n: int) -> list[Measurement]:
 
 def increments(bench: Bench, n: int, knows_all: bool) -> list[Measurement]:
     """SepME's increments one after the other, each told of the earlier concepts (or, `knows_all`, of all from the start)."""
-    names, asked = OBJECTS[:INCREMENTS], Asked.parse("sepme")
+    names, asked = OBJECTS[:INCREMENTS], Asked.parse(SEQUENCED)
     label = "sepme, told of all" if knows_all else "sepme, told of those before"
     questions = {name: bench.prompt_set.prompts(OBJECT, name, -(-n // 2)) for name in names}
     others = [q for name in never_listed()[:n] for q in bench.prompt_set.prompts(OBJECT, name, 3)][:n]
@@ -159,8 +160,12 @@ def run(
 
     `executor` says where they are done, this process by default.
     """
-    about = {"n": n, "drawn": bench.drawn}
-    files = {job.name: KeptRows(work / "claims" / f"{job.name}.json", about) for job in every}
+    files = {
+        job.name: KeptRows(
+            work / "claims" / f"{job.name}.json", {"n": n, "drawn": bench.drawn, "settings": _settings(job)}
+        )
+        for job in every
+    }
     missing = [job for job in shard.part(every) if not files[job.name].is_kept]
     refused = {}
     for index, rows, error in carried_out(BenchReference(bench), missing, executor, budget):
@@ -169,6 +174,11 @@ def run(
         else:
             files[missing[index].name].keep(rows)
     return refused
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Those of the solver that a job is about: what was found with others is measured again."""
+    return Asked.parse(job.arguments[0] if job.call is alternative else SEQUENCED).settings
 
 
 def measured_claims(work: Path) -> dict[str, list[Measurement]]:

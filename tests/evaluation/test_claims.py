@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import until
+from benchmarks import claims, until
 from benchmarks.cells import BASE, Budget, BudgetSpent, Cell, Job, Verdict
 from benchmarks.claims import ALTERNATIVES, change_in, measured_claims, object_region, pairs, run
 from benchmarks.protocol import SEEN, Counts, chosen, questions
@@ -79,6 +79,20 @@ def test_jobs_are_kept_one_by_one_and_not_done_again(tmp_path: Path) -> None:
     verdicts = {SEEN: (Verdict("a cat", 1, True),)}
     page = solvers_page([Cell(BASE, "cat", "object", {}, {}, verdicts)], {}, measured_claims(tmp_path))
     assert "| a | 10.0% (0.0% to 20.0%, n=40) | 3.0 (3.0 to 3.0, n=40) |" in page
+
+
+def test_what_was_found_with_other_settings_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    bench: Any = SimpleNamespace(drawn="20 steps", device=torch.device("cpu"))
+
+    def job(opened: object, name: str) -> list[Measurement]:
+        done.append(name)
+        return numbers(name)
+
+    for solver in ("sepme", "sepme", "sepme:balance=0"):
+        monkeypatch.setattr(claims, "SEQUENCED", solver)
+        assert run(bench, tmp_path, [Job("increments", job, ("x",))], 40) == {}
+    assert done == ["x", "x"]
 
 
 def test_one_command_runs_every_part_with_what_is_left_of_its_time(
