@@ -34,7 +34,7 @@ from overpaint.bases.pipelines import class_of_diffusers, loading
 PADDING_ROWS = 4
 """So many embeddings, at equal distances, stand for all of a prompt's padding."""
 ANGLES = 64
-"""So many places of a row, at equal distances, are asked whose tokens they have."""
+"""Of a row at least so many places, at equal distances, are asked whose tokens they have, if it has as many."""
 PROBE = "a photo of it"
 HIDDEN_BYTES = 256 << 20
 """What a text encoder's hidden states may take; more prompts are encoded one after the other."""
@@ -54,7 +54,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class CaughtPrompt:
-    """What one projection reads of one prompt: float32 [rows, d], in segments; one row without any where it is pooled."""
+    """What one projection, or a matrix inside of a text encoder, reads of one prompt: float32 [rows, d], in segments; one
+    row without any where it is pooled."""
 
     embeddings: Tensor
     segments: tuple[Segment, ...]
@@ -173,15 +174,17 @@ class CapturingPipeline:
         for name, embeddings in caught.items():
             self._check_width(name, embeddings)
             embeddings = embeddings[..., self.base.columns(name, self.base.projections(name)[0])]
-            rows = embeddings.reshape(-1, embeddings.shape[-1])
-            row_of = self._row_of_slot(embeddings, traced[name], slots, masks, len(prompts))
             if layers:  # text encoders may stand side by side in one row
                 read |= self._slots_read(embeddings, traced[name], slots, masks, len(prompts))
-            else:
-                for number, each in enumerate(found):
-                    is_pooled = len(rows) == len(prompts)
-                    one = CaughtPrompt(rows[number][None].clone(), ()) if is_pooled else None
-                    each[name] = one or self._one(rows, row_of, calls, number)
+                continue
+            rows = embeddings.reshape(-1, embeddings.shape[-1])
+            row_of = self._row_of_slot(embeddings, traced[name], slots, masks, len(prompts))
+            is_pooled = len(rows) == len(prompts)
+            for number, each in enumerate(found):
+                if is_pooled:
+                    each[name] = CaughtPrompt(rows[number][None].clone(), ())
+                else:
+                    each[name] = self._one(rows, row_of, calls, number)
         for name, states in inside.items():
             for each, one in zip(found, self._inside(name, states, calls, read, len(prompts)), strict=True):
                 each[name] = one
@@ -195,18 +198,16 @@ class CapturingPipeline:
         Found out by disturbing their feed-forward parts: pipelines read the last hidden states, earlier ones, pooled ones, or
         several, side by side.
         """
+        encoder = self.encoders[component]
         with self.lock:
-            return self._deciding_layer(self.encoders[component])
-
-    def _deciding_layer(self, encoder: nn.Module) -> int:
-        as_it_is = self._disturbed(None)
-        by_any = self._differing(as_it_is, self._disturbed(feed_forward_output(encoder, 0)[1]))
-        for number in range(len(layers_of(encoder)) - 1, 0, -1):
-            _, matrix = feed_forward_output(encoder, number)
-            by_this = self._differing(as_it_is, self._disturbed(matrix))
-            # A number may happen to come out as it was.
-            if all((which & ~by_this[name]).sum() <= 0.01 * which.sum() for name, which in by_any.items()):
-                return number
+            as_it_is = self._disturbed(None)
+            by_any = self._differing(as_it_is, self._disturbed(feed_forward_output(encoder, 0)[1]))
+            for number in range(len(layers_of(encoder)) - 1, 0, -1):
+                _, matrix = feed_forward_output(encoder, number)
+                by_this = self._differing(as_it_is, self._disturbed(matrix))
+                # A number may happen to come out as it was.
+                if all((which & ~by_this[name]).sum() <= 0.01 * which.sum() for name, which in by_any.items()):
+                    return number
         return 0
 
     def _disturbed(self, matrix: nn.Linear | None) -> dict[str, Tensor]:
@@ -357,7 +358,7 @@ class CapturingPipeline:
     def _row_of_slot(
         self, embeddings: Tensor, traced: Tensor, slots: int, masks: Sequence[Tensor], count: int
     ) -> dict[int, int]:
-        """By the slot of a token, its row among all embeddings; without those that the denoiser's attention leaves out. None
+        """By the slot of a token, its row among all embeddings; without those that the denoiser's attention leaves out. Empty
         where prompts are pooled."""
         row_of: dict[int, int] = {}
         slot_of = _decoded(traced.reshape(-1, traced.shape[-1]), slots).tolist()
@@ -381,7 +382,7 @@ class CapturingPipeline:
     def _slots_read(
         self, embeddings: Tensor, traced: Tensor, slots: int, masks: Sequence[Tensor], count: int
     ) -> set[int]:
-        """The slots of all tokens that some columns of the rows that are read have."""
+        """The slots of tokens that are found at any of the places asked, in the rows that are read."""
         rows = traced.reshape(-1, traced.shape[-1])[self._rows_read(embeddings, masks, count).to(traced.device)]
         angles = rows[:, : rows.shape[1] // 2 * 2].unflatten(1, (-1, 2))
         angles = angles[:, :: max(1, angles.shape[1] // ANGLES)]

@@ -90,7 +90,7 @@ class _NewestAnswers(Generic[Answer]):
 
 @dataclass
 class _EncoderCache:
-    """What the text inputs of one text encoder share: its name, which outputs are wanted, token ids by text, and the newest
+    """What the outputs of one text encoder share: its name, which outputs are wanted, token ids by text, and the newest
     prefixes; with the inputs of the base's other encoders, the newest embeddings and the lock."""
 
     encoder: str
@@ -99,6 +99,7 @@ class _EncoderCache:
     prefixes: _NewestAnswers[PrefixStates]
     lock: threading.RLock
     behind: int = 0
+    """How many layers follow the one of which the inside is read."""
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -393,7 +394,7 @@ def _without_padding(rules: str) -> str:
 
 
 class CaughtPrompts:
-    """The newest prompts that were caught; of text encoders that are named, what is inside of the `layers`, too.
+    """The newest prompts that were caught; where `layers` of text encoders are named, what is inside of these instead.
 
     Which ones are encoded together follows from the request alone, and so do the bits.
     """
@@ -706,7 +707,7 @@ def encoders(
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The last matrix W of the feed-forward part of a text encoder's layer, the last one that decides all that is handed on.
+    """The last matrix W of a feed-forward part: that of the last layer of a text encoder that decides all that is handed on.
 
     `name` is its canonical name; `reads` gives the embeddings that it reads, as wide as W's rows are long, and `gives` what
     the layer makes of them: they rise by D times what is read when W becomes W + D.

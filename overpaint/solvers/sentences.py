@@ -183,13 +183,11 @@ def keys_and_values(
     Raises PromptTooLong.
     """
     every = phrasings(base, concept)
-    if averages is not None and (concept.anchor or not averages.words):
-        averages = None
+    averages = _that_apply(averages, concept)
     if isinstance(encoder, PipelineTextInput):
         keys, values = _caught_keys_and_values(encoder, every, averages)
         return keys / len(every) ** 0.5, values / len(every) ** 0.5
-    positions = [KeyPositions.of(encoder, each.template, each.word) for each in every]
-    positions = [replace(each, weights=each.weights / len(every)) for each in positions]
+    positions = _positions(encoder, every)
     keys = _weighted(encoder, [each.prompt for each in every], positions)
     if averages is not None:
         return keys, torch.cat([averages.values(encoder, *pair) for pair in zip(every, positions, strict=True)], 1)
@@ -219,7 +217,7 @@ def keys_and_ways(
     every = phrasings(base, concept)
     if isinstance(matrix.reads, PipelineTextInput):
         assert isinstance(matrix.gives, PipelineTextInput)
-        averages = averages if averages is not None and averages.words and not concept.anchor else None
+        averages = _that_apply(averages, concept)
         all_keys, ways = list[Tensor](), list[Tensor]()
         for each in every:  # one by one, both are caught at once
             now, values = _caught_keys_and_values(matrix.gives, [each], averages)
@@ -227,9 +225,18 @@ def keys_and_ways(
             ways.append(values - now)
         return torch.cat(all_keys, 1) / len(every) ** 0.5, torch.cat(ways, 1) / len(every) ** 0.5
     now, values = keys_and_values(matrix.gives, base, concept, averages)
-    positions = [KeyPositions.of(matrix.reads, each.template, each.word) for each in every]
-    positions = [replace(each, weights=each.weights / len(every)) for each in positions]
-    return _weighted(matrix.reads, [each.prompt for each in every], positions), values - now
+    return _weighted(matrix.reads, [each.prompt for each in every], _positions(matrix.reads, every)), values - now
+
+
+def _that_apply(averages: AverageWord | None, concept: Concept) -> AverageWord | None:
+    """The average word, where it is what a concept is sent to: not one with an anchor."""
+    return None if averages is None or concept.anchor or not averages.words else averages
+
+
+def _positions(encoder: TextEncoder, every: Sequence[Phrasing]) -> list[KeyPositions]:
+    """Which embeddings of each phrasing are keys; all of them weigh 1 together. Raises PromptTooLong."""
+    each_alone = [KeyPositions.of(encoder, each.template, each.word) for each in every]
+    return [replace(each, weights=each.weights / len(every)) for each in each_alone]
 
 
 AVERAGED, AVERAGED_CAUGHT = 64, 16

@@ -92,8 +92,8 @@ class Universe:
 
     `cholesky` is L with `A = L L^T`, float64 d x d, `ridge` is lambda. `keys` and `values` are K and V of a concept by name,
     float64 [d, m], all sentences together weighing 1; what keys have of `begin`, which stays where it is, is taken out of
-    both. `ways` is V - K. `begin` is the unit vector of begin-of-text, None where what comes through is pooled. `means` is the
-    mean of each concept's keys, float64 [n, d], in the order of `keys`.
+    both. `ways` is V - K. `begin` is the unit vector of begin-of-text, None where prompts do not all begin with one. `means` is
+    the mean of each concept's keys, float64 [n, d], in the order of `keys`.
 
     At a matrix inside of a text encoder, keys are what it reads, and `ways` are of what its layer gives, float64 [o, m];
     there are no `values`.
@@ -144,7 +144,7 @@ class _UniverseCache:
         return self.encoders[name] if name in self.encoders else self.matrices[name].reads
 
     def target(self, name: str) -> AnyTextEncoder:
-        """Who gives what keys are sent to."""
+        """Who gives the values; at a matrix inside of a text encoder, what its layer gives."""
         return self.encoders[name] if name in self.encoders else self.matrices[name].gives
 
 

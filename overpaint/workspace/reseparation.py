@@ -63,10 +63,9 @@ def universes(registry: Registry, recipe: str) -> list[RecipeUniverse]:
     for record, manifest in known:
         newest[record.solver] = max(newest.get(record.solver, 1), _revision(manifest))
     for record, manifest in known:
-        concepts, digest = universe_of(manifest), universe_digest(universe_of(manifest))
-        if (revision := _revision(manifest)) < newest[
-            record.solver
-        ]:  # it saw the universe otherwise than its successor
+        concepts, revision = universe_of(manifest), _revision(manifest)
+        digest = universe_digest(concepts)
+        if revision < newest[record.solver]:  # it saw the universe otherwise than its successor
             digest += f"-{record.solver}-{revision}"
         groups.setdefault(digest, (len(concepts), []))[1].append(record)
     ordered = sorted(groups.items(), key=lambda item: (-item[1][0], item[0]))

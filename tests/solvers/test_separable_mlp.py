@@ -25,7 +25,7 @@ from overpaint.patches.compose import Term, compose
 from overpaint.patches.delta import LowRank
 from overpaint.patches.patch import uncovered_inputs
 from overpaint.solvers import vocabulary
-from overpaint.solvers.closed_form.separable import SeparableMLP, feed_forward_matrices
+from overpaint.solvers.closed_form.separable import SeparableMLP
 from overpaint.solvers.problem import EditProblem, Unsolvable
 from overpaint.solvers.sentences import KEPT_PADDING, neutral_sentences
 from overpaint.solvers.universe import PreservedPrompts, matrices_of, prepare, universe
@@ -62,7 +62,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 def test_the_layer_gives_as_much_more_as_the_change_makes_of_what_the_matrix_reads(base: Base) -> None:
     ((name, matrix),) = matrices_of(base, CPU).items()
     prompts = ["a photo of a cat", "a dog", ""]
-    assert name in feed_forward_matrices(base)
+    assert name in SeparableMLP().touches(base)
     assert (matrix.reads.width, matrix.gives.width) == base.places[name].shape[::-1]
     assert isinstance(matrix.reads, TextEncoder)
     assert isinstance(matrix.gives, TextEncoder)

@@ -24,9 +24,10 @@ solution as nearly as c' of one concept is none of another's keys.
 Xiong et al., arXiv 2403.13807). A text embedding has as many directions to tell concepts apart by as it is wide, and with a
 hundred concepts these are used up. The last matrix W of a layer's feed-forward part reads numbers that are several times as
 many (3,072 for the 768 of Stable Diffusion 1.x), and few of them are large for one word. With keys K_j of what W reads, and
-`way_i` how far what the layer gives for concept i is from what it should give, `w way_i K_i^T A^-1` is added to W itself. Keys do
-not depend on W, so that terms add up here, too. W is that of the last layer that decides all that a text encoder hands on: what
-it reads is what the whole prompt has made of a token, and behind it there is nothing that could undo the change.
+`way_i` what the layer should give for concept i minus what it gives, `w way_i K_i^T A^-1` is added to W itself. Keys do not
+depend on W, so that terms add up here, too. W is that of the last layer that decides all that a text encoder hands on: what it
+reads is what the whole prompt has made of a token, and what follows of it is what the denoiser is handed. Only a pooled
+embedding may have one more layer behind it.
 """
 
 from __future__ import annotations
@@ -62,8 +63,47 @@ SPARE, ITERATIONS = 8, 8
 behind the last direction that is followed and of the last that is kept, to the power of twice the steps."""
 
 
+class _InUniverse(Solver):
+    """What both solvers do: read a universe, and find a concept's way in it. Their settings of these names mean the same."""
+
+    ridge: float
+    weight: float
+    target: str
+    vocabulary: int
+    vocabulary_weight: float
+
+    def universe_of(self, problem: EditProblem, place: str) -> Universe:
+        """The moment of all that is known at a text input, or at a matrix of a text encoder: the problem's concepts, the
+        vocabulary, preserved prompts."""
+        preserved = PreservedPrompts(
+            problem.preserved_prompts(), self.vocabulary, problem.cache, self.vocabulary_weight
+        )
+        return universe(
+            problem.base,
+            (problem.concept, *problem.others),
+            self.ridge,
+            self.weight,
+            problem.device,
+            text_input=place,
+            preserved=preserved,
+            to_average=self.target == AVERAGE,
+            report=problem.report,
+        )
+
+    def _keys_and_way(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor]:
+        """K [d, m] of a concept, and how far it is to its target, [o, m]. Raises Unsolvable where it is there already."""
+        keys, way = known.keys[concept.name], known.ways[concept.name]
+        if not (self.weight * keys @ way.T).square().sum() > 0:
+            nowhere = "nothing" if self.target == NOTHING else "the average word"
+            raise Unsolvable(
+                f"the text encoder says of {concept.name!r} what it says of {concept.anchor or nowhere!r}, or weight is 0; "
+                "name another anchor or a larger weight"
+            )
+        return keys, way
+
+
 @dataclass(frozen=True)
-class Separable(Solver):
+class Separable(_InUniverse):
     """Send a concept to its anchor in closed form and hold everything else; patches add up to the joint solution."""
 
     is_closed_form = True
@@ -123,38 +163,11 @@ class Separable(Solver):
             vocabulary_record(base, problem.device, self.vocabulary),
         )
 
-    @property
-    def _nowhere(self) -> str:
-        """Where a concept without an anchor goes, in words."""
-        return "nothing" if self.target == NOTHING else "the average word"
-
-    def universe_of(self, problem: EditProblem, text_input: str) -> Universe:
-        """The moment of all that is known at a text input: the problem's concepts, the vocabulary, preserved prompts."""
-        preserved = PreservedPrompts(
-            problem.preserved_prompts(), self.vocabulary, problem.cache, self.vocabulary_weight
-        )
-        return universe(
-            problem.base,
-            (problem.concept, *problem.others),
-            self.ridge,
-            self.weight,
-            problem.device,
-            text_input=text_input,
-            preserved=preserved,
-            to_average=self.target == AVERAGE,
-            report=problem.report,
-        )
-
     def _term(
         self, known: Universe, concept: Concept, base: Base, text_input: str
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The factors of one concept's term, float32 [d, k], and what there is to say about them. Raises Unsolvable."""
-        keys, way = known.keys[concept.name], known.ways[concept.name]
-        if not (self.weight * keys @ way.T).square().sum() > 0:
-            raise Unsolvable(
-                f"the text encoder says of {concept.name!r} what it says of {concept.anchor or self._nowhere!r}, or weight is 0; "
-                "name another anchor or a larger weight"
-            )
+        keys, way = self._keys_and_way(known, concept)
         reach = self.reach_on(base, concept)
         up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight, self.share)
         if self.harden:
@@ -201,7 +214,7 @@ AS_OF_REVISION_2 = Separable(
 
 
 @dataclass(frozen=True)
-class SeparableMLP(Solver):
+class SeparableMLP(_InUniverse):
     """Send a concept to its anchor inside of the text encoder, in closed form, with room for more concepts at once."""
 
     is_closed_form = True
@@ -238,7 +251,8 @@ class SeparableMLP(Solver):
         )
 
     def touches(self, base: Base) -> Sequence[str]:
-        return feed_forward_matrices(base)
+        encoders, endings = base.layout.encoders(base.names), tuple(f".{each}.weight" for each in FEED_FORWARD_OUTPUTS)
+        return [name for name in base.names if name.partition("/")[0] in encoders and name.endswith(endings)]
 
     def solve(self, problem: EditProblem) -> Solution:
         """At most `rank` directions of one matrix in each text encoder.
@@ -262,45 +276,13 @@ class SeparableMLP(Solver):
         record = vocabulary_record(base, problem.device, self.vocabulary, is_inside=True)
         return Solution(delta, {**numbers, "seconds": time.perf_counter() - started}, record)
 
-    def universe_of(self, problem: EditProblem, matrix: str) -> Universe:
-        """The moment of all that is known at a matrix: the problem's concepts, the vocabulary, preserved prompts."""
-        prompts = problem.preserved_prompts()
-        return universe(
-            problem.base,
-            (problem.concept, *problem.others),
-            self.ridge,
-            self.weight,
-            problem.device,
-            text_input=matrix,
-            preserved=PreservedPrompts(prompts, self.vocabulary, problem.cache, self.vocabulary_weight),
-            to_average=self.target == AVERAGE,
-            report=problem.report,
-        )
-
     def _term(self, known: Universe, concept: Concept) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """The factors [o, k] and [d, k] of one concept's term, and what there is to say about them."""
-        keys, way = known.keys[concept.name], known.ways[concept.name]
-        if not (self.weight * keys @ way.T).square().sum() > 0:
-            goal = repr(concept.anchor) if concept.anchor else "what it should become"
-            raise Unsolvable(
-                f"the text encoder says of {concept.name!r} what it says of {goal}, or weight is 0; name another anchor or a "
-                "larger weight"
-            )
+        keys, way = self._keys_and_way(known, concept)
         reach = self.style_reach if concept.kind == "style" else self.reach
         up, down, about = fit(Metric(known.cholesky), keys, way, self.rank, self.energy, reach, self.weight, self.share)
         # No condition number: of a moment that is 3,072 wide, its eigenvalues would take longer than all else.
         return up, down, {**about, **_taken_along(known, concept, up, down, way)}
-
-
-def feed_forward_matrices(base: Base) -> list[str]:
-    """The last matrices of the feed-forward parts of all layers of a base's text encoders, sorted."""
-    encoders = base.layout.encoders(base.names)
-    return [
-        name
-        for name in base.names
-        if name.partition("/")[0] in encoders
-        and name.endswith(tuple(f".{each}.weight" for each in FEED_FORWARD_OUTPUTS))
-    ]
 
 
 def _taken_along(known: Universe, concept: Concept, up: Tensor, down: Tensor, way: Tensor) -> dict[str, str]:
