@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -90,8 +91,13 @@ class Switches:
         self.version += 1
 
     def switch(self, patch_id: str, *, on: bool | None = None, strength: float | None = None) -> bool:
-        """Switch a patch on or off, or give it a strength; returns whether that changed anything."""
-        row = self.rows[patch_id]
+        """Switch a patch on or off, or give it a strength; returns whether that changed anything.
+
+        A patch that is not there changes nothing: it was pressed when another recipe had just been opened.
+        """
+        row = self.rows.get(patch_id)
+        if row is None:
+            return False
         before = (row.on, row.strength)
         row.on = row.on if on is None else on
         row.strength = row.strength if strength is None else strength
@@ -153,6 +159,8 @@ class Page:
 
     def __init__(self, workspace: Workspace, studio: Studio, folder: Path) -> None:
         self.workspace, self.studio, self.folder = workspace, studio, folder
+        # One count for all, as two controls at once would both add one to the same number, and that is one change.
+        self._numbers = itertools.count(1)
         with gr.Blocks(title="Overpaint", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML(views.title(str(workspace.registry.folder)), elem_classes="op")
             self._head()
@@ -174,6 +182,7 @@ class Page:
     # What is on the page
 
     def _head(self) -> None:
+        # `listed` and `turn` get a number when the list of patches, or the pictures, are to be made again.
         self.switches, self.listed, self.turn = gr.State(None), gr.State(0), gr.State(0)
         with gr.Row(elem_classes="op-line"):
             self.recipe = gr.Dropdown([], label="Recipe", scale=3, elem_id="recipe", interactive=True)
@@ -224,41 +233,61 @@ class Page:
             def rows(switches: Switches | None, text: str | None) -> None:
                 matching = switches.matching(text or "") if switches else []
                 for row in matching[:ROWS]:
-                    self._row(row.patch, row.on, row.strength, row.saved is None)
+                    self._row(row)
                 if switches is None or not switches.rows:
                     gr.HTML(views.note_html("No patch is in this recipe yet."), elem_classes="op")
                 elif len(matching) > ROWS or not matching:
                     text = f"{min(ROWS, len(matching))} of {len(switches.rows)} patches; find the others by a word"
                     gr.HTML(views.note_html(text), elem_classes="op")
 
-    def _row(self, patch: PatchRecord, on: bool, strength: float, tried: bool) -> None:
-        about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if tried else ''}"
+    def _row(self, row: Switch) -> None:
+        """One patch. By its keys Gradio knows it again when a newer list is made before the visitor presses on the older."""
+        patch = row.patch
+        about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if row.saved is None else ''}"
         with gr.Row(elem_classes="op-switch"):
             switch = gr.Checkbox(
-                on, label=patch.concept, info=about, container=False, min_width=130, scale=2, interactive=True
+                row.on,
+                label=patch.concept,
+                info=about,
+                container=False,
+                min_width=130,
+                scale=2,
+                interactive=True,
+                key=f"{patch.id} on",
+                preserved_by_key=None,
             )
             slider = gr.Slider(
-                min(0.0, strength),
-                max(2.0, strength),
-                strength,
+                min(0.0, row.strength),
+                max(2.0, row.strength),
+                row.strength,
                 step=SLIDER_STEP,
                 label=f"Strength of {patch.concept}",
                 container=False,
                 min_width=150,
                 scale=3,
                 interactive=True,
+                key=f"{patch.id} strength",
+                preserved_by_key=None,
             )
 
-        def switched(switches: Switches, on: bool, follow: bool, turn: int) -> Any:
-            return turn + 1 if switches.switch(patch.id, on=on) and follow else gr.skip()
+        def switched(switches: Switches, on: bool, follow: bool) -> tuple[Any, Any]:
+            is_changed = switches.switch(patch.id, on=on)
+            # The switch is told what it is now, since a list that is on its way has it as it was.
+            return on, next(self._numbers) if is_changed and follow else gr.skip()
 
-        def turned(switches: Switches, strength: float, follow: bool, turn: int) -> Any:
-            is_moved = abs(switches.rows[patch.id].strength - strength) > SLIDER_STEP / 2
-            return turn + 1 if is_moved and switches.switch(patch.id, strength=strength) and follow else gr.skip()
+        def turned(switches: Switches, strength: float, follow: bool) -> Any:
+            row = switches.rows.get(patch.id)
+            is_moved = row is not None and abs(row.strength - strength) > SLIDER_STEP / 2
+            is_changed = is_moved and switches.switch(patch.id, strength=strength)
+            return next(self._numbers) if is_changed and follow else gr.skip()
 
-        common: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        switch.input(switched, [self.switches, switch, self.follow, self.turn], self.turn, **common)
-        slider.change(turned, [self.switches, slider, self.follow, self.turn], self.turn, **common)
+        common: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        pressed, moved = ([self.switches, control, self.follow] for control in (switch, slider))
+        # Every press is sent at once ("multiple"): one that waited for another's answer would be overwritten by it.
+        switch.input(
+            switched, pressed, [switch, self.turn], trigger_mode="multiple", key=f"{patch.id} switched", **common
+        )
+        slider.change(turned, moved, self.turn, trigger_mode="always_last", key=f"{patch.id} turned", **common)
 
     def _history_tab(self) -> None:
         with gr.Row(elem_classes="op-line"):
@@ -325,14 +354,17 @@ class Page:
             *(self.turn, self.follow),
         ]
         at = [self.switches, self.listed, self.turn]
-        chosen = [self.recipe, self.listed, self.turn]
         gr.on(
-            [self.blocks.load, self.reload.click], self.begin, chosen, [self.recipe, self.new_base, *opened], **private
+            [self.blocks.load, self.reload.click],
+            self.begin,
+            self.recipe,
+            [self.recipe, self.new_base, *opened],
+            **private,
         )
-        self.recipe.input(self.open, chosen, opened, **private)
+        self.recipe.input(self.open, self.recipe, opened, **private)
         self.create.click(
             self.make_recipe, [self.new_name, self.new_base], [self.recipe, self.new_name], **private
-        ).success(self.open, chosen, opened, **private)
+        ).success(self.open, self.recipe, opened, **private)
         drawn: dict[str, Any] = {
             "fn": self.draw_sheet,
             "inputs": [
@@ -347,12 +379,15 @@ class Page:
         }
         gr.on([self.draw.click, self.turn.change], **drawn)
         for button, on in ((self.all_off, False), (self.all_on, True)):
-            button.click(functools.partial(self.switch_all, on), at, at, **private)
-        self.attempt.input(self.try_patch, [*at, self.attempt], [*at, self.attempt], **private)
-        self.save.click(self.save_switches, [*at, self.save_why], [*opened, self.save_why], **private)
-        self.undo.click(self.undo_change, [*at, self.history_why], [*opened, self.history_why], **private)
+            button.click(functools.partial(self.switch_all, on), self.switches, at, **private)
+        self.attempt.input(self.try_patch, [self.switches, self.attempt], [*at, self.attempt], **private)
+        self.save.click(self.save_switches, [self.switches, self.save_why], [*opened, self.save_why], **private)
+        self.undo.click(self.undo_change, [self.switches, self.history_why], [*opened, self.history_why], **private)
         self.restore.click(
-            self.restore_revision, [*at, self.revision, self.history_why], [*opened, self.history_why], **private
+            self.restore_revision,
+            [self.switches, self.revision, self.history_why],
+            [*opened, self.history_why],
+            **private,
         )
         self.measure.click(self.measure_crosstalk, [self.switches, self.everything], self.heat, **private)
         self.solve.click(
@@ -363,7 +398,7 @@ class Page:
             ],
             self.solved,
             **private,
-        ).success(self.open, chosen, opened, **private)
+        ).success(self.open, self.recipe, opened, **private)
         self.stop.click(self.stop_solving, [self.switches], None, **private)
         self.build.click(self.build_file, [self.switches, self.format], self.built, **private)
         self.evaluate.click(
@@ -374,11 +409,11 @@ class Page:
     # What the controls do
 
     @in_a_sentence
-    def begin(self, name: str | None, listed: int, turn: int) -> tuple[Any, ...]:
+    def begin(self, name: str | None) -> tuple[Any, ...]:
         """The recipes and bases there are now, and the recipe that was open, or else the first, opened."""
         names, bases = [each.name for each in self.workspace.recipes()], [b.name for b in self.workspace.bases()]
         name = next((each for each in (name, "default", *names) if each in names), None)
-        opened = [*self.open(name, listed, turn)]
+        opened = [*self.open(name)]
         if not bases:
             hint = "No base is known yet. Add one, then reload: overpaint base add NAME FOLDER-OR-FILE (or emoji emoji)"
             opened[2] = views.note_html(hint)
@@ -396,7 +431,7 @@ class Page:
         return gr.Dropdown([each.name for each in self.workspace.recipes()], value=made.name), ""
 
     @in_a_sentence
-    def open(self, name: str | None, listed: int, turn: int) -> tuple[Any, ...]:
+    def open(self, name: str | None) -> tuple[Any, ...]:
         """A recipe as it is now: its switches, its history, and what it can be compared with."""
         if not name:
             return tuple(gr.skip() for _ in range(9))
@@ -415,18 +450,18 @@ class Page:
         is_small = sum(place.entry.size for place in base.places.values()) <= SMALL_BASE
         return (
             switches,
-            listed + 1,
+            next(self._numbers),
             views.status_html(record, [patch.concept for patch, _ in patches], digest),
             views.history_html(record, lines),
             gr.Dropdown(revisions, value=revisions[0][1] if revisions else None),
             gr.Dropdown(beside),
             gr.Dropdown([(f"{p.concept} ({p.solver}, {p.id[:12]})", p.id) for p in more], value=None),
-            turn + 1 if is_small else gr.skip(),
+            next(self._numbers) if is_small else gr.skip(),
             is_small,
         )
 
-    def _reopened(self, switches: Switches, listed: int, turn: int) -> tuple[Any, ...]:
-        return (*self.open(switches.recipe, listed, turn), "")
+    def _reopened(self, switches: Switches) -> tuple[Any, ...]:
+        return (*self.open(switches.recipe), "")
 
     @in_a_sentence
     def draw_sheet(
@@ -490,27 +525,23 @@ class Page:
             problem = "" if record.base == switches.base else f"is on the base {record.base}, not {switches.base}"
             yield Column(name, dict(record.patches), error=problem)
 
-    def switch_all(self, on: bool, switches: Switches | None, listed: int, turn: int) -> tuple[Any, Any, Any]:
+    def switch_all(self, on: bool, switches: Switches | None) -> tuple[Any, Any, Any]:
         """Everything on, or the base; the pictures follow."""
         if switches is None:
             return gr.skip(), gr.skip(), gr.skip()
         switches.switch_all(on)
-        return switches, listed + 1, turn + 1
+        return switches, next(self._numbers), next(self._numbers)
 
     @in_a_sentence
-    def try_patch(
-        self, switches: Switches | None, listed: int, turn: int, patch: str | None
-    ) -> tuple[Any, Any, Any, Any]:
+    def try_patch(self, switches: Switches | None, patch: str | None) -> tuple[Any, Any, Any, Any]:
         """A patch that the recipe does not have, switched on for this visitor."""
         if switches is None or not patch:
             return gr.skip(), gr.skip(), gr.skip(), None
         switches.try_patch(self.workspace.registry.patch(patch))
-        return switches, listed + 1, turn + 1, None
+        return switches, next(self._numbers), next(self._numbers), None
 
     @in_a_sentence
-    def save_switches(
-        self, switches: Switches | None, listed: int, turn: int, why: str, request: gr.Request
-    ) -> tuple[Any, ...]:
+    def save_switches(self, switches: Switches | None, why: str, request: gr.Request) -> tuple[Any, ...]:
         """The switches as the recipe's next revision, unless somebody changed the recipe meanwhile."""
         switches = _chosen(switches)
         recipe = self.workspace.recipe(switches.recipe)
@@ -518,21 +549,19 @@ class Page:
         gr.Info(
             f"revision {lines[0].revision} of {switches.recipe}" if lines else "the recipe has these patches already"
         )
-        return self._reopened(switches, listed, turn)
+        return self._reopened(switches)
 
     @in_a_sentence
-    def undo_change(
-        self, switches: Switches | None, listed: int, turn: int, why: str, request: gr.Request
-    ) -> tuple[Any, ...]:
+    def undo_change(self, switches: Switches | None, why: str, request: gr.Request) -> tuple[Any, ...]:
         """Undo the newest change, as a new revision."""
         switches = _chosen(switches)
         lines = self.workspace.recipe(switches.recipe).undo(why=why, who=_who(request))
         gr.Info(f"undone; this is revision {lines[0].revision}")
-        return self._reopened(switches, listed, turn)
+        return self._reopened(switches)
 
     @in_a_sentence
     def restore_revision(
-        self, switches: Switches | None, listed: int, turn: int, revision: int | None, why: str, request: gr.Request
+        self, switches: Switches | None, revision: int | None, why: str, request: gr.Request
     ) -> tuple[Any, ...]:
         """What an earlier revision held, as a new revision."""
         switches = _chosen(switches)
@@ -540,7 +569,7 @@ class Page:
             raise OverpaintError("choose the revision to restore")
         lines = self.workspace.recipe(switches.recipe).checkout(revision, why=why, who=_who(request))
         gr.Info(f"restored {switches.recipe}@{revision}; this is revision {lines[0].revision}")
-        return self._reopened(switches, listed, turn)
+        return self._reopened(switches)
 
     @in_a_sentence
     def measure_crosstalk(

@@ -21,7 +21,7 @@ from tests.ui.conftest import GRADIO
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'overpaint[ui]'")
 pytest.importorskip("playwright", reason="a browser is driven by Playwright: pip install 'overpaint[dev]'")
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from overpaint.ui import served
 
@@ -104,7 +104,9 @@ def pictures(page: Page) -> list[bytes]:
 def switch_off(page: Page, concept: str) -> None:
     """Switch a patch off, and wait until the server has heard of it: on a busy machine, the next click may come first."""
     with page.expect_response(re.compile("/queue/join")):
-        page.get_by_label(concept, exact=True).uncheck()
+        # `uncheck` would look at once whether it is off; a list that was on its way shows it on for a moment.
+        page.get_by_label(concept, exact=True).click()
+    expect(page.get_by_label(concept, exact=True)).not_to_be_checked()
 
 
 def test_a_switch_changes_the_next_picture_and_restoring_brings_back_the_bases(
@@ -273,3 +275,45 @@ def test_elsewhere_it_asks_for_a_password_and_the_history_has_the_visitors_name(
         expect(page.locator("#history")).to_contain_text("Vera")
         page.close()
     assert recipe.log()[-1].who == "Vera"
+
+
+def test_a_switch_pressed_while_the_list_is_shown_again_is_not_lost(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    Workspace.open(registry).recipe("safe").copy("late")
+    with tab(browser, page_address, "late") as page:
+        held: list[Route] = []
+        page.route("**/queue/join*", lambda route: held.append(route), times=1)
+        page.get_by_label("cat", exact=True).uncheck()
+        page.get_by_role("button", name="All off (the base)").click()
+        expect(page.get_by_label("dog", exact=True)).not_to_be_checked()
+        page.get_by_role("button", name="All on").click()
+        expect(page.get_by_label("dog", exact=True)).to_be_checked()
+        with page.expect_response(re.compile("/queue/join")) as answer:
+            held[0].continue_()
+        assert answer.value.ok
+        expect(page.get_by_label("cat", exact=True)).not_to_be_checked()
+        expect(page.locator("#sheet")).to_contain_text("late, as switched")
+
+
+def test_two_switches_pressed_at_once_are_both_drawn(browser: Browser, page_address: str) -> None:
+    with tab(browser, page_address) as page:
+        page.locator("#patches").evaluate(
+            "it => it.querySelectorAll('input[type=checkbox]').forEach(box => box.click())"
+        )
+        expect(page.locator("#sheet").get_by_text("the base’s own weights")).to_have_count(2)
+
+
+def test_what_is_shown_after_fast_presses_is_what_is_kept(browser: Browser, page_address: str, registry: Path) -> None:
+    copy = Workspace.open(registry).recipe("safe").copy("fast")
+    with tab(browser, page_address, "fast") as page:
+        switch = page.get_by_label("cat", exact=True)
+        for _ in range(3):
+            with page.expect_response(re.compile("/queue/join")):
+                switch.click()
+        expect(page.locator("#sheet")).to_contain_text("fast, as switched")
+        expect(switch).not_to_be_checked()
+        page.get_by_role("button", name="Keep these switches").click()
+        page.get_by_role("button", name="Make the next revision").click()
+        expect(page.locator("#status")).to_contain_text("erases dog.")
+    assert [patch.concept for patch, _ in copy.patches()] == ["dog"]
