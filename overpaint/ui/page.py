@@ -51,12 +51,13 @@ class Switch:
 class Switches:
     """The switches of one visitor, for one recipe as it was at one revision.
 
-    `version` counts what was switched; `is_stopped` says that the visitor wants their long work to end.
+    `version` counts what was switched; `is_stopped` says that the visitor wants their long work to end; `shown` is the number
+    of the list of them that was made last.
     """
 
     def __init__(self, record: RecipeRecord, patches: Sequence[tuple[PatchRecord, float]]) -> None:
         self.recipe, self.base, self.revision, self.version = record.name, record.base, record.revision, 0
-        self.is_stopped = False
+        self.is_stopped, self.shown = False, 0
         self.rows = {patch.id: Switch(patch, True, strength, strength) for patch, strength in patches}
 
     @property
@@ -231,17 +232,21 @@ class Page:
 
             @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")  # type: ignore[untyped-decorator]
             def rows(switches: Switches | None, text: str | None) -> None:
+                # Hidden, it tells with every press which list the visitor had before them.
+                shown = gr.Number(next(self._numbers), visible=False, key="list", preserved_by_key=None)
+                if switches:
+                    switches.shown = shown.value
                 matching = switches.matching(text or "") if switches else []
                 for row in matching[:ROWS]:
-                    self._row(row)
+                    self._row(row, shown)
                 if switches is None or not switches.rows:
                     gr.HTML(views.note_html("No patch is in this recipe yet."), elem_classes="op")
                 elif len(matching) > ROWS or not matching:
                     text = f"{min(ROWS, len(matching))} of {len(switches.rows)} patches; find the others by a word"
                     gr.HTML(views.note_html(text), elem_classes="op")
 
-    def _row(self, row: Switch) -> None:
-        """One patch. By its keys Gradio knows it again when a newer list is made before the visitor presses on the older."""
+    def _row(self, row: Switch, shown: gr.Number) -> None:
+        """One patch in a list. By its keys Gradio knows it again when a newer list is made while the visitor has the older."""
         patch = row.patch
         about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if row.saved is None else ''}"
         with gr.Row(elem_classes="op-switch"):
@@ -270,10 +275,11 @@ class Page:
                 preserved_by_key=None,
             )
 
-        def switched(switches: Switches, on: bool, follow: bool) -> tuple[Any, Any]:
+        def switched(switches: Switches, on: bool, follow: bool, shown: int) -> tuple[Any, Any]:
             is_changed = switches.switch(patch.id, on=on)
-            # The switch is told what it is now, since a list that is on its way has it as it was.
-            return on, next(self._numbers) if is_changed and follow else gr.skip()
+            # A newer list is on its way that has the switch as it was: make another one.
+            listed = gr.skip() if shown == switches.shown else next(self._numbers)
+            return listed, next(self._numbers) if is_changed and follow else gr.skip()
 
         def turned(switches: Switches, strength: float, follow: bool) -> Any:
             row = switches.rows.get(patch.id)
@@ -281,13 +287,10 @@ class Page:
             is_changed = is_moved and switches.switch(patch.id, strength=strength)
             return next(self._numbers) if is_changed and follow else gr.skip()
 
-        common: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        common: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
         pressed, moved = ([self.switches, control, self.follow] for control in (switch, slider))
-        # Every press is sent at once ("multiple"): one that waited for another's answer would be overwritten by it.
-        switch.input(
-            switched, pressed, [switch, self.turn], trigger_mode="multiple", key=f"{patch.id} switched", **common
-        )
-        slider.change(turned, moved, self.turn, trigger_mode="always_last", key=f"{patch.id} turned", **common)
+        switch.input(switched, [*pressed, shown], [self.listed, self.turn], key=f"{patch.id} switched", **common)
+        slider.change(turned, moved, self.turn, key=f"{patch.id} turned", **common)
 
     def _history_tab(self) -> None:
         with gr.Row(elem_classes="op-line"):
