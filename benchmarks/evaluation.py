@@ -59,6 +59,7 @@ AMONG_THEMSELVES = ("sepme",)
 """Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
 VARIANTS = ("separable:harden=2",)
 """Solvers that are attacked once more with another setting."""
+SCENES = ("scenes", "scenes_by_name")
 SUITES = tuple(suite for suite in EVERY_SUITE if suite != "scale")
 """What every solver goes through."""
 SCALED = ("separable", "uce", "rece", "nullspace")
@@ -68,6 +69,7 @@ FEWER: Mapping[str, Mapping[str, str]] = {
     "crosstalk": {"pictures": "4", "unlisted": "2"},
     "grid": {"objects": "10"},
     "scenes": {"pictures": "3", "regular": "2"},
+    "scenes_by_name": {"pictures": "3", "regular": "4"},
     "probes": {"pictures": "4", "inversion": "60", "revival": "40"},
     "scale": {"solvers": ",".join(SCALED), "most": "32", "pictures": "40"},
 }
@@ -84,6 +86,8 @@ def per_cell(n: int) -> dict[str, dict[str, str]]:
         "generality": {"erased": each, "synonyms": each, "others": others},
         # A step erases three concepts or more, restores two or more, and three are regular.
         "scenes": {"pictures": str(-(-n // 4)), "regular": "3"},
+        # A name is one prompt, so that more regular concepts say more than more pictures of three.
+        "scenes_by_name": {"pictures": str(-(-n // 4)), "regular": "10"},
         "probes": {"pictures": each, "inversion": "60", "revival": "40"},
     }
     return {suite: {**FEWER.get(suite, {}), **more.get(suite, {})} for suite in (*FEWER, *more)}
@@ -133,7 +137,7 @@ def wanted(solver: str, recipe: str, suites: Sequence[str]) -> list[str]:
     """The suites, of those asked for, that a solver's recipe (one of `RECIPES`) goes through."""
     if recipe != "6":
         # For the others, six say enough.
-        return [suite for suite in suites if suite == "scenes" and solver in SCENES_TOO]
+        return [suite for suite in suites if suite in SCENES and solver in SCENES_TOO]
     if solver in VARIANTS:
         return [suite for suite in suites if suite in ("quick", "probes")]
     own = (*SUITES, *(("scale",) if solver == SCALED[0] else ()))
@@ -152,7 +156,7 @@ def _run(workspace: Workspace, asked: Namespace, shard: Shard, budget: Budget) -
         for kind, names in RECIPES.items():
             recipe = recipe_name(solver, kind)
             suites = wanted(solver, kind, asked.suites.split(","))
-            suites = [suite for suite in suites if not (suite == "scenes" and asked.n and solver not in IN_FULL)]
+            suites = [suite for suite in suites if not (suite in SCENES and asked.n and solver not in IN_FULL)]
             reasons = []
             try:
                 if suites:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 SHOWN = 6
 """Pictures in a row."""
 BySuite = Mapping[str, Numbers]
+SCENES = {"scenes": "in sentences", "scenes_by_name": "by bare names"}
+"""Suites that play the scenes of SRS-ME, with how they ask for concepts."""
 GRID = ("UA", "IRA", "CRA", "retention in the prompt", "probability of the erased concept")
 
 
@@ -185,7 +187,7 @@ def summary(numbers: BySuite) -> Section:
             rows.append(_check("How much of the rest is left?", least[1], name, at_least=KEPT_BAR))
         if wrong := quick.get("restored: weights", WRONG):
             rows.append(_exact("Do the weights come back exactly?", wrong.value, f" of {wrong.n} tensors differ"))
-    if scenes := numbers.get("scenes"):
+    if scenes := numbers.get("scenes") or numbers.get("scenes_by_name"):
         restored = [subject for subject in scenes.subjects("scene ") if subject.endswith(": restored")]
         if least := _worst(scenes, restored, SHARE, lowest=True):
             question = "Are restored concepts drawn as before, in every scene?"
@@ -265,13 +267,16 @@ def _restored(by_suite: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
         exact = f"; {plain(wrong.value)} of {wrong.n} tensors differ in any bit" if wrong else ""
         caption = f"Half of the patches removed{exact}"
         table = numbers.table(["restored: concepts taken off"], (ON_BASE, ACCURACY, SHARE), caption, strip="restored: ")
-    if "scenes" in by_suite:
-        more = (_scenes(by_suite["scenes"]), *published("scenes"))
+    for suite, asked in SCENES.items():
+        if suite in by_suite:
+            more = (*more, _scenes(by_suite[suite], asked))
+    if more:
+        more = (*more, *published("scenes_by_name"))
     return Section("What restores", text, table, (), pictures, more=more)
 
 
-def _scenes(numbers: Numbers) -> Table:
-    """One row for each step of each scene."""
+def _scenes(numbers: Numbers, asked: str) -> Table:
+    """One row for each step of each scene; `asked` says how concepts were asked for."""
     columns = {
         "erased": ("erased", ACCURACY),
         "regular": ("regular", ACCURACY),
@@ -285,8 +290,8 @@ def _scenes(numbers: Numbers) -> Table:
         (step, *(as_text(numbers.get(f"{step}: {of}", metric)) for of, metric in columns.values())) for step in steps
     )
     caption = (
-        "Four scenes of erasing and restoring (protocol of SRS-ME): accuracy on erased, regular and restored concepts; change "
-        f"of the pictures in grey levels of 255; {DISTANCE}"
+        f"Four scenes of erasing and restoring (protocol of SRS-ME), asked {asked}: accuracy on erased, regular and restored "
+        f"concepts; change of the pictures in grey levels of 255; {DISTANCE}"
     )
     return Table(("", *columns), rows, caption)
 

@@ -19,7 +19,7 @@ from overpaint.workspace.workspace import Workspace
 
 from .scripted import CONCEPTS, context, faithful
 
-SUITES = ("quick", "grid", "generality", "scenes", "crosstalk")
+SUITES = ("quick", "grid", "generality", "scenes", "scenes_by_name", "crosstalk")
 SCALE = (
     ("separable, plain sum", (1.0, 0.98, 0.95)),
     ("uce, plain sum", (0.99, 0.7, 0.2)),

@@ -55,7 +55,7 @@ def test_cross_talk_is_also_ranked_over_all_recipes(records: list[EvaluationReco
 
 def test_the_papers_numbers_stand_beside_ours(records: list[EvaluationRecord]) -> None:
     page = results_page(records, {})
-    for suite in ("grid", "generality", "scenes", "scale"):
+    for suite in ("grid", "generality", "scenes_by_name", "scale"):
         (table,) = published(suite)
         assert table.caption in page
         assert all("| " + " | ".join(row) + " |" in page for row in table.rows)
@@ -89,7 +89,7 @@ def test_every_solver_goes_through_every_suite() -> None:
         assert set(SUITES) <= set(wanted(solver, "6", every))
     assert [solver for solver in SOLVERS if "scale" in wanted(solver, "6", every)] == ["separable"]
     for recipe in ("12", "styles"):
-        assert wanted("separable", recipe, every) == wanted("sepme", recipe, every) == ["scenes"]
+        assert wanted("separable", recipe, every) == wanted("sepme", recipe, every) == ["scenes", "scenes_by_name"]
         assert wanted("esd", recipe, every) == []
     assert wanted("esd", "6", ["quick"]) == ["quick"]
     assert wanted("separable:harden=2", "6", every) == ["quick", "probes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from overpaint.evaluation.metrics import Measurement
 from overpaint.evaluation.prompts import OBJECT, EvalPrompt
 from overpaint.evaluation.suites import SUITES, configured, suite_class
 from overpaint.evaluation.suites.cost import Cost
-from overpaint.evaluation.suites.erasing import Generality, Grid, Quick, Scenes
+from overpaint.evaluation.suites.erasing import Generality, Grid, Quick, Scenes, ScenesByName
 from overpaint.evaluation.suites.scale import Scale
 from overpaint.patches.compose import Term
 from overpaint.patches.delta import TextMap
@@ -198,6 +198,25 @@ def test_every_patch_of_a_class_counts_for_what_a_sentence_names(base: Base) -> 
     both = replace(eval_context, patches=(replace(first, patch=patch), *eval_context.patches))
     assert both.names_erased(EvalPrompt("a wordofmine", 0, {}))
     assert not both.names_erased(EvalPrompt("a wordofmine", 0, {}), both.class_of(first.concept))
+
+
+def test_scenes_by_name_ask_by_nothing_but_names(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    eval_context = context(base, faithful)
+    asked: set[tuple[str, ...]] = set()
+    draw = eval_context.image_generator.draw
+
+    def watched(terms: Sequence[Term], prompts: Sequence[EvalPrompt]) -> Any:
+        asked.update((prompt.prompt, *prompt.shows.values()) for prompt in prompts)
+        return draw(terms, prompts)
+
+    monkeypatch.setattr(eval_context.image_generator, "draw", watched)
+    rows = ScenesByName(pictures=4, regular=2).run(eval_context)
+    assert {concept.name for concept in CONCEPTS} < {each[0] for each in asked}
+    assert len(asked) == len(CONCEPTS) + 2
+    assert all(len(set(each)) == 1 for each in asked)
+    assert worst(rows, "erased", ACCURACY) == 0
+    assert worst(rows, "restored", SHARE) == worst(rows, "regular", SHARE) == 1
+    assert worst(ScenesByName().run(context(base, idle)), "erased", ACCURACY) == 1
 
 
 def test_scenes_need_six_patches(base: Base) -> None:

@@ -25,6 +25,10 @@ SUITES = {
     "grid": ("overpaint.evaluation.suites.erasing:Grid", "styles x objects for each patch alone, as UnlearnCanvas"),
     "generality": ("overpaint.evaluation.suites.erasing:Generality", "synonyms, and concepts nobody listed, as MACE"),
     "scenes": ("overpaint.evaluation.suites.erasing:Scenes", "erase, restore and erase more, as SRS-ME's four scenes"),
+    "scenes_by_name": (
+        "overpaint.evaluation.suites.erasing:ScenesByName",
+        "the same four scenes, with bare names as prompts, as in SRS-ME's tables",
+    ),
     "scale": ("overpaint.evaluation.suites.scale:Scale", "more and more concepts under several ways to compose them"),
     "crosstalk": ("overpaint.evaluation.crosstalk:CrosstalkSuite", "what each patch does to every other concept"),
     "probes": (

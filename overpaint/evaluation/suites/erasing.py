@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from overpaint.core.concepts import Concept
 from overpaint.core.encoding import evenly_spaced
 from overpaint.core.errors import OverpaintError
 from overpaint.evaluation.context import (
@@ -254,7 +255,7 @@ class Scenes(Suite):
     def run(self, context: EvalContext) -> list[Measurement]:
         groups = _six_groups(context.patches)
         members = [patch for group in groups for patch in group]
-        prompts: Prompts = {key: context.prompts_alone(*key, self.pictures) for key in context.erased(members)}
+        prompts: Prompts = {key: self._asked(context, *key, each) for key, each in context.erased(members).items()}
         regular = self._regular(context)
         steps = {step for scene in SCENES for step in scene}
         context.image_generator.expect(sum(map(len, (*prompts.values(), *regular.values()))) * (1 + len(steps)))
@@ -277,10 +278,34 @@ class Scenes(Suite):
             rows.append(context.wrong_tensors([], f"scene {number}, all restored: weights"))
         return [*rows, *_worst_steps(rows)]
 
+    def _asked(self, context: EvalContext, head: str, name: str, concept: Concept) -> list[EvalPrompt]:
+        """The prompts for an erased concept, which is judged as a class."""
+        return context.prompts_alone(head, name, self.pictures)
+
     def _regular(self, context: EvalContext) -> Prompts:
         names = evenly_spaced(context.others(OBJECT), self.regular)
         prompts = {(OBJECT, name): context.neutral_prompts(OBJECT, name, self.pictures) for name in names}
         return {key: some for key, some in prompts.items() if some}
+
+
+@dataclass(frozen=True)
+class ScenesByName(Scenes):
+    """The four scenes of SRS-ME, in which every concept is asked for by its bare name, as in the paper's own tables.
+
+    That is what SepME is trained on; sentences about a concept are another question, which the suite `scenes` asks.
+    """
+
+    def _asked(self, context: EvalContext, head: str, name: str, concept: Concept) -> list[EvalPrompt]:
+        return _by_name(context, head, name, concept.name, self.pictures)
+
+    def _regular(self, context: EvalContext) -> Prompts:
+        names = evenly_spaced(context.others(OBJECT), self.regular)
+        return {(OBJECT, name): _by_name(context, OBJECT, name, name, self.pictures) for name in names}
+
+
+def _by_name(context: EvalContext, head: str, name: str, word: str, count: int) -> list[EvalPrompt]:
+    """`count` prompts for a class that consist of a word alone, with the seeds of its sentences."""
+    return [replace(prompt, prompt=word, shows={head: name}) for prompt in context.prompts(head, name, count)]
 
 
 def _six_groups(patches: Sequence[EvaluatedPatch]) -> list[list[EvaluatedPatch]]:
