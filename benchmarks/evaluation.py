@@ -49,8 +49,9 @@ SIX, TWELVE = (*TEN[:5], INK), (*TEN[:5], INK, *TEN[5:], NEON)
 ALL_STYLES = WORDS.styles[:6]
 STYLES = {name: next(s for s in ("flat", *WORDS.styles) if s in WORDS.styles and s != name) for name in (INK, NEON)}
 """Concepts that are styles, with what they should become."""
-RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES}
-"""What recipes hold, by the end of their names. That of all styles is for scenes in which objects stay."""
+NAMED_STYLES = tuple(f"{style} style" for style in ALL_STYLES)
+RECIPES = {"6": SIX, "12": TWELVE, "styles": ALL_STYLES, "named-styles": NAMED_STYLES}
+"""What recipes hold, by the end of their names. Those of all styles are for scenes in which objects stay."""
 SCENES_TOO = ("separable", "separable_mlp", "sepme")
 """Solvers whose scenes are also played with twelve concepts, and with all styles."""
 IN_FULL = ("separable", "separable_mlp", "sepme", "esd", "ablation")
@@ -127,14 +128,17 @@ def _shop(work: Path) -> Workspace:
         # Another process may have been faster.
         with suppress(AlreadyExists):
             workspace.add_base(ASKED_BASE, ASKED_BASE)
-    for name in dict.fromkeys((*TWELVE, *ALL_STYLES)):
-        kind = "style" if name in WORDS.styles else "object"
+    for name in dict.fromkeys((*TWELVE, *ALL_STYLES, *NAMED_STYLES)):
+        kind = "style" if name in (*WORDS.styles, *NAMED_STYLES) else "object"
         workspace.registry.add_concept(Concept(name, kind, anchor=STYLES.get(name, "")), exist_ok=True)
     return workspace
 
 
 def wanted(solver: str, recipe: str, suites: Sequence[str]) -> list[str]:
     """The suites, of those asked for, that a solver's recipe (one of `RECIPES`) goes through."""
+    if recipe == "named-styles":
+        # What other solvers are told of has the same styles by their other names.
+        return [suite for suite in suites if suite == "scenes_by_name" and solver in AMONG_THEMSELVES]
     if recipe != "6":
         # For the others, six say enough.
         return [suite for suite in suites if suite in SCENES and solver in SCENES_TOO]

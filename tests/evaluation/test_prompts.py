@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from overpaint.core.concepts import Concept
 from overpaint.core.errors import NotFound, OverpaintError
-from overpaint.evaluation.prompts import catalogue, object_scenes, style_scenes
+from overpaint.evaluation.prompts import STYLE, EmojiPrompts, catalogue, object_scenes, style_scenes
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -57,3 +58,12 @@ def test_what_cannot_be_asked_is_refused() -> None:
         style_scenes(["cubist"], 1, held_out=False)
     with pytest.raises(OverpaintError, match="got 0"):
         object_scenes(["cat"], 0, held_out=False)
+
+
+def test_a_style_may_be_called_so_by_its_concept() -> None:
+    prompts = EmojiPrompts()
+    assert (
+        prompts.class_of(Concept("Ink style", "style")) == prompts.class_of(Concept("ink", "style")) == (STYLE, "ink")
+    )
+    with pytest.raises(NotFound):
+        prompts.class_of(Concept("ink style", "object"))

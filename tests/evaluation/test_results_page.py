@@ -91,6 +91,8 @@ def test_every_solver_goes_through_every_suite() -> None:
     for recipe in ("12", "styles"):
         assert wanted("separable", recipe, every) == wanted("sepme", recipe, every) == ["scenes", "scenes_by_name"]
         assert wanted("esd", recipe, every) == []
+    assert wanted("sepme", "named-styles", every) == ["scenes_by_name"]
+    assert wanted("separable", "named-styles", every) == []
     assert wanted("esd", "6", ["quick"]) == ["quick"]
     assert wanted("separable:harden=2", "6", every) == ["quick", "probes"]
 
