@@ -87,7 +87,7 @@ def per_cell(n: int) -> dict[str, dict[str, str]]:
         "generality": {"erased": each, "synonyms": each, "others": others},
         # A step erases three concepts or more, restores two or more, and three are regular.
         "scenes": {"pictures": str(-(-n // 4)), "regular": "3"},
-        # A name is one prompt, so that more regular concepts say more than more pictures of three.
+        # All pictures of a concept share one prompt here: ten regular concepts tell more than more pictures of three.
         "scenes_by_name": {"pictures": str(-(-n // 4)), "regular": "10"},
         "probes": {"pictures": each, "inversion": "60", "revival": "40"},
     }

@@ -144,6 +144,7 @@ def measured(subject: str, metric: str, draws: ArrayLike, n: int) -> Measurement
 def mean(values: Sequence[float] | NDArray[np.float64], prompts: Sequence[Hashable], seed: int = 0) -> Mean:
     """The mean of one value per picture, bootstrapped over the prompts that the pictures were drawn for.
 
+    Where all were drawn for one prompt, the pictures are resampled: one prompt alone would always give the same mean.
     The same prompts and seed draw the same replicates. Raises OverpaintError when there is no picture, or not one
     prompt for each.
     """
@@ -151,6 +152,8 @@ def mean(values: Sequence[float] | NDArray[np.float64], prompts: Sequence[Hashab
         raise OverpaintError(f"a mean needs values, and a prompt for each; got {len(values)} and {len(prompts)}")
     numbers = np.asarray(values, np.float64)
     _, which = np.unique([str(prompt) for prompt in prompts], return_inverse=True)
+    if not which.any():
+        which = np.arange(len(numbers))
     sums, counts = np.bincount(which, weights=numbers), np.bincount(which).astype(np.float64)
     named = zlib.crc32("\n".join(sorted({str(prompt) for prompt in prompts})).encode())
     rng = np.random.default_rng([seed, named])

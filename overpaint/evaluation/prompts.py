@@ -264,7 +264,7 @@ class EmojiPrompts(PromptSet):
 
     def __init__(self, words: Catalogue | None = None) -> None:
         self._words = words = words or catalogue()
-        styles = {style: (style, f"{style} style") for style in words.styles}
+        styles: dict[str, tuple[str, ...]] = {style: (style, f"{style} style") for style in words.styles}
         classes = {OBJECT: dict(words.names), STYLE: styles}
         super().__init__(classes, {OBJECT: ("a {}", "a picture of a {}", "an emoji of a {}"), STYLE: ("{} style",)})
 

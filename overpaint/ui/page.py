@@ -51,13 +51,14 @@ class Switch:
 class Switches:
     """The switches of one visitor, for one recipe as it was at one revision.
 
-    `version` counts what was switched; `is_stopped` says that the visitor wants their long work to end; `shown` is the number
-    of the list of them that was made last.
+    `version` counts what was switched; `is_stopped` says that the visitor wants their long work to end; `lists` has the
+    ids of the patches that stood in the newest lists, line by line, by the number of the list.
     """
 
     def __init__(self, record: RecipeRecord, patches: Sequence[tuple[PatchRecord, float]]) -> None:
         self.recipe, self.base, self.revision, self.version = record.name, record.base, record.revision, 0
-        self.is_stopped, self.shown = False, 0
+        self.is_stopped = False
+        self.lists: dict[int, list[str]] = {}
         self.rows = {patch.id: Switch(patch, True, strength, strength) for patch, strength in patches}
 
     @property
@@ -84,6 +85,12 @@ class Switches:
             if wanted in row.patch.concept.casefold() or wanted in row.patch.solver or row.patch.id.startswith(wanted)
         ]
 
+    def enlist(self, number: int, rows: Sequence[Switch]) -> None:
+        """Remember what stands in the list `number`, the newest, and forget old ones."""
+        self.lists[number] = [row.patch.id for row in rows]
+        for old in sorted(self.lists)[:-LISTS]:
+            del self.lists[old]
+
     def try_patch(self, patch: PatchRecord) -> None:
         """Switch on a patch that the recipe does not have. Raises OverpaintError for a patch of another base."""
         if patch.base != self.base:
@@ -92,13 +99,8 @@ class Switches:
         self.version += 1
 
     def switch(self, patch_id: str, *, on: bool | None = None, strength: float | None = None) -> bool:
-        """Switch a patch on or off, or give it a strength; returns whether that changed anything.
-
-        A patch that is not there changes nothing: it was pressed when another recipe had just been opened.
-        """
-        row = self.rows.get(patch_id)
-        if row is None:
-            return False
+        """Switch a patch on or off, or give it a strength; returns whether that changed anything."""
+        row = self.rows[patch_id]
         before = (row.on, row.strength)
         row.on = row.on if on is None else on
         row.strength = row.strength if strength is None else strength
@@ -122,6 +124,8 @@ SMALL_BASE = 100 << 20
 """Bytes of weights up to which a base draws so fast that pictures follow every switch by themselves."""
 SLIDER_STEP = 0.05
 """Between strengths on a slider. A strength between two steps stays as it is until its slider is moved."""
+LISTS = 16
+"""Lists of patches that are remembered for presses that arrive late."""
 ONE_FILE, FOLDER = "Checkpoint, one .safetensors file", "Checkpoint, a diffusers folder (.zip)"
 FORMATS = [ONE_FILE, FOLDER, *(f"LoRA for {name}" for name in READERS)]
 
@@ -160,7 +164,7 @@ class Page:
 
     def __init__(self, workspace: Workspace, studio: Studio, folder: Path) -> None:
         self.workspace, self.studio, self.folder = workspace, studio, folder
-        # One count for all, as two controls at once would both add one to the same number, and that is one change.
+        # One counter for all visitors: if two handlers each added one to the same number, a change would go unnoticed.
         self._numbers = itertools.count(1)
         with gr.Blocks(title="Overpaint", analytics_enabled=False, fill_width=True) as self.blocks:
             gr.HTML(views.title(str(workspace.registry.folder)), elem_classes="op")
@@ -183,8 +187,8 @@ class Page:
     # What is on the page
 
     def _head(self) -> None:
-        # `listed` and `turn` get a number when the list of patches, or the pictures, are to be made again.
-        self.switches, self.listed, self.turn = gr.State(None), gr.State(0), gr.State(0)
+        # A new number in `relist` makes the list of patches again; one in `redraw`, the pictures.
+        self.switches, self.relist, self.redraw = gr.State(None), gr.State(0), gr.State(0)
         with gr.Row(elem_classes="op-line"):
             self.recipe = gr.Dropdown([], label="Recipe", scale=3, elem_id="recipe", interactive=True)
             self.reload = gr.Button("Reload", scale=0, min_width=110)
@@ -228,69 +232,21 @@ class Page:
                 self.sheet = gr.HTML("", elem_classes="op", elem_id="sheet")
 
     def _rows(self) -> None:
+        """As many lines as are shown at most. Lines that are made anew with their events (`gr.render`) would lose what a visitor
+        presses while they are, and share their state among visitors."""
         with gr.Column(elem_classes="op-rows", elem_id="patches"):
+            # Sent with every press: which list the visitor pressed in.
+            self.list_number = gr.Number(0, visible=False)
+            self.lines = [self._line() for _ in range(ROWS)]
+            self.list_note = gr.HTML("", elem_classes="op")
 
-            @gr.render([self.switches, self.filter], [self.listed.change, self.filter.change], show_progress="hidden")  # type: ignore[untyped-decorator]
-            def rows(switches: Switches | None, text: str | None) -> None:
-                # Hidden, it tells with every press which list the visitor had before them.
-                shown = gr.Number(next(self._numbers), visible=False, key="list", preserved_by_key=None)
-                if switches:
-                    switches.shown = shown.value
-                matching = switches.matching(text or "") if switches else []
-                for row in matching[:ROWS]:
-                    self._row(row, shown)
-                if switches is None or not switches.rows:
-                    gr.HTML(views.note_html("No patch is in this recipe yet."), elem_classes="op")
-                elif len(matching) > ROWS or not matching:
-                    text = f"{min(ROWS, len(matching))} of {len(switches.rows)} patches; find the others by a word"
-                    gr.HTML(views.note_html(text), elem_classes="op")
-
-    def _row(self, row: Switch, shown: gr.Number) -> None:
-        """One patch in a list. By its keys Gradio knows it again when a newer list is made while the visitor has the older."""
-        patch = row.patch
-        about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if row.saved is None else ''}"
-        with gr.Row(elem_classes="op-switch"):
-            switch = gr.Checkbox(
-                row.on,
-                label=patch.concept,
-                info=about,
-                container=False,
-                min_width=130,
-                scale=2,
-                interactive=True,
-                key=f"{patch.id} on",
-                preserved_by_key=None,
-            )
+    def _line(self) -> tuple[gr.Row, gr.Checkbox, gr.Slider]:
+        with gr.Row(elem_classes="op-switch", visible=False) as line:
+            switch = gr.Checkbox(False, label="a patch", container=False, min_width=130, scale=2, interactive=True)
             slider = gr.Slider(
-                min(0.0, row.strength),
-                max(2.0, row.strength),
-                row.strength,
-                step=SLIDER_STEP,
-                label=f"Strength of {patch.concept}",
-                container=False,
-                min_width=150,
-                scale=3,
-                interactive=True,
-                key=f"{patch.id} strength",
-                preserved_by_key=None,
+                0.0, 2.0, 1.0, step=SLIDER_STEP, container=False, min_width=150, scale=3, interactive=True
             )
-
-        def switched(switches: Switches, on: bool, follow: bool, shown: int) -> tuple[Any, Any]:
-            is_changed = switches.switch(patch.id, on=on)
-            # A newer list is on its way that has the switch as it was: make another one.
-            listed = gr.skip() if shown == switches.shown else next(self._numbers)
-            return listed, next(self._numbers) if is_changed and follow else gr.skip()
-
-        def turned(switches: Switches, strength: float, follow: bool) -> Any:
-            row = switches.rows.get(patch.id)
-            is_moved = row is not None and abs(row.strength - strength) > SLIDER_STEP / 2
-            is_changed = is_moved and switches.switch(patch.id, strength=strength)
-            return next(self._numbers) if is_changed and follow else gr.skip()
-
-        common: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        pressed, moved = ([self.switches, control, self.follow] for control in (switch, slider))
-        switch.input(switched, [*pressed, shown], [self.listed, self.turn], key=f"{patch.id} switched", **common)
-        slider.change(turned, moved, self.turn, key=f"{patch.id} turned", **common)
+        return line, switch, slider
 
     def _history_tab(self) -> None:
         with gr.Row(elem_classes="op-line"):
@@ -353,10 +309,10 @@ class Page:
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private"}
         opened = [
-            *(self.switches, self.listed, self.status, self.history, self.revision, self.others, self.attempt),
-            *(self.turn, self.follow),
+            *(self.switches, self.relist, self.status, self.history, self.revision, self.others, self.attempt),
+            *(self.redraw, self.follow),
         ]
-        at = [self.switches, self.listed, self.turn]
+        at = [self.switches, self.relist, self.redraw]
         gr.on(
             [self.blocks.load, self.reload.click],
             self.begin,
@@ -364,10 +320,24 @@ class Page:
             [self.recipe, self.new_base, *opened],
             **private,
         )
-        self.recipe.input(self.open, self.recipe, opened, **private)
+        self.recipe.input(self.choose, [self.recipe, self.switches], opened, **private)
         self.create.click(
             self.make_recipe, [self.new_name, self.new_base], [self.recipe, self.new_name], **private
         ).success(self.open, self.recipe, opened, **private)
+        at_once: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **private}
+        shown = [self.list_number, self.list_note, *(part for line in self.lines for part in line)]
+        gr.on([self.relist.change, self.filter.change], self.show_list, [self.switches, self.filter], shown, **at_once)
+        pressed, again = [self.switches, self.list_number, self.follow], [self.relist, self.redraw]
+        for place, (_, switch, slider) in enumerate(self.lines):
+            switch.input(functools.partial(self.switch_patch, place), [*pressed, switch], again, **at_once)
+            # Not `change`, which a new list causes too; `release` comes where the value is reset or brought into its range.
+            gr.on(
+                [slider.input, slider.release],
+                functools.partial(self.weigh_patch, place),
+                [*pressed, slider],
+                again,
+                **at_once,
+            )
         drawn: dict[str, Any] = {
             "fn": self.draw_sheet,
             "inputs": [
@@ -380,7 +350,7 @@ class Page:
             "concurrency_limit": 8,
             **private,
         }
-        gr.on([self.draw.click, self.turn.change], **drawn)
+        gr.on([self.draw.click, self.redraw.change], **drawn)
         for button, on in ((self.all_off, False), (self.all_on, True)):
             button.click(functools.partial(self.switch_all, on), self.switches, at, **private)
         self.attempt.input(self.try_patch, [self.switches, self.attempt], [*at, self.attempt], **private)
@@ -433,6 +403,10 @@ class Page:
         made = self.workspace.create_recipe(name.strip(), base=base)
         return gr.Dropdown([each.name for each in self.workspace.recipes()], value=made.name), ""
 
+    def choose(self, name: str | None, switches: Switches | None) -> tuple[Any, ...]:
+        """Open another recipe. Gradio tells of one choice twice, and switches pressed between the two are kept."""
+        return self.open(None if switches and switches.recipe == name else name)
+
     @in_a_sentence
     def open(self, name: str | None) -> tuple[Any, ...]:
         """A recipe as it is now: its switches, its history, and what it can be compared with."""
@@ -462,6 +436,67 @@ class Page:
             next(self._numbers) if is_small else gr.skip(),
             is_small,
         )
+
+    def show_list(self, switches: Switches | None, text: str | None) -> list[Any]:
+        """The number of a new list, a note under it, and what its lines show."""
+        rows, number = switches.matching(text or "") if switches else [], next(self._numbers)
+        if switches:
+            # Before its values are read, so that whatever is pressed from now on makes a newer list.
+            switches.enlist(number, rows[:ROWS])
+        note = ""
+        if switches is None or not switches.rows:
+            note = "No patch is in this recipe yet."
+        elif len(rows) > ROWS or not rows:
+            note = f"{min(ROWS, len(rows))} of {len(switches.rows)} patches; find the others by a word"
+        found: list[Any] = [number, gr.HTML(views.note_html(note) if note else "")]
+        for row in rows[:ROWS]:
+            patch, strength = row.patch, row.strength
+            about = f"{patch.solver}, {patch.id[:8]}{', not in the recipe' if row.saved is None else ''}"
+            slider = gr.Slider(
+                minimum=min(0.0, strength),
+                maximum=max(2.0, strength),
+                value=strength,
+                label=f"Strength of {patch.concept}",
+            )
+            found += [gr.Row(visible=True), gr.Checkbox(value=row.on, label=patch.concept, info=about), slider]
+        for _ in range(ROWS - len(rows)):
+            found += [gr.Row(visible=False), gr.skip(), gr.skip()]
+        return found
+
+    def switch_patch(
+        self, place: int, switches: Switches | None, number: int, follow: bool, on: bool
+    ) -> tuple[Any, Any]:
+        """The patch at a place of a list switched on or off."""
+        return self._pressed(place, switches, number, follow, on=on)
+
+    def weigh_patch(
+        self, place: int, switches: Switches | None, number: int, follow: bool, strength: float
+    ) -> tuple[Any, Any]:
+        """The patch at a place of a list given another strength."""
+        return self._pressed(place, switches, number, follow, strength=strength)
+
+    def _pressed(
+        self,
+        place: int,
+        switches: Switches | None,
+        number: int,
+        follow: bool,
+        *,
+        on: bool | None = None,
+        strength: float | None = None,
+    ) -> tuple[Any, Any]:
+        """Do what was pressed in the list `number`, unless that was another recipe's; new numbers for the list and the pictures.
+
+        A list is made again where a newer one than the visitor pressed in may be on its way without what was pressed.
+        """
+        if switches is None:
+            return gr.skip(), gr.skip()
+        ids = switches.lists.get(number, [])
+        is_known = place < len(ids)
+        is_changed = is_known and switches.switch(ids[place], on=on, strength=strength)
+        is_newest = is_known and number == max(switches.lists)
+        relist = gr.skip() if is_newest else next(self._numbers)
+        return relist, next(self._numbers) if is_changed and follow else gr.skip()
 
     def _reopened(self, switches: Switches) -> tuple[Any, ...]:
         return (*self.open(switches.recipe), "")

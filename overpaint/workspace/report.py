@@ -187,14 +187,16 @@ def summary(numbers: BySuite) -> Section:
             rows.append(_check("How much of the rest is left?", least[1], name, at_least=KEPT_BAR))
         if wrong := quick.get("restored: weights", WRONG):
             rows.append(_exact("Do the weights come back exactly?", wrong.value, f" of {wrong.n} tensors differ"))
-    if scenes := numbers.get("scenes") or numbers.get("scenes_by_name"):
+    for scenes, asked in ((numbers[suite], asked) for suite, asked in SCENES.items() if suite in numbers):
         restored = [subject for subject in scenes.subjects("scene ") if subject.endswith(": restored")]
         if least := _worst(scenes, restored, SHARE, lowest=True):
-            question = "Are restored concepts drawn as before, in every scene?"
+            question = f"Are restored concepts drawn as before, in every scene, asked {asked}?"
             rows.append(_check(question, least[1], least[0].removesuffix(": restored"), at_least=KEPT_BAR))
         different = scenes.value("all scenes, worst step: weights", WRONG)
         if different is not None:
-            rows.append(_exact("Are weights exact after every step of the scenes?", different, " differ"))
+            rows.append(
+                _exact(f"Are weights exact after every step of the scenes, asked {asked}?", different, " differ")
+            )
     if (scale := numbers.get("scale")) and (spread := _worst(scale, scale.subjects(), "order spread", lowest=False)):
         rows.append(_exact("Does the order of patches leave the weights alone?", spread[1].value, " tensors differ"))
     table = Table(("question", "measured", "bar", "holds"), tuple(rows), "What was asked and measured")

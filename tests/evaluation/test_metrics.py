@@ -18,6 +18,7 @@ from overpaint.evaluation.metrics import (
     h_composed,
     h_object,
     harmonic_mean,
+    mean,
     psnr,
     rank_correlation,
     ranks,
@@ -110,3 +111,10 @@ def test_rank_correlation_is_scipys(values: np.ndarray, seed: int) -> None:
 def test_rank_correlation_needs_pairs() -> None:
     with pytest.raises(OverpaintError, match="2 and 3"):
         rank_correlation([1, 2], [1, 2, 3])
+
+
+def test_pictures_of_a_single_prompt_are_resampled_by_themselves() -> None:
+    found = mean([0, 1, 1, 0, 1, 1], ["cat"] * 6).measurement("cat", "accuracy")
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0.5 < 0.8 < found.high

@@ -219,6 +219,12 @@ def test_scenes_by_name_ask_by_nothing_but_names(base: Base, monkeypatch: pytest
     assert worst(ScenesByName().run(context(base, idle)), "erased", ACCURACY) == 1
 
 
+def test_scenes_by_name_refuse_prompts_of_ones_own(base: Base) -> None:
+    own = {("object", "cat"): [EvalPrompt("my cat", 0, {"object": "cat"})]}
+    with pytest.raises(OverpaintError, match="asks by bare names; leave --prompts out"):
+        ScenesByName().run(context(base, faithful, own_prompts=own))
+
+
 def test_scenes_need_six_patches(base: Base) -> None:
     with pytest.raises(OverpaintError, match="6 patches, as in the paper; this recipe has 5"):
         Scenes().run(context(base, faithful, CONCEPTS[:5]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -103,8 +104,8 @@ def pictures(page: Page) -> list[bytes]:
 
 
 def switch_off(page: Page, concept: str) -> None:
-    """Switch a patch off, and wait until pictures follow: on a busy machine, the server may hear of the next click before."""
-    # `uncheck` would look at once whether it is off; a list that was on its way shows it on for a moment.
+    """Switch a patch off, and wait until pictures follow: on a busy machine, the server may receive the next click first."""
+    # `uncheck` fails if the box is still on right after the click, and an older list may show it on for a moment.
     page.get_by_label(concept, exact=True).click()
     expect(page.locator("#sheet")).to_contain_text("as switched")
     expect(page.get_by_label(concept, exact=True)).not_to_be_checked()
@@ -174,9 +175,10 @@ def test_the_history_says_who_and_why_and_undo_and_restore_change_the_registry(
     workspace = Workspace.open(registry)
     copy = workspace.recipe("safe").copy("history")
     with tab(browser, page_address, "history") as page:
-        switch_off(page, "cat")
         page.get_by_role("button", name="Keep these switches").click()
         page.get_by_label("Why").first.fill("licence <deal>")
+        switch_off(page, "cat")
+        expect(page.get_by_label("Why").first).to_have_value("licence <deal>")
         page.get_by_role("button", name="Make the next revision").click()
         expect(page.locator("#status")).to_contain_text("erases dog.")
         assert [patch.concept for patch, _ in copy.patches()] == ["dog"]
@@ -278,32 +280,90 @@ def test_elsewhere_it_asks_for_a_password_and_the_history_has_the_visitors_name(
     assert recipe.log()[-1].who == "Vera"
 
 
+@contextmanager
+def held(page: Page, is_meant: Callable[[list[Any]], bool]) -> Iterator[list[Route]]:
+    """The first event whose data are meant comes to the server when the block ends: after what was pressed within it."""
+    found: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if not found and is_meant(json.loads(route.request.post_data or "")["data"]):
+            found.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
+    yield found
+    with page.expect_response(lambda answer: answer.request == found[0].request) as answer:
+        found[0].continue_()
+    assert answer.value.ok
+    page.unroute_all(behavior="ignoreErrors")
+
+
+def show_the_list_again(page: Page) -> None:
+    """Another list, and another, with everything on."""
+    page.get_by_role("button", name="All off (the base)").click()
+    expect(page.get_by_label("dog", exact=True)).not_to_be_checked()
+    page.get_by_role("button", name="All on").click()
+    expect(page.get_by_label("dog", exact=True)).to_be_checked()
+
+
 def test_a_switch_pressed_while_the_list_is_shown_again_is_not_lost(
     browser: Browser, page_address: str, registry: Path
 ) -> None:
     Workspace.open(registry).recipe("safe").copy("late")
     with tab(browser, page_address, "late") as page:
-        held: list[Route] = []
-
-        def hold(route: Route) -> None:
-            # The press alone, which says that something is off: pictures that are being drawn ask the server, too.
-            if any(value is False for value in json.loads(route.request.post_data or "")["data"]) and not held:
-                held.append(route)
-            else:
-                route.continue_()
-
-        page.route("**/queue/join*", hold)
-        page.get_by_label("cat", exact=True).click()
-        page.get_by_role("button", name="All off (the base)").click()
-        expect(page.get_by_label("dog", exact=True)).not_to_be_checked()
-        page.get_by_role("button", name="All on").click()
-        expect(page.get_by_label("dog", exact=True)).to_be_checked()
-        with page.expect_response(lambda answer: answer.request == held[0].request) as answer:
-            held[0].continue_()
-        assert answer.value.ok
+        with held(page, lambda data: data[-1] is False):
+            page.get_by_label("cat", exact=True).click()
+            show_the_list_again(page)
         expect(page.get_by_label("cat", exact=True)).not_to_be_checked()
         expect(page.locator("#sheet")).to_contain_text("late, as switched")
-        page.unroute_all(behavior="ignoreErrors")
+
+
+def test_a_strength_set_while_the_list_is_shown_again_is_not_lost(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    Workspace.open(registry).recipe("safe").copy("slow")
+    with tab(browser, page_address, "slow") as page:
+        slider = page.get_by_role("slider", name="Strength of dog")
+        with held(page, lambda data: data[-1] == 1.95):
+            slider.focus()
+            page.keyboard.press("ArrowLeft")
+            show_the_list_again(page)
+        expect(slider).to_have_value("1.95")
+        expect(page.locator("#sheet")).to_contain_text("slow, as switched")
+
+
+def test_what_was_pressed_in_one_recipe_does_not_change_another(
+    browser: Browser, page_address: str, registry: Path
+) -> None:
+    Workspace.open(registry).recipe("safe").copy("next")
+    with tab(browser, page_address) as page:
+        with held(page, lambda data: data[-1] is False):
+            page.get_by_label("cat", exact=True).click()
+            choose(page, "Recipe", "next")
+            expect(page.locator("#sheet thead")).to_contain_text("next")
+            expect(page.get_by_label("cat", exact=True)).to_be_checked()
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.get_by_label("cat", exact=True)).to_be_checked()
+        assert "as switched" not in page.locator("#sheet").inner_text()
+
+
+def test_the_list_has_as_many_lines_as_the_recipe_has_patches_that_match(browser: Browser, page_address: str) -> None:
+    with tab(browser, page_address) as page:
+        switches = page.locator("#patches input[type=checkbox]")
+        expect(switches).to_have_count(2)
+        page.get_by_role("button", name="Other patches").click()
+        page.get_by_label("Show only").fill("dog")
+        expect(switches).to_have_count(1)
+        expect(page.get_by_label("dog", exact=True)).to_be_visible()
+        switch_off(page, "dog")
+        page.get_by_label("Show only").fill("")
+        expect(switches).to_have_count(2)
+        expect(page.get_by_label("cat", exact=True)).to_be_checked()
+        expect(page.get_by_label("dog", exact=True)).not_to_be_checked()
+        choose(page, "Recipe", "empty")
+        expect(page.get_by_text("No patch is in this recipe yet")).to_be_visible()
+        expect(switches).to_have_count(0)
 
 
 def test_two_switches_pressed_at_once_are_both_drawn(browser: Browser, page_address: str) -> None:

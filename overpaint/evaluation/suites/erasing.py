@@ -279,7 +279,7 @@ class Scenes(Suite):
         return [*rows, *_worst_steps(rows)]
 
     def _asked(self, context: EvalContext, head: str, name: str, concept: Concept) -> list[EvalPrompt]:
-        """The prompts for an erased concept, which is judged as a class."""
+        """The prompts for an erased concept, whose pictures are judged as the class `name` of a head."""
         return context.prompts_alone(head, name, self.pictures)
 
     def _regular(self, context: EvalContext) -> Prompts:
@@ -292,20 +292,29 @@ class Scenes(Suite):
 class ScenesByName(Scenes):
     """The four scenes of SRS-ME, in which every concept is asked for by its bare name, as in the paper's own tables.
 
-    That is what SepME is trained on; sentences about a concept are another question, which the suite `scenes` asks.
+    That is what SepME is trained on; sentences about a concept are another question, which the suite `scenes` asks. All
+    pictures of a concept share one prompt, so that intervals are over concepts.
     """
+
+    def run(self, context: EvalContext) -> list[Measurement]:
+        if context.own_prompts:
+            raise OverpaintError(
+                "the suite scenes_by_name asks by bare names; leave --prompts out, or take the suite scenes"
+            )
+        return super().run(context)
 
     def _asked(self, context: EvalContext, head: str, name: str, concept: Concept) -> list[EvalPrompt]:
         return _by_name(context, head, name, concept.name, self.pictures)
 
     def _regular(self, context: EvalContext) -> Prompts:
-        names = evenly_spaced(context.others(OBJECT), self.regular)
-        return {(OBJECT, name): _by_name(context, OBJECT, name, name, self.pictures) for name in names}
+        every = {name: _by_name(context, OBJECT, name, name, self.pictures) for name in context.others(OBJECT)}
+        clear = [name for name, prompts in every.items() if prompts and not context.names_erased(prompts[0])]
+        return {(OBJECT, name): every[name] for name in evenly_spaced(clear, self.regular)}
 
 
-def _by_name(context: EvalContext, head: str, name: str, word: str, count: int) -> list[EvalPrompt]:
-    """`count` prompts for a class that consist of a word alone, with the seeds of its sentences."""
-    return [replace(prompt, prompt=word, shows={head: name}) for prompt in context.prompts(head, name, count)]
+def _by_name(context: EvalContext, head: str, class_name: str, name: str, count: int) -> list[EvalPrompt]:
+    """The bare name as the prompt for a class, once for each seed that its sentences would have."""
+    return [replace(each, prompt=name, shows={head: class_name}) for each in context.prompts(head, class_name, count)]
 
 
 def _six_groups(patches: Sequence[EvaluatedPatch]) -> list[list[EvaluatedPatch]]:
