@@ -242,6 +242,7 @@ class Page:
 
     def _line(self) -> tuple[gr.Row, gr.Checkbox, gr.Slider]:
         with gr.Row(elem_classes="op-switch", visible=False) as line:
+            # Labelled from the start, as Gradio shows no label that a box is given later.
             switch = gr.Checkbox(False, label="a patch", container=False, min_width=130, scale=2, interactive=True)
             slider = gr.Slider(
                 0.0, 2.0, 1.0, step=SLIDER_STEP, container=False, min_width=150, scale=3, interactive=True
@@ -333,7 +334,7 @@ class Page:
             # Not `change`, which a new list causes too; `release` comes where the value is reset or brought into its range.
             gr.on(
                 [slider.input, slider.release],
-                functools.partial(self.weigh_patch, place),
+                functools.partial(self.set_strength, place),
                 [*pressed, slider],
                 again,
                 **at_once,
@@ -469,7 +470,7 @@ class Page:
         """The patch at a place of a list switched on or off."""
         return self._pressed(place, switches, number, follow, on=on)
 
-    def weigh_patch(
+    def set_strength(
         self, place: int, switches: Switches | None, number: int, follow: bool, strength: float
     ) -> tuple[Any, Any]:
         """The patch at a place of a list given another strength."""
