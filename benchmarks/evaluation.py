@@ -39,6 +39,7 @@ from overpaint.solvers import SOLVERS
 from overpaint.solvers.problem import settings_of
 from overpaint.workspace.evaluating import EvaluationRequest, evaluate
 from overpaint.workspace.recipe import current_user
+from overpaint.workspace.report import SCENES
 from overpaint.workspace.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,6 @@ AMONG_THEMSELVES = ("sepme",)
 """Solvers that are told of their recipe's concepts alone, as their paper has it, and not of all twelve."""
 VARIANTS = ("separable:harden=2",)
 """Solvers that are attacked once more with another setting."""
-SCENES = ("scenes", "scenes_by_name")
 SUITES = tuple(suite for suite in EVERY_SUITE if suite != "scale")
 """What every solver goes through."""
 SCALED = ("separable", "uce", "rece", "nullspace")

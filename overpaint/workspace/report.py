@@ -262,18 +262,15 @@ def _restored(by_suite: BySuite, pictures: tuple[PictureRow, ...]) -> Section:
         "while the other patches stay."
     )
     table: Table | None = None
-    more: tuple[Table, ...] = ()
+    more = tuple(_scenes(by_suite[suite], asked) for suite, asked in SCENES.items() if suite in by_suite)
+    if more:
+        more += published("scenes_by_name")
     if "quick" in by_suite:
         numbers = by_suite["quick"]
         wrong = numbers.get("restored: weights", WRONG)
         exact = f"; {plain(wrong.value)} of {wrong.n} tensors differ in any bit" if wrong else ""
         caption = f"Half of the patches removed{exact}"
         table = numbers.table(["restored: concepts taken off"], (ON_BASE, ACCURACY, SHARE), caption, strip="restored: ")
-    for suite, asked in SCENES.items():
-        if suite in by_suite:
-            more = (*more, _scenes(by_suite[suite], asked))
-    if more:
-        more = (*more, *published("scenes_by_name"))
     return Section("What restores", text, table, (), pictures, more=more)
 
 
